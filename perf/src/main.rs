@@ -1,0 +1,4 @@
+//! Head-to-head measurements.
+fn main() {
+    println!("{}", blockferry_ring::NAME);
+}

@@ -1,0 +1,2 @@
+//! The reactor.
+pub const NAME: &str = "blockferry-ring";

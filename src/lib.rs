@@ -1,0 +1,9 @@
+//! Blockferry moves virtual disks while they are in use. See `docs/architecture.md`.
+
+pub mod base;
+pub mod block;
+pub mod export;
+pub mod format;
+pub mod graph;
+pub mod job;
+pub mod protocol;
