@@ -24,7 +24,6 @@ pub const BLOCK_MIN: usize = 4096;
 /// The largest block, and so the largest single buffer.
 pub const BLOCK_MAX: usize = 1 << 20;
 const ORDERS: usize = 9;
-const PAGES_PER_TREE: usize = BLOCK_MAX / BLOCK_MIN;
 
 /// One mapping.
 #[derive(Debug)]
@@ -46,7 +45,6 @@ pub(crate) struct Segment {
 impl Segment {
     pub(crate) fn map(bytes: usize, freed: Notify) -> Result<Segment, Errno> {
         let bytes = bytes.next_multiple_of(BLOCK_MAX);
-        // Mapped with room to align it to 2 MiB, so that huge pages can back it.
         // SAFETY: an anonymous private mapping at an address of the kernel's choice touches no
         // memory that exists.
         let base = unsafe {
@@ -195,10 +193,6 @@ impl Arena {
         &self.0.freed
     }
 
-    pub(crate) fn segments(&self) -> Vec<Rc<Segment>> {
-        self.0.segments.borrow().clone()
-    }
-
     /// A buffer of `len` bytes (1 to [`BLOCK_MAX`]), aligned to its size class; `None` when the arena
     /// has no such block now, or never for a `len` out of range.
     pub fn try_alloc(&self, len: usize) -> Option<Buf> {
@@ -259,7 +253,8 @@ mod tests {
         let mut held: Vec<(Buf, u8)> = Vec::new();
         for round in 0..20_000u32 {
             if rand.chance(32_768) || held.is_empty() {
-                let len = 1 + rand.below(BLOCK_MAX as u64 / (1 + rand.below(256))) as usize;
+                let most = BLOCK_MAX as u64 / (1 + rand.below(256));
+                let len = 1 + rand.below(most) as usize;
                 if let Some(mut buf) = arena.try_alloc(len) {
                     let tag = round as u8;
                     buf.as_mut_slice().fill(tag);

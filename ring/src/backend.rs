@@ -142,8 +142,12 @@ pub trait Backend {
     /// Queues a request to cancel; the operation still completes, one way or the other.
     fn cancel(&mut self, user_data: u64);
 
-    /// Submits what is queued and waits as told. `EINTR` and a passed deadline are not errors.
-    fn enter(&mut self, wait: Wait) -> Result<(), Errno>;
+    /// Submits what is queued and waits as told; false when there was no need to go anywhere.
+    /// `EINTR` and a passed deadline are not errors.
+    fn enter(&mut self, wait: Wait) -> Result<bool, Errno>;
+
+    /// Completions wait to be reaped.
+    fn has_completions(&mut self) -> bool;
 
     /// Takes up to `max` completions (`user_data`, result).
     fn reap(&mut self, max: usize, out: &mut Vec<(u64, i32)>);

@@ -176,10 +176,12 @@ impl Op {
 pub(crate) enum Held {
     None,
     Buf(Buf),
-    Shared(SharedBuf),
+    Shared {
+        _buf: SharedBuf,
+    },
     /// Pieces and their memory descriptions (the backend points at the latter).
     Pieces {
-        bufs: Vec<SharedBuf>,
+        _bufs: Vec<SharedBuf>,
         mems: Vec<Mem>,
     },
 }

@@ -423,7 +423,7 @@ impl Ring {
     /// Writes all of `buf` at `offset`.
     pub fn write(&self, file: &File, offset: u64, buf: SharedBuf, fua: bool) -> Operation<PlainKind> {
         let op = Op::Write { file: file.id(), offset, mem: buf.mem(), fua };
-        self.submit(op, Held::Shared(buf), Some(file))
+        self.submit(op, Held::Shared { _buf: buf }, Some(file))
     }
 
     /// Makes what was written durable.
@@ -463,7 +463,7 @@ impl Ring {
     /// Sends all of `buf`.
     pub fn send(&self, stream: &File, buf: SharedBuf) -> Operation<PlainKind> {
         let op = Op::Send { file: stream.id(), mem: buf.mem() };
-        self.submit(op, Held::Shared(buf), Some(stream))
+        self.submit(op, Held::Shared { _buf: buf }, Some(stream))
     }
 
     /// Sends all pieces in order; at most [`limits::SEND_PIECES_MAX`] of them.
@@ -472,7 +472,7 @@ impl Ring {
         let mems: Vec<_> = bufs.iter().map(SharedBuf::mem).collect();
         // The vector's storage moves with the slot, its heap memory does not.
         let op = Op::SendPieces { file: stream.id(), pieces: Pieces::new(&mems) };
-        self.submit(op, Held::Pieces { bufs, mems }, Some(stream))
+        self.submit(op, Held::Pieces { _bufs: bufs, mems }, Some(stream))
     }
 
     /// Runs a blocking call elsewhere and waits for it.
@@ -698,6 +698,7 @@ impl Ring {
         let more_work = left || core.exec.has_ready();
         let next_deadline = core.next_deadline();
         core.enter(may_block && !more_work, next_deadline);
+        let more_work = more_work || core.backend.borrow_mut().has_completions();
         Turn { progressed, more_work, next_deadline, in_flight: core.in_flight.get() }
     }
 
@@ -728,24 +729,17 @@ impl Ring {
             }
             drop((slots, backend));
         }
-        while self.0.in_flight.get() > 0 && self.clock() < end {
-            self.0.enter(true, Some(end));
-            self.0.reap();
-            // What ended short is not continued.
-            let queue = std::mem::take(&mut *self.0.queue.borrow_mut());
-            for key in queue {
-                let slot = self.0.slots.borrow_mut().remove(key as usize);
-                drop(slot);
-            }
-        }
-        self.0.close_late();
-        let leaked = self.0.in_flight.get();
-        if leaked > 0 {
-            tracing::error!(leaked, "operations did not end at shutdown; their memory is leaked");
-            std::mem::forget(self.0.slots.take());
-            self.0.in_flight.set(0);
-        }
-        Shutdown { leaked }
+        Shutdown { leaked: self.0.drain(end) }
+    }
+}
+
+/// How long a ring that is dropped without [`Ring::shutdown`] waits for operations in flight.
+const DROP_DEADLINE_NANOS: Nanos = 5_000_000_000;
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        let end = self.backend.borrow().now().saturating_add(DROP_DEADLINE_NANOS);
+        self.drain(end);
     }
 }
 
@@ -754,6 +748,28 @@ fn user_data(sequence: u32, key: u32) -> u64 {
 }
 
 impl Core {
+    /// Waits for operations in flight; gives the number of those whose memory had to be leaked.
+    fn drain(&self, end: Nanos) -> usize {
+        while self.in_flight.get() > 0 && self.backend.borrow().now() < end {
+            self.enter(true, Some(end));
+            self.reap();
+            // What ended short is not continued.
+            let queue = std::mem::take(&mut *self.queue.borrow_mut());
+            for key in queue {
+                let slot = self.slots.borrow_mut().try_remove(key as usize);
+                drop(slot);
+            }
+        }
+        self.close_late();
+        let leaked = self.in_flight.get();
+        if leaked > 0 {
+            tracing::error!(leaked, "operations did not end at shutdown; their memory is leaked");
+            std::mem::forget(self.slots.take());
+            self.in_flight.set(0);
+        }
+        leaked
+    }
+
     fn reap(&self) -> bool {
         let mut reaped = self.reaped.take();
         self.backend.borrow_mut().reap(self.budget.completions, &mut reaped);
@@ -799,6 +815,10 @@ impl Core {
         if slot.orphan {
             let slot = slots.remove(key as usize);
             drop(slots);
+            if let (Some(Op::Accept { .. }), Ok(id)) = (slot.op, u32::try_from(total)) {
+                // Nobody will use the connection: close it.
+                self.close_file(FileId(id));
+            }
             drop(slot);
         } else if let Some(task) = slot.waiter {
             self.exec.wake(task);
@@ -945,10 +965,10 @@ impl Core {
                 wait.want = 1;
             }
         }
-        add(&self.stats.enters, 1);
         let result = self.backend.borrow_mut().enter(wait);
-        if let Err(errno) = result {
-            tracing::error!(%errno, "entering the ring failed; trying again");
+        match result {
+            Ok(entered) => add(&self.stats.enters, u64::from(entered)),
+            Err(errno) => tracing::error!(%errno, "entering the ring failed; trying again"),
         }
     }
 }

@@ -1,0 +1,310 @@
+//! The control calls: everything that is not an operation of the ring.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use crate::backend::{FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
+use crate::errno::Errno;
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+pub(super) fn eventfd() -> Result<OwnedFd, Errno> {
+    use rustix::event::EventfdFlags;
+    Ok(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+}
+
+pub(super) fn ring_eventfd(fd: &OwnedFd) {
+    // EAGAIN means that the counter is full: it is readable, which is all that matters.
+    let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+}
+
+pub(super) fn drain_eventfd(fd: &OwnedFd) {
+    let mut counter = [0u8; 8];
+    let _ = rustix::io::read(fd, &mut counter);
+}
+
+/// Takes ownership of a descriptor that the kernel has just returned.
+pub(super) fn own(fd: i32) -> OwnedFd {
+    // SAFETY: the kernel made this descriptor for the accept that just completed; nobody else has it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+pub(super) fn random() -> u64 {
+    let mut bytes = [0u8; 8];
+    // SAFETY: the buffer is eight writable bytes.
+    let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if n != 8 {
+        // Never seen for eight bytes on a booted kernel; time is random enough for what this is used for.
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        return now.map_or(0, |d| d.as_nanos() as u64);
+    }
+    u64::from_ne_bytes(bytes)
+}
+
+pub(super) fn why_forbidden(error: &std::io::Error) -> (String, String) {
+    let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) if matches!(sysctl.trim(), "1" | "2") => (
+            format!("the sysctl kernel.io_uring_disabled is {}", sysctl.trim()),
+            "Set it to 0 (`sysctl kernel.io_uring_disabled=0`), or, where it is 1, run as a member of the \
+             group in kernel.io_uring_group or with CAP_SYS_ADMIN."
+                .into(),
+        ),
+        Some(libc::EPERM | libc::EACCES | libc::ENOSYS) => (
+            format!("io_uring_setup was refused ({error})"),
+            "A seccomp filter forbids it, as the default profiles of Docker, Podman and systemd services \
+             with SystemCallFilter do: allow io_uring_setup, io_uring_enter and io_uring_register (for \
+             Docker: --security-opt seccomp=PROFILE.json with these added, or seccomp=unconfined). A kernel \
+             built without CONFIG_IO_URING answers the same."
+                .into(),
+        ),
+        Some(libc::ENOMEM) => (
+            format!("io_uring_setup found no memory ({error})"),
+            "Raise RLIMIT_MEMLOCK (`ulimit -l`) or the memory limit of the control group.".into(),
+        ),
+        _ => (
+            format!("io_uring_setup failed ({error})"),
+            "`blockferry doctor` tells what the kernel offers.".into(),
+        ),
+    }
+}
+
+pub(super) fn open(path: &Path, how: &OpenHow) -> Result<OwnedFd, Errno> {
+    let mut flags = OFlags::CLOEXEC | if how.write { OFlags::RDWR } else { OFlags::RDONLY };
+    if how.direct {
+        flags |= OFlags::DIRECT;
+    }
+    if how.create_new {
+        flags |= OFlags::CREATE | OFlags::EXCL;
+    } else if how.exclusive_device {
+        flags |= OFlags::EXCL;
+    }
+    let mode = Mode::from_raw_mode(0o644);
+    // A FIFO would block here; images are files and devices.
+    Ok(rustix::fs::open(path, flags | OFlags::NONBLOCK | OFlags::NOCTTY, mode)?)
+}
+
+pub(super) fn info(fd: &OwnedFd) -> Result<FileInfo, Errno> {
+    let want = StatxFlags::BASIC_STATS | StatxFlags::DIOALIGN;
+    let stat = rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, want)?;
+    let kind = match FileType::from_raw_mode(u32::from(stat.stx_mode)) {
+        FileType::RegularFile => FileKind::Regular,
+        FileType::BlockDevice => FileKind::Block,
+        _ => FileKind::Other,
+    };
+    let direct = rustix::fs::fcntl_getfl(fd)?.contains(OFlags::DIRECT);
+    let known = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && stat.stx_dio_offset_align != 0;
+    let (mut mem_align, mut offset_align) = match (direct, known) {
+        (false, _) => (1, 1),
+        (true, true) => (stat.stx_dio_mem_align, stat.stx_dio_offset_align),
+        // A filesystem that does not say: 4096 is right everywhere.
+        (true, false) => (4096, 4096),
+    };
+    let mut len = stat.stx_size;
+    let mut allocated = stat.stx_blocks * 512;
+    let mut device = None;
+    if kind == FileKind::Block {
+        len = rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0))?;
+        allocated = len;
+        device = Some((stat.stx_rdev_major, stat.stx_rdev_minor));
+        if direct && !known {
+            let sector = rustix::fs::ioctl_blksszget(fd).unwrap_or(4096);
+            (mem_align, offset_align) = (sector.min(4096), sector);
+        }
+    }
+    let identity = (u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor), stat.stx_ino);
+    Ok(FileInfo { kind, len, allocated, mem_align, offset_align, identity, device })
+}
+
+fn flock(range: LockRange, kind: libc::c_int) -> libc::flock {
+    // SAFETY: plain data for which all zeroes is valid; OFD locks want `l_pid` to be 0.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock.l_start = range.start as libc::off_t;
+    lock.l_len = range.len as libc::off_t;
+    lock
+}
+
+pub(super) fn lock(fd: BorrowedFd<'_>, range: LockRange, kind: libc::c_int) -> Result<(), Errno> {
+    let lock = flock(range, kind);
+    // SAFETY: the descriptor is open, and the structure is read only.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &lock) };
+    if result < 0 { Err(Errno::from_io(&std::io::Error::last_os_error())) } else { Ok(()) }
+}
+
+pub(super) fn lock_conflict(fd: BorrowedFd<'_>, range: LockRange) -> Result<bool, Errno> {
+    let mut lock = flock(range, libc::F_WRLCK);
+    // SAFETY: the descriptor is open, and the kernel writes one `flock` to a valid place.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) };
+    if result < 0 {
+        return Err(Errno::from_io(&std::io::Error::last_os_error()));
+    }
+    Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
+}
+
+/// Looks through /proc/PID/fdinfo: /proc/locks itself shows no pid for open file description locks.
+pub(super) fn lock_holders(identity: (u64, u64), range: LockRange) -> Vec<(u32, String)> {
+    let own = std::process::id();
+    let mut holders = Vec::new();
+    let Ok(processes) = std::fs::read_dir("/proc") else { return holders };
+    for process in processes.flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+        if pid == own {
+            continue;
+        }
+        let Ok(entries) = std::fs::read_dir(process.path().join("fdinfo")) else { continue };
+        let holds = entries.flatten().any(|entry| {
+            std::fs::read_to_string(entry.path())
+                .is_ok_and(|text| text.lines().any(|line| is_lock_on(line, identity, range)))
+        });
+        if holds {
+            let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            holders.push((pid, name.trim().to_owned()));
+        }
+    }
+    holders.sort();
+    holders
+}
+
+/// A line such as `lock:	1: OFDLCK  ADVISORY  READ -1 fd:00:3412 100 101`.
+fn is_lock_on(line: &str, identity: (u64, u64), range: LockRange) -> bool {
+    let Some(rest) = line.strip_prefix("lock:") else { return false };
+    let words: Vec<&str> = rest.split_whitespace().collect();
+    let [.., place, first, last] = words.as_slice() else { return false };
+    let mut parts = place.split(':');
+    let (Some(major), Some(minor), Some(inode)) = (parts.next(), parts.next(), parts.next()) else {
+        return false;
+    };
+    let device = match (u64::from_str_radix(major, 16), u64::from_str_radix(minor, 16)) {
+        (Ok(major), Ok(minor)) => major << 32 | minor,
+        _ => return false,
+    };
+    let first: u64 = first.parse().unwrap_or(u64::MAX);
+    let last: u64 = if *last == "EOF" { u64::MAX } else { last.parse().unwrap_or(0) };
+    inode.parse() == Ok(identity.1)
+        && device == identity.0
+        && first < range.start.saturating_add(range.len)
+        && last >= range.start
+}
+
+fn attribute_name(name: &str) -> Result<CString, Errno> {
+    CString::new(name).map_err(|_| Errno::EINVAL)
+}
+
+pub(super) fn get_attribute(fd: &OwnedFd, name: &str) -> Result<Option<Vec<u8>>, Errno> {
+    let name = attribute_name(name)?;
+    let mut value = vec![0u8; 4096];
+    match rustix::fs::fgetxattr(fd, name, value.as_mut_slice()) {
+        Ok(n) => {
+            value.truncate(n);
+            Ok(Some(value))
+        }
+        Err(rustix::io::Errno::NODATA) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+pub(super) fn set_attribute(fd: &OwnedFd, name: &str, value: Option<&[u8]>) -> Result<(), Errno> {
+    let name = attribute_name(name)?;
+    let result = match value {
+        Some(value) => rustix::fs::fsetxattr(fd, name, value, rustix::fs::XattrFlags::empty()),
+        None => rustix::fs::fremovexattr(fd, name),
+    };
+    match result {
+        Err(rustix::io::Errno::NODATA) if value.is_none() => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+pub(super) fn sync_directory(path: &Path) -> Result<(), Errno> {
+    let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    Ok(rustix::fs::fsync(fd)?)
+}
+
+pub(super) fn lookup(path: &Path) -> Result<Option<FileKind>, Errno> {
+    match rustix::fs::stat(path) {
+        Ok(stat) => Ok(Some(match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => FileKind::Regular,
+            FileType::BlockDevice => FileKind::Block,
+            _ => FileKind::Other,
+        })),
+        Err(rustix::io::Errno::NOENT) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+pub(super) fn set_nodelay(fd: &OwnedFd) {
+    // Refused on unix sockets, which have no such delay.
+    let _ = rustix::net::sockopt::set_tcp_nodelay(fd, true);
+}
+
+fn socket(family: AddressFamily) -> Result<OwnedFd, Errno> {
+    Ok(rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?)
+}
+
+fn family(address: &std::net::SocketAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 }
+}
+
+fn unix_address(path: &Path) -> Result<rustix::net::SocketAddrUnix, Errno> {
+    if path.as_os_str().as_bytes().len() > 107 {
+        return Err(Errno::ENAMETOOLONG);
+    }
+    Ok(rustix::net::SocketAddrUnix::new(path)?)
+}
+
+pub(super) fn listen(address: &SocketAddress) -> Result<(OwnedFd, SocketAddress), Errno> {
+    let (fd, address) = match address {
+        SocketAddress::Unix(path) => {
+            let fd = socket(AddressFamily::UNIX)?;
+            rustix::net::bind(&fd, &unix_address(path)?)?;
+            (fd, address.clone())
+        }
+        SocketAddress::Tcp(tcp) => {
+            let fd = socket(family(tcp))?;
+            rustix::net::sockopt::set_socket_reuseaddr(&fd, true)?;
+            rustix::net::bind(&fd, tcp)?;
+            let bound = std::net::SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
+            (fd, SocketAddress::Tcp(bound))
+        }
+    };
+    rustix::net::listen(&fd, BACKLOG)?;
+    Ok((fd, address))
+}
+
+pub(super) fn connect(address: &SocketAddress) -> Result<OwnedFd, Errno> {
+    match address {
+        SocketAddress::Unix(path) => {
+            let fd = socket(AddressFamily::UNIX)?;
+            rustix::net::connect(fd.as_fd(), &unix_address(path)?)?;
+            Ok(fd)
+        }
+        SocketAddress::Tcp(tcp) => {
+            let fd = socket(family(tcp))?;
+            rustix::net::connect(fd.as_fd(), tcp)?;
+            Ok(fd)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lock_lines_are_understood() {
+        let line = "lock:\t1: OFDLCK  ADVISORY  READ -1 fe:00:3412 100 101";
+        let range = LockRange { start: 101, len: 1 };
+        assert!(is_lock_on(line, (0xfe << 32, 3412), range));
+        assert!(!is_lock_on(line, (0xfe << 32, 3413), range));
+        assert!(!is_lock_on(line, (0xfe << 32, 3412), LockRange { start: 102, len: 5 }));
+        assert!(!is_lock_on("pos:\t0", (0, 0), range));
+    }
+}

@@ -1,0 +1,227 @@
+//! The reactor on the real kernel: transfers, streams, time, offload, wake-ups, shutdown.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use blockferry_ring::{Config, Errno, OffloadMode, OpenHow, Ring, SocketAddress};
+
+fn ring() -> Ring {
+    Ring::new(&Config::default()).unwrap()
+}
+
+/// A path that is removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Scratch {
+        let path = std::env::temp_dir().join(format!("blockferry-ring-{}-{name}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        Scratch(path)
+    }
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn writes_come_back_and_are_fixed() {
+    let scratch = Scratch::new("rw");
+    let path = scratch.path().to_owned();
+    let ring = ring();
+    let r = ring.clone();
+    ring.block_on(async move {
+        let how = OpenHow { write: true, create_new: true, ..OpenHow::default() };
+        let file = r.open(&path, &how).unwrap();
+        for i in 0..64u64 {
+            let mut buf = r.alloc(65_536).await;
+            buf.as_mut_slice().fill(i as u8);
+            assert_eq!(r.write(&file, i * 65_536, buf.freeze(), false).await, Ok(65_536));
+        }
+        r.sync(&file, false).await.unwrap();
+        for i in 0..64u64 {
+            let (buf, n) = r.read(&file, i * 65_536, r.alloc(65_536).await).await;
+            assert_eq!(n, Ok(65_536));
+            assert!(buf.as_slice().iter().all(|&b| b == i as u8));
+        }
+        // At the end of the file a read is short, and that is the result.
+        let (_, n) = r.read(&file, 64 * 65_536 - 100, r.alloc(4096).await).await;
+        assert_eq!(n, Ok(100));
+    });
+    let stats = ring.stats().snapshot();
+    assert_eq!(stats.transfers_plain, 0, "{stats:?}");
+    assert!(stats.transfers_fixed >= 129 && stats.stale_completions == 0);
+    assert_eq!(ring.shutdown(1_000_000_000).leaked, 0);
+}
+
+#[test]
+fn streams_echo() {
+    let scratch = Scratch::new("sock");
+    let address = SocketAddress::Unix(scratch.path().to_owned());
+    let ring = ring();
+    let r = ring.clone();
+    ring.block_on(async move {
+        let (listener, _) = r.listen(&address).unwrap();
+        let server = r.clone();
+        r.spawn(async move {
+            let stream = server.accept(&listener).await.unwrap();
+            loop {
+                let (mut buf, n) = server.recv(&stream, server.alloc(4096).await).await;
+                let n = n.unwrap() as usize;
+                if n == 0 {
+                    break;
+                }
+                buf.truncate(n);
+                server.send(&stream, buf.freeze()).await.unwrap();
+            }
+        });
+        let stream = r.connect(&address).unwrap();
+        let pieces: Vec<_> = {
+            let mut pieces = Vec::new();
+            for i in 0..8u8 {
+                let mut buf = r.alloc(10_000).await;
+                buf.as_mut_slice().fill(i);
+                pieces.push(buf.freeze());
+            }
+            pieces
+        };
+        let sender = r.send_pieces(&stream, pieces);
+        let receiver = async {
+            let (buf, n) = r.recv_all(&stream, r.alloc(80_000).await).await;
+            assert_eq!(n, Ok(80_000));
+            assert!(buf.as_slice().iter().enumerate().all(|(i, &b)| b as usize == i / 10_000));
+        };
+        let (sent, ()) = blockferry_ring::sync::join(sender, receiver).await;
+        assert_eq!(sent, Ok(80_000));
+    });
+}
+
+#[test]
+fn time_offload_and_wakes() {
+    let ring = ring();
+    let r = ring.clone();
+    let began = Instant::now();
+    ring.block_on(async move {
+        r.sleep(20_000_000).await;
+        assert_eq!(r.offload(|| 6 * 7).await, Ok(42));
+        // A future from elsewhere: woken by another thread.
+        let done = std::sync::Arc::new(std::sync::Mutex::new((false, None::<std::task::Waker>)));
+        let theirs = done.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(5));
+            let mut state = theirs.lock().unwrap();
+            state.0 = true;
+            if let Some(waker) = state.1.take() {
+                waker.wake();
+            }
+        });
+        std::future::poll_fn(|cx| {
+            let mut state = done.lock().unwrap();
+            if state.0 {
+                return std::task::Poll::Ready(());
+            }
+            state.1 = Some(cx.waker().clone());
+            std::task::Poll::Pending
+        })
+        .await;
+    });
+    assert!(began.elapsed() >= Duration::from_millis(25));
+    assert_eq!(ring.stats().snapshot().backstops, 0);
+}
+
+#[test]
+fn inline_offload_starts_no_thread() {
+    let config = Config { offload: OffloadMode::Inline, ..Config::default() };
+    let ring = Ring::new(&config).unwrap();
+    let me = std::thread::current().id();
+    let r = ring.clone();
+    let there = ring.block_on(async move { r.offload(|| std::thread::current().id()).await });
+    assert_eq!(there, Ok(me));
+}
+
+#[test]
+fn memory_of_an_orphan_is_not_used_again_before_its_end() {
+    let scratch = Scratch::new("orphan");
+    let address = SocketAddress::Unix(scratch.path().to_owned());
+    let config = Config { arena_bytes: 1 << 20, ..Config::default() };
+    let ring = Ring::new(&config).unwrap();
+    let r = ring.clone();
+    ring.block_on(async move {
+        let (listener, _) = r.listen(&address).unwrap();
+        let client = r.connect(&address).unwrap();
+        let server = r.accept(&listener).await.unwrap();
+        // A receive that cannot end holds the whole arena; dropping its future gives nothing back yet.
+        let receive = r.recv(&server, r.alloc(1 << 20).await);
+        r.sleep(1_000_000).await;
+        drop(receive);
+        assert!(r.arena().try_alloc(4096).is_none());
+        // The cancel that the drop asked for ends it, and then the memory is there again.
+        let buf = r.alloc(4096).await;
+        drop((buf, client));
+    });
+    assert_eq!(ring.arena().bytes_used(), 0);
+}
+
+#[test]
+fn restricted_rings_work() {
+    let scratch = Scratch::new("restricted");
+    let path = scratch.path().to_owned();
+    let config = Config { restrict: true, ..Config::default() };
+    let ring = Ring::new(&config).unwrap();
+    assert!(ring.describe().iter().any(|line| line.contains("restricted")));
+    let r = ring.clone();
+    ring.block_on(async move {
+        let how = OpenHow { write: true, create_new: true, ..OpenHow::default() };
+        let file = r.open(&path, &how).unwrap();
+        let buf = r.alloc(4096).await;
+        assert_eq!(r.write(&file, 0, buf.freeze(), true).await, Ok(4096));
+        assert_eq!(r.offload(|| 1).await, Ok(1));
+    });
+}
+
+#[test]
+fn the_fd_polls_readable_when_there_is_work() {
+    let ring = ring();
+    let r = ring.clone();
+    let scratch = Scratch::new("fd");
+    let address = SocketAddress::Unix(scratch.path().to_owned());
+    let (listener, _) = ring.listen(&address).unwrap();
+    let accepted = ring.spawn_with_result(async move { r.accept(&listener).await.map(drop) });
+    while ring.turn().more_work {}
+    let readable = |timeout_ms: i64| {
+        ring.with_fd(|fd| {
+            let fd = fd.unwrap();
+            let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+            let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: timeout_ms * 1_000_000 };
+            rustix::event::poll(&mut fds, Some(&timeout)).unwrap() == 1
+        })
+    };
+    assert!(!readable(0));
+    let _client = std::os::unix::net::UnixStream::connect(scratch.path()).unwrap();
+    assert!(readable(900), "the connection makes the ring's fd readable");
+    let end = Instant::now() + Duration::from_secs(5);
+    let mut result = None;
+    while result.is_none() && Instant::now() < end {
+        let _ = ring.turn();
+        result = accepted.try_take();
+    }
+    assert_eq!(result, Some(Ok(())));
+    // From another thread.
+    let waker = ring.remote_waker();
+    while ring.turn().more_work {}
+    std::thread::spawn(move || waker.wake());
+    assert!(readable(900));
+}
+
+#[test]
+fn errors_have_their_number() {
+    let ring = ring();
+    assert_eq!(ring.open(Path::new("/nonexistent/x"), &OpenHow::default()).map(drop), Err(Errno::ENOENT));
+    let missing = SocketAddress::Unix("/nonexistent/sock".into());
+    assert_eq!(ring.connect(&missing).map(drop), Err(Errno::ENOENT));
+}
