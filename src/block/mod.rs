@@ -1,1 +1,218 @@
-//! See docs/architecture.md.
+//! The seam between those who use a disk and those who know how it is stored.
+//!
+//! ```text
+//!   export, job            ask for guest bytes
+//!        │
+//!   graph::Node            filters, drain, in-flight accounting
+//!        │
+//!   dyn Driver  ◄──────────this module: requests, extents, limits, errors
+//!     ├─ format (raw, qcow2): bytes mean something; children are drivers
+//!     └─ protocol (file, host_device, mem, null, delay): bytes live somewhere
+//! ```
+//!
+//! # Vocabulary
+//! *flush* makes acknowledged writes durable. *discard* gives space back and leaves the contents
+//! undefined. *write zeroes* makes a range read as zeroes; with [`ZeroFlags::may_unmap`] it may give
+//! space back, with [`ZeroFlags::no_fallback`] it fails rather than write zeroes out.
+//!
+//! # Memory
+//! A read takes an exclusive [`Buf`] and gives it back; a write takes a [`SharedBuf`], so that one
+//! buffer can go to two places. The length of the buffer is the length of the request.
+
+pub mod error;
+pub mod permission;
+
+pub use error::{BlockError, Operation};
+pub use permission::{Permission, Permissions};
+
+use blockferry_ring::{Buf, PooledFuture, SharedBuf};
+
+/// What driver calls return: a future in pooled memory.
+pub type IoFuture<'a, T> = PooledFuture<'a, T>;
+
+/// The result of a request without data.
+pub type IoResult = Result<(), BlockError>;
+
+/// What a driver needs of requests. Powers of two, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Offsets and lengths of reads and writes.
+    pub request_align: u32,
+    /// Addresses of memory.
+    pub mem_align: u32,
+    /// Write-zeroes works best on multiples of this.
+    pub zero_align: u32,
+    /// Discard works on multiples of this.
+    pub discard_align: u32,
+    /// The natural unit of allocation (a qcow2 cluster, a filesystem block), if known.
+    pub cluster_size: Option<u32>,
+    /// The largest single read or write.
+    pub transfer_max: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            request_align: 1,
+            mem_align: 1,
+            zero_align: 1,
+            discard_align: 1,
+            cluster_size: None,
+            transfer_max: blockferry_ring::arena::BLOCK_MAX as u32,
+        }
+    }
+}
+
+/// What a driver can do at this moment. A capability may be lost at run time: asking for it then falls
+/// back without an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Capabilities {
+    /// Writes can be made durable one by one.
+    pub fua: bool,
+    /// Discard gives space back.
+    pub discard: bool,
+    /// Zeroes can be written without sending them as data.
+    pub zero_fast: bool,
+    /// Zeroes can be written by giving space back.
+    pub zero_unmap: bool,
+    /// The driver knows holes from data.
+    pub status: bool,
+}
+
+/// How to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct WriteFlags {
+    /// Durable when acknowledged.
+    pub fua: bool,
+}
+
+/// How to write zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct ZeroFlags {
+    /// Durable when acknowledged.
+    pub fua: bool,
+    /// The range may be deallocated.
+    pub may_unmap: bool,
+    /// Fail with `EOPNOTSUPP` rather than write zeroes out as data.
+    pub no_fallback: bool,
+}
+
+/// What is known of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes from the offset that was asked for; never 0, never more than was asked for.
+    pub len: u64,
+    /// Reads as zeroes for certain.
+    pub zero: bool,
+    /// Occupies space in this layer (for a layer with a backing file: hides what is below).
+    pub allocated: bool,
+}
+
+impl Extent {
+    /// Data, as far as is known.
+    pub fn data(len: u64) -> Extent {
+        Extent { len, zero: false, allocated: true }
+    }
+
+    /// A hole that reads as zeroes.
+    pub fn hole(len: u64) -> Extent {
+        Extent { len, zero: true, allocated: false }
+    }
+}
+
+/// Where a read leads without any I/O of metadata: the fast lane.
+#[derive(Debug)]
+pub enum Resolved {
+    /// To these bytes of this file.
+    File {
+        /// The file, for [`blockferry_ring::Ring::read`].
+        file: blockferry_ring::File,
+        /// The offset in it.
+        offset: u64,
+    },
+    /// Nothing is known at once, or the memory or alignment does not fit: take [`Driver::read`].
+    Ask,
+}
+
+/// A disk or a layer of one, as stored.
+///
+/// Ranges lie within [`Driver::len`]: who calls has checked. Reads and writes of any offset and length
+/// are accepted whatever [`Limits::request_align`] says (it is advice on what is fast); memory must fit
+/// [`Driver::limits`] only to be fast as well.
+pub trait Driver: std::fmt::Debug {
+    /// The driver's name: `file`, `raw`, ….
+    fn kind(&self) -> &'static str;
+
+    /// What a person calls this image: its path or URI.
+    fn name(&self) -> &str;
+
+    /// Bytes of the disk.
+    fn len(&self) -> u64;
+
+    /// No bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Opened without write access.
+    fn is_read_only(&self) -> bool;
+
+    /// What it needs.
+    fn limits(&self) -> Limits;
+
+    /// What it can do now.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Reads `buf.len()` bytes at `offset`. The buffer comes back in any case.
+    fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)>;
+
+    /// Writes all of `buf` at `offset`.
+    fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoFuture<'_, IoResult>;
+
+    /// Makes all acknowledged writes durable.
+    fn flush(&self) -> IoFuture<'_, IoResult>;
+
+    /// Gives space back; contents of the range are undefined afterwards. Not doing so is no error.
+    fn discard(&self, offset: u64, len: u64) -> IoFuture<'_, IoResult>;
+
+    /// Makes a range read as zeroes.
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'_, IoResult>;
+
+    /// What is known from `offset` on, for at most `len` bytes (above 0).
+    fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>>;
+
+    /// The fast lane of reads, for a range within the disk and memory of `mem_align`.
+    fn resolve(&self, _offset: u64, _len: u64) -> Resolved {
+        Resolved::Ask
+    }
+
+    /// Drivers below this one.
+    fn children(&self) -> Vec<std::rc::Rc<dyn Driver>> {
+        Vec::new()
+    }
+
+    /// Takes and gives back the locks that these permissions need, on this driver and those below.
+    /// On an error nothing has changed.
+    fn set_permissions(&self, permissions: Permissions) -> IoResult;
+
+    /// The file that holds the image, where it is one on this machine: marks are put on it.
+    fn local_file(&self) -> Option<blockferry_ring::File> {
+        None
+    }
+
+    /// Two drivers with the same identity store the same bytes in the same place.
+    fn identity(&self) -> Option<(u64, u64)> {
+        None
+    }
+
+    /// Changes the length. `EOPNOTSUPP` where that makes no sense.
+    fn set_len(&self, _len: u64) -> IoFuture<'_, IoResult>;
+
+    /// Bytes that the image occupies, where that can be told.
+    fn allocated_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Makes requests in flight fail where that is possible (a socket can be cut, a kernel file cannot).
+    fn fail_in_flight(&self) {}
+}

@@ -1,0 +1,119 @@
+//! The error of this seam: what failed, where, with which number.
+
+use std::rc::Rc;
+
+use blockferry_ring::Errno;
+
+/// What was being done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Opening an image.
+    Open,
+    /// Creating an image.
+    Create,
+    /// Taking its locks.
+    Lock,
+    /// Reading.
+    Read,
+    /// Writing.
+    Write,
+    /// Flushing.
+    Flush,
+    /// Discarding.
+    Discard,
+    /// Writing zeroes.
+    WriteZeroes,
+    /// Asking for holes and data.
+    BlockStatus,
+    /// Changing the length.
+    Resize,
+}
+
+impl Operation {
+    /// Whether it changes the image (counts as a write for error policies).
+    pub fn is_write(self) -> bool {
+        !matches!(self, Operation::Open | Operation::Read | Operation::BlockStatus)
+    }
+
+    fn verb(self) -> &'static str {
+        match self {
+            Operation::Open => "Opening",
+            Operation::Create => "Creating",
+            Operation::Lock => "Locking",
+            Operation::Read => "Reading",
+            Operation::Write => "Writing",
+            Operation::Flush => "Flushing",
+            Operation::Discard => "Discarding in",
+            Operation::WriteZeroes => "Writing zeroes to",
+            Operation::BlockStatus => "Asking for the allocation of",
+            Operation::Resize => "Resizing",
+        }
+    }
+}
+
+/// A failed request or open.
+#[derive(Clone, Debug, thiserror::Error)]
+pub struct BlockError {
+    /// What was being done.
+    pub operation: Operation,
+    /// The image, as a person calls it.
+    pub name: Rc<str>,
+    /// Where in it, and how much: (offset, bytes).
+    pub place: Option<(u64, u64)>,
+    /// The number.
+    pub errno: Errno,
+    /// What to know or to do about it, if there is something.
+    pub hint: Option<Rc<str>>,
+}
+
+impl std::fmt::Display for BlockError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} '{}'", self.operation.verb(), self.name)?;
+        if let Some((offset, len)) = self.place {
+            write!(f, " at offset {offset} ({len} bytes)")?;
+        }
+        write!(f, " failed: {}", self.errno)?;
+        match &self.hint {
+            Some(hint) => write!(f, ". {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl BlockError {
+    /// An error of a whole image.
+    pub fn new(operation: Operation, name: impl Into<Rc<str>>, errno: Errno) -> BlockError {
+        BlockError { operation, name: name.into(), place: None, errno, hint: None }
+    }
+
+    /// An error at a place.
+    pub fn at(
+        operation: Operation,
+        name: impl Into<Rc<str>>,
+        offset: u64,
+        len: u64,
+        errno: Errno,
+    ) -> BlockError {
+        BlockError { place: Some((offset, len)), ..BlockError::new(operation, name, errno) }
+    }
+
+    /// Adds what to know or to do about it.
+    pub fn hint(mut self, hint: impl Into<Rc<str>>) -> BlockError {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_path_offset_and_cure() {
+        let error = BlockError::at(Operation::Write, "/a.img", 4096, 512, Errno::ENOSPC).hint("Make room.");
+        assert_eq!(
+            error.to_string(),
+            "Writing '/a.img' at offset 4096 (512 bytes) failed: No space left on device. Make room."
+        );
+    }
+}
