@@ -1,1 +1,12 @@
 //! See docs/architecture.md.
+
+/// Every number that bounds something.
+pub mod limits;
+/// Half-open byte ranges.
+pub mod range;
+/// Seeded random numbers with a frozen stream.
+pub mod rng;
+/// Sizes, speeds and times as people write and read them.
+pub mod units;
+/// Finding zeroes in data.
+pub mod zero;
