@@ -1,5 +1,9 @@
 //! See docs/architecture.md.
 
+/// Rate limits, alone and shared.
+pub mod bucket;
+/// Latency histograms.
+pub mod latency;
 /// Every number that bounds something.
 pub mod limits;
 /// Half-open byte ranges.
