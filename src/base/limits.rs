@@ -1,0 +1,92 @@
+//! Every number that bounds something.
+//!
+//! A queue, a table, a batch or a retry that grows with what a peer, a disk or a user sends has its bound here, by name,
+//! with the reason for its size. Whoever meets a bound parks, refuses or falls back; nobody allocates past it. Bounds
+//! that are part of a format or a protocol name where they come from.
+
+/// Bytes in a kibibyte, mebibyte and so on, to write the limits below readably.
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+// ---- Disks and images ----
+
+/// Smallest unit in which a disk is addressed, in bytes.
+pub const SECTOR_BYTES: u64 = 512;
+/// Longest disk, in bytes: what a signed 64-bit file offset reaches, less room to align any request up without wrapping.
+pub const DISK_LEN_MAX: u64 = (i64::MAX as u64) & !((1 << 30) - 1);
+/// Backing files below one node. A longer chain is a loop or a mistake.
+pub const BACKING_CHAIN_MAX: usize = 200;
+
+// ---- Dirty maps ----
+
+/// Finest dirty-map granularity, in bytes (QMP `granularity`).
+pub const GRANULARITY_BYTES_MIN: u64 = 512;
+/// Coarsest dirty-map granularity, in bytes (QMP `granularity`).
+pub const GRANULARITY_BYTES_MAX: u64 = 64 * MIB;
+/// Leaves in one dirty map. Address space for the pointers to them is reserved at once (8 bytes each), memory is not.
+/// At 64 KiB granularity this reaches 32 PiB.
+pub const DIRTY_LEAVES_MAX: u64 = 1 << 24;
+/// Emptied leaves that a dirty map keeps for its next need, so that a range that goes back and forth does not allocate.
+pub const DIRTY_LEAVES_SPARE: usize = 4;
+
+// ---- Requests inside the engine ----
+
+/// Range locks held or awaited on one node. Each belongs to a request in flight, so exports and jobs meet their own
+/// limits first; this one keeps the linear scan of a lock table short.
+pub const RANGE_LOCKS_MAX: usize = 1024;
+/// Requests that a drained root parks, new connections' included. The peers' queues fill behind it.
+pub const PARKED_REQUESTS_PER_ROOT: usize = 1024;
+/// Requests in flight at one leaf, guests' and jobs' together.
+pub const IN_FLIGHT_PER_LEAF: usize = 256;
+/// Largest single read or write handed to a leaf, in bytes.
+pub const IO_BYTES_MAX: u64 = 32 * MIB;
+
+// ---- Graph and jobs ----
+
+/// Nodes in one engine, filters and implicit ones included.
+pub const NODES_MAX: usize = 4096;
+/// Jobs that exist at once in one engine, concluded ones not yet dismissed included.
+pub const JOBS_MAX: usize = 1024;
+/// Requests that one job keeps in flight.
+pub const IN_FLIGHT_PER_JOB: usize = 64;
+/// Largest chunk that a job copies as one request, in bytes.
+pub const JOB_CHUNK_BYTES_MAX: u64 = 8 * MIB;
+/// Bytes in a node, job or export name.
+pub const NAME_BYTES_MAX: usize = 255;
+
+// ---- Speed ----
+
+/// Time whose worth of bytes an idle rate limit saves up, in nanoseconds. It makes up for a turn that came late.
+pub const BURST_NS: u64 = 100_000_000;
+/// Bytes that a rate limit saves up at most, however high the speed.
+pub const BURST_BYTES_MAX: u64 = 64 * MIB;
+/// Jobs under one shared rate limit.
+pub const BUCKET_GROUP_MEMBERS_MAX: usize = 256;
+
+// ---- NBD ----
+
+/// Largest payload of one NBD read or write, in bytes. The specification's default; larger ones end the connection.
+pub const NBD_REQUEST_BYTES_MAX: u32 = 32 << 20;
+/// Longest string in NBD negotiation, in bytes (the specification's limit for names and descriptions).
+pub const NBD_STRING_BYTES_MAX: u32 = 4096;
+/// Longest data of one NBD option, in bytes: a few strings and a list of queries. More is read past and refused.
+pub const NBD_OPTION_BYTES_MAX: u32 = 64 * KIB as u32;
+/// Options in one NBD handshake.
+pub const NBD_OPTIONS_PER_HANDSHAKE: usize = 64;
+/// Time in which an NBD handshake has to end, in nanoseconds.
+pub const NBD_HANDSHAKE_NS_MAX: u64 = 10_000_000_000;
+/// Meta contexts that one NBD client selects.
+pub const NBD_META_CONTEXTS_MAX: usize = 16;
+/// Extents in one NBD block status reply, a context.
+pub const NBD_EXTENTS_PER_REPLY: usize = 2048;
+/// Clients connected to one NBD export.
+pub const NBD_CLIENTS_PER_EXPORT: usize = 128;
+/// Requests in flight of one NBD client. Further ones stay unread in its socket.
+pub const NBD_IN_FLIGHT_PER_CLIENT: usize = 128;
+/// Payload bytes that one NBD client holds in flight. Further requests stay unread in its socket.
+pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 64 * MIB;
+
+// ---- Saved measurements ----
+
+/// Longest saved latency histogram that is read back, in bytes: every counter at its longest encoding fits.
+pub const HISTOGRAM_BYTES_MAX: usize = 512 << 10;
