@@ -1,1 +1,4 @@
 //! See docs/architecture.md.
+
+/// Nodes, roots and drain.
+pub mod node;
