@@ -1,1 +1,3 @@
+//! The `blockferry` command. See `docs/architecture.md`.
+
 fn main() {}
