@@ -1,1 +1,4 @@
 //! See docs/architecture.md.
+
+/// Which parts of a disk still differ.
+pub mod dirty;
