@@ -419,8 +419,13 @@ impl DirtyMap {
     }
 
     fn drop_leaves(&mut self) {
-        for leaf in self.some.iter_ones() {
-            self.leaves[leaf] = None;
+        let summary = self.some.as_raw_slice().iter().zip(self.full.as_raw_slice());
+        for (word, (some, full)) in summary.enumerate() {
+            let mut partly = some & !full;
+            while partly != 0 {
+                self.leaves[word * 64 + partly.trailing_zeros() as usize] = None;
+                partly &= partly - 1;
+            }
         }
     }
 
@@ -452,15 +457,17 @@ impl DirtyMap {
             let base = leaf as u64 * LEAF_CHUNKS;
             match &self.leaves[leaf] {
                 Some(partly) => {
-                    let (local, end) = ((chunk - base) as usize, self.leaf_chunks(leaf));
+                    // Not past `to`: a short piece of a long run must not cost a look at all of it.
+                    let (local, end) = ((chunk - base) as usize, (to - base).min(LEAF_CHUNKS) as usize);
                     if let Some(found) = find_bit(partly.bits.as_raw_slice(), local, end, false) {
-                        return to.min(base + found as u64);
+                        return base + found as u64;
                     }
                     chunk = base + LEAF_CHUNKS;
                 }
                 None if !self.full[leaf] => return chunk,
                 None => {
-                    let next = find_bit(self.full.as_raw_slice(), leaf + 1, self.full.len(), false);
+                    let leaves = to.div_ceil(LEAF_CHUNKS) as usize;
+                    let next = find_bit(self.full.as_raw_slice(), leaf + 1, leaves, false);
                     chunk = next.map_or(to, |next| next as u64 * LEAF_CHUNKS);
                 }
             }
