@@ -14,3 +14,5 @@ pub mod rng;
 pub mod units;
 /// Finding zeroes in data.
 pub mod zero;
+/// Deliberate bugs for tests.
+pub mod planted;

@@ -106,7 +106,7 @@ pub struct Node {
     /// Told when a request ends or the door opens.
     changed: Notify,
     roots: RefCell<Vec<Weak<RootInner>>>,
-    users: RefCell<Vec<(u64, Permissions, &'static str)>>,
+    users: RefCell<Vec<(u64, UseKind)>>,
     user_next: Cell<u64>,
 }
 
@@ -121,16 +121,78 @@ impl std::fmt::Debug for Node {
     }
 }
 
-/// One use of a node with its permissions; dropping it ends the use.
+/// Who uses a node. Decides what else may use it in this program, and which locks keep others out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UseKind {
+    /// A root that only reads.
+    Reader,
+    /// A root that writes. Several may: they see each other's writes.
+    Guest,
+    /// The source of a job of this type.
+    JobSource(&'static str),
+    /// The target of a job of this type: nobody else may use it.
+    JobTarget(&'static str),
+}
+
+impl UseKind {
+    fn permissions(self) -> Permissions {
+        match self {
+            UseKind::Reader => Permissions::READER,
+            UseKind::Guest => Permissions::USER,
+            UseKind::JobSource(_) => Permissions::STABLE_READER,
+            UseKind::JobTarget(_) => Permissions::JOB_TARGET,
+        }
+    }
+
+    fn job(self) -> Option<&'static str> {
+        match self {
+            UseKind::JobSource(job) | UseKind::JobTarget(job) => Some(job),
+            _ => None,
+        }
+    }
+
+    /// Whether the two may use one node at the same time.
+    fn agrees_with(self, other: UseKind) -> bool {
+        let target = matches!(self, UseKind::JobTarget(_)) || matches!(other, UseKind::JobTarget(_));
+        let two_jobs = self.job().is_some() && other.job().is_some();
+        !target && !two_jobs
+    }
+}
+
+/// One use of a node; dropping it ends the use.
 #[derive(Debug)]
 pub struct Use {
     node: Rc<Node>,
     id: u64,
 }
 
+impl Use {
+    /// The node.
+    pub fn node(&self) -> &Rc<Node> {
+        &self.node
+    }
+
+    /// Turns it into another kind of use in one step: the locks that stay are never given up between.
+    pub fn change(&self, kind: UseKind) -> IoResult {
+        self.node.check_use(kind, Some(self.id))?;
+        let set = |kind| {
+            let mut old = kind;
+            for (id, k) in self.node.users.borrow_mut().iter_mut().filter(|(id, _)| *id == self.id) {
+                debug_assert_eq!(*id, self.id);
+                old = std::mem::replace(k, kind);
+            }
+            old
+        };
+        let old = set(kind);
+        self.node.apply_permissions().inspect_err(|_| {
+            set(old);
+        })
+    }
+}
+
 impl Drop for Use {
     fn drop(&mut self) {
-        self.node.users.borrow_mut().retain(|(id, ..)| *id != self.id);
+        self.node.users.borrow_mut().retain(|(id, _)| *id != self.id);
         if let Err(error) = self.node.apply_permissions() {
             // Giving permissions up takes no new locks; only a dying file could refuse it.
             tracing::warn!(%error, "locks could not be given back");
@@ -199,33 +261,32 @@ impl Node {
     }
 
     /// Registers a use. Refused when another use of this node, or another program, does not allow it.
-    pub fn attach(self: &Rc<Node>, permissions: Permissions, what: &'static str) -> Result<Use, BlockError> {
-        for (_, theirs, who) in self.users.borrow().iter() {
-            for permission in Permission::ALL {
-                let clash = permissions.uses(permission) && !theirs.shares(permission)
-                    || theirs.uses(permission) && !permissions.shares(permission);
-                if clash {
-                    let hint = format!(
-                        "Node '{}' is in use by {who}, which excludes '{}'",
-                        self.name,
-                        permission.name()
-                    );
-                    return Err(BlockError::new(Operation::Lock, self.driver.name(), Errno::EBUSY).hint(hint));
-                }
-            }
-        }
+    pub fn attach(self: &Rc<Node>, kind: UseKind) -> Result<Use, BlockError> {
+        self.check_use(kind, None)?;
         let id = self.user_next.get();
         self.user_next.set(id + 1);
-        self.users.borrow_mut().push((id, permissions, what));
+        self.users.borrow_mut().push((id, kind));
         if let Err(error) = self.apply_permissions() {
-            self.users.borrow_mut().retain(|(i, ..)| *i != id);
+            self.users.borrow_mut().retain(|(i, _)| *i != id);
             return Err(error);
         }
         Ok(Use { node: self.clone(), id })
     }
 
+    fn check_use(&self, kind: UseKind, own: Option<u64>) -> IoResult {
+        let users = self.users.borrow();
+        let Some((_, other)) = users.iter().find(|(id, other)| Some(*id) != own && !kind.agrees_with(*other)) else {
+            return Ok(());
+        };
+        let hint = match other.job() {
+            Some(job) => format!("Node '{}' is busy: block device is in use by block job: {job}", self.name),
+            None => format!("Node '{}' is in use by a client and cannot be the target of a job", self.name),
+        };
+        Err(BlockError::new(Operation::Lock, self.driver.name(), Errno::EBUSY).hint(hint))
+    }
+
     fn apply_permissions(&self) -> IoResult {
-        let all = self.users.borrow().iter().fold(Permissions::NONE, |sum, (_, p, _)| sum.and(*p));
+        let all = self.users.borrow().iter().fold(Permissions::NONE, |sum, (_, kind)| sum.and(kind.permissions()));
         self.driver.set_permissions(all)
     }
 
@@ -262,7 +323,7 @@ impl Node {
         }
     }
 
-    /// Moves the permissions of the roots along with [`Node::replace_with`]; nothing changes on an error.
+    /// The roots that point to this node.
     pub fn roots(&self) -> Vec<Root> {
         self.roots.borrow().iter().filter_map(|weak| weak.upgrade().map(Root)).collect()
     }
@@ -299,7 +360,7 @@ pub struct Features {
 struct RootInner {
     node: RefCell<Rc<Node>>,
     features: Features,
-    permissions: Permissions,
+    kind: UseKind,
     using: RefCell<Option<Use>>,
     parked: Cell<u32>,
 }
@@ -330,8 +391,8 @@ impl Drop for Inside {
 impl Root {
     /// A root on `node`. Takes the locks that its use needs.
     pub fn new(node: &Rc<Node>, read_only: bool) -> Result<Root, BlockError> {
-        let permissions = if read_only { Permissions::READER } else { Permissions::USER };
-        let using = node.attach(permissions, if read_only { "a reader" } else { "a user" })?;
+        let kind = if read_only { UseKind::Reader } else { UseKind::Guest };
+        let using = node.attach(kind)?;
         let features = Features {
             len: node.driver.len(),
             preferred_block: node.driver.limits().request_align.max(4096),
@@ -340,7 +401,7 @@ impl Root {
         let inner = Rc::new(RootInner {
             node: RefCell::new(node.clone()),
             features,
-            permissions,
+            kind,
             using: RefCell::new(Some(using)),
             parked: Cell::new(0),
         });
@@ -363,9 +424,9 @@ impl Root {
         self.0.parked.get()
     }
 
-    /// Takes the permissions that this root needs on `target`, for a pivot to it.
-    pub fn attach_to(&self, target: &Rc<Node>) -> Result<Use, BlockError> {
-        target.attach(self.0.permissions, "a user")
+    /// What kind of use this root makes of its node.
+    pub fn kind(&self) -> UseKind {
+        self.0.kind
     }
 
     /// Ends the use of the old node after a pivot.
