@@ -90,3 +90,22 @@ pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 64 * MIB;
 
 /// Longest saved latency histogram that is read back, in bytes: every counter at its longest encoding fits.
 pub const HISTOGRAM_BYTES_MAX: usize = 512 << 10;
+
+/// Events of one job that nobody has taken; the oldest go first.
+pub const JOB_EVENTS_KEPT_MAX: usize = 1024;
+/// Copies of one mirror in flight.
+pub const MIRROR_OPERATIONS_MAX: usize = 16;
+/// Bytes of one copy of a mirror, unless its granularity is larger.
+pub const MIRROR_CHUNK_BYTES: u64 = 256 * 1024;
+/// A mirror's `buf-size` when none is given (as QEMU has it).
+pub const MIRROR_BUF_SIZE: u64 = 16 << 20;
+/// The largest range that one zeroing operation of a mirror covers.
+pub const MIRROR_ZERO_BYTES_MAX: u64 = 1 << 30;
+/// How far ahead a mirror asks for holes and data at once.
+pub const MIRROR_STATUS_BYTES_MAX: u64 = 1 << 40;
+/// The first pause of a job that ignores errors; doubled with every further one.
+pub const ERROR_PAUSE_NANOS_MIN: u64 = 10_000_000;
+/// The longest such pause.
+pub const ERROR_PAUSE_NANOS_MAX: u64 = 2_000_000_000;
+/// How long a drain may take before it is given up.
+pub const DRAIN_NANOS_MAX: u64 = 60_000_000_000;

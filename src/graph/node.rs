@@ -18,7 +18,7 @@ use blockferry_ring::{Buf, Errno, Nanos, Ring, SharedBuf};
 
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Driver, Extent, IoFuture, IoResult, Operation, Permission, Permissions, Resolved, WriteFlags,
+    BlockError, Driver, Extent, IoFuture, IoResult, Operation, Permissions, Resolved, WriteFlags,
     ZeroFlags,
 };
 
