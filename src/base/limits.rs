@@ -109,3 +109,5 @@ pub const ERROR_PAUSE_NANOS_MIN: u64 = 10_000_000;
 pub const ERROR_PAUSE_NANOS_MAX: u64 = 2_000_000_000;
 /// How long a drain may take before it is given up.
 pub const DRAIN_NANOS_MAX: u64 = 60_000_000_000;
+/// So much may still differ when a mirror that was told to end shuts the door and copies the rest.
+pub const MIRROR_CLOSING_BYTES_MAX: u64 = 4 << 20;

@@ -16,10 +16,10 @@ use std::rc::{Rc, Weak};
 use blockferry_ring::sync::{Either, Notify, either};
 use blockferry_ring::{Buf, Errno, Nanos, Ring, SharedBuf};
 
+use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Driver, Extent, IoFuture, IoResult, Operation, Permissions, Resolved, WriteFlags,
-    ZeroFlags,
+    BlockError, Driver, Extent, IoFuture, IoResult, Operation, Permissions, Resolved, WriteFlags, ZeroFlags,
 };
 
 /// A request that changes the disk.
@@ -275,7 +275,8 @@ impl Node {
 
     fn check_use(&self, kind: UseKind, own: Option<u64>) -> IoResult {
         let users = self.users.borrow();
-        let Some((_, other)) = users.iter().find(|(id, other)| Some(*id) != own && !kind.agrees_with(*other)) else {
+        let Some((_, other)) = users.iter().find(|(id, other)| Some(*id) != own && !kind.agrees_with(*other))
+        else {
             return Ok(());
         };
         let hint = match other.job() {
@@ -286,7 +287,8 @@ impl Node {
     }
 
     fn apply_permissions(&self) -> IoResult {
-        let all = self.users.borrow().iter().fold(Permissions::NONE, |sum, (_, kind)| sum.and(kind.permissions()));
+        let all =
+            self.users.borrow().iter().fold(Permissions::NONE, |sum, (_, kind)| sum.and(kind.permissions()));
         self.driver.set_permissions(all)
     }
 
@@ -304,13 +306,18 @@ impl Node {
 
     /// Shuts the door and waits until nobody is inside, for at most `span`.
     pub async fn drain(self: &Rc<Node>, span: Nanos) -> Result<Drained, Errno> {
-        self.drains.set(self.drains.get() + 1);
-        let drained = Drained { node: self.clone() };
+        let drained = self.shut();
         let empty = self.changed.until(|| (self.in_flight.get() == 0).then_some(()));
         match either(empty, self.ring.sleep(span)).await {
             Either::First(()) => Ok(drained),
             Either::Second(()) => Err(Errno::ETIMEDOUT),
         }
+    }
+
+    /// Shuts the door without waiting for those inside.
+    pub fn shut(self: &Rc<Node>) -> Drained {
+        self.drains.set(self.drains.get() + 1);
+        Drained { node: self.clone() }
     }
 
     /// Lets every root on this node point to `target` instead. Both are drained, or nobody uses the target.
@@ -325,7 +332,11 @@ impl Node {
 
     /// The roots that point to this node.
     pub fn roots(&self) -> Vec<Root> {
-        self.roots.borrow().iter().filter_map(|weak| weak.upgrade().map(Root)).collect()
+        self.roots
+            .borrow()
+            .iter()
+            .filter_map(|weak| weak.upgrade().map(|inner| Root { inner, ungated: false }))
+            .collect()
     }
 
     async fn driver_mutate(&self, mutation: Mutation) -> IoResult {
@@ -367,11 +378,15 @@ struct RootInner {
 
 /// A user's handle of a disk.
 #[derive(Clone)]
-pub struct Root(Rc<RootInner>);
+pub struct Root {
+    inner: Rc<RootInner>,
+    /// Planted bug: this client does not see the shut door.
+    ungated: bool,
+}
 
 impl std::fmt::Debug for Root {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Root").field("node", &self.0.node.borrow().name).finish_non_exhaustive()
+        f.debug_struct("Root").field("node", &self.inner.node.borrow().name).finish_non_exhaustive()
     }
 }
 
@@ -406,32 +421,38 @@ impl Root {
             parked: Cell::new(0),
         });
         node.roots.borrow_mut().push(Rc::downgrade(&inner));
-        Ok(Root(inner))
+        Ok(Root { inner, ungated: false })
+    }
+
+    /// The handle for one client of this root.
+    pub fn client(&self) -> Root {
+        let ungated = is_planted(Bug::NewClientNotDrained) && self.node().is_drained();
+        Root { inner: self.inner.clone(), ungated }
     }
 
     /// What clients may rely on.
     pub fn features(&self) -> Features {
-        self.0.features
+        self.inner.features
     }
 
     /// The node that it points to now.
     pub fn node(&self) -> Rc<Node> {
-        self.0.node.borrow().clone()
+        self.inner.node.borrow().clone()
     }
 
     /// Requests that wait at the door.
     pub fn parked(&self) -> u32 {
-        self.0.parked.get()
+        self.inner.parked.get()
     }
 
     /// What kind of use this root makes of its node.
     pub fn kind(&self) -> UseKind {
-        self.0.kind
+        self.inner.kind
     }
 
     /// Ends the use of the old node after a pivot.
     pub fn set_use(&self, using: Use) {
-        let old = self.0.using.borrow_mut().replace(using);
+        let old = self.inner.using.borrow_mut().replace(using);
         drop(old);
     }
 
@@ -441,8 +462,8 @@ impl Root {
     }
 
     async fn enter(&self) -> Inside {
-        let node = self.0.node.borrow().clone();
-        if node.drains.get() == 0 {
+        let node = self.inner.node.borrow().clone();
+        if node.drains.get() == 0 || self.ungated {
             node.in_flight.set(node.in_flight.get() + 1);
             return Inside(node);
         }
@@ -450,13 +471,13 @@ impl Root {
     }
 
     async fn enter_parked(&self, mut node: Rc<Node>) -> Inside {
-        self.0.parked.set(self.0.parked.get() + 1);
+        self.inner.parked.set(self.inner.parked.get() + 1);
         loop {
             node.changed.until(|| (node.drains.get() == 0).then_some(())).await;
             // Where the root points may have changed while the door was shut.
-            let now = self.0.node.borrow().clone();
+            let now = self.inner.node.borrow().clone();
             if now.drains.get() == 0 {
-                self.0.parked.set(self.0.parked.get() - 1);
+                self.inner.parked.set(self.inner.parked.get() - 1);
                 now.in_flight.set(now.in_flight.get() + 1);
                 return Inside(now);
             }
@@ -465,7 +486,7 @@ impl Root {
     }
 
     fn check(&self, operation: Operation, offset: u64, len: u64) -> IoResult {
-        let features = &self.0.features;
+        let features = &self.inner.features;
         let fits = offset.checked_add(len).is_some_and(|end| end <= features.len);
         let errno = if operation.is_write() && features.read_only {
             Errno::EPERM
@@ -474,7 +495,7 @@ impl Root {
         } else {
             return Ok(());
         };
-        Err(BlockError::at(operation, self.0.node.borrow().driver.name(), offset, len, errno))
+        Err(BlockError::at(operation, self.inner.node.borrow().driver.name(), offset, len, errno))
     }
 
     /// Reads `buf.len()` bytes at `offset`.

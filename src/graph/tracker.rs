@@ -47,7 +47,12 @@ impl std::fmt::Debug for Tracker {
 
 impl Tracker {
     /// A tracker for a disk of `len` bytes, all of it clean.
-    pub fn new(ring: &Ring, len: u64, granularity: u64, changed: Notify) -> Result<Rc<Tracker>, DirtyMapError> {
+    pub fn new(
+        ring: &Ring,
+        len: u64,
+        granularity: u64,
+        changed: Notify,
+    ) -> Result<Rc<Tracker>, DirtyMapError> {
         Ok(Rc::new(Tracker {
             ring: ring.clone(),
             dirty: RefCell::new(DirtyMap::new(len, granularity)?),

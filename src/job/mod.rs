@@ -8,3 +8,10 @@ pub mod policy;
 pub mod progress;
 pub mod registry;
 pub mod status;
+
+/// The shape of every job: a state machine and its hands.
+pub mod body;
+/// Copies a disk while it is in use.
+pub mod mirror;
+/// Runs a job.
+pub mod runner;
