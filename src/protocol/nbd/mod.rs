@@ -20,12 +20,15 @@ mod conversation;
 mod cursor;
 mod errno;
 mod error;
+#[cfg(test)]
+mod exchange;
 pub mod handshake_client;
 pub mod handshake_server;
 mod meta_context;
 pub mod pending;
 pub mod reply_reader;
 pub mod transmission;
+pub mod uri;
 pub mod wire;
 
 pub use constants::*;
@@ -45,4 +48,5 @@ pub use reply_reader::{
     parse_error, parse_hole, parse_reply,
 };
 pub use transmission::{ReplyTo, RequestHeader, RequestRules, StatusExtent, parse_request};
+pub use uri::{NbdAddress, NbdUri, UriError};
 pub use wire::{BlockSizes, ExportListing};
