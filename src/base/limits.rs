@@ -111,3 +111,6 @@ pub const ERROR_PAUSE_NANOS_MAX: u64 = 2_000_000_000;
 pub const DRAIN_NANOS_MAX: u64 = 60_000_000_000;
 /// So much may still differ when a mirror that was told to end shuts the door and copies the rest.
 pub const MIRROR_CLOSING_BYTES_MAX: u64 = 4 << 20;
+/// So much may be left to compare when a verifying pass beside the guests is content: the rest is compared
+/// while they wait.
+pub const VERIFY_LEFT_BYTES: u64 = 32 << 20;

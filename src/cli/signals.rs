@@ -1,11 +1,15 @@
 //! SIGINT, SIGTERM and SIGHUP as things that a task can wait for.
 //!
-//! The handler writes a byte into a socket pair, whose other end is received from through the ring: no
-//! thread, no lost signal, no work in the handler.
+//! The handler writes a byte into a socket pair, whose other end a task receives from through the ring:
+//! no thread, no lost signal, no work in the handler.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 
-use blockferry_ring::{File, Ring};
+use blockferry_ring::Ring;
+use blockferry_ring::sync::Notify;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::exit::Failure;
@@ -15,48 +19,59 @@ use super::exit::Failure;
 pub enum Signal {
     /// From the keyboard, or a polite supervisor.
     Interrupt,
-    /// From a supervisor.
+    /// From a supervisor (SIGTERM, SIGHUP).
     Terminate,
 }
 
 /// Receives signals.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Signals {
-    ring: Ring,
-    interrupt: File,
-    terminate: File,
+    queue: Rc<RefCell<VecDeque<Signal>>>,
+    came: Notify,
 }
 
 impl Signals {
     /// From now on the signals end nothing by themselves.
     pub fn new(ring: &Ring) -> Result<Signals, Failure> {
+        let signals = Signals { queue: Rc::default(), came: ring.notify() };
+        for (number, signal) in
+            [(SIGINT, Signal::Interrupt), (SIGTERM, Signal::Terminate), (SIGHUP, Signal::Terminate)]
+        {
+            signals.listen(ring, number, signal)?;
+        }
+        Ok(signals)
+    }
+
+    fn listen(&self, ring: &Ring, number: i32, signal: Signal) -> Result<(), Failure> {
         let failed = |error: std::io::Error| Failure::text(format!("Signals cannot be received: {error}"));
-        let (interrupt_in, interrupt) = UnixStream::pair().map_err(failed)?;
-        let (terminate_in, terminate) = UnixStream::pair().map_err(failed)?;
-        let hangup_in = terminate_in.try_clone().map_err(failed)?;
-        signal_hook::low_level::pipe::register(SIGINT, interrupt_in).map_err(failed)?;
-        signal_hook::low_level::pipe::register(SIGTERM, terminate_in).map_err(failed)?;
-        signal_hook::low_level::pipe::register(SIGHUP, hangup_in).map_err(failed)?;
-        let adopt = |stream: UnixStream| {
-            ring.adopt(stream.into()).map_err(|errno| Failure::text(format!("Signals cannot be received: {errno}")))
-        };
-        Ok(Signals { ring: ring.clone(), interrupt: adopt(interrupt)?, terminate: adopt(terminate)? })
+        let (to, from) = UnixStream::pair().map_err(failed)?;
+        signal_hook::low_level::pipe::register(number, to).map_err(failed)?;
+        let from = ring
+            .adopt(from.into())
+            .map_err(|errno| Failure::text(format!("Signals cannot be received: {errno}")))?;
+        let (queue, came, r) = (self.queue.clone(), self.came.clone(), ring.clone());
+        ring.spawn(async move {
+            loop {
+                let (_, result) = r.recv(&from, r.alloc(16).await).await;
+                match result {
+                    Ok(n) if n > 0 => {
+                        queue.borrow_mut().push_back(signal);
+                        came.notify();
+                    }
+                    _ => break,
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// The next one, if one has come.
+    pub fn try_next(&self) -> Option<Signal> {
+        self.queue.borrow_mut().pop_front()
     }
 
     /// Waits for the next one.
     pub async fn next(&self) -> Signal {
-        use blockferry_ring::sync::{Either, either};
-        let one = |file: File| {
-            let ring = self.ring.clone();
-            async move {
-                let buf = ring.alloc(64).await;
-                // An error ends the wait too: a command that cannot be ended politely should say so by ending.
-                let _ = ring.recv(&file, buf).await;
-            }
-        };
-        match either(one(self.interrupt.clone()), one(self.terminate.clone())).await {
-            Either::First(()) => Signal::Interrupt,
-            Either::Second(()) => Signal::Terminate,
-        }
+        self.came.until(|| self.try_next()).await
     }
 }

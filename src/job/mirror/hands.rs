@@ -7,6 +7,7 @@ use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::{PooledFuture, Ring, SharedBuf};
 
 use super::machine::{Copied, Failed, Op, Outcome};
+use super::verify::Verifier;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
@@ -34,6 +35,7 @@ pub(super) struct Parts {
     pub filter: Rc<dyn Filter>,
     pub drained: RefCell<Option<Drained>>,
     pub marker: Option<Box<dyn Marker>>,
+    pub verifier: Option<Rc<Verifier>>,
     pub detect_zeroes: bool,
     pub granularity: u64,
 }
@@ -54,6 +56,9 @@ impl Hands<Op, Outcome> for MirrorHands {
 
     fn clean_up(&self, forced: bool) {
         self.0.source.node().remove_filter(&self.0.filter);
+        if let Some(verifier) = &self.0.verifier {
+            self.0.source.node().remove_filter(&verifier.filter());
+        }
         self.0.drained.borrow_mut().take();
         if forced {
             self.0.target_node.driver().fail_in_flight();
@@ -94,6 +99,10 @@ impl Parts {
                 }
                 Err(_) => Outcome::Drained(false),
             },
+            Op::Verify => Outcome::Verified(match &self.verifier {
+                Some(verifier) => verifier.finish().await,
+                None => Ok(()),
+            }),
             Op::Undrain => {
                 self.drained.borrow_mut().take();
                 Outcome::Undrained

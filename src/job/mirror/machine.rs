@@ -10,7 +10,7 @@
 //!                          ↑      │ dirty again                  │
 //!                          └──────┘                              ├─ finalize later: Returned → pending,
 //!                                                                │  following goes on until finalize
-//!        Settled ← Unmarking ← FlushingLast ← Closing ← Draining ┘
+//!   Settled ← Unmarking ← [Verifying] ← FlushingLast ← Closing ← Draining ┘
 //! ```
 //! *Copying* takes dirty pieces in order from a cursor that wraps. Before a piece is taken the source is
 //! asked for holes; the answer is a hint that decides between a copy and a zeroing, and is verified by
@@ -55,6 +55,8 @@ pub enum Op {
     Drain,
     /// Open the source's door again.
     Undrain,
+    /// Compare what has yet to be compared.
+    Verify,
     /// Take the mark off the target.
     Unmark,
 }
@@ -95,6 +97,8 @@ pub enum Outcome {
     Flushed(Result<(), Failed>),
     /// The source is drained, or could not be.
     Drained(bool),
+    /// Source and target were compared.
+    Verified(Result<(), Failed>),
     /// The source's door is open.
     Undrained,
     /// The mark is gone, durably.
@@ -118,6 +122,8 @@ pub enum Stage {
     Closing,
     /// Drained and alike; flushing.
     FlushingLast,
+    /// Drained, alike, flushed; comparing.
+    Verifying,
     /// Drained, alike, flushed; removing the mark.
     Unmarking,
     /// Nothing left to do but to pivot, or not.
@@ -135,6 +141,7 @@ impl Stage {
             Stage::Following => "follow",
             Stage::Draining => "drain",
             Stage::Closing | Stage::FlushingLast | Stage::Unmarking => "final-flush",
+            Stage::Verifying => "verify",
             Stage::Settled => "pivot",
             Stage::Over => "over",
         }
@@ -156,7 +163,12 @@ impl Stage {
     fn is_closing(self) -> bool {
         matches!(
             self,
-            Stage::Draining | Stage::Closing | Stage::FlushingLast | Stage::Unmarking | Stage::Settled
+            Stage::Draining
+                | Stage::Closing
+                | Stage::FlushingLast
+                | Stage::Verifying
+                | Stage::Unmarking
+                | Stage::Settled
         )
     }
 }
@@ -172,6 +184,8 @@ pub struct Settings {
     pub zeroes_cost: bool,
     /// Settle before the body returns, because finalizing follows at once.
     pub auto_finalize: bool,
+    /// Compare source and target before the end.
+    pub verify: bool,
     /// Sizes differ in a way that was not allowed: fail after the start.
     pub sizes_differ: bool,
 }
@@ -290,12 +304,28 @@ impl Mirror {
                         if self.advance(Stage::FlushingForReady, Stage::Following) && !self.ready_told {
                             self.ready_told = true;
                             *cx.report = Some(Report::Ready);
+                        } else if self.settings.verify && self.advance(Stage::FlushingLast, Stage::Verifying)
+                        {
+                            self.ask(cx, Op::Verify);
                         } else if self.advance(Stage::FlushingLast, Stage::Unmarking) {
                             self.marked = false;
                             self.ask(cx, Op::Unmark);
                         }
                     }
                     Err(failed) => self.error(cx, failed),
+                }
+            }
+            Outcome::Verified(result) => {
+                self.others -= 1;
+                match result {
+                    Ok(()) => {
+                        if self.advance(Stage::Verifying, Stage::Unmarking) {
+                            self.marked = false;
+                            self.ask(cx, Op::Unmark);
+                        }
+                    }
+                    // No policy forgives a copy that differs.
+                    Err(failed) => self.failure = Some(failure(failed)),
                 }
             }
             Outcome::Unmarked(result) => {

@@ -15,6 +15,7 @@
 
 mod hands;
 pub mod machine;
+pub mod verify;
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -31,6 +32,7 @@ use crate::graph::tracker::Tracker;
 pub use hands::Marker;
 use hands::{MirrorHands, Parts};
 use machine::{Mirror, Settings};
+use verify::Verifier;
 
 /// What is copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -71,6 +73,8 @@ pub struct MirrorOptions {
     pub allow_larger_target: bool,
     /// Puts the mark of an unfinished copy on the target.
     pub marker: Option<Box<dyn Marker>>,
+    /// Compares source and target before the job ends.
+    pub verifier: Option<Rc<Verifier>>,
 }
 
 impl MirrorOptions {
@@ -88,6 +92,7 @@ impl MirrorOptions {
             detect_zeroes: true,
             allow_larger_target: false,
             marker: None,
+            verifier: None,
         }
     }
 }
@@ -169,7 +174,12 @@ pub async fn start(
     }
     let filter: Rc<dyn Filter> = tracker.clone();
     match source.drain(limits::DRAIN_NANOS_MAX).await {
-        Ok(drained) => source.add_filter(filter.clone(), &drained),
+        Ok(drained) => {
+            source.add_filter(filter.clone(), &drained);
+            if let Some(verifier) = &options.verifier {
+                source.add_filter(verifier.filter(), &drained);
+            }
+        }
         Err(_) => {
             job.abandon();
             return Err(MirrorError::Drain(from.name().to_owned()));
@@ -181,6 +191,7 @@ pub async fn start(
         buf_size,
         zeroes_cost: !to.capabilities().zero_fast,
         auto_finalize: options.auto_finalize,
+        verify: options.verifier.is_some(),
         sizes_differ,
     };
     let hands = MirrorHands(Rc::new(Parts {
@@ -191,6 +202,7 @@ pub async fn start(
         filter,
         drained: RefCell::new(None),
         marker: options.marker,
+        verifier: options.verifier,
         detect_zeroes: options.detect_zeroes,
         granularity,
     }));
