@@ -18,10 +18,10 @@ use super::wire::{
 };
 
 /// SplitMix64: enough randomness for cuts and noise.
-struct Noise(u64);
+pub(super) struct Noise(pub(super) u64);
 
 impl Noise {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -29,8 +29,17 @@ impl Noise {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    /// An index of a list of `count`.
+    pub(super) fn index(&mut self, count: usize) -> usize {
+        self.below(count as u64) as usize
+    }
+
+    pub(super) fn chance(&mut self, one_in: u64) -> bool {
+        self.below(one_in) == 0
     }
 }
 
@@ -108,7 +117,7 @@ impl Pipe {
             _ if waiting == 0 => return false,
             Cuts::Whole => waiting,
             Cuts::Bytes => 1,
-            Cuts::Random(_) => 1 + noise.below(waiting),
+            Cuts::Random(_) => 1 + noise.index(waiting),
         };
         true
     }
@@ -558,24 +567,24 @@ fn a_server_that_shuts_down_says_so() {
 /// Noise with enough structure to reach deep: real magic words, real and unreal options, lengths that lie.
 fn noisy_input(noise: &mut Noise) -> Vec<u8> {
     let mut input = Vec::new();
-    ClientFlags(if noise.below(8) == 0 { noise.next() as u32 } else { 3 }).write(&mut input);
-    for _ in 0..noise.below(40) {
+    ClientFlags(if noise.index(8) == 0 { noise.next() as u32 } else { 3 }).write(&mut input);
+    for _ in 0..noise.index(40) {
         let option = OptionCode::from_wire(noise.below(14) as u32);
-        let mut payload = match noise.below(5) {
+        let mut payload = match noise.index(5) {
             0 => info_payload(
-                ["disk", "iso", "", "no"][noise.below(4)],
+                ["disk", "iso", "", "no"][noise.index(4)],
                 &[InfoCode::Name, InfoCode::BlockSize],
             ),
-            1 => meta_payload(["disk", "", "no"][noise.below(3)], &["base:", "base:allocation", "qemu:"]),
+            1 => meta_payload(["disk", "", "no"][noise.index(3)], &["base:", "base:allocation", "qemu:"]),
             2 => vec![],
-            _ => (0..noise.below(300)).map(|_| noise.next() as u8).collect(),
+            _ => (0..noise.index(300)).map(|_| noise.next() as u8).collect(),
         };
-        if !payload.is_empty() && noise.below(4) == 0 {
-            let at = noise.below(payload.len());
-            payload[at] ^= 1 << noise.below(8);
+        if !payload.is_empty() && noise.index(4) == 0 {
+            let at = noise.index(payload.len());
+            payload[at] ^= 1 << noise.index(8);
         }
         let mut lie = payload.len() as u32;
-        match noise.below(30) {
+        match noise.index(30) {
             0 => lie = noise.next() as u32,
             1 => lie = lie.wrapping_add(1 + noise.below(70_000) as u32),
             _ => {}
@@ -583,8 +592,8 @@ fn noisy_input(noise: &mut Noise) -> Vec<u8> {
         OptionHeader { option, length: lie }.write(&mut input);
         input.extend_from_slice(&payload);
     }
-    if noise.below(3) == 0 {
-        input.extend((0..noise.below(200)).map(|_| noise.next() as u8));
+    if noise.index(3) == 0 {
+        input.extend((0..noise.index(200)).map(|_| noise.next() as u8));
     }
     input
 }
@@ -596,7 +605,7 @@ fn noise_never_panics_a_server_and_never_makes_it_verbose() {
     for seed in 0..3000 {
         let mut noise = Noise(seed);
         let input = if seed % 10 == 0 {
-            (0..noise.below(400)).map(|_| noise.next() as u8).collect()
+            (0..noise.index(400)).map(|_| noise.next() as u8).collect()
         } else {
             noisy_input(&mut noise)
         };
@@ -623,7 +632,7 @@ fn noise_never_panics_a_server_and_never_makes_it_verbose() {
                             if arrived == input.len() {
                                 break 3;
                             }
-                            arrived += 1 + noise.below(input.len() - arrived);
+                            arrived += 1 + noise.index(input.len() - arrived);
                         }
                     }
                 }
@@ -802,15 +811,15 @@ fn noise_never_panics_a_client() {
     for seed in 0..3000 {
         let mut noise = Noise(seed);
         let mut bytes = Vec::new();
-        for _ in 0..noise.below(12) {
-            let option = OptionCode::from_wire([3, 7, 8, 10, 11][noise.below(5)]);
-            let reply = noise.below(11) as u32 | if noise.below(4) == 0 { 0x8000_0000 } else { 0 };
-            let payload: Vec<u8> = (0..noise.below(40)).map(|_| (noise.next() % 4) as u8).collect();
+        for _ in 0..noise.index(12) {
+            let option = OptionCode::from_wire([3, 7, 8, 10, 11][noise.index(5)]);
+            let reply = noise.below(11) as u32 | if noise.index(4) == 0 { 0x8000_0000 } else { 0 };
+            let payload: Vec<u8> = (0..noise.index(40)).map(|_| (noise.next() % 4) as u8).collect();
             write_option_reply(&mut bytes, option, ReplyCode::from_wire(reply), &payload);
         }
-        bytes.extend((0..noise.below(100)).map(|_| noise.next() as u8));
+        bytes.extend((0..noise.index(100)).map(|_| noise.next() as u8));
         let goal = [plain_goal(), ClientGoal::List, ClientGoal::Connect(ConnectRequest::new("disk"))];
         // Any outcome will do; that there is one is the point.
-        let _ = hear(goal[noise.below(3)].clone(), &bytes);
+        let _ = hear(goal[noise.index(3)].clone(), &bytes);
     }
 }

@@ -20,9 +20,15 @@ mod conversation;
 mod cursor;
 mod errno;
 mod error;
+#[cfg(test)]
+mod exchange;
 pub mod handshake_client;
 pub mod handshake_server;
 mod meta_context;
+pub mod pending;
+pub mod reply_reader;
+pub mod transmission;
+pub mod uri;
 pub mod wire;
 
 pub use constants::*;
@@ -36,4 +42,11 @@ pub use handshake_server::{
     ExportDirectory, ExportInfo, Negotiated, ServerHandshake, ServerPolicy, ServerProgress, ServerStep,
 };
 pub use meta_context::MetaContext;
+pub use pending::{PendingReply, ReplyBody};
+pub use reply_reader::{
+    BlockStatus, DATA_OFFSET_BYTES, ErrorChunk, ReplyHeader, parse_block_status, parse_data_offset,
+    parse_error, parse_hole, parse_reply,
+};
+pub use transmission::{ReplyTo, RequestHeader, RequestRules, StatusExtent, parse_request};
+pub use uri::{NbdAddress, NbdUri, UriError};
 pub use wire::{BlockSizes, ExportListing};
