@@ -1,1 +1,4 @@
-//! See docs/architecture.md.
+//! Who may use a disk from outside. See docs/architecture.md.
+
+/// The NBD export.
+pub mod nbd;
