@@ -192,6 +192,23 @@ impl Buf {
         (self, right)
     }
 
+    /// The whole again, from two parts into which [`Buf::split_at`] had cut it. Two that are not neighbours in one piece
+    /// of memory come back as they are.
+    pub fn join(self, right: Buf) -> Result<Buf, (Buf, Buf)> {
+        let one_piece = match (&self.hold, &right.hold) {
+            (Hold::Block { segment: a, page: p }, Hold::Block { segment: b, page: q }) => {
+                Rc::ptr_eq(a, b) && p == q
+            }
+            (Hold::Region(a), Hold::Region(b)) => Rc::ptr_eq(a, b),
+            _ => false,
+        };
+        let neighbours = self.ptr.as_ptr().wrapping_add(self.len()) == right.ptr.as_ptr();
+        match self.len.checked_add(right.len) {
+            Some(len) if one_piece && neighbours => Ok(Buf { ptr: self.ptr, len, hold: self.hold }),
+            _ => Err((self, right)),
+        }
+    }
+
     /// Shortens it. A length beyond the present one changes nothing.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len as u32);

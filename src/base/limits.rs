@@ -85,6 +85,10 @@ pub const NBD_CLIENTS_PER_EXPORT: usize = 128;
 pub const NBD_IN_FLIGHT_PER_CLIENT: usize = 128;
 /// Payload bytes that one NBD client holds in flight. Further requests stay unread in its socket.
 pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 64 * MIB;
+/// Requests that one NBD client connection keeps in flight. Further ones wait on this side.
+pub const NBD_REQUESTS_IN_FLIGHT_MAX: usize = 1024;
+/// Time in which a server has to take a client's farewell, in nanoseconds; then the connection is cut.
+pub const NBD_FAREWELL_NS_MAX: u64 = 5_000_000_000;
 
 // ---- Saved measurements ----
 
