@@ -2,7 +2,6 @@
 
 pub mod base;
 pub mod block;
-
 pub mod export;
 pub mod format;
 pub mod graph;

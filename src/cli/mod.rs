@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand, and what they share.
 
+pub mod bench;
 pub mod demo;
 pub mod doctor;
 pub mod exit;
