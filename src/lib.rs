@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod block;
+
 pub mod export;
 pub mod format;
 pub mod graph;

@@ -1,1 +1,18 @@
 //! See docs/architecture.md.
+
+/// Rate limits, alone and shared.
+pub mod bucket;
+/// Latency histograms.
+pub mod latency;
+/// Every number that bounds something.
+pub mod limits;
+/// Deliberate bugs for tests.
+pub mod planted;
+/// Half-open byte ranges.
+pub mod range;
+/// Seeded random numbers with a frozen stream.
+pub mod rng;
+/// Sizes, speeds and times as people write and read them.
+pub mod units;
+/// Finding zeroes in data.
+pub mod zero;

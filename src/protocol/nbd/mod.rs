@@ -1,1 +1,52 @@
-//! NBD.
+//! The NBD protocol for both sides, as a codec without I/O.
+//!
+//! Bytes go in, events and bytes come out: nothing here owns a socket, a task, a buffer pool or a clock, so the export,
+//! the client node, the bench tool and the simulator use the same code, and a conversation can be tested one byte at a
+//! time. The source is `doc/proto.md` of the NetworkBlockDevice/nbd repository.
+//!
+//! - `handshake_server`, `handshake_client`: the negotiation, one machine a side. Their owner keeps the bytes that
+//!   have not been consumed, sends what was appended to `out`, and calls again.
+//! - `transmission`: requests and replies as a server sees them, headers without allocation.
+//! - `reply_reader`: replies as a client sees them; `pending`: whether they answer what was asked.
+//! - `wire`, `constants`, `errno`, `meta_context`: structures, numbers, error values, metadata contexts.
+//! - `uri`: how a person names an export.
+//!
+//! What must hold: no byte that a peer sends can make this code panic, loop without progress, or keep more memory than
+//! the limits in `constants` allow.
+
+pub mod constants;
+#[cfg(test)]
+mod conversation;
+mod cursor;
+mod errno;
+mod error;
+#[cfg(test)]
+mod exchange;
+pub mod handshake_client;
+pub mod handshake_server;
+mod meta_context;
+pub mod pending;
+pub mod reply_reader;
+pub mod transmission;
+pub mod uri;
+pub mod wire;
+
+pub use constants::*;
+pub use cursor::Head;
+pub use errno::NbdErrno;
+pub use error::ProtocolError;
+pub use handshake_client::{
+    ClientGoal, ClientHandshake, ClientNegotiated, ClientProgress, ClientStep, ConnectRequest,
+};
+pub use handshake_server::{
+    ExportDirectory, ExportInfo, Negotiated, ServerHandshake, ServerPolicy, ServerProgress, ServerStep,
+};
+pub use meta_context::MetaContext;
+pub use pending::{PendingReply, ReplyBody};
+pub use reply_reader::{
+    BlockStatus, DATA_OFFSET_BYTES, ErrorChunk, ReplyHeader, parse_block_status, parse_data_offset,
+    parse_error, parse_hole, parse_reply,
+};
+pub use transmission::{ReplyTo, RequestHeader, RequestRules, StatusExtent, parse_request};
+pub use uri::{NbdAddress, NbdUri, UriError};
+pub use wire::{BlockSizes, ExportListing};

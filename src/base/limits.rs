@@ -1,0 +1,134 @@
+//! Every number that bounds something.
+//!
+//! A queue, a table, a batch or a retry that grows with what a peer, a disk or a user sends has its bound here, by name,
+//! with the reason for its size. Whoever meets a bound parks, refuses or falls back; nobody allocates past it. Bounds
+//! that are part of a format or a protocol name where they come from.
+
+/// Bytes in a kibibyte, mebibyte and so on, to write the limits below readably.
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+// ---- Disks and images ----
+
+/// Smallest unit in which a disk is addressed, in bytes.
+pub const SECTOR_BYTES: u64 = 512;
+/// Longest disk, in bytes: what a signed 64-bit file offset reaches, less room to align any request up without wrapping.
+pub const DISK_LEN_MAX: u64 = (i64::MAX as u64) & !((1 << 30) - 1);
+/// Backing files below one node. A longer chain is a loop or a mistake.
+pub const BACKING_CHAIN_MAX: usize = 200;
+
+// ---- Dirty maps ----
+
+/// Finest dirty-map granularity, in bytes (QMP `granularity`).
+pub const GRANULARITY_BYTES_MIN: u64 = 512;
+/// Coarsest dirty-map granularity, in bytes (QMP `granularity`).
+pub const GRANULARITY_BYTES_MAX: u64 = 64 * MIB;
+/// Leaves in one dirty map. Address space for the pointers to them is reserved at once (8 bytes each), memory is not.
+/// At 64 KiB granularity this reaches 32 PiB.
+pub const DIRTY_LEAVES_MAX: u64 = 1 << 24;
+/// Emptied leaves that a dirty map keeps for its next need, so that a range that goes back and forth does not allocate.
+pub const DIRTY_LEAVES_SPARE: usize = 4;
+
+// ---- Requests inside the engine ----
+
+/// Range locks held or awaited on one node. Each belongs to a request in flight, so exports and jobs meet their own
+/// limits first; this one keeps the linear scan of a lock table short.
+pub const RANGE_LOCKS_MAX: usize = 1024;
+/// Requests that a drained root parks, new connections' included. The peers' queues fill behind it.
+pub const PARKED_REQUESTS_PER_ROOT: usize = 1024;
+/// Requests in flight at one leaf, guests' and jobs' together.
+pub const IN_FLIGHT_PER_LEAF: usize = 256;
+/// Largest single read or write handed to a leaf, in bytes.
+pub const IO_BYTES_MAX: u64 = 32 * MIB;
+
+// ---- Graph and jobs ----
+
+/// Nodes in one engine, filters and implicit ones included.
+pub const NODES_MAX: usize = 4096;
+/// Jobs that exist at once in one engine, concluded ones not yet dismissed included.
+pub const JOBS_MAX: usize = 1024;
+/// Requests that one job keeps in flight.
+pub const IN_FLIGHT_PER_JOB: usize = 64;
+/// Largest chunk that a job copies as one request, in bytes.
+pub const JOB_CHUNK_BYTES_MAX: u64 = 8 * MIB;
+/// Bytes in a node, job or export name.
+pub const NAME_BYTES_MAX: usize = 255;
+
+// ---- Speed ----
+
+/// Time whose worth of bytes an idle rate limit saves up, in nanoseconds. It makes up for a turn that came late.
+pub const BURST_NS: u64 = 100_000_000;
+/// Bytes that a rate limit saves up at most, however high the speed.
+pub const BURST_BYTES_MAX: u64 = 64 * MIB;
+/// Jobs under one shared rate limit.
+pub const BUCKET_GROUP_MEMBERS_MAX: usize = 256;
+
+// ---- NBD ----
+
+/// Largest payload of one NBD read or write, in bytes. The specification's default; larger ones end the connection.
+pub const NBD_REQUEST_BYTES_MAX: u32 = 32 << 20;
+/// Longest string in NBD negotiation, in bytes (the specification's limit for names and descriptions).
+pub const NBD_STRING_BYTES_MAX: u32 = 4096;
+/// Longest data of one NBD option, in bytes: a few strings and a list of queries. More is read past and refused.
+pub const NBD_OPTION_BYTES_MAX: u32 = 64 * KIB as u32;
+/// Options in one NBD handshake.
+pub const NBD_OPTIONS_PER_HANDSHAKE: usize = 64;
+/// Time in which an NBD handshake has to end, in nanoseconds.
+pub const NBD_HANDSHAKE_NS_MAX: u64 = 10_000_000_000;
+/// Meta contexts that one NBD client selects.
+pub const NBD_META_CONTEXTS_MAX: usize = 16;
+/// Extents in one NBD block status reply, a context. With its header such a reply fills one block of memory.
+pub const NBD_EXTENTS_PER_REPLY: usize = 2040;
+/// Questions that one NBD block status request asks of the disk before it is answered with what is known by then.
+pub const NBD_STATUS_QUESTIONS_PER_REQUEST: usize = 4096;
+/// Exports of one NBD server.
+pub const NBD_EXPORTS_PER_SERVER: usize = 1024;
+/// Clients connected to one NBD server, those in the handshake included. Further ones wait to be accepted.
+pub const NBD_CLIENTS_PER_SERVER: usize = 128;
+/// Requests in flight of one NBD client, until their replies are sent. Further ones stay unread in its socket.
+pub const NBD_IN_FLIGHT_PER_CLIENT: usize = 128;
+/// Payload bytes that one NBD client holds in flight. Further requests stay unread in its socket. When memory is short
+/// the bound is lower: no client holds more than what it leaves free.
+pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 16 * MIB;
+/// Memory in which an NBD client's requests are received while little comes, in bytes.
+pub const NBD_RECV_BYTES_MIN: usize = 4 << 10;
+/// The same while much comes.
+pub const NBD_RECV_BYTES_MAX: usize = 64 << 10;
+/// From this payload on, in bytes, a read's data is sent from where it was read; below, it is copied behind its header,
+/// because a piece of a vectored send costs more than the copy.
+pub const NBD_REPLY_COPY_BYTES: usize = 32 << 10;
+/// Memory in which small replies are collected, in bytes: sixteen reads of 4 KiB with their headers fit.
+pub const NBD_REPLY_LEASE_BYTES: usize = 128 << 10;
+/// Bytes that one send of replies carries at most; their memory comes back when it ends.
+pub const NBD_SEND_BYTES_MAX: usize = 2 << 20;
+/// Pause before connections are accepted again after that failed, in nanoseconds (no more descriptors, say).
+pub const NBD_ACCEPT_PAUSE_NS: u64 = 100_000_000;
+
+// ---- Saved measurements ----
+
+/// Longest saved latency histogram that is read back, in bytes: every counter at its longest encoding fits.
+pub const HISTOGRAM_BYTES_MAX: usize = 512 << 10;
+
+/// Events of one job that nobody has taken; the oldest go first.
+pub const JOB_EVENTS_KEPT_MAX: usize = 1024;
+/// Copies of one mirror in flight.
+pub const MIRROR_OPERATIONS_MAX: usize = 16;
+/// Bytes of one copy of a mirror, unless its granularity is larger.
+pub const MIRROR_CHUNK_BYTES: u64 = 256 * 1024;
+/// A mirror's `buf-size` when none is given (as QEMU has it).
+pub const MIRROR_BUF_SIZE: u64 = 16 << 20;
+/// The largest range that one zeroing operation of a mirror covers.
+pub const MIRROR_ZERO_BYTES_MAX: u64 = 1 << 30;
+/// How far ahead a mirror asks for holes and data at once.
+pub const MIRROR_STATUS_BYTES_MAX: u64 = 1 << 40;
+/// The first pause of a job that ignores errors; doubled with every further one.
+pub const ERROR_PAUSE_NANOS_MIN: u64 = 10_000_000;
+/// The longest such pause.
+pub const ERROR_PAUSE_NANOS_MAX: u64 = 2_000_000_000;
+/// How long a drain may take before it is given up.
+pub const DRAIN_NANOS_MAX: u64 = 60_000_000_000;
+/// So much may still differ when a mirror that was told to end shuts the door and copies the rest.
+pub const MIRROR_CLOSING_BYTES_MAX: u64 = 4 << 20;
+/// So much may be left to compare when a verifying pass beside the guests is content: the rest is compared
+/// while they wait.
+pub const VERIFY_LEFT_BYTES: u64 = 32 << 20;

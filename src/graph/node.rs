@@ -1,0 +1,562 @@
+//! Nodes and roots: who may use a disk, and how its use is stopped for a moment.
+//!
+//! A [`Node`] is a disk or layer with its driver, its filters, and the requests in flight on it. A user
+//! (an export, an embedder) holds a [`Root`], which points to a node; a pivot lets it point to another
+//! one while the user's clients go on. Jobs read and write nodes directly, below the filters.
+//!
+//! # Drain
+//! [`Node::drain`] stops requests at the door of every root on the node and waits, up to a deadline,
+//! until those inside have ended. What it gives back keeps the door shut; dropping it opens the door,
+//! and the requests that parked look again where their root points. A drain that fails changes nothing.
+//! New requests park whether their client was there before or connects meanwhile: there is one door.
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+
+use blockferry_ring::sync::{Either, Notify, either};
+use blockferry_ring::{Buf, Errno, Nanos, Ring, SharedBuf};
+
+use crate::base::planted::{Bug, is_planted};
+use crate::base::range::ByteRange;
+use crate::block::{
+    BlockError, Driver, Extent, IoFuture, IoResult, Operation, Permissions, Resolved, WriteFlags, ZeroFlags,
+};
+
+/// A request that changes the disk.
+#[derive(Clone, Debug)]
+pub enum Mutation {
+    /// Write all of the buffer.
+    Write {
+        /// Where.
+        offset: u64,
+        /// What.
+        buf: SharedBuf,
+        /// How.
+        flags: WriteFlags,
+    },
+    /// Make a range read as zeroes.
+    Zeroes {
+        /// Where.
+        offset: u64,
+        /// How much.
+        len: u64,
+        /// How.
+        flags: ZeroFlags,
+    },
+    /// Give space back.
+    Discard {
+        /// Where.
+        offset: u64,
+        /// How much.
+        len: u64,
+    },
+}
+
+impl Mutation {
+    /// The bytes that it is about.
+    pub fn range(&self) -> ByteRange {
+        let (offset, len) = match self {
+            Mutation::Write { offset, buf, .. } => (*offset, buf.len() as u64),
+            Mutation::Zeroes { offset, len, .. } | Mutation::Discard { offset, len } => (*offset, *len),
+        };
+        ByteRange::at_saturating(offset, len)
+    }
+}
+
+/// Sits between the guests of a node and its driver.
+pub trait Filter: std::fmt::Debug {
+    /// Passes a guest's change on to `below` and does its own part.
+    fn mutate<'a>(&'a self, below: Below<'a>, mutation: Mutation) -> IoFuture<'a, IoResult>;
+}
+
+/// What is below a filter: further filters, then the driver.
+#[derive(Debug)]
+pub struct Below<'a> {
+    node: &'a Node,
+    filters: Rc<[Rc<dyn Filter>]>,
+    level: usize,
+}
+
+impl<'a> Below<'a> {
+    /// The driver at the bottom.
+    pub fn driver(&self) -> &'a Rc<dyn Driver> {
+        &self.node.driver
+    }
+
+    /// Passes a change on.
+    pub async fn mutate(self, mutation: Mutation) -> IoResult {
+        let Below { node, filters, level } = self;
+        match filters.clone().get(level) {
+            Some(filter) => filter.mutate(Below { node, filters, level: level + 1 }, mutation).await,
+            None => node.driver_mutate(mutation).await,
+        }
+    }
+}
+
+/// A disk or a layer in use.
+pub struct Node {
+    name: String,
+    ring: Ring,
+    driver: Rc<dyn Driver>,
+    filters: RefCell<Rc<[Rc<dyn Filter>]>>,
+    /// Guest requests inside.
+    in_flight: Cell<u32>,
+    /// Drains that keep the door shut.
+    drains: Cell<u32>,
+    /// Told when a request ends or the door opens.
+    changed: Notify,
+    roots: RefCell<Vec<Weak<RootInner>>>,
+    users: RefCell<Vec<(u64, UseKind)>>,
+    user_next: Cell<u64>,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node")
+            .field("name", &self.name)
+            .field("driver", &self.driver.kind())
+            .field("in_flight", &self.in_flight.get())
+            .field("drains", &self.drains.get())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Who uses a node. Decides what else may use it in this program, and which locks keep others out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UseKind {
+    /// A root that only reads.
+    Reader,
+    /// A root that writes. Several may: they see each other's writes.
+    Guest,
+    /// The source of a job of this type.
+    JobSource(&'static str),
+    /// The target of a job of this type: nobody else may use it.
+    JobTarget(&'static str),
+}
+
+impl UseKind {
+    fn permissions(self) -> Permissions {
+        match self {
+            UseKind::Reader => Permissions::READER,
+            UseKind::Guest => Permissions::USER,
+            UseKind::JobSource(_) => Permissions::STABLE_READER,
+            UseKind::JobTarget(_) => Permissions::JOB_TARGET,
+        }
+    }
+
+    fn job(self) -> Option<&'static str> {
+        match self {
+            UseKind::JobSource(job) | UseKind::JobTarget(job) => Some(job),
+            _ => None,
+        }
+    }
+
+    /// Whether the two may use one node at the same time.
+    fn agrees_with(self, other: UseKind) -> bool {
+        let target = matches!(self, UseKind::JobTarget(_)) || matches!(other, UseKind::JobTarget(_));
+        let two_jobs = self.job().is_some() && other.job().is_some();
+        !target && !two_jobs
+    }
+}
+
+/// One use of a node; dropping it ends the use.
+#[derive(Debug)]
+pub struct Use {
+    node: Rc<Node>,
+    id: u64,
+}
+
+impl Use {
+    /// The node.
+    pub fn node(&self) -> &Rc<Node> {
+        &self.node
+    }
+
+    /// Turns it into another kind of use in one step: the locks that stay are never given up between.
+    pub fn change(&self, kind: UseKind) -> IoResult {
+        self.node.check_use(kind, Some(self.id))?;
+        let set = |kind| {
+            let mut old = kind;
+            for (id, k) in self.node.users.borrow_mut().iter_mut().filter(|(id, _)| *id == self.id) {
+                debug_assert_eq!(*id, self.id);
+                old = std::mem::replace(k, kind);
+            }
+            old
+        };
+        let old = set(kind);
+        self.node.apply_permissions().inspect_err(|_| {
+            set(old);
+        })
+    }
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        self.node.users.borrow_mut().retain(|(id, _)| *id != self.id);
+        if let Err(error) = self.node.apply_permissions() {
+            // Giving permissions up takes no new locks; only a dying file could refuse it.
+            tracing::warn!(%error, "locks could not be given back");
+        }
+    }
+}
+
+/// A node whose door is shut. Dropping it opens the door again.
+#[derive(Debug)]
+pub struct Drained {
+    node: Rc<Node>,
+}
+
+impl Drop for Drained {
+    fn drop(&mut self) {
+        self.node.drains.set(self.node.drains.get() - 1);
+        self.node.changed.notify();
+    }
+}
+
+impl Node {
+    /// A node on `driver`.
+    pub fn new(ring: &Ring, name: impl Into<String>, driver: Rc<dyn Driver>) -> Rc<Node> {
+        Rc::new(Node {
+            name: name.into(),
+            ring: ring.clone(),
+            driver,
+            filters: RefCell::new(Rc::from([])),
+            in_flight: Cell::new(0),
+            drains: Cell::new(0),
+            changed: ring.notify(),
+            roots: RefCell::default(),
+            users: RefCell::default(),
+            user_next: Cell::new(0),
+        })
+    }
+
+    /// Its name in the graph.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its driver: what jobs read and write.
+    pub fn driver(&self) -> &Rc<dyn Driver> {
+        &self.driver
+    }
+
+    /// Guest requests inside.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.get()
+    }
+
+    /// Whether the door is shut.
+    pub fn is_drained(&self) -> bool {
+        self.drains.get() > 0
+    }
+
+    /// Filters on it.
+    pub fn filter_count(&self) -> usize {
+        self.filters.borrow().len()
+    }
+
+    /// Roots that point to it.
+    pub fn root_count(&self) -> usize {
+        self.roots.borrow().iter().filter(|r| r.strong_count() > 0).count()
+    }
+
+    /// Registers a use. Refused when another use of this node, or another program, does not allow it.
+    pub fn attach(self: &Rc<Node>, kind: UseKind) -> Result<Use, BlockError> {
+        self.check_use(kind, None)?;
+        let id = self.user_next.get();
+        self.user_next.set(id + 1);
+        self.users.borrow_mut().push((id, kind));
+        if let Err(error) = self.apply_permissions() {
+            self.users.borrow_mut().retain(|(i, _)| *i != id);
+            return Err(error);
+        }
+        Ok(Use { node: self.clone(), id })
+    }
+
+    fn check_use(&self, kind: UseKind, own: Option<u64>) -> IoResult {
+        let users = self.users.borrow();
+        let Some((_, other)) = users.iter().find(|(id, other)| Some(*id) != own && !kind.agrees_with(*other))
+        else {
+            return Ok(());
+        };
+        let hint = match other.job() {
+            Some(job) => format!("Node '{}' is busy: block device is in use by block job: {job}", self.name),
+            None => format!("Node '{}' is in use by a client and cannot be the target of a job", self.name),
+        };
+        Err(BlockError::new(Operation::Lock, self.driver.name(), Errno::EBUSY).hint(hint))
+    }
+
+    fn apply_permissions(&self) -> IoResult {
+        let all =
+            self.users.borrow().iter().fold(Permissions::NONE, |sum, (_, kind)| sum.and(kind.permissions()));
+        self.driver.set_permissions(all)
+    }
+
+    /// Puts a filter on top of the others. Only in a drain: a request that is inside would miss it.
+    pub fn add_filter(&self, filter: Rc<dyn Filter>, _drained: &Drained) {
+        let mut filters = self.filters.borrow_mut();
+        *filters = std::iter::once(filter).chain(filters.iter().cloned()).collect();
+    }
+
+    /// Removes a filter. Requests that are inside finish with it.
+    pub fn remove_filter(&self, filter: &Rc<dyn Filter>) {
+        let mut filters = self.filters.borrow_mut();
+        *filters = filters.iter().filter(|f| !Rc::ptr_eq(f, filter)).cloned().collect();
+    }
+
+    /// Shuts the door and waits until nobody is inside, for at most `span`.
+    pub async fn drain(self: &Rc<Node>, span: Nanos) -> Result<Drained, Errno> {
+        let drained = self.shut();
+        let empty = self.changed.until(|| (self.in_flight.get() == 0).then_some(()));
+        match either(empty, self.ring.sleep(span)).await {
+            Either::First(()) => Ok(drained),
+            Either::Second(()) => Err(Errno::ETIMEDOUT),
+        }
+    }
+
+    /// Shuts the door without waiting for those inside.
+    pub fn shut(self: &Rc<Node>) -> Drained {
+        self.drains.set(self.drains.get() + 1);
+        Drained { node: self.clone() }
+    }
+
+    /// Lets every root on this node point to `target` instead. Both are drained, or nobody uses the target.
+    pub fn replace_with(self: &Rc<Node>, target: &Rc<Node>, _drained: &Drained) {
+        let roots = std::mem::take(&mut *self.roots.borrow_mut());
+        for weak in roots {
+            let Some(root) = weak.upgrade() else { continue };
+            *root.node.borrow_mut() = target.clone();
+            target.roots.borrow_mut().push(weak);
+        }
+    }
+
+    /// The roots that point to this node.
+    pub fn roots(&self) -> Vec<Root> {
+        self.roots
+            .borrow()
+            .iter()
+            .filter_map(|weak| weak.upgrade().map(|inner| Root { inner, ungated: false }))
+            .collect()
+    }
+
+    async fn driver_mutate(&self, mutation: Mutation) -> IoResult {
+        match mutation {
+            Mutation::Write { offset, buf, flags } => self.driver.write(offset, buf, flags).await,
+            Mutation::Zeroes { offset, len, flags } => self.driver.write_zeroes(offset, len, flags).await,
+            Mutation::Discard { offset, len } => self.driver.discard(offset, len).await,
+        }
+    }
+
+    async fn mutate(&self, mutation: Mutation) -> IoResult {
+        let filters = self.filters.borrow().clone();
+        if filters.is_empty() {
+            return self.driver_mutate(mutation).await;
+        }
+        Below { node: self, filters, level: 0 }.mutate(mutation).await
+    }
+}
+
+/// What clients of a root may rely on for its whole life, whatever node it points to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// Bytes.
+    pub len: u64,
+    /// The smallest request that needs no read-modify-write when the root was made; requests of any
+    /// size work.
+    pub preferred_block: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+}
+
+struct RootInner {
+    node: RefCell<Rc<Node>>,
+    features: Features,
+    kind: UseKind,
+    using: RefCell<Option<Use>>,
+    parked: Cell<u32>,
+}
+
+/// A user's handle of a disk.
+#[derive(Clone)]
+pub struct Root {
+    inner: Rc<RootInner>,
+    /// Planted bug: this client does not see the shut door.
+    ungated: bool,
+}
+
+impl std::fmt::Debug for Root {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Root").field("node", &self.inner.node.borrow().name).finish_non_exhaustive()
+    }
+}
+
+/// One request inside a node.
+struct Inside(Rc<Node>);
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        self.0.in_flight.set(self.0.in_flight.get() - 1);
+        // Only a drain waits for requests to end.
+        if self.0.drains.get() > 0 {
+            self.0.changed.notify();
+        }
+    }
+}
+
+impl Root {
+    /// A root on `node`. Takes the locks that its use needs.
+    pub fn new(node: &Rc<Node>, read_only: bool) -> Result<Root, BlockError> {
+        let kind = if read_only { UseKind::Reader } else { UseKind::Guest };
+        let using = node.attach(kind)?;
+        let features = Features {
+            len: node.driver.len(),
+            preferred_block: node.driver.limits().request_align.max(4096),
+            read_only: read_only || node.driver.is_read_only(),
+        };
+        let inner = Rc::new(RootInner {
+            node: RefCell::new(node.clone()),
+            features,
+            kind,
+            using: RefCell::new(Some(using)),
+            parked: Cell::new(0),
+        });
+        node.roots.borrow_mut().push(Rc::downgrade(&inner));
+        Ok(Root { inner, ungated: false })
+    }
+
+    /// The handle for one client of this root.
+    pub fn client(&self) -> Root {
+        let ungated = is_planted(Bug::NewClientNotDrained) && self.node().is_drained();
+        Root { inner: self.inner.clone(), ungated }
+    }
+
+    /// What clients may rely on.
+    pub fn features(&self) -> Features {
+        self.inner.features
+    }
+
+    /// The node that it points to now.
+    pub fn node(&self) -> Rc<Node> {
+        self.inner.node.borrow().clone()
+    }
+
+    /// Requests that wait at the door.
+    pub fn parked(&self) -> u32 {
+        self.inner.parked.get()
+    }
+
+    /// What kind of use this root makes of its node.
+    pub fn kind(&self) -> UseKind {
+        self.inner.kind
+    }
+
+    /// Ends the use of the old node after a pivot.
+    pub fn set_use(&self, using: Use) {
+        let old = self.inner.using.borrow_mut().replace(using);
+        drop(old);
+    }
+
+    /// Waits until the door is open. New connections come in through it as well.
+    pub async fn admit(&self) {
+        drop(self.enter().await);
+    }
+
+    async fn enter(&self) -> Inside {
+        let node = self.inner.node.borrow().clone();
+        if node.drains.get() == 0 || self.ungated {
+            node.in_flight.set(node.in_flight.get() + 1);
+            return Inside(node);
+        }
+        self.enter_parked(node).await
+    }
+
+    async fn enter_parked(&self, mut node: Rc<Node>) -> Inside {
+        self.inner.parked.set(self.inner.parked.get() + 1);
+        loop {
+            node.changed.until(|| (node.drains.get() == 0).then_some(())).await;
+            // Where the root points may have changed while the door was shut.
+            let now = self.inner.node.borrow().clone();
+            if now.drains.get() == 0 {
+                self.inner.parked.set(self.inner.parked.get() - 1);
+                now.in_flight.set(now.in_flight.get() + 1);
+                return Inside(now);
+            }
+            node = now;
+        }
+    }
+
+    fn check(&self, operation: Operation, offset: u64, len: u64) -> IoResult {
+        let features = &self.inner.features;
+        let fits = offset.checked_add(len).is_some_and(|end| end <= features.len);
+        let errno = if operation.is_write() && features.read_only {
+            Errno::EPERM
+        } else if !fits {
+            if operation.is_write() { Errno::ENOSPC } else { Errno::EINVAL }
+        } else {
+            return Ok(());
+        };
+        Err(BlockError::at(operation, self.inner.node.borrow().driver.name(), offset, len, errno))
+    }
+
+    /// Reads `buf.len()` bytes at `offset`.
+    pub async fn read(&self, offset: u64, buf: Buf) -> (Buf, IoResult) {
+        if let Err(error) = self.check(Operation::Read, offset, buf.len() as u64) {
+            return (buf, Err(error));
+        }
+        let inside = self.enter().await;
+        match inside.0.driver.resolve(offset, buf.len() as u64) {
+            Resolved::File { file, offset: at }
+                if buf.is_aligned(inside.0.driver.limits().mem_align as usize) =>
+            {
+                let wanted = buf.len();
+                let (buf, result) = inside.0.ring.read(&file, at, buf).await;
+                match result {
+                    Ok(n) if n as usize == wanted => (buf, Ok(())),
+                    // Short or failed: the driver knows what that means.
+                    _ => inside.0.driver.read(offset, buf).await,
+                }
+            }
+            _ => inside.0.driver.read(offset, buf).await,
+        }
+    }
+
+    /// Writes all of `buf` at `offset`.
+    pub async fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoResult {
+        self.check(Operation::Write, offset, buf.len() as u64)?;
+        let inside = self.enter().await;
+        inside.0.mutate(Mutation::Write { offset, buf, flags }).await
+    }
+
+    /// Makes a range read as zeroes.
+    pub async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        self.check(Operation::WriteZeroes, offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let inside = self.enter().await;
+        inside.0.mutate(Mutation::Zeroes { offset, len, flags }).await
+    }
+
+    /// Gives space back; contents are undefined afterwards.
+    pub async fn discard(&self, offset: u64, len: u64) -> IoResult {
+        self.check(Operation::Discard, offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let inside = self.enter().await;
+        inside.0.mutate(Mutation::Discard { offset, len }).await
+    }
+
+    /// Makes acknowledged writes durable.
+    pub async fn flush(&self) -> IoResult {
+        let inside = self.enter().await;
+        inside.0.driver.flush().await
+    }
+
+    /// What is known of the range from `offset` on.
+    pub async fn block_status(&self, offset: u64, len: u64) -> Result<Extent, BlockError> {
+        self.check(Operation::BlockStatus, offset, len)?;
+        let inside = self.enter().await;
+        inside.0.driver.block_status(offset, len).await
+    }
+}
