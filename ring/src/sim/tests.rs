@@ -9,8 +9,8 @@ use crate::backend::{FileKind, OpenHow, SocketAddress};
 use crate::mem::{Buf, SharedBuf};
 use crate::op::{Fallocate, File};
 use crate::rand::Rand;
-use crate::ring::{Config, Ring};
 use crate::sync::join;
+use crate::{Config, Ring};
 
 pub(super) const SECOND: Nanos = 1_000_000_000;
 

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use super::tests::{SECOND, copied, filled, finish, open, world};
 use super::*;
+use crate::Ring;
 use crate::backend::{OpenHow, SocketAddress};
 use crate::op::{Fallocate, File};
-use crate::ring::Ring;
 use crate::sync::{Either, either};
 
 const ALWAYS: u32 = 65_536;
