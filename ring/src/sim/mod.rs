@@ -281,6 +281,16 @@ impl World {
         self.0.borrow().flights.len()
     }
 
+    /// Operations in flight, a line each: what a program waits for that does not go on.
+    pub fn in_flight_lines(&self) -> Vec<String> {
+        let inner = self.0.borrow();
+        let line = |flight: &Flight| {
+            let hangs = if flight.verdict.hang { ", hangs" } else { "" };
+            format!("{} on {}, {} bytes moved{hangs}", flight.name(), flight.label, flight.moved)
+        };
+        inner.flights.values().map(line).collect()
+    }
+
     fn writes(&self, path: &Path) -> Vec<std::ops::Range<u64>> {
         let inner = self.0.borrow();
         let number = inner.fs.find(path);

@@ -9,8 +9,8 @@ use crate::backend::{FileKind, OpenHow, SocketAddress};
 use crate::mem::{Buf, SharedBuf};
 use crate::op::{Fallocate, File};
 use crate::rand::Rand;
-use crate::ring::{Config, Ring};
 use crate::sync::join;
+use crate::{Config, Ring};
 
 pub(super) const SECOND: Nanos = 1_000_000_000;
 
@@ -482,4 +482,74 @@ fn memory_beyond_what_may_be_registered_is_plain() {
     let stats = ring.stats().snapshot();
     assert_eq!((stats.transfers_fixed, stats.transfers_plain), (3, 1));
     finish(&ring);
+}
+
+/// One sector of the oracle: versions that may be found in it.
+#[derive(Clone, Copy, Default)]
+struct Promise {
+    submitted: u64,
+    acknowledged: u64,
+    durable: u64,
+}
+
+/// Tasks write, zero and sync their own parts of a disk; the power goes at any moment. Each sector
+/// must hold a version that is not older than the last one that a sync had promised.
+fn promises_hold(seed: u64) -> u64 {
+    const SECTORS: u64 = 64;
+    let (world, ring) = world(seed);
+    world.add_swarm("/");
+    let promises = Rc::new(RefCell::new(vec![Promise::default(); 4 * SECTORS as usize]));
+    for task in 0..4 {
+        let (r, promises, file) = (ring.clone(), promises.clone(), open(&ring, "/disk"));
+        ring.spawn(async move {
+            let mut rand = Rand::new(r.random());
+            for version in 1..60u64 {
+                let first = task * SECTORS + rand.below(SECTORS);
+                let last = rand.range(first, (task + 1) * SECTORS - 1);
+                let (range, part) = (first * 512..(last + 1) * 512, first as usize..=last as usize);
+                if rand.chance(16_384) {
+                    let before = promises.borrow().clone();
+                    if r.sync(&file, rand.chance(32_768)).await.is_ok() {
+                        for (promise, before) in promises.borrow_mut().iter_mut().zip(before) {
+                            promise.durable = promise.durable.max(before.acknowledged);
+                        }
+                    }
+                    continue;
+                }
+                promises.borrow_mut()[part.clone()].iter_mut().for_each(|p| p.submitted = version);
+                let mut bytes = Vec::new();
+                (first..=last).for_each(|_| bytes.extend([version.to_le_bytes(); 64].as_flattened()));
+                let fua = rand.chance(8_192);
+                if r.write(&file, range.start, copied(&r, &bytes).await, fua).await.is_ok() {
+                    for promise in &mut promises.borrow_mut()[part] {
+                        promise.acknowledged = version;
+                        promise.durable = if fua { version } else { promise.durable };
+                    }
+                }
+            }
+        });
+    }
+    let turns = Rand::new(seed).below(400);
+    for _ in 0..turns {
+        let _ = ring.turn_blocking();
+    }
+    let promises = promises.borrow().clone();
+    world.power_cut();
+    finish(&ring);
+    let mut newer = 0;
+    for (sector, promise) in promises.iter().enumerate() {
+        let bytes = world.read_live("/disk", sector as u64 * 512, 512);
+        let version = u64::from_le_bytes(*bytes.first_chunk().unwrap());
+        assert!(bytes.chunks(8).all(|chunk| chunk == version.to_le_bytes()), "seed {seed} sector {sector}");
+        let allowed = promise.durable..=promise.submitted;
+        assert!(allowed.contains(&version), "seed {seed} sector {sector}: {version} not in {allowed:?}");
+        newer += u64::from(version > promise.durable);
+    }
+    newer
+}
+
+#[test]
+fn after_a_power_cut_each_sector_holds_what_was_promised_or_something_newer() {
+    let newer: u64 = (0..150).map(promises_hold).sum();
+    assert!(newer > 1000, "{newer}");
 }

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use super::tests::{SECOND, copied, filled, finish, open, world};
 use super::*;
+use crate::Ring;
 use crate::backend::{OpenHow, SocketAddress};
 use crate::op::{Fallocate, File};
-use crate::ring::Ring;
 use crate::sync::{Either, either};
 
 const ALWAYS: u32 = 65_536;
@@ -192,6 +192,7 @@ fn what_hangs_ends_after_its_release_and_nothing_else_waits_for_it() {
         write.cancel();
         r.sleep(SECOND).await;
         assert_eq!(w.writes_in_flight("/stuck"), 1);
+        assert_eq!(w.in_flight_lines(), ["write on /stuck, 0 bytes moved, hangs"]);
         w.heal();
         assert_eq!(write.await, Ok(512));
         assert_eq!(w.read_live("/stuck", 0, 1), [5]);
