@@ -60,6 +60,19 @@ fn writes_come_back_and_are_fixed() {
 }
 
 #[test]
+fn the_end_is_not_slept_through() {
+    let ring = ring();
+    let start = Instant::now();
+    let r = ring.clone();
+    for _ in 0..4 {
+        ring.block_on(std::future::ready(()));
+        let r = r.clone();
+        ring.block_on(async move { r.sleep(1_000_000).await });
+    }
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+}
+
+#[test]
 fn streams_echo() {
     let scratch = Scratch::new("sock");
     let address = SocketAddress::Unix(scratch.path().to_owned());

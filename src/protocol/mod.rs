@@ -16,3 +16,6 @@ pub use file::{CreateOptions, FileDriver};
 pub use host_device::HostDevice;
 pub use null::NullDriver;
 pub use open::{Cache, OpenOptions, open};
+
+#[cfg(test)]
+mod tests;
