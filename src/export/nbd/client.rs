@@ -251,17 +251,34 @@ impl Reader {
             // The one error that the protocol has for this.
             return request::fail(client, &request, NbdErrno::Overflow, "", ticket).await;
         }
+        if !is_large {
+            let length = request.length as usize;
+            let mut ticket = ticket;
+            ticket.absorb(client.quota.bytes(length).await);
+            let buf = client.ring.alloc(length).await;
+            client.ring.spawn(request::read(client.clone(), Part::all(request, ticket), buf));
+            return;
+        }
         let whole = Whole::new(&request, ticket);
         for (offset, length) in pieces(request.offset, request.length, BLOCK_MAX) {
             let ticket = client.quota.bytes(length).await;
             let buf = client.ring.alloc(length).await;
-            let part = Part { request, offset, ticket, whole: whole.clone() };
+            let part = Part::of(&whole, request, offset, ticket);
             client.ring.spawn(request::read(client.clone(), part, buf));
         }
     }
 
     async fn start_write(&mut self, request: RequestHeader, input: &[u8]) -> Result<usize, End> {
-        let ticket = self.client.quota.request().await;
+        let mut ticket = self.client.quota.request().await;
+        if request.length <= BLOCK_MAX as u64 {
+            let length = request.length as usize;
+            ticket.absorb(self.client.quota.bytes(length).await);
+            let buf = self.client.ring.alloc(length).await;
+            let (buf, taken) = self.fill(buf, input).await?;
+            let part = Part::all(request, ticket);
+            self.client.ring.spawn(request::write(self.client.clone(), part, buf.freeze()));
+            return Ok(taken);
+        }
         let whole = Whole::new(&request, ticket);
         let mut rest = input;
         for (offset, length) in pieces(request.offset, request.length, BLOCK_MAX) {
@@ -269,7 +286,7 @@ impl Reader {
             let buf = self.client.ring.alloc(length).await;
             let (buf, taken) = self.fill(buf, rest).await?;
             rest = &rest[taken..];
-            let part = Part { request, offset, ticket, whole: whole.clone() };
+            let part = Part::of(&whole, request, offset, ticket);
             self.client.ring.spawn(request::write(self.client.clone(), part, buf.freeze()));
         }
         Ok(input.len() - rest.len())
