@@ -9,7 +9,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
-use blockferry_ring::{Buf, Errno, File, Ring};
+use blockferry_ring::{Buf, Errno, File, Nanos, Ring};
 
 use super::output::Output;
 use super::quota::{Quota, QuotaLimits};
@@ -40,6 +40,8 @@ pub(super) struct Client {
     pub(super) spare_extents: RefCell<Vec<StatusExtent>>,
     /// Requests that failed on the disk.
     failures: Cell<u64>,
+    /// Since when the rest of a payload is waited for.
+    payload_since: Cell<Option<Nanos>>,
 }
 
 /// Why a session ended.
@@ -105,6 +107,7 @@ impl Client {
             output: Output::new(ring, stream, reserve),
             spare_extents: RefCell::default(),
             failures: Cell::new(0),
+            payload_since: Cell::new(None),
         })
     }
 
@@ -127,6 +130,14 @@ impl Client {
             // The reader saw only the consequence.
             (Err(errno), End::Vanished { .. } | End::Stream(_)) => End::Stream(errno),
             (_, end) => end,
+        }
+    }
+
+    /// Since when the client has kept the server waiting while it holds memory.
+    pub(super) fn stalled_since(&self) -> Option<Nanos> {
+        match (self.payload_since.get(), self.output.sending_since()) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
         }
     }
 
@@ -309,7 +320,9 @@ impl Reader {
         }
         let (left, right) = buf.split_at(taken);
         let wanted = right.len();
+        self.client.payload_since.set(Some(self.client.ring.now()));
         let (right, received) = self.client.ring.recv_all(&self.client.stream, right).await;
+        self.client.payload_since.set(None);
         match received {
             Ok(n) if n as usize == wanted => {}
             Ok(_) => return Err(End::Vanished { mid_request: true }),
