@@ -2,7 +2,11 @@
 
 pub mod base;
 pub mod block;
-pub mod cli;
+pub mod cli {
+    pub mod bench;
+    pub mod exit;
+    pub mod signals;
+}
 pub mod export;
 pub mod format;
 pub mod graph;

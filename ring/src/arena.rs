@@ -189,7 +189,8 @@ impl Arena {
         self.0.freed.notify();
     }
 
-    pub(crate) fn freed(&self) -> &Notify {
+    /// Told when memory comes back: for those who wait for memory or for something else.
+    pub fn freed(&self) -> &Notify {
         &self.0.freed
     }
 
@@ -273,24 +274,24 @@ mod tests {
     }
 
     #[test]
-    fn sizes_out_of_range_are_refused() {
+    fn neighbours_join_again_and_strangers_do_not() {
         let arena = arena(1 << 20);
-        assert!(arena.try_alloc(0).is_none() && arena.try_alloc(BLOCK_MAX + 1).is_none());
+        let (left, right) = arena.try_alloc(8192).unwrap().split_at(100);
+        let (middle, right) = right.split_at(50);
+        let (left, right) = left.unsplit(right).unwrap_err();
+        let (middle, left) = middle.unsplit(left).unwrap_err();
+        let whole = left.unsplit(middle).unwrap().unsplit(right).unwrap();
+        assert_eq!(whole.len(), 8192);
+        let (whole, other) = whole.unsplit(arena.try_alloc(8192).unwrap()).unwrap_err();
+        // A joined buffer is the only holder of its block again.
+        assert!(whole.freeze().try_thaw().is_ok() && other.len() == 8192);
+        drop(other);
+        assert_eq!(arena.bytes_used(), 0);
     }
 
     #[test]
-    fn parts_of_one_block_are_joined_and_no_others() {
+    fn sizes_out_of_range_are_refused() {
         let arena = arena(1 << 20);
-        let whole = arena.try_alloc(8192).unwrap();
-        let (left, right) = whole.split_at(100);
-        let (middle, right) = right.split_at(50);
-        let (left, right) = left.join(right).unwrap_err();
-        let (right, middle) = right.join(middle).unwrap_err();
-        let other = arena.try_alloc(8192).unwrap();
-        let (left, other) = left.join(other).unwrap_err();
-        let whole = left.join(middle).unwrap().join(right).unwrap();
-        assert_eq!(whole.len(), 8192);
-        drop((whole, other));
-        assert_eq!(arena.bytes_used(), 0);
+        assert!(arena.try_alloc(0).is_none() && arena.try_alloc(BLOCK_MAX + 1).is_none());
     }
 }

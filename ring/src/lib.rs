@@ -26,11 +26,15 @@
 pub mod alloc;
 pub mod arena;
 pub mod backend;
+mod config;
+mod control;
+mod core;
 pub mod errno;
 pub mod exec;
 pub mod limits;
 pub mod mem;
 pub mod op;
+mod operation;
 pub mod pool;
 pub mod rand;
 mod ring;
@@ -41,11 +45,13 @@ mod timer;
 pub mod uring;
 
 pub use backend::{Backend, FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
+pub use config::{Budget, Config, OffloadMode, SetupError, Shutdown, Turn};
 pub use errno::Errno;
 pub use mem::{Buf, Region, SharedBuf};
 pub use op::{File, FileId};
+pub use operation::{Kind, Operation, PlainKind, ReadKind};
 pub use pool::{Pool, PooledFuture};
-pub use ring::{Budget, Config, OffloadMode, Ring, SetupError, Shutdown, Turn};
+pub use ring::Ring;
 pub use stats::Stats;
 
 /// A point in time or a span, in nanoseconds of the ring's clock (monotonic, or virtual in the simulator).

@@ -551,6 +551,27 @@ mod tests {
     }
 
     #[test]
+    fn one_stands_back_for_a_claim_once_and_not_again_in_vain() {
+        // 1000 B/s and requests of 1000 bytes: one second each, after the 100 ms that were saved.
+        let group = BucketGroup::new(0, 1000);
+        let (mut greedy, mut gone) = (Limiter::new(0, 0), Limiter::new(0, 0));
+        assert_eq!((greedy.join(&group), gone.join(&group)), (Ok(()), Ok(())));
+        assert_eq!(greedy.try_take(0, 1000), Ok(()));
+        let ready = 900_000_001;
+        assert_eq!((greedy.try_take(0, 1000), gone.try_take(0, 1000)), (Err(ready), Err(ready)));
+        assert_eq!(greedy.try_take(ready, 1000), Err(ready + STAND_BACK_NS_MAX));
+        assert_eq!(greedy.try_take(ready + STAND_BACK_NS_MAX, 1000), Ok(()));
+        let again = ready + 1_000_000_000;
+        assert_eq!(greedy.try_take(ready + STAND_BACK_NS_MAX, 1000), Err(again));
+        assert_eq!(greedy.try_take(again, 1000), Ok(()));
+        // Coming back, the other one has its claim again.
+        let ready = again + 1_000_000_000;
+        assert_eq!(gone.try_take(again, 1000), Err(ready));
+        assert_eq!(greedy.try_take(ready, 1000), Err(ready + STAND_BACK_NS_MAX));
+        assert_eq!(gone.try_take(ready, 1000), Ok(()));
+    }
+
+    #[test]
     fn both_limits_hold_and_leaving_lifts_one() {
         let group = BucketGroup::new(0, 1000);
         let mut limiter = Limiter::new(0, 100);

@@ -77,14 +77,32 @@ pub const NBD_OPTIONS_PER_HANDSHAKE: usize = 64;
 pub const NBD_HANDSHAKE_NS_MAX: u64 = 10_000_000_000;
 /// Meta contexts that one NBD client selects.
 pub const NBD_META_CONTEXTS_MAX: usize = 16;
-/// Extents in one NBD block status reply, a context.
-pub const NBD_EXTENTS_PER_REPLY: usize = 2048;
-/// Clients connected to one NBD export.
-pub const NBD_CLIENTS_PER_EXPORT: usize = 128;
-/// Requests in flight of one NBD client. Further ones stay unread in its socket.
+/// Extents in one NBD block status reply, a context. With its header such a reply fills one block of memory.
+pub const NBD_EXTENTS_PER_REPLY: usize = 2040;
+/// Questions that one NBD block status request asks of the disk before it is answered with what is known by then.
+pub const NBD_STATUS_QUESTIONS_PER_REQUEST: usize = 4096;
+/// Exports of one NBD server.
+pub const NBD_EXPORTS_PER_SERVER: usize = 1024;
+/// Clients connected to one NBD server, those in the handshake included. Further ones wait to be accepted.
+pub const NBD_CLIENTS_PER_SERVER: usize = 128;
+/// Requests in flight of one NBD client, until their replies are sent. Further ones stay unread in its socket.
 pub const NBD_IN_FLIGHT_PER_CLIENT: usize = 128;
-/// Payload bytes that one NBD client holds in flight. Further requests stay unread in its socket.
-pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 64 * MIB;
+/// Payload bytes that one NBD client holds in flight. Further requests stay unread in its socket. When memory is short
+/// the bound is lower: no client holds more than what it leaves free.
+pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 16 * MIB;
+/// Memory in which an NBD client's requests are received while little comes, in bytes.
+pub const NBD_RECV_BYTES_MIN: usize = 4 << 10;
+/// The same while much comes.
+pub const NBD_RECV_BYTES_MAX: usize = 64 << 10;
+/// From this payload on, in bytes, a read's data is sent from where it was read; below, it is copied behind its header,
+/// because a piece of a vectored send costs more than the copy.
+pub const NBD_REPLY_COPY_BYTES: usize = 32 << 10;
+/// Memory in which small replies are collected, in bytes: sixteen reads of 4 KiB with their headers fit.
+pub const NBD_REPLY_LEASE_BYTES: usize = 128 << 10;
+/// Bytes that one send of replies carries at most; their memory comes back when it ends.
+pub const NBD_SEND_BYTES_MAX: usize = 2 << 20;
+/// Pause before connections are accepted again after that failed, in nanoseconds (no more descriptors, say).
+pub const NBD_ACCEPT_PAUSE_NS: u64 = 100_000_000;
 /// Requests that one NBD client connection keeps in flight. Further ones wait on this side.
 pub const NBD_REQUESTS_IN_FLIGHT_MAX: usize = 1024;
 /// Time in which a server has to take a client's farewell, in nanoseconds; then the connection is cut.
@@ -94,3 +112,27 @@ pub const NBD_FAREWELL_NS_MAX: u64 = 5_000_000_000;
 
 /// Longest saved latency histogram that is read back, in bytes: every counter at its longest encoding fits.
 pub const HISTOGRAM_BYTES_MAX: usize = 512 << 10;
+
+/// Events of one job that nobody has taken; the oldest go first.
+pub const JOB_EVENTS_KEPT_MAX: usize = 1024;
+/// Copies of one mirror in flight.
+pub const MIRROR_OPERATIONS_MAX: usize = 16;
+/// Bytes of one copy of a mirror, unless its granularity is larger.
+pub const MIRROR_CHUNK_BYTES: u64 = 256 * 1024;
+/// A mirror's `buf-size` when none is given (as QEMU has it).
+pub const MIRROR_BUF_SIZE: u64 = 16 << 20;
+/// The largest range that one zeroing operation of a mirror covers.
+pub const MIRROR_ZERO_BYTES_MAX: u64 = 1 << 30;
+/// How far ahead a mirror asks for holes and data at once.
+pub const MIRROR_STATUS_BYTES_MAX: u64 = 1 << 40;
+/// The first pause of a job that ignores errors; doubled with every further one.
+pub const ERROR_PAUSE_NANOS_MIN: u64 = 10_000_000;
+/// The longest such pause.
+pub const ERROR_PAUSE_NANOS_MAX: u64 = 2_000_000_000;
+/// How long a drain may take before it is given up.
+pub const DRAIN_NANOS_MAX: u64 = 60_000_000_000;
+/// So much may still differ when a mirror that was told to end shuts the door and copies the rest.
+pub const MIRROR_CLOSING_BYTES_MAX: u64 = 4 << 20;
+/// So much may be left to compare when a verifying pass beside the guests is content: the rest is compared
+/// while they wait.
+pub const VERIFY_LEFT_BYTES: u64 = 32 << 20;

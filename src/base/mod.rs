@@ -6,6 +6,8 @@ pub mod bucket;
 pub mod latency;
 /// Every number that bounds something.
 pub mod limits;
+/// Deliberate bugs for tests.
+pub mod planted;
 /// Half-open byte ranges.
 pub mod range;
 /// Seeded random numbers with a frozen stream.

@@ -137,9 +137,15 @@ mod tests {
         assert_eq!(rng.below(0), 0);
         assert!((0..1000).all(|_| (10..13).contains(&rng.range(10..13))));
         assert_eq!(rng.range(9..9), 9);
-        // Just above half the space, where a plain multiply would favour some values two to one.
-        let bound = (1 << 63) + 1;
-        assert!((0..1000).all(|_| rng.below(bound) < bound));
+        // Four draws share three values here; without redrawing every third value would come twice as often.
+        let bound = 3 << 62;
+        let mut residues = [0u32; 3];
+        for _ in 0..3000 {
+            let value = rng.below(bound);
+            assert!(value < bound);
+            residues[(value % 3) as usize] += 1;
+        }
+        assert!(residues.iter().all(|n| (850..1150).contains(n)), "{residues:?}");
     }
 
     #[test]

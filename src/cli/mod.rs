@@ -1,3 +1,115 @@
-//! One file a subcommand.
+//! The command line: one file a subcommand, and what they share.
 
 pub mod bench;
+pub mod demo;
+pub mod doctor;
+pub mod exit;
+pub mod image;
+pub mod info;
+pub mod mirror;
+pub mod progress;
+pub mod serve;
+pub mod signals;
+pub mod stats;
+pub mod verify;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+pub use exit::{Exit, Failure};
+
+/// Moves virtual disks while they are in use.
+///
+/// Blockferry copies a disk to a new image while its user goes on reading and writing, keeps the copy in
+/// step for as long as you like, and switches over without the user noticing. It serves disks over NBD,
+/// measures them honestly, and tells what it did.
+#[derive(Debug, Parser)]
+#[command(name = "blockferry", version, after_help = EXIT_CODES, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done as promised
+  1  failed; the message names what, where, and what to do
+  2  the command line makes no sense
+  3  cancelled before the target was complete; it is marked incomplete
+  4  source and target (or data and pattern) differ
+
+Try `blockferry demo` to see it work, `blockferry doctor` to see what this machine allows.";
+
+/// Options of every subcommand.
+#[derive(Clone, Debug, Args)]
+pub struct Global {
+    /// Print JSON, one object a line, on standard output
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print the reactor's counters at the end (to standard error; with --json as an object)
+    #[arg(long, global = true)]
+    pub stats: bool,
+    /// Say more (twice: everything)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Restrict the ring to the operations in use: io_uring's own sandbox, which seccomp cannot replace
+    #[arg(long, global = true)]
+    pub restrict: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Mirror(Box<mirror::MirrorArgs>),
+    Serve(serve::ServeArgs),
+    Info(info::InfoArgs),
+    Doctor(doctor::DoctorArgs),
+    Demo(demo::DemoArgs),
+}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.global.verbose);
+    let global = &cli.global;
+    let result = match &cli.command {
+        Command::Mirror(args) => mirror::main(global, args),
+        Command::Serve(args) => serve::main(global, args),
+        Command::Info(args) => info::main(global, args),
+        Command::Doctor(args) => doctor::main(global, args),
+        Command::Demo(args) => demo::main(global, args),
+    };
+    match result {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            if global.json {
+                println!("{}", serde_json::json!({"event": "error", "message": failure.to_string()}));
+            }
+            eprintln!("blockferry: {failure}");
+            Exit::Failed.into()
+        }
+    }
+}
+
+fn start_log(verbose: u8) {
+    use tracing_subscriber::filter::EnvFilter;
+    let default = match verbose {
+        0 => "warn",
+        1 => "blockferry=info,blockferry_ring=info,warn",
+        2 => "blockferry=debug,blockferry_ring=debug,info",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_env("BLOCKFERRY_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    // Timestamps are noise beside a progress bar.
+    let result = if verbose > 1 { log.try_init() } else { log.without_time().try_init() };
+    // A second start (tests call this more than once) keeps the first log.
+    drop(result);
+}
+
+/// The ring as the global options want it.
+pub fn config(global: &Global) -> blockferry_ring::Config {
+    blockferry_ring::Config { restrict: global.restrict, ..blockferry_ring::Config::default() }
+}

@@ -1,4 +1,10 @@
-//! See docs/architecture.md.
+//! The graph: nodes and roots, and what stands between guests and drivers.
 
+/// Which parts of a disk still differ.
+pub mod dirty;
 /// Nodes, roots and drain.
 pub mod node;
+/// Who may touch which part of a disk now.
+pub mod ranges;
+/// The filter by which a job knows what its guests change.
+pub mod tracker;

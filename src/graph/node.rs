@@ -16,10 +16,10 @@ use std::rc::{Rc, Weak};
 use blockferry_ring::sync::{Either, Notify, either};
 use blockferry_ring::{Buf, Errno, Nanos, Ring, SharedBuf};
 
+use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Driver, Extent, IoFuture, IoResult, Operation, Permission, Permissions, Resolved, WriteFlags,
-    ZeroFlags,
+    BlockError, Driver, Extent, IoFuture, IoResult, Operation, Permissions, Resolved, WriteFlags, ZeroFlags,
 };
 
 /// A request that changes the disk.
@@ -106,7 +106,7 @@ pub struct Node {
     /// Told when a request ends or the door opens.
     changed: Notify,
     roots: RefCell<Vec<Weak<RootInner>>>,
-    users: RefCell<Vec<(u64, Permissions, &'static str)>>,
+    users: RefCell<Vec<(u64, UseKind)>>,
     user_next: Cell<u64>,
 }
 
@@ -121,16 +121,78 @@ impl std::fmt::Debug for Node {
     }
 }
 
-/// One use of a node with its permissions; dropping it ends the use.
+/// Who uses a node. Decides what else may use it in this program, and which locks keep others out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UseKind {
+    /// A root that only reads.
+    Reader,
+    /// A root that writes. Several may: they see each other's writes.
+    Guest,
+    /// The source of a job of this type.
+    JobSource(&'static str),
+    /// The target of a job of this type: nobody else may use it.
+    JobTarget(&'static str),
+}
+
+impl UseKind {
+    fn permissions(self) -> Permissions {
+        match self {
+            UseKind::Reader => Permissions::READER,
+            UseKind::Guest => Permissions::USER,
+            UseKind::JobSource(_) => Permissions::STABLE_READER,
+            UseKind::JobTarget(_) => Permissions::JOB_TARGET,
+        }
+    }
+
+    fn job(self) -> Option<&'static str> {
+        match self {
+            UseKind::JobSource(job) | UseKind::JobTarget(job) => Some(job),
+            _ => None,
+        }
+    }
+
+    /// Whether the two may use one node at the same time.
+    fn agrees_with(self, other: UseKind) -> bool {
+        let target = matches!(self, UseKind::JobTarget(_)) || matches!(other, UseKind::JobTarget(_));
+        let two_jobs = self.job().is_some() && other.job().is_some();
+        !target && !two_jobs
+    }
+}
+
+/// One use of a node; dropping it ends the use.
 #[derive(Debug)]
 pub struct Use {
     node: Rc<Node>,
     id: u64,
 }
 
+impl Use {
+    /// The node.
+    pub fn node(&self) -> &Rc<Node> {
+        &self.node
+    }
+
+    /// Turns it into another kind of use in one step: the locks that stay are never given up between.
+    pub fn change(&self, kind: UseKind) -> IoResult {
+        self.node.check_use(kind, Some(self.id))?;
+        let set = |kind| {
+            let mut old = kind;
+            for (id, k) in self.node.users.borrow_mut().iter_mut().filter(|(id, _)| *id == self.id) {
+                debug_assert_eq!(*id, self.id);
+                old = std::mem::replace(k, kind);
+            }
+            old
+        };
+        let old = set(kind);
+        self.node.apply_permissions().inspect_err(|_| {
+            set(old);
+        })
+    }
+}
+
 impl Drop for Use {
     fn drop(&mut self) {
-        self.node.users.borrow_mut().retain(|(id, ..)| *id != self.id);
+        self.node.users.borrow_mut().retain(|(id, _)| *id != self.id);
         if let Err(error) = self.node.apply_permissions() {
             // Giving permissions up takes no new locks; only a dying file could refuse it.
             tracing::warn!(%error, "locks could not be given back");
@@ -199,33 +261,34 @@ impl Node {
     }
 
     /// Registers a use. Refused when another use of this node, or another program, does not allow it.
-    pub fn attach(self: &Rc<Node>, permissions: Permissions, what: &'static str) -> Result<Use, BlockError> {
-        for (_, theirs, who) in self.users.borrow().iter() {
-            for permission in Permission::ALL {
-                let clash = permissions.uses(permission) && !theirs.shares(permission)
-                    || theirs.uses(permission) && !permissions.shares(permission);
-                if clash {
-                    let hint = format!(
-                        "Node '{}' is in use by {who}, which excludes '{}'",
-                        self.name,
-                        permission.name()
-                    );
-                    return Err(BlockError::new(Operation::Lock, self.driver.name(), Errno::EBUSY).hint(hint));
-                }
-            }
-        }
+    pub fn attach(self: &Rc<Node>, kind: UseKind) -> Result<Use, BlockError> {
+        self.check_use(kind, None)?;
         let id = self.user_next.get();
         self.user_next.set(id + 1);
-        self.users.borrow_mut().push((id, permissions, what));
+        self.users.borrow_mut().push((id, kind));
         if let Err(error) = self.apply_permissions() {
-            self.users.borrow_mut().retain(|(i, ..)| *i != id);
+            self.users.borrow_mut().retain(|(i, _)| *i != id);
             return Err(error);
         }
         Ok(Use { node: self.clone(), id })
     }
 
+    fn check_use(&self, kind: UseKind, own: Option<u64>) -> IoResult {
+        let users = self.users.borrow();
+        let Some((_, other)) = users.iter().find(|(id, other)| Some(*id) != own && !kind.agrees_with(*other))
+        else {
+            return Ok(());
+        };
+        let hint = match other.job() {
+            Some(job) => format!("Node '{}' is busy: block device is in use by block job: {job}", self.name),
+            None => format!("Node '{}' is in use by a client and cannot be the target of a job", self.name),
+        };
+        Err(BlockError::new(Operation::Lock, self.driver.name(), Errno::EBUSY).hint(hint))
+    }
+
     fn apply_permissions(&self) -> IoResult {
-        let all = self.users.borrow().iter().fold(Permissions::NONE, |sum, (_, p, _)| sum.and(*p));
+        let all =
+            self.users.borrow().iter().fold(Permissions::NONE, |sum, (_, kind)| sum.and(kind.permissions()));
         self.driver.set_permissions(all)
     }
 
@@ -243,13 +306,18 @@ impl Node {
 
     /// Shuts the door and waits until nobody is inside, for at most `span`.
     pub async fn drain(self: &Rc<Node>, span: Nanos) -> Result<Drained, Errno> {
-        self.drains.set(self.drains.get() + 1);
-        let drained = Drained { node: self.clone() };
+        let drained = self.shut();
         let empty = self.changed.until(|| (self.in_flight.get() == 0).then_some(()));
         match either(empty, self.ring.sleep(span)).await {
             Either::First(()) => Ok(drained),
             Either::Second(()) => Err(Errno::ETIMEDOUT),
         }
+    }
+
+    /// Shuts the door without waiting for those inside.
+    pub fn shut(self: &Rc<Node>) -> Drained {
+        self.drains.set(self.drains.get() + 1);
+        Drained { node: self.clone() }
     }
 
     /// Lets every root on this node point to `target` instead. Both are drained, or nobody uses the target.
@@ -262,9 +330,13 @@ impl Node {
         }
     }
 
-    /// Moves the permissions of the roots along with [`Node::replace_with`]; nothing changes on an error.
+    /// The roots that point to this node.
     pub fn roots(&self) -> Vec<Root> {
-        self.roots.borrow().iter().filter_map(|weak| weak.upgrade().map(Root)).collect()
+        self.roots
+            .borrow()
+            .iter()
+            .filter_map(|weak| weak.upgrade().map(|inner| Root { inner, ungated: false }))
+            .collect()
     }
 
     async fn driver_mutate(&self, mutation: Mutation) -> IoResult {
@@ -299,18 +371,22 @@ pub struct Features {
 struct RootInner {
     node: RefCell<Rc<Node>>,
     features: Features,
-    permissions: Permissions,
+    kind: UseKind,
     using: RefCell<Option<Use>>,
     parked: Cell<u32>,
 }
 
 /// A user's handle of a disk.
 #[derive(Clone)]
-pub struct Root(Rc<RootInner>);
+pub struct Root {
+    inner: Rc<RootInner>,
+    /// Planted bug: this client does not see the shut door.
+    ungated: bool,
+}
 
 impl std::fmt::Debug for Root {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Root").field("node", &self.0.node.borrow().name).finish_non_exhaustive()
+        f.debug_struct("Root").field("node", &self.inner.node.borrow().name).finish_non_exhaustive()
     }
 }
 
@@ -330,8 +406,8 @@ impl Drop for Inside {
 impl Root {
     /// A root on `node`. Takes the locks that its use needs.
     pub fn new(node: &Rc<Node>, read_only: bool) -> Result<Root, BlockError> {
-        let permissions = if read_only { Permissions::READER } else { Permissions::USER };
-        let using = node.attach(permissions, if read_only { "a reader" } else { "a user" })?;
+        let kind = if read_only { UseKind::Reader } else { UseKind::Guest };
+        let using = node.attach(kind)?;
         let features = Features {
             len: node.driver.len(),
             preferred_block: node.driver.limits().request_align.max(4096),
@@ -340,37 +416,43 @@ impl Root {
         let inner = Rc::new(RootInner {
             node: RefCell::new(node.clone()),
             features,
-            permissions,
+            kind,
             using: RefCell::new(Some(using)),
             parked: Cell::new(0),
         });
         node.roots.borrow_mut().push(Rc::downgrade(&inner));
-        Ok(Root(inner))
+        Ok(Root { inner, ungated: false })
+    }
+
+    /// The handle for one client of this root.
+    pub fn client(&self) -> Root {
+        let ungated = is_planted(Bug::NewClientNotDrained) && self.node().is_drained();
+        Root { inner: self.inner.clone(), ungated }
     }
 
     /// What clients may rely on.
     pub fn features(&self) -> Features {
-        self.0.features
+        self.inner.features
     }
 
     /// The node that it points to now.
     pub fn node(&self) -> Rc<Node> {
-        self.0.node.borrow().clone()
+        self.inner.node.borrow().clone()
     }
 
     /// Requests that wait at the door.
     pub fn parked(&self) -> u32 {
-        self.0.parked.get()
+        self.inner.parked.get()
     }
 
-    /// Takes the permissions that this root needs on `target`, for a pivot to it.
-    pub fn attach_to(&self, target: &Rc<Node>) -> Result<Use, BlockError> {
-        target.attach(self.0.permissions, "a user")
+    /// What kind of use this root makes of its node.
+    pub fn kind(&self) -> UseKind {
+        self.inner.kind
     }
 
     /// Ends the use of the old node after a pivot.
     pub fn set_use(&self, using: Use) {
-        let old = self.0.using.borrow_mut().replace(using);
+        let old = self.inner.using.borrow_mut().replace(using);
         drop(old);
     }
 
@@ -380,8 +462,8 @@ impl Root {
     }
 
     async fn enter(&self) -> Inside {
-        let node = self.0.node.borrow().clone();
-        if node.drains.get() == 0 {
+        let node = self.inner.node.borrow().clone();
+        if node.drains.get() == 0 || self.ungated {
             node.in_flight.set(node.in_flight.get() + 1);
             return Inside(node);
         }
@@ -389,13 +471,13 @@ impl Root {
     }
 
     async fn enter_parked(&self, mut node: Rc<Node>) -> Inside {
-        self.0.parked.set(self.0.parked.get() + 1);
+        self.inner.parked.set(self.inner.parked.get() + 1);
         loop {
             node.changed.until(|| (node.drains.get() == 0).then_some(())).await;
             // Where the root points may have changed while the door was shut.
-            let now = self.0.node.borrow().clone();
+            let now = self.inner.node.borrow().clone();
             if now.drains.get() == 0 {
-                self.0.parked.set(self.0.parked.get() - 1);
+                self.inner.parked.set(self.inner.parked.get() - 1);
                 now.in_flight.set(now.in_flight.get() + 1);
                 return Inside(now);
             }
@@ -404,7 +486,7 @@ impl Root {
     }
 
     fn check(&self, operation: Operation, offset: u64, len: u64) -> IoResult {
-        let features = &self.0.features;
+        let features = &self.inner.features;
         let fits = offset.checked_add(len).is_some_and(|end| end <= features.len);
         let errno = if operation.is_write() && features.read_only {
             Errno::EPERM
@@ -413,7 +495,7 @@ impl Root {
         } else {
             return Ok(());
         };
-        Err(BlockError::at(operation, self.0.node.borrow().driver.name(), offset, len, errno))
+        Err(BlockError::at(operation, self.inner.node.borrow().driver.name(), offset, len, errno))
     }
 
     /// Reads `buf.len()` bytes at `offset`.

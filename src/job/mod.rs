@@ -1,1 +1,17 @@
-//! See docs/architecture.md.
+//! Jobs: what moves a disk while it is in use. See docs/architecture.md.
+
+pub mod error;
+pub mod event;
+pub mod info;
+pub mod lifecycle;
+pub mod policy;
+pub mod progress;
+pub mod registry;
+pub mod status;
+
+/// The shape of every job: a state machine and its hands.
+pub mod body;
+/// Copies a disk while it is in use.
+pub mod mirror;
+/// Runs a job.
+pub mod runner;

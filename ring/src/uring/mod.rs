@@ -29,10 +29,10 @@ use crate::Nanos;
 use crate::backend::{
     Backend, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait, Work,
 };
+use crate::config::{Config, SetupError};
 use crate::errno::Errno;
 use crate::limits;
 use crate::op::{FileId, Op};
-use crate::ring::{Config, SetupError};
 use encode::Messages;
 use offload::Offload;
 

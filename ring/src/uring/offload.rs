@@ -9,9 +9,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::sys;
 use crate::backend::Work;
+use crate::config::OffloadMode;
 use crate::errno::Errno;
 use crate::limits;
-use crate::ring::OffloadMode;
 
 #[derive(Default)]
 struct Shared {

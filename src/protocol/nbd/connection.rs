@@ -611,7 +611,7 @@ async fn receive_into(
     let (front, rest) = target.split_at(at);
     let (middle, back) = rest.split_at(bytes);
     let (middle, received) = shared.ring.recv_all(&shared.stream, middle).await;
-    let whole = front.join(middle).and_then(|front| front.join(back));
+    let whole = front.unsplit(middle).and_then(|front| front.unsplit(back));
     match whole {
         Ok(whole) => (whole, received),
         // They were cut from one buffer a moment ago.

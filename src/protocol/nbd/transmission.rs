@@ -88,11 +88,12 @@ impl RequestHeader {
     }
 
     /// Bytes of payload that follow the header.
+    ///
+    /// An extended write should announce its payload with a flag. QEMU 10.0.2 sends the payload without the flag (and as
+    /// a server takes it without), so a write always has one.
     pub fn payload_bytes(&self, style: HeaderStyle) -> u64 {
-        let has_payload = match style {
-            HeaderStyle::Extended => self.flags.contains(CommandFlags::PAYLOAD_LEN),
-            _ => self.command == Command::Write,
-        };
+        let announced = style.is_extended() && self.flags.contains(CommandFlags::PAYLOAD_LEN);
+        let has_payload = announced || self.command == Command::Write;
         if has_payload { self.length } else { 0 }
     }
 
@@ -161,9 +162,6 @@ impl RequestHeader {
             }
             Command::Write if rules.style.is_extended() => {
                 allowed = allowed.with(CommandFlags::PAYLOAD_LEN);
-                if !self.flags.contains(CommandFlags::PAYLOAD_LEN) {
-                    return Err(NbdErrno::Invalid);
-                }
             }
             Command::WriteZeroes => {
                 let fast = rules.flags.contains(TransmissionFlags::SEND_FAST_ZERO);
@@ -437,7 +435,8 @@ mod tests {
         assert_eq!(request(Command::Write, CommandFlags::FUA, 0, 512).check(&bare), Err(Invalid));
 
         let extended = RequestRules { style: HeaderStyle::Extended, ..rules };
-        assert_eq!(request(Command::Write, none, 0, 512).check(&extended), Err(Invalid));
+        assert_eq!(request(Command::Write, none, 0, 512).check(&extended), Ok(()));
+        assert_eq!(request(Command::Write, none, 0, 512).payload_bytes(HeaderStyle::Extended), 512);
         assert_eq!(request(Command::Write, CommandFlags::PAYLOAD_LEN, 0, 512).check(&extended), Ok(()));
         assert_eq!(request(Command::Read, CommandFlags::PAYLOAD_LEN, 0, 512).check(&extended), Err(Invalid));
         assert_eq!(request(Command::Write, CommandFlags::PAYLOAD_LEN, 0, 512).check(&rules), Err(Invalid));

@@ -1,0 +1,105 @@
+//! The control calls of a ring: short, and answered at once.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use crate::backend::{FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
+use crate::errno::Errno;
+use crate::op::File;
+use crate::ring::Ring;
+
+impl Ring {
+    /// Opens a file or block device.
+    pub fn open(&self, path: &Path, how: &OpenHow) -> Result<File, Errno> {
+        let id = self.0.backend.borrow_mut().open(path, how)?;
+        Ok(self.wrap(id))
+    }
+
+    /// Adopts a descriptor that somebody else opened.
+    pub fn adopt(&self, fd: OwnedFd) -> Result<File, Errno> {
+        let id = self.0.backend.borrow_mut().adopt(fd)?;
+        Ok(self.wrap(id))
+    }
+
+    /// Facts about an open file.
+    pub fn info(&self, file: &File) -> Result<FileInfo, Errno> {
+        self.0.backend.borrow_mut().info(file.id())
+    }
+
+    /// Sets the length of a regular file.
+    pub fn set_len(&self, file: &File, len: u64) -> Result<(), Errno> {
+        self.0.backend.borrow_mut().set_len(file.id(), len)
+    }
+
+    /// The first offset at or after `offset` with data (`data`) or with a hole; `ENXIO` past the end.
+    pub fn seek(&self, file: &File, offset: u64, data: bool) -> Result<u64, Errno> {
+        self.0.backend.borrow_mut().seek(file.id(), offset, data)
+    }
+
+    /// Takes a shared lock on a range.
+    pub fn lock_shared(&self, file: &File, range: LockRange) -> Result<(), Errno> {
+        self.0.backend.borrow_mut().lock_shared(file.id(), range)
+    }
+
+    /// Gives a lock back.
+    pub fn unlock(&self, file: &File, range: LockRange) -> Result<(), Errno> {
+        self.0.backend.borrow_mut().unlock(file.id(), range)
+    }
+
+    /// Whether somebody else holds a lock in the range.
+    pub fn lock_conflict(&self, file: &File, range: LockRange) -> Result<bool, Errno> {
+        self.0.backend.borrow_mut().lock_conflict(file.id(), range)
+    }
+
+    /// Who holds locks in the range, as far as can be known (pid, program).
+    pub fn lock_holders(&self, file: &File, range: LockRange) -> Vec<(u32, String)> {
+        self.0.backend.borrow_mut().lock_holders(file.id(), range)
+    }
+
+    /// Reads an extended attribute.
+    pub fn get_attribute(&self, file: &File, name: &str) -> Result<Option<Vec<u8>>, Errno> {
+        self.0.backend.borrow_mut().get_attribute(file.id(), name)
+    }
+
+    /// Sets or removes an extended attribute.
+    pub fn set_attribute(&self, file: &File, name: &str, value: Option<&[u8]>) -> Result<(), Errno> {
+        self.0.backend.borrow_mut().set_attribute(file.id(), name, value)
+    }
+
+    /// Removes a directory entry.
+    pub fn unlink(&self, path: &Path) -> Result<(), Errno> {
+        self.0.backend.borrow_mut().unlink(path)
+    }
+
+    /// Renames, replacing what is there.
+    pub fn rename(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        self.0.backend.borrow_mut().rename(from, to)
+    }
+
+    /// Makes the entries of a directory durable.
+    pub fn sync_directory(&self, path: &Path) -> Result<(), Errno> {
+        self.0.backend.borrow_mut().sync_directory(path)
+    }
+
+    /// Whether a path exists, and what it is.
+    pub fn lookup(&self, path: &Path) -> Result<Option<FileKind>, Errno> {
+        self.0.backend.borrow_mut().lookup(path)
+    }
+
+    /// Listens; gives the address in use.
+    pub fn listen(&self, address: &SocketAddress) -> Result<(File, SocketAddress), Errno> {
+        let (id, address) = self.0.backend.borrow_mut().listen(address)?;
+        Ok((self.wrap(id), address))
+    }
+
+    /// Connects.
+    pub fn connect(&self, address: &SocketAddress) -> Result<File, Errno> {
+        let id = self.0.backend.borrow_mut().connect(address)?;
+        Ok(self.wrap(id))
+    }
+
+    /// Ends both directions of a stream; operations in flight on it complete.
+    pub fn shutdown_stream(&self, stream: &File) {
+        self.0.backend.borrow_mut().shutdown_stream(stream.id());
+    }
+}

@@ -1,0 +1,59 @@
+//! Deliberate bugs, for showing that the tests would find them.
+//!
+//! Without the feature `planted-bugs` every question is answered with a constant `false` and the
+//! bugs are not in the program. With it, a test plants one bug in its own thread.
+
+/// A bug that the simulator must find.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bug {
+    /// The dirty bits of a chunk are cleared after it was read, so that a write in between is lost.
+    BitClearedAfterRead,
+    /// The pivot happens without a drain.
+    NoDrainBeforePivot,
+    /// The last flush of the target is left out.
+    FlushSkipped,
+    /// A copy that failed is taken for done.
+    CompletionLost,
+    /// A client that connects during a drain is let in.
+    NewClientNotDrained,
+}
+
+impl Bug {
+    /// All of them.
+    pub const ALL: [Bug; 5] = [
+        Bug::BitClearedAfterRead,
+        Bug::NoDrainBeforePivot,
+        Bug::FlushSkipped,
+        Bug::CompletionLost,
+        Bug::NewClientNotDrained,
+    ];
+}
+
+#[cfg(feature = "planted-bugs")]
+mod planted {
+    use super::Bug;
+    use std::cell::Cell;
+
+    thread_local! {
+        static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
+    }
+
+    /// Plants one bug in this thread, or none.
+    pub fn plant(bug: Option<Bug>) {
+        PLANTED.set(bug);
+    }
+
+    /// Whether this bug is planted here.
+    pub fn is_planted(bug: Bug) -> bool {
+        PLANTED.get() == Some(bug)
+    }
+}
+
+#[cfg(feature = "planted-bugs")]
+pub use planted::{is_planted, plant};
+
+/// Whether this bug is planted here: never, in a program without the feature.
+#[cfg(not(feature = "planted-bugs"))]
+pub const fn is_planted(_bug: Bug) -> bool {
+    false
+}

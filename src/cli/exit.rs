@@ -1,0 +1,54 @@
+//! How a command ends.
+
+use std::process::ExitCode;
+
+/// The documented exit codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Done as promised.
+    Done,
+    /// Failed.
+    Failed,
+    /// Cancelled before the target was complete.
+    Cancelled,
+    /// Contents differ.
+    Different,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(match exit {
+            Exit::Done => 0,
+            Exit::Failed => 1,
+            Exit::Cancelled => 3,
+            Exit::Different => 4,
+        })
+    }
+}
+
+/// What the user is told when a command fails: a sentence, with the cure where there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The ring could not be set up.
+    #[error(transparent)]
+    Setup(#[from] blockferry_ring::SetupError),
+    /// An image.
+    #[error(transparent)]
+    Block(#[from] crate::block::BlockError),
+    /// A mirror.
+    #[error(transparent)]
+    Mirror(#[from] crate::job::mirror::MirrorError),
+    /// A job verb.
+    #[error(transparent)]
+    Job(#[from] crate::job::error::JobError),
+    /// Anything else, said in full.
+    #[error("{0}")]
+    Text(String),
+}
+
+impl Failure {
+    /// A failure with its sentence.
+    pub fn text(text: impl Into<String>) -> Failure {
+        Failure::Text(text.into())
+    }
+}

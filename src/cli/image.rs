@@ -1,0 +1,64 @@
+//! Options by which images are named and opened, the same for every subcommand.
+
+use clap::{Args, ValueEnum};
+
+use super::exit::Failure;
+use crate::engine::{Format, ImageOptions};
+use crate::protocol::open::Cache;
+
+/// Whether the page cache is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum CacheMode {
+    /// O_DIRECT, past the page cache; buffered where the filesystem refuses it
+    #[default]
+    Direct,
+    /// Through the page cache
+    Buffered,
+}
+
+impl From<CacheMode> for Cache {
+    fn from(mode: CacheMode) -> Cache {
+        match mode {
+            CacheMode::Direct => Cache::Direct,
+            CacheMode::Buffered => Cache::Buffered,
+        }
+    }
+}
+
+/// Options for opening.
+#[derive(Clone, Debug, Args)]
+pub struct OpenArgs {
+    /// Past the page cache or through it
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    pub cache: CacheMode,
+    /// Take no locks and heed none: for those who know that nobody else writes these images
+    #[arg(long)]
+    pub no_lock: bool,
+}
+
+/// A format as the user says it.
+pub fn parse_format(text: &str) -> Result<Format, String> {
+    Format::parse(text).ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw"))
+}
+
+impl OpenArgs {
+    /// What these options mean for one image.
+    pub fn image(&self, format: Option<Format>, read_only: bool) -> ImageOptions {
+        ImageOptions { format, read_only, cache: self.cache.into(), lock: !self.no_lock, ..ImageOptions::default() }
+    }
+}
+
+/// A size as people write it.
+pub fn size(text: &str) -> Result<u64, String> {
+    crate::base::units::parse_size(text).map_err(|error| error.to_string())
+}
+
+/// A speed as people write it.
+pub fn speed(text: &str) -> Result<u64, String> {
+    crate::base::units::parse_speed(text).map_err(|error| error.to_string())
+}
+
+/// The text of an error as a failure.
+pub fn failed(error: impl std::fmt::Display) -> Failure {
+    Failure::text(error.to_string())
+}

@@ -1,0 +1,482 @@
+//! `blockferry mirror`: copies a disk to a new image, at rest or while it is in use.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use blockferry_ring::sync::{Either, either};
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::exit::{Exit, Failure};
+use super::image::{OpenArgs, parse_format, size, speed};
+use super::progress::{INTERVAL_NANOS, Progress};
+use super::serve::{Exports, export_uri};
+use super::signals::Signals;
+use super::{Global, config, stats};
+use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::engine::open::local_path;
+use crate::engine::{Engine, Format};
+use crate::graph::node::Node;
+use crate::job::event::JobEvent;
+use crate::job::mirror::verify::{Report, Verifier};
+use crate::job::mirror::{MirrorOptions, SyncMode};
+use crate::job::policy::OnError;
+use crate::job::runner::{Ending, ErrorPolicies, Job};
+use crate::protocol::file::{CreateOptions, FileDriver};
+use crate::protocol::mark::{MarkInfo, TargetMark};
+use crate::protocol::nbd::NbdUri;
+
+const AFTER: &str = "\
+Examples:
+  Copy a disk that nobody uses, and check the copy byte for byte:
+      blockferry mirror --verify old.img new.img
+
+  Serve a disk and copy it while clients write to it; then let them go on, on the copy:
+      blockferry mirror -f raw old.img new.img --export 'nbd+unix:///disk?socket=/run/disk.sock' --pivot
+
+  Keep a copy in step until told to stop (Ctrl-C finishes it: the copy is then complete):
+      blockferry mirror -f raw disk.img copy.img --export nbd://127.0.0.1/disk --follow --speed 200MiB
+
+While the job runs the target carries a mark that says so; `blockferry info` shows it. The mark is gone
+when, and only when, the target equals the source and is flushed. Exit code 3 means that the job was
+cancelled before that.";
+
+/// Copy a disk to a new image, at rest or while it is in use
+#[derive(Debug, Args)]
+#[command(after_help = AFTER)]
+pub struct MirrorArgs {
+    /// The disk to copy: a file, a block device, mem:SIZE, null:SIZE or delay:TIME:NAME
+    #[arg(value_name = "SRC")]
+    source: String,
+    /// Where to: a new file (created with the source's size), or an existing image with --force
+    #[arg(value_name = "DST")]
+    target: String,
+    /// Format of the source. Must be said (raw) when clients may write to it
+    #[arg(short = 'f', long, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
+    /// Format of the target. Must be said (raw) for an existing one
+    #[arg(short = 'F', long, value_name = "FORMAT", value_parser = parse_format)]
+    target_format: Option<Format>,
+    /// What to copy: all of it; what is above the backing file (all, where there is none); only new writes
+    #[arg(long, value_enum, default_value_t = Sync::Full)]
+    sync: Sync,
+    /// Serve the source's clients meanwhile, at this NBD URI (may be said more than once)
+    #[arg(long, value_name = "URI", value_parser = export_uri)]
+    export: Vec<NbdUri>,
+    /// When source and target are alike, let the clients go on, on the target
+    #[arg(long, requires = "export", conflicts_with = "follow")]
+    pivot: bool,
+    /// Stay in step until SIGINT or SIGTERM, which complete the copy
+    #[arg(long)]
+    follow: bool,
+    /// End when the job ends, even if clients are still connected
+    #[arg(long, requires = "export")]
+    exit_on_done: bool,
+    /// Read both disks back, past the page cache, and compare; what is written meanwhile is compared again
+    #[arg(long)]
+    verify: bool,
+    /// Overwrite an existing target
+    #[arg(long)]
+    force: bool,
+    /// Limit the copying, such as 200MiB (a second); 0 or `unlimited` for no limit
+    #[arg(long, value_name = "RATE", value_parser = speed, default_value = "0")]
+    speed: u64,
+    /// Track changes in pieces of this size: a power of two from 512 to 64MiB [default: by the target, 64KiB]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    granularity: Option<u64>,
+    /// Bytes in flight at most [default: 16MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0")]
+    buf_size: u64,
+    /// Keep zeroes in the source's data out of the target
+    #[arg(long, value_enum, default_value_t = DetectZeroes::Unmap)]
+    detect_zeroes: DetectZeroes,
+    /// Allow a target that is larger than the source; what is behind the source's end stays as it is
+    #[arg(long)]
+    allow_larger_target: bool,
+    /// What to do when reading the source fails
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t = Policy::Report)]
+    on_source_error: Policy,
+    /// What to do when writing the target fails
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t = Policy::Report)]
+    on_target_error: Policy,
+    /// Where to note unfinished targets that cannot carry a mark themselves (block devices, some filesystems)
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// No progress
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    open: OpenArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Sync {
+    Full,
+    Top,
+    None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum DetectZeroes {
+    /// Copy zeroes as data
+    Off,
+    /// Write zeroes by the target's own means; space may be given back
+    On,
+    /// The same
+    Unmap,
+}
+
+/// The error policies, as clap shows them.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Policy {
+    /// End the job with the error
+    Report,
+    /// Try again, with pauses that grow
+    Ignore,
+    /// Pause the job
+    Stop,
+    /// Pause the job when the target is full, otherwise report
+    Enospc,
+}
+
+impl From<Policy> for OnError {
+    fn from(policy: Policy) -> OnError {
+        match policy {
+            Policy::Report => OnError::Report,
+            Policy::Ignore => OnError::Ignore,
+            Policy::Stop => OnError::Stop,
+            Policy::Enospc => OnError::Enospc,
+        }
+    }
+}
+
+/// Runs the command.
+pub fn main(global: &Global, args: &MirrorArgs) -> Result<Exit, Failure> {
+    let engine = Engine::new(&config(global))?;
+    let signals = Signals::new(engine.ring())?;
+    let (global, engine) = (global.clone(), Rc::new(engine));
+    let run = Run { global, engine: engine.clone(), signals };
+    // The arguments outlive the future in the process; the future must own them all the same.
+    let args = Rc::new(Settings::new(args)?);
+    engine.run(async move { run.mirror(&args).await })
+}
+
+/// The arguments, in the library's terms.
+struct Settings {
+    source: String,
+    target: String,
+    format: Option<Format>,
+    target_format: Option<Format>,
+    sync: SyncMode,
+    export: Vec<NbdUri>,
+    pivot: bool,
+    follow: bool,
+    exit_on_done: bool,
+    verify: bool,
+    force: bool,
+    speed: i64,
+    granularity: Option<u64>,
+    buf_size: i64,
+    detect_zeroes: bool,
+    allow_larger_target: bool,
+    policies: ErrorPolicies,
+    state_dir: Option<PathBuf>,
+    quiet: bool,
+    open: OpenArgs,
+}
+
+impl Settings {
+    fn new(args: &MirrorArgs) -> Result<Settings, Failure> {
+        if args.follow && args.export.is_empty() && args.sync as u8 != Sync::None as u8 {
+            tracing::info!("without --export nobody can write through this process: there is nothing to follow");
+        }
+        let too_large = |name: &str| Failure::text(format!("--{name} is too large"));
+        Ok(Settings {
+            source: args.source.clone(),
+            target: args.target.clone(),
+            format: args.format,
+            target_format: args.target_format,
+            sync: match args.sync {
+                Sync::Full => SyncMode::Full,
+                Sync::Top => SyncMode::Top,
+                Sync::None => SyncMode::None,
+            },
+            export: args.export.clone(),
+            pivot: args.pivot,
+            follow: args.follow,
+            exit_on_done: args.exit_on_done,
+            verify: args.verify,
+            force: args.force,
+            speed: i64::try_from(args.speed).map_err(|_| too_large("speed"))?,
+            granularity: args.granularity,
+            buf_size: i64::try_from(args.buf_size).map_err(|_| too_large("buf-size"))?,
+            detect_zeroes: args.detect_zeroes != DetectZeroes::Off,
+            allow_larger_target: args.allow_larger_target,
+            policies: ErrorPolicies { source: args.on_source_error.into(), target: args.on_target_error.into() },
+            state_dir: args.state_dir.clone(),
+            quiet: args.quiet,
+            open: args.open.clone(),
+        })
+    }
+}
+
+struct Run {
+    global: Global,
+    engine: Rc<Engine>,
+    signals: Signals,
+}
+
+impl Run {
+    async fn mirror(&self, settings: &Settings) -> Result<Exit, Failure> {
+        let ring = self.engine.ring().clone();
+        let read_only = settings.export.is_empty();
+        let source = self.engine.open(&settings.source, &settings.open.image(settings.format, read_only))?;
+        let (target, created) = self.open_target(settings, &source).await?;
+        let mut exports = Exports::new(&ring);
+        for uri in &settings.export {
+            exports.add(&self.engine, &source, uri, false, &self.global).await?;
+        }
+        let marker = TargetMark::new(
+            &ring,
+            target.driver().clone(),
+            settings.state_dir.clone(),
+            MarkInfo::incomplete("mirror", &settings.source),
+        );
+        let mut options = MirrorOptions::new("mirror0");
+        options.sync = settings.sync;
+        options.granularity = settings.granularity;
+        options.buf_size = settings.buf_size;
+        options.speed = settings.speed;
+        options.policies = settings.policies;
+        options.detect_zeroes = settings.detect_zeroes;
+        options.allow_larger_target = settings.allow_larger_target;
+        options.marker = Some(Box::new(marker));
+        let verifier = if settings.verify {
+            let verifier = Verifier::new(&ring, source.driver(), target.driver()).map_err(super::image::failed)?;
+            options.verifier = Some(verifier.clone());
+            Some(verifier)
+        } else {
+            None
+        };
+        let began = ring.clock();
+        let job = match self.engine.mirror(&source, &target, options).await {
+            Ok(job) => job,
+            Err(error) => {
+                self.undo_create(settings, created);
+                return Err(error.into());
+            }
+        };
+        drop((source, target));
+        let ending = self.follow(settings, &job, verifier.as_ref()).await?;
+        let exit = self.report(settings, &job, &ending, ring.clock() - began, verifier.as_ref());
+        if !settings.exit_on_done && exit != Exit::Cancelled {
+            exports.serve_until_idle(&self.signals).await;
+        }
+        exports.stop().await;
+        stats::print(&self.global, &ring);
+        exit_of(exit, ending)
+    }
+
+    /// The target's node, and whether it was made here.
+    async fn open_target(&self, settings: &Settings, source: &Rc<Node>) -> Result<(Rc<Node>, bool), Failure> {
+        let ring = self.engine.ring();
+        let len = source.driver().len();
+        let mut created = false;
+        let mut format = settings.target_format;
+        if let Some(path) = local_path(&settings.target) {
+            let exists = ring.lookup(&path).map_err(|errno| no_target(&path, errno))?.is_some();
+            if exists && !settings.force {
+                return Err(Failure::text(format!(
+                    "The target '{}' exists and is left alone. Name a new file, or say --force to overwrite it",
+                    path.display()
+                )));
+            }
+            if !exists {
+                FileDriver::create(ring, &path, len, CreateOptions::default()).await?;
+                created = true;
+                format = format.or(Some(Format::Raw));
+            }
+        }
+        let image = settings.open.image(format, false);
+        match self.engine.open(&settings.target, &image) {
+            Ok(node) => Ok((node, created)),
+            Err(error) => {
+                self.undo_create(settings, created);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// An image that was made for a job which then could not start is removed again.
+    fn undo_create(&self, settings: &Settings, created: bool) {
+        if let (true, Some(path)) = (created, local_path(&settings.target)) {
+            let _ = self.engine.ring().unlink(&path);
+        }
+    }
+
+    /// Watches the job to its end and gives the orders that the options imply.
+    async fn follow(
+        &self,
+        settings: &Settings,
+        job: &Job,
+        verifier: Option<&Rc<Verifier>>,
+    ) -> Result<Ending, Failure> {
+        let ring = self.engine.ring();
+        let mut progress = Progress::new(&self.global, settings.quiet, ring.clock());
+        let mut passed = None;
+        let mut ordered = false;
+        loop {
+            let something = either(job.next_event(), self.signals.next());
+            match either(something, ring.sleep(INTERVAL_NANOS)).await {
+                Either::First(Either::First(event)) => self.tell(&progress, &event),
+                Either::First(Either::Second(_)) => {
+                    progress.say(if job.status().is_ready() {
+                        "Finishing: the target becomes complete"
+                    } else {
+                        "Cancelling: the target stays incomplete"
+                    });
+                    // Before ready this gives the job up; from then on it ends complete.
+                    if let Err(error) = job.cancel(!job.status().is_ready()) {
+                        progress.say(&error.to_string());
+                    }
+                    ordered = true;
+                }
+                Either::Second(()) => progress.update(job, ring.clock()),
+            }
+            if let Some(ending) = job.ending() {
+                progress.finish();
+                while let Some(event) = job.pop_event() {
+                    self.tell(&progress, &event);
+                }
+                return Ok(ending);
+            }
+            if job.status().is_ready() && !ordered {
+                // A long pass of comparing comes before the end; the job follows meanwhile.
+                if let Some(verifier) = verifier {
+                    let verifier = verifier.clone();
+                    let pass = passed.get_or_insert_with(|| {
+                        ring.spawn_with_result(async move { verifier.pass().await })
+                    });
+                    if !settings.follow && pass.try_take().is_none() {
+                        continue;
+                    }
+                }
+                if !settings.follow {
+                    ordered = true;
+                    if settings.pivot { job.complete()? } else { job.cancel(false)? }
+                }
+            }
+        }
+    }
+
+    fn tell(&self, progress: &Progress, event: &JobEvent) {
+        if self.global.json {
+            println!("{}", json!({"event": event.name(), "data": event}));
+        }
+        match event {
+            JobEvent::Ready(position) => progress.say(&format!(
+                "Ready: source and target are alike ({} dealt with)",
+                fmt_bytes(position.offset)
+            )),
+            JobEvent::Error { operation, action, .. } => {
+                progress.say(&format!("A {operation:?} failed; the policy says: {action:?}"));
+            }
+            _ => {}
+        }
+    }
+
+    fn report(
+        &self,
+        settings: &Settings,
+        job: &Job,
+        ending: &Ending,
+        elapsed_ns: u64,
+        verifier: Option<&Rc<Verifier>>,
+    ) -> Exit {
+        let details = job.details();
+        let verified = verifier.map(|verifier| verifier.report());
+        let exit = match ending {
+            Ending::Completed => Exit::Done,
+            Ending::Cancelled => Exit::Cancelled,
+            Ending::Failed(_) if verified.as_ref().is_some_and(|v| v.mismatch.is_some()) => Exit::Different,
+            Ending::Failed(_) => Exit::Failed,
+        };
+        if self.global.json {
+            println!(
+                "{}",
+                json!({
+                    "event": "end",
+                    "ending": match ending {
+                        Ending::Completed => "completed",
+                        Ending::Cancelled => "cancelled",
+                        Ending::Failed(_) => "failed",
+                    },
+                    "pivot": settings.pivot,
+                    "elapsed-ns": elapsed_ns,
+                    "details": details,
+                    "verify": verified,
+                })
+            );
+            return exit;
+        }
+        if settings.quiet && exit == Exit::Done {
+            return exit;
+        }
+        match ending {
+            Ending::Completed => {
+                let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
+                eprintln!(
+                    "Completed in {}: {} copied ({}), {} zeroed, {} skipped; '{}' equals '{}'{}",
+                    fmt_duration(elapsed_ns),
+                    fmt_bytes(details.bytes_copied),
+                    fmt_rate(rate),
+                    fmt_bytes(details.bytes_zeroed),
+                    fmt_bytes(details.bytes_skipped),
+                    settings.target,
+                    settings.source,
+                    if settings.pivot { " and is in use now" } else { "" },
+                );
+            }
+            Ending::Cancelled => {
+                eprintln!("Cancelled: '{}' is incomplete and marked so", settings.target);
+            }
+            Ending::Failed(_) => {}
+        }
+        if let Some(report) = verified {
+            say_verified(&report, self.engine.ring().clock());
+        }
+        exit
+    }
+}
+
+fn say_verified(report: &Report, now_ns: u64) {
+    match &report.mismatch {
+        None => eprintln!(
+            "Verified: {} compared ({} of it again), checksum {} (BLAKE3 of the BLAKE3 of each MiB), as of {}",
+            fmt_bytes(report.bytes_compared),
+            fmt_bytes(report.bytes_compared_again),
+            report.checksum,
+            instant(report.instant_ns, now_ns),
+        ),
+        Some(offset) => eprintln!("Verify: source and target differ at offset {offset}"),
+    }
+}
+
+fn exit_of(exit: Exit, ending: Ending) -> Result<Exit, Failure> {
+    match ending {
+        Ending::Failed(text) if exit == Exit::Failed => {
+            Err(Failure::text(format!("The mirror failed: {text}. The target is incomplete and marked so")))
+        }
+        _ => Ok(exit),
+    }
+}
+
+fn no_target(path: &Path, errno: blockferry_ring::Errno) -> Failure {
+    Failure::text(format!("The target '{}' cannot be looked at: {errno}", path.display()))
+}
+
+/// A moment of the ring's clock as people write it.
+fn instant(at_ns: u64, now_ns: u64) -> String {
+    let ago = std::time::Duration::from_nanos(now_ns.saturating_sub(at_ns));
+    humantime::format_rfc3339_millis(std::time::SystemTime::now() - ago).to_string()
+}

@@ -1,0 +1,209 @@
+//! `blockferry serve`: gives clients a disk over NBD, without a job. And what `mirror --export` shares.
+
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use blockferry_ring::sync::{Either, either};
+use blockferry_ring::{Ring, SocketAddress};
+use clap::Args;
+use serde_json::json;
+
+use super::exit::{Exit, Failure};
+use super::image::{OpenArgs, failed, parse_format};
+use super::signals::Signals;
+use super::{Global, config, stats};
+use crate::engine::{Engine, Format};
+use crate::export::nbd::{Export, NbdServer, ServerConfig};
+use crate::graph::node::{Node, Root};
+use crate::protocol::nbd::{NbdAddress, NbdUri};
+
+const AFTER: &str = "\
+Examples:
+  blockferry serve -f raw disk.img --export 'nbd+unix:///?socket=/run/disk.sock'
+  blockferry serve --read-only disk.img --export nbd://127.0.0.1:10809/disk
+
+Clients may be many, with several connections each. The server ends with SIGINT or SIGTERM, or with
+--exit-when-idle when the last client has left.";
+
+/// Give clients a disk over NBD, without a job
+#[derive(Debug, Args)]
+#[command(after_help = AFTER)]
+pub struct ServeArgs {
+    /// The disk: a file, a block device, mem:SIZE, null:SIZE or delay:TIME:NAME
+    #[arg(value_name = "IMAGE")]
+    image: String,
+    /// Where clients connect (may be said more than once; port 0 takes a free one)
+    #[arg(long, value_name = "URI", required = true, value_parser = export_uri)]
+    export: Vec<NbdUri>,
+    /// Format of the image. Must be said (raw) when clients may write
+    #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
+    /// Clients may not write
+    #[arg(short, long)]
+    read_only: bool,
+    /// End when the last client has left
+    #[arg(long)]
+    exit_when_idle: bool,
+    /// Write the process id to this file once clients can connect; it is removed at the end
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    #[command(flatten)]
+    open: OpenArgs,
+}
+
+/// An NBD URI of the command line.
+pub fn export_uri(text: &str) -> Result<NbdUri, String> {
+    text.parse::<NbdUri>().map_err(|error| error.to_string())
+}
+
+/// Runs the command.
+pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
+    let engine = Rc::new(Engine::new(&config(global))?);
+    let signals = Signals::new(engine.ring())?;
+    let node = engine.open(&args.image, &args.open.image(args.format, args.read_only))?;
+    let (global, e) = (global.clone(), engine.clone());
+    let (uris, read_only, idle) = (args.export.clone(), args.read_only, args.exit_when_idle);
+    let pid_file = args.pid_file.clone();
+    engine.run(async move {
+        let mut exports = Exports::new(e.ring());
+        for uri in &uris {
+            exports.add(&e, &node, uri, read_only, &global).await?;
+        }
+        if let Some(path) = &pid_file {
+            std::fs::write(path, format!("{}\n", std::process::id()))
+                .map_err(|error| Failure::text(format!("Writing '{}' failed: {error}", path.display())))?;
+        }
+        if idle {
+            either(exports.idle(), signals.next()).await;
+        } else {
+            signals.next().await;
+        }
+        exports.stop().await;
+        if let Some(path) = &pid_file {
+            // Somebody may have removed it already.
+            let _ = std::fs::remove_file(path);
+        }
+        stats::print(&global, e.ring());
+        Ok(Exit::Done)
+    })
+}
+
+/// The servers of one command, one an address.
+#[derive(Debug)]
+pub struct Exports {
+    ring: Ring,
+    servers: Vec<(SocketAddress, NbdServer)>,
+}
+
+impl Exports {
+    /// None yet.
+    pub fn new(ring: &Ring) -> Exports {
+        Exports { ring: ring.clone(), servers: Vec::new() }
+    }
+
+    /// Gives clients `node` at `uri`, and says where.
+    pub async fn add(
+        &mut self,
+        engine: &Engine,
+        node: &Rc<Node>,
+        uri: &NbdUri,
+        read_only: bool,
+        global: &Global,
+    ) -> Result<(), Failure> {
+        let root = Root::new(node, read_only)?;
+        let export = Export {
+            root,
+            description: format!("{} by Blockferry", node.name()),
+            writable: !read_only,
+            default: true,
+        };
+        let address = resolve(engine.ring(), &uri.address).await?;
+        let known = self.servers.iter().find(|(a, _)| *a == address).map(|(_, server)| server.clone());
+        let mut real = address.clone();
+        let server = match known {
+            Some(server) => {
+                server.add_export(&uri.export, export).map_err(failed)?;
+                server
+            }
+            None => {
+                let server = NbdServer::new(&self.ring, ServerConfig::default());
+                server.add_export(&uri.export, export).map_err(failed)?;
+                real = server.listen(&address).map_err(failed)?;
+                self.servers.push((address, server.clone()));
+                server
+            }
+        };
+        drop(server);
+        let shown = NbdUri { address: shown(&real), export: uri.export.clone() }.to_string();
+        if global.json {
+            println!("{}", json!({"event": "listening", "uri": shown, "bytes": node.driver().len()}));
+        } else {
+            eprintln!("Serving '{}' at {shown}", node.name());
+        }
+        Ok(())
+    }
+
+    /// Clients that are connected.
+    pub fn clients(&self) -> usize {
+        self.servers.iter().map(|(_, server)| server.clients()).sum()
+    }
+
+    /// Waits until clients have been there and none is left.
+    pub async fn idle(&self) {
+        loop {
+            for (_, server) in &self.servers {
+                server.idle().await;
+            }
+            if self.clients() == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Goes on serving those who are connected until the last has left, or a signal comes.
+    pub async fn serve_until_idle(&self, signals: &Signals) {
+        if self.clients() == 0 {
+            return;
+        }
+        match either(self.idle(), signals.next()).await {
+            Either::First(()) => {}
+            Either::Second(signal) => tracing::info!(?signal, "ending the service"),
+        }
+    }
+
+    /// Ends the service.
+    pub async fn stop(&self) {
+        for (_, server) in &self.servers {
+            server.stop().await;
+        }
+    }
+}
+
+fn shown(address: &SocketAddress) -> NbdAddress {
+    match address {
+        SocketAddress::Unix(path) => NbdAddress::Unix { path: path.clone() },
+        SocketAddress::Tcp(tcp) => NbdAddress::Tcp { host: tcp.ip().to_string(), port: tcp.port() },
+    }
+}
+
+/// The address behind a URI; names are looked up off the reactor's thread.
+pub async fn resolve(ring: &Ring, address: &NbdAddress) -> Result<SocketAddress, Failure> {
+    match address {
+        NbdAddress::Unix { path } => Ok(SocketAddress::Unix(path.clone())),
+        NbdAddress::Tcp { host, port } => {
+            let (host, port) = (host.clone(), *port);
+            let name = host.clone();
+            let found = ring
+                .offload(move || {
+                    std::net::ToSocketAddrs::to_socket_addrs(&(host.as_str(), port)).map(|mut all| all.next())
+                })
+                .await;
+            match found {
+                Ok(Ok(Some(address))) => Ok(SocketAddress::Tcp(address)),
+                Ok(Ok(None)) => Err(Failure::text(format!("The host '{name}' has no address"))),
+                Ok(Err(error)) => Err(Failure::text(format!("Looking up the host '{name}' failed: {error}"))),
+                Err(errno) => Err(Failure::text(format!("Looking up the host '{name}' failed: {errno}"))),
+            }
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! From what a person types to a driver: protocol by name, format by order.
+//!
+//! | name | what it is |
+//! |---|---|
+//! | `PATH`, `file:PATH` | a regular file or a block device |
+//! | `mem:SIZE` | memory, all zeroes at first, gone at the end |
+//! | `null:SIZE` | reads zeroes, forgets writes |
+//! | `delay:TIME:NAME` | any of these, with so much latency added to every request |
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use blockferry_ring::{Errno, Ring};
+
+use crate::base::units::{parse_duration, parse_size};
+use crate::block::{BlockError, Driver, Operation};
+use crate::format::raw::RawDriver;
+use crate::protocol::delay::DelayDriver;
+use crate::protocol::mem::MemDriver;
+use crate::protocol::null::NullDriver;
+use crate::protocol::open::{Cache, OpenOptions};
+
+pub use crate::format::probe::Format;
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct ImageOptions {
+    /// The format as the user said it; `None`: by the safe rule (docs/decisions/0001-format-probing.md).
+    pub format: Option<Format>,
+    /// Without write access.
+    pub read_only: bool,
+    /// Past the page cache or through it.
+    pub cache: Cache,
+    /// Keep other programs out.
+    pub lock: bool,
+    /// Raw only: where the disk begins in the file.
+    pub offset: u64,
+    /// Raw only: bytes of the disk.
+    pub size: Option<u64>,
+}
+
+impl Default for ImageOptions {
+    fn default() -> ImageOptions {
+        ImageOptions { format: None, read_only: false, cache: Cache::Direct, lock: true, offset: 0, size: None }
+    }
+}
+
+impl ImageOptions {
+    /// For reading only.
+    pub fn read_only() -> ImageOptions {
+        ImageOptions { read_only: true, ..ImageOptions::default() }
+    }
+
+    /// A raw image, said so.
+    pub fn raw() -> ImageOptions {
+        ImageOptions { format: Some(Format::Raw), ..ImageOptions::default() }
+    }
+}
+
+/// The path of a name that is one.
+pub fn local_path(name: &str) -> Option<PathBuf> {
+    if let Some(path) = name.strip_prefix("file:") {
+        return Some(PathBuf::from(path));
+    }
+    let special = ["mem:", "null:", "delay:", "nbd:", "nbd+", "nbds", "gluster", "json:"];
+    (!special.iter().any(|prefix| name.starts_with(prefix))).then(|| PathBuf::from(name))
+}
+
+/// Opens what `name` means.
+pub fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
+    let child = open_protocol(ring, name, options)?;
+    if matches!(options.format, Some(Format::Raw)) && options.offset == 0 && options.size.is_none() {
+        return Ok(child);
+    }
+    Ok(Rc::new(RawDriver::open(ring, child, options.offset, options.size)?))
+}
+
+fn open_protocol(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
+    let refuse = |why: String| Err(BlockError::new(Operation::Open, name, Errno::EINVAL).hint(why));
+    if let Some(size) = name.strip_prefix("mem:") {
+        return match parse_size(size) {
+            Ok(size) => Ok(Rc::new(MemDriver::new(ring, name, size))),
+            Err(error) => refuse(error.to_string()),
+        };
+    }
+    if let Some(size) = name.strip_prefix("null:") {
+        return match parse_size(size) {
+            Ok(size) => Ok(Rc::new(NullDriver::new(ring, name, size, options.read_only))),
+            Err(error) => refuse(error.to_string()),
+        };
+    }
+    if let Some(rest) = name.strip_prefix("delay:") {
+        let Some((time, child)) = rest.split_once(':') else {
+            return refuse("Say it as delay:TIME:NAME, such as delay:5ms:/images/a.img.".into());
+        };
+        return match parse_duration(time) {
+            Ok(latency_ns) => {
+                let child = open_protocol(ring, child, options)?;
+                Ok(Rc::new(DelayDriver::new(ring, child, latency_ns)))
+            }
+            Err(error) => refuse(error.to_string()),
+        };
+    }
+    match local_path(name) {
+        Some(path) => open_path(ring, &path, options),
+        None => refuse("This protocol is not supported yet. Give a path, mem:SIZE, null:SIZE or delay:TIME:NAME.".into()),
+    }
+}
+
+fn open_path(ring: &Ring, path: &Path, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
+    let open = OpenOptions { read_only: options.read_only, cache: options.cache, lock: options.lock };
+    crate::protocol::open::open(ring, path, &open)
+}

@@ -1,0 +1,242 @@
+//! The mirror's hands: reads the source, writes the target, drains, marks, pivots.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::{PooledFuture, Ring, SharedBuf};
+
+use super::machine::{Copied, Failed, Op, Outcome};
+use super::verify::Verifier;
+use crate::base::limits;
+use crate::base::planted::{Bug, is_planted};
+use crate::base::range::ByteRange;
+use crate::base::zero::zero_runs;
+use crate::block::{BlockError, Driver, IoFuture, IoResult, WriteFlags, ZeroFlags};
+use crate::graph::node::{Drained, Filter, Node, Use, UseKind};
+use crate::job::body::Hands;
+use crate::job::error::JobFailure;
+use crate::job::policy::IoOperation;
+
+/// Says on the target that it is not complete, and takes that back.
+pub trait Marker: std::fmt::Debug {
+    /// Durable when it returns.
+    fn mark(&self) -> IoFuture<'_, IoResult>;
+    /// Durable when it returns.
+    fn unmark(&self) -> IoFuture<'_, IoResult>;
+}
+
+pub(super) struct Parts {
+    pub ring: Ring,
+    pub source: Use,
+    /// The target's node, for as long as the job uses it.
+    pub target: RefCell<Option<Use>>,
+    pub target_node: Rc<Node>,
+    pub filter: Rc<dyn Filter>,
+    pub drained: RefCell<Option<Drained>>,
+    pub marker: Option<Box<dyn Marker>>,
+    pub verifier: Option<Rc<Verifier>>,
+    pub detect_zeroes: bool,
+    pub granularity: u64,
+}
+
+/// The hands of a mirror.
+pub(super) struct MirrorHands(pub Rc<Parts>);
+
+impl Hands<Op, Outcome> for MirrorHands {
+    fn perform(&self, op: Op) -> PooledFuture<'static, Outcome> {
+        let parts = self.0.clone();
+        let ring = self.0.ring.clone();
+        ring.boxed(async move { parts.perform(op).await })
+    }
+
+    fn commit(&self, pivot: bool) -> Result<(), JobFailure> {
+        if pivot { self.0.pivot() } else { Ok(()) }
+    }
+
+    fn clean_up(&self, forced: bool) {
+        self.0.source.node().remove_filter(&self.0.filter);
+        if let Some(verifier) = &self.0.verifier {
+            self.0.source.node().remove_filter(&verifier.filter());
+        }
+        self.0.drained.borrow_mut().take();
+        if forced {
+            self.0.target_node.driver().fail_in_flight();
+        }
+    }
+}
+
+impl Parts {
+    fn from(&self) -> &Rc<dyn Driver> {
+        self.source.node().driver()
+    }
+
+    fn to(&self) -> &Rc<dyn Driver> {
+        self.target_node.driver()
+    }
+
+    async fn perform(&self, op: Op) -> Outcome {
+        match op {
+            Op::Mark => Outcome::Marked(match &self.marker {
+                Some(marker) => marker.mark().await.map_err(write_failed),
+                None => Ok(()),
+            }),
+            Op::Unmark => Outcome::Unmarked(match &self.marker {
+                Some(marker) => marker.unmark().await.map_err(write_failed),
+                None => Ok(()),
+            }),
+            Op::Status(range) => {
+                let status = self.from().block_status(range.start(), range.len()).await;
+                Outcome::Status(range, status.map(|extent| (extent.len, extent.zero)).map_err(read_failed))
+            }
+            Op::Copy(range) => self.copy(range).await,
+            Op::Zero(range) => self.zero(range).await,
+            Op::Flush => Outcome::Flushed(self.to().flush().await.map_err(write_failed)),
+            Op::Drain => match self.source.node().drain(limits::DRAIN_NANOS_MAX).await {
+                Ok(drained) => {
+                    self.drained.replace(Some(drained));
+                    Outcome::Drained(true)
+                }
+                Err(_) => Outcome::Drained(false),
+            },
+            Op::Verify => Outcome::Verified(match &self.verifier {
+                Some(verifier) => verifier.finish().await,
+                None => Ok(()),
+            }),
+            Op::Undrain => {
+                self.drained.borrow_mut().take();
+                Outcome::Undrained
+            }
+        }
+    }
+
+    async fn copy(&self, range: ByteRange) -> Outcome {
+        let mut done = Copied::default();
+        for piece in range.chunks(BLOCK_MAX as u64) {
+            if let Err(failed) = self.copy_piece(piece, &mut done).await {
+                return Outcome::Piece(range, done, Some((piece.start(), Some(failed))));
+            }
+        }
+        Outcome::Piece(range, done, None)
+    }
+
+    async fn copy_piece(&self, piece: ByteRange, done: &mut Copied) -> Result<(), Failed> {
+        let buf = self.ring.alloc(piece.len() as usize).await;
+        let (buf, result) = self.from().read(piece.start(), buf).await;
+        result.map_err(read_failed)?;
+        let buf = buf.freeze();
+        if !self.detect_zeroes {
+            return self.write(piece.start(), buf, done).await;
+        }
+        let runs = zero_runs(buf.as_slice(), self.granularity.clamp(4096, 65_536) as usize);
+        for run in runs {
+            let (offset, len) = (piece.start() + run.offset as u64, run.len);
+            if run.is_zero {
+                self.make_zero(ByteRange::at_saturating(offset, len as u64), done).await?;
+            } else {
+                self.write(offset, buf.slice(run.offset, len), done).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, offset: u64, buf: SharedBuf, done: &mut Copied) -> Result<(), Failed> {
+        let len = buf.len() as u64;
+        self.to().write(offset, buf, WriteFlags::default()).await.map_err(write_failed)?;
+        done.data += len;
+        Ok(())
+    }
+
+    /// Makes a range of the target zero; what reads as zero already is left alone.
+    async fn make_zero(&self, range: ByteRange, done: &mut Copied) -> Result<(), Failed> {
+        let mut at = range.start();
+        while at < range.end() {
+            let left = range.end() - at;
+            let extent = self.to().block_status(at, left).await.map_err(write_failed)?;
+            let len = extent.len.clamp(1, left);
+            if extent.zero {
+                done.skipped += len;
+            } else {
+                let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+                self.to().write_zeroes(at, len, flags).await.map_err(write_failed)?;
+                done.zeroed += len;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    async fn zero(&self, range: ByteRange) -> Outcome {
+        let mut done = Copied::default();
+        let mut at = range.start();
+        while at < range.end() {
+            let left = range.end() - at;
+            // Asked again now that the piece is claimed: a change from here on makes it dirty again.
+            let extent = match self.from().block_status(at, left).await {
+                Ok(extent) => extent,
+                Err(error) => return Outcome::Piece(range, done, Some((at, Some(read_failed(error))))),
+            };
+            if !extent.zero {
+                return Outcome::Piece(range, done, Some((at, None)));
+            }
+            let len = extent.len.clamp(1, left);
+            if let Err(failed) = self.make_zero(ByteRange::at_saturating(at, len), &mut done).await {
+                return Outcome::Piece(range, done, Some((at, Some(failed))));
+            }
+            at += len;
+        }
+        Outcome::Piece(range, done, None)
+    }
+
+    /// Lets the source's users use the target instead. Locks first; a refusal changes nothing.
+    fn pivot(&self) -> Result<(), JobFailure> {
+        let refused = |error: BlockError| JobFailure::with_text(error.errno.0, error.to_string());
+        let source = self.source.node();
+        let roots = source.roots();
+        let Some(using) = self.target.borrow_mut().take() else {
+            return Err(JobFailure::from_errno(blockferry_ring::Errno::EPERM.0));
+        };
+        let mut uses = Vec::new();
+        for (i, root) in roots.iter().enumerate() {
+            let result = if i == 0 {
+                using.change(root.kind())
+            } else {
+                self.target_node.attach(root.kind()).map(|another| uses.push(another))
+            };
+            if let Err(error) = result {
+                drop(uses);
+                let back = using.change(UseKind::JobTarget("mirror"));
+                if let Err(error) = back {
+                    tracing::warn!(%error, "the target's locks could not be taken back");
+                }
+                self.target.replace(Some(using));
+                return Err(refused(error));
+            }
+        }
+        let mut drained = self.drained.borrow_mut();
+        if drained.is_none() && is_planted(Bug::NoDrainBeforePivot) {
+            *drained = Some(source.shut());
+        }
+        let Some(drained) = &*drained else {
+            return Err(JobFailure::with_text(1, "The source was not drained before the pivot"));
+        };
+        source.replace_with(&self.target_node, drained);
+        uses.insert(0, using);
+        for (root, using) in roots.iter().zip(uses) {
+            root.set_use(using);
+        }
+        Ok(())
+    }
+}
+
+fn failed(operation: IoOperation, error: BlockError) -> Failed {
+    Failed { operation, errno: error.errno.0, text: error.to_string() }
+}
+
+fn read_failed(error: BlockError) -> Failed {
+    failed(IoOperation::Read, error)
+}
+
+fn write_failed(error: BlockError) -> Failed {
+    failed(IoOperation::Write, error)
+}

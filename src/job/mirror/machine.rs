@@ -1,0 +1,658 @@
+//! The mirror as a state machine: what to copy next, when source and target are alike, how it ends.
+//!
+//! # Situation
+//! A disk is in use; its guests write whenever they like. A [`Tracker`] below them knows what differs
+//! from the target. The target is a black box: it can be written, flushed, and asked for holes.
+//!
+//! # How it proceeds
+//! ```text
+//! Marking → Copying → FlushingForReady → Following ──────────────┐ complete or soft cancel, and clean
+//!                          ↑      │ dirty again                  │
+//!                          └──────┘                              ├─ finalize later: Returned → pending,
+//!                                                                │  following goes on until finalize
+//!   Settled ← Unmarking ← [Verifying] ← FlushingLast ← Closing ← Draining ┘
+//! ```
+//! *Copying* takes dirty pieces in order from a cursor that wraps. Before a piece is taken the source is
+//! asked for holes; the answer is a hint that decides between a copy and a zeroing, and is verified by
+//! whoever zeroes. When nothing is dirty and nothing in flight, the target is flushed and the job is ready.
+//! *Following* copies what guests dirty. To end, the source is drained, what is still dirty is copied
+//! (*Closing*: no guest can add to it), the target is flushed, the mark on it removed. Then, still
+//! drained, the job is [settled](Stage::Settled): the runner pivots or not, and opens the door.
+//!
+//! # I/O that spans a change of state
+//! Copies in flight when the drain begins, when a pause is asked for, or when an error stops the job, end
+//! in their own time; only then the next state is entered. Force-cancel alone does not wait.
+//!
+//! # Errors
+//! A failed piece is dirty again. `report` ends the job once nothing is in flight; `ignore` tries again
+//! after a pause that doubles; `stop` holds the job until a user resumes it. An error after the drain has
+//! begun undoes the drain first: guests never wait for a target that fails.
+
+use std::rc::Rc;
+
+use crate::base::limits;
+use crate::base::planted::{Bug, is_planted};
+use crate::base::range::ByteRange;
+use crate::graph::tracker::Tracker;
+use crate::job::body::{Body, Context, Details, Event, Report};
+use crate::job::error::JobFailure;
+use crate::job::policy::{ErrorAction, IoOperation};
+
+/// What the machine asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Put the mark of an unfinished copy on the target.
+    Mark,
+    /// Ask the source for holes and data.
+    Status(ByteRange),
+    /// Copy a claimed piece.
+    Copy(ByteRange),
+    /// Make a claimed piece zero in the target, as far as it still is a hole in the source.
+    Zero(ByteRange),
+    /// Flush the target.
+    Flush,
+    /// Drain the source.
+    Drain,
+    /// Open the source's door again.
+    Undrain,
+    /// Compare what has yet to be compared.
+    Verify,
+    /// Take the mark off the target.
+    Unmark,
+}
+
+/// What came of a piece.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Bytes written as data.
+    pub data: u64,
+    /// Bytes made zero.
+    pub zeroed: u64,
+    /// Bytes that were alike already.
+    pub skipped: u64,
+}
+
+/// A failed request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failed {
+    /// Which side.
+    pub operation: IoOperation,
+    /// Its number.
+    pub errno: i32,
+    /// The whole sentence.
+    pub text: String,
+}
+
+/// What came of an operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The mark is on the target, durably.
+    Marked(Result<(), Failed>),
+    /// From the start of the range on, so many bytes are a hole or not.
+    Status(ByteRange, Result<(u64, bool), Failed>),
+    /// A piece ended: what was done, the offset from which on it was not done, and why if it failed.
+    /// (Not done without a failure: what was thought to be a hole is none any more.)
+    Piece(ByteRange, Copied, Option<(u64, Option<Failed>)>),
+    /// The target was flushed.
+    Flushed(Result<(), Failed>),
+    /// The source is drained, or could not be.
+    Drained(bool),
+    /// Source and target were compared.
+    Verified(Result<(), Failed>),
+    /// The source's door is open.
+    Undrained,
+    /// The mark is gone, durably.
+    Unmarked(Result<(), Failed>),
+}
+
+/// Where the machine stands. See the module's documentation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The target is being marked.
+    Marking,
+    /// Not yet alike.
+    Copying,
+    /// Alike, but for the flush.
+    FlushingForReady,
+    /// Ready.
+    Following,
+    /// Waiting for guests inside to end.
+    Draining,
+    /// Drained; copying the rest.
+    Closing,
+    /// Drained and alike; flushing.
+    FlushingLast,
+    /// Drained, alike, flushed; comparing.
+    Verifying,
+    /// Drained, alike, flushed; removing the mark.
+    Unmarking,
+    /// Nothing left to do but to pivot, or not.
+    Settled,
+    /// The body is over.
+    Over,
+}
+
+impl Stage {
+    fn name(self) -> &'static str {
+        match self {
+            Stage::Marking => "marking",
+            Stage::Copying => "bulk",
+            Stage::FlushingForReady => "flush",
+            Stage::Following => "follow",
+            Stage::Draining => "drain",
+            Stage::Closing | Stage::FlushingLast | Stage::Unmarking => "final-flush",
+            Stage::Verifying => "verify",
+            Stage::Settled => "pivot",
+            Stage::Over => "over",
+        }
+    }
+
+    fn copies(self) -> bool {
+        matches!(
+            self,
+            Stage::Copying | Stage::FlushingForReady | Stage::Following | Stage::Draining | Stage::Closing
+        )
+    }
+
+    /// The end can still be put off.
+    fn may_reopen(self) -> bool {
+        matches!(self, Stage::Draining | Stage::Closing | Stage::FlushingLast)
+    }
+
+    /// The source's door is shut, or about to be.
+    fn is_closing(self) -> bool {
+        matches!(
+            self,
+            Stage::Draining
+                | Stage::Closing
+                | Stage::FlushingLast
+                | Stage::Verifying
+                | Stage::Unmarking
+                | Stage::Settled
+        )
+    }
+}
+
+/// What the machine must know beforehand.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Bytes of the source.
+    pub len: u64,
+    /// Bytes that may be in flight.
+    pub buf_size: u64,
+    /// Zeroing the target costs as much as writing it: it is charged to the speed limit.
+    pub zeroes_cost: bool,
+    /// Settle before the body returns, because finalizing follows at once.
+    pub auto_finalize: bool,
+    /// Compare source and target before the end.
+    pub verify: bool,
+    /// Sizes differ in a way that was not allowed: fail after the start.
+    pub sizes_differ: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Hint {
+    range: ByteRange,
+    hole: bool,
+    guest_changes: u64,
+}
+
+const EINVAL: i32 = 22;
+const ETIMEDOUT: i32 = 110;
+
+/// The machine.
+#[derive(Debug)]
+pub struct Mirror {
+    settings: Settings,
+    tracker: Rc<Tracker>,
+    stage: Stage,
+    cursor: u64,
+    /// What the source said of a range: a hole or not. Void when guests have changed anything since.
+    hint: Option<Hint>,
+    /// The mark is on the target: data may be written.
+    marked: bool,
+    marking: bool,
+    asking: bool,
+    /// The tracker's count of changes when the source was asked.
+    asked_at: u64,
+    pieces: usize,
+    bytes_in_flight: u64,
+    others: usize,
+    ready_told: bool,
+    /// The body has returned; it follows until it is finalized.
+    pending: bool,
+    failure: Option<JobFailure>,
+    retry_at: Option<u64>,
+    retry_pause: u64,
+    done: Copied,
+    errors: u64,
+}
+
+impl Mirror {
+    /// A machine for what `tracker` says.
+    pub fn new(settings: Settings, tracker: Rc<Tracker>) -> Mirror {
+        Mirror {
+            settings,
+            tracker,
+            stage: Stage::Marking,
+            cursor: 0,
+            hint: None,
+            marked: false,
+            marking: false,
+            asking: false,
+            asked_at: 0,
+            pieces: 0,
+            bytes_in_flight: 0,
+            others: 0,
+            ready_told: false,
+            pending: false,
+            failure: None,
+            retry_at: None,
+            retry_pause: limits::ERROR_PAUSE_NANOS_MIN,
+            done: Copied::default(),
+            errors: 0,
+        }
+    }
+
+    /// Where it stands.
+    pub fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    fn apply(&mut self, cx: &mut Context<'_, Op>, event: Event<Outcome>) {
+        match event {
+            Event::Start => {
+                if self.settings.sizes_differ {
+                    let text = "Source and target image have different sizes";
+                    self.failure = Some(JobFailure::with_text(EINVAL, text));
+                }
+            }
+            Event::Wake => {}
+            Event::Done(outcome) => self.ended(cx, outcome),
+        }
+    }
+
+    fn ended(&mut self, cx: &mut Context<'_, Op>, outcome: Outcome) {
+        match outcome {
+            Outcome::Piece(range, copied, failed) => self.piece_ended(cx, range, copied, failed),
+            Outcome::Status(range, result) => {
+                self.asking = false;
+                match result {
+                    Ok((len, hole)) => {
+                        let range = ByteRange::at_saturating(range.start(), len.max(1));
+                        let guest_changes = self.asked_at;
+                        self.hint = Some(Hint { range, hole, guest_changes });
+                    }
+                    Err(failed) => self.error(cx, failed),
+                }
+            }
+            Outcome::Marked(result) => {
+                self.others -= 1;
+                self.marking = false;
+                match result {
+                    Ok(()) => {
+                        self.marked = true;
+                        self.advance(Stage::Marking, Stage::Copying);
+                    }
+                    Err(failed) => self.error(cx, failed),
+                }
+            }
+            Outcome::Flushed(result) => {
+                self.others -= 1;
+                match result {
+                    Ok(()) => {
+                        if self.advance(Stage::FlushingForReady, Stage::Following) && !self.ready_told {
+                            self.ready_told = true;
+                            *cx.report = Some(Report::Ready);
+                        } else if self.settings.verify && self.advance(Stage::FlushingLast, Stage::Verifying)
+                        {
+                            self.ask(cx, Op::Verify);
+                        } else if self.advance(Stage::FlushingLast, Stage::Unmarking) {
+                            self.marked = false;
+                            self.ask(cx, Op::Unmark);
+                        }
+                    }
+                    Err(failed) => self.error(cx, failed),
+                }
+            }
+            Outcome::Verified(result) => {
+                self.others -= 1;
+                match result {
+                    Ok(()) => {
+                        if self.advance(Stage::Verifying, Stage::Unmarking) {
+                            self.marked = false;
+                            self.ask(cx, Op::Unmark);
+                        }
+                    }
+                    // No policy forgives a copy that differs.
+                    Err(failed) => self.failure = Some(failure(failed)),
+                }
+            }
+            Outcome::Unmarked(result) => {
+                self.others -= 1;
+                match result {
+                    Ok(()) => {
+                        self.advance(Stage::Unmarking, Stage::Settled);
+                    }
+                    Err(failed) => self.error(cx, failed),
+                }
+            }
+            Outcome::Undrained => {}
+            Outcome::Drained(drained) => {
+                self.others -= 1;
+                if self.stage != Stage::Draining {
+                    // Given up meanwhile.
+                    if drained {
+                        cx.operations.push(Op::Undrain);
+                    }
+                } else if drained {
+                    self.stage = Stage::Closing;
+                } else {
+                    let text = "Draining the source timed out: a guest's request does not end";
+                    let failed = Failed { operation: IoOperation::Read, errno: ETIMEDOUT, text: text.into() };
+                    self.error(cx, failed);
+                }
+            }
+        }
+    }
+
+    fn ask(&mut self, cx: &mut Context<'_, Op>, op: Op) {
+        self.others += 1;
+        cx.operations.push(op);
+    }
+
+    /// Goes from one stage to the next, if it still stands at the first.
+    fn advance(&mut self, from: Stage, to: Stage) -> bool {
+        if self.stage != from {
+            return false;
+        }
+        self.stage = to;
+        self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN;
+        true
+    }
+
+    fn piece_ended(
+        &mut self,
+        cx: &mut Context<'_, Op>,
+        range: ByteRange,
+        copied: Copied,
+        undone: Option<(u64, Option<Failed>)>,
+    ) {
+        self.pieces -= 1;
+        self.bytes_in_flight -= self.weight(range);
+        self.done.data += copied.data;
+        self.done.zeroed += copied.zeroed;
+        self.done.skipped += copied.skipped;
+        let rest = undone.as_ref().map(|(from, _)| range.split_at(*from).1).filter(|rest| !rest.is_empty());
+        cx.progress.done(range.len() - rest.map_or(0, |rest| rest.len()));
+        self.tracker.release(range, rest);
+        match undone {
+            Some((_, Some(failed))) => self.error(cx, failed),
+            Some((_, None)) => self.hint = None,
+            None => self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN,
+        }
+    }
+
+    fn error(&mut self, cx: &mut Context<'_, Op>, failed: Failed) {
+        self.errors += 1;
+        tracing::warn!(error = failed.text, "a request of a mirror failed");
+        if self.failure.is_some() {
+            return;
+        }
+        let closing = self.stage.is_closing();
+        if closing && self.pending {
+            // Finalizing: there is no way back.
+            self.failure = Some(failure(failed));
+            return;
+        }
+        match (cx.on_error)(failed.operation, failed.errno) {
+            ErrorAction::Report => self.failure = Some(failure(failed)),
+            ErrorAction::Stop => self.retry_at = None,
+            ErrorAction::Ignore => {
+                self.retry_at = Some(cx.now + self.retry_pause);
+                self.retry_pause = (self.retry_pause * 2).min(limits::ERROR_PAUSE_NANOS_MAX);
+            }
+        }
+        if closing {
+            self.reopen(cx);
+        } else if self.stage == Stage::FlushingForReady {
+            self.stage = Stage::Copying;
+        }
+    }
+
+    /// Gives the guests their disk back and goes on following.
+    fn reopen(&mut self, cx: &mut Context<'_, Op>) {
+        if self.stage != Stage::Draining {
+            cx.operations.push(Op::Undrain);
+        }
+        self.stage = Stage::Following;
+    }
+
+    /// Whether a hint still holds. That a range is data may always be believed: copying zeroes is no
+    /// error. That it is a hole may not, once guests have changed something.
+    fn is_valid(&self, hint: Hint) -> bool {
+        !hint.hole || hint.guest_changes == self.tracker.guest_changes()
+    }
+
+    /// What a piece counts against `buf_size`: long pieces go through it bit by bit.
+    fn weight(&self, range: ByteRange) -> u64 {
+        range
+            .len()
+            .min(limits::MIRROR_CHUNK_BYTES.max(self.tracker.granularity()))
+            .min(self.settings.buf_size)
+    }
+
+    /// Starts copies as long as there is something to copy and room for it.
+    fn copy_on(&mut self, cx: &mut Context<'_, Op>) {
+        let chunk = limits::MIRROR_CHUNK_BYTES.max(self.tracker.granularity());
+        while self.pieces < limits::MIRROR_OPERATIONS_MAX {
+            let Some(run) = self.tracker.peek(self.cursor, limits::MIRROR_ZERO_BYTES_MAX.max(chunk)) else {
+                return;
+            };
+            let hole = match self.hint {
+                Some(hint) if hint.range.contains(run.start()) && self.is_valid(hint) => {
+                    hint.hole.then_some(hint.range)
+                }
+                _ => {
+                    if !self.asking {
+                        self.asking = true;
+                        self.asked_at = self.tracker.guest_changes();
+                        let len = (self.settings.len - run.start()).min(limits::MIRROR_STATUS_BYTES_MAX);
+                        cx.operations.push(Op::Status(ByteRange::at_saturating(run.start(), len)));
+                    }
+                    return;
+                }
+            };
+            let piece = match hole {
+                Some(known) => {
+                    // Whole chunks only: a chunk that is partly a hole is copied.
+                    let inside = run.intersect(known).unwrap_or(run);
+                    let end = if inside.end() == run.end() {
+                        inside.end()
+                    } else {
+                        inside.end() / self.tracker.granularity() * self.tracker.granularity()
+                    };
+                    if end > run.start() { (run.split_at(end).0, true) } else { (first(run, chunk), false) }
+                }
+                None => (first(run, chunk), false),
+            };
+            let (piece, zero) = piece;
+            let weight = self.weight(piece);
+            if !zero && self.bytes_in_flight > 0 && self.bytes_in_flight + weight > self.settings.buf_size {
+                return;
+            }
+            if !zero || self.settings.zeroes_cost {
+                let cost = if zero { piece.len().min(chunk) } else { piece.len() };
+                if let Err(until) = cx.limiter.try_take(cx.now, cost) {
+                    cx.wake_by(until);
+                    return;
+                }
+            }
+            self.tracker.claim(piece);
+            self.pieces += 1;
+            self.bytes_in_flight += weight;
+            self.cursor = piece.end();
+            cx.operations.push(if zero { Op::Zero(piece) } else { Op::Copy(piece) });
+        }
+    }
+
+    /// What follows from the state as it now is.
+    fn upkeep(&mut self, cx: &mut Context<'_, Op>) {
+        let idle = self.pieces == 0 && self.others == 0 && !self.asking;
+        if cx.orders.force_cancel && !self.pending {
+            self.give_up(cx, JobFailure::cancelled());
+            return;
+        }
+        if let Some(failure) = self.failure.take_if(|_| idle) {
+            self.give_up(cx, failure);
+            return;
+        }
+        if self.failure.is_some() {
+            return;
+        }
+        if cx.orders.force_cancel && self.stage.is_closing() {
+            // Pending and preparing: it can still be given up.
+            self.give_up(cx, JobFailure::cancelled());
+            return;
+        }
+        if cx.orders.hold && !self.pending && self.stage.may_reopen() {
+            // A paused job keeps no guest waiting.
+            self.reopen(cx);
+        }
+        if let Some(at) = self.retry_at {
+            if at > cx.now {
+                cx.wake_by(at);
+                return;
+            }
+            self.retry_at = None;
+        }
+        if cx.orders.hold {
+            return;
+        }
+        if !self.marked
+            && !self.marking
+            && matches!(self.stage, Stage::Marking | Stage::Copying | Stage::Following)
+        {
+            self.marking = true;
+            self.ask(cx, Op::Mark);
+        }
+        if self.marked && self.stage.copies() {
+            self.copy_on(cx);
+        }
+        if cx.report.is_none() && self.marked {
+            self.end_on(cx);
+        }
+        if cx.report.is_none() && self.stage == Stage::Settled {
+            self.settled(cx);
+        }
+    }
+
+    /// Goes towards the end as far as the state allows.
+    fn end_on(&mut self, cx: &mut Context<'_, Op>) {
+        let ending = cx.orders.complete || cx.orders.soft_cancel;
+        let left = self.tracker.dirty_bytes() + self.tracker.copying_bytes();
+        let alike = left == 0 && self.pieces == 0 && self.others == 0 && !self.asking;
+        match self.stage {
+            Stage::Copying if alike => {
+                self.stage = Stage::FlushingForReady;
+                self.ask(cx, Op::Flush);
+            }
+            // So little is left that the guests can wait for it.
+            Stage::Following if left <= limits::MIRROR_CLOSING_BYTES_MAX && self.others == 0 => {
+                if self.pending && cx.orders.finalize
+                    || !self.pending && ending && self.settings.auto_finalize
+                {
+                    self.shut(cx);
+                } else if !self.pending && ending {
+                    self.pending = true;
+                    *cx.report = Some(Report::Returned(Ok(())));
+                }
+            }
+            Stage::Closing if alike && is_planted(Bug::FlushSkipped) => {
+                self.stage = Stage::Unmarking;
+                self.marked = false;
+                self.ask(cx, Op::Unmark);
+            }
+            Stage::Closing if alike => {
+                self.stage = Stage::FlushingLast;
+                self.ask(cx, Op::Flush);
+            }
+            _ => {}
+        }
+    }
+
+    fn settled(&mut self, cx: &mut Context<'_, Op>) {
+        if !self.pending {
+            self.pending = true;
+            *cx.report = Some(Report::Returned(Ok(())));
+        } else if cx.orders.finalize {
+            self.stage = Stage::Over;
+            *cx.report = Some(Report::Prepared(Ok(())));
+        }
+    }
+
+    fn shut(&mut self, cx: &mut Context<'_, Op>) {
+        if is_planted(Bug::NoDrainBeforePivot) {
+            self.stage = Stage::Closing;
+            return;
+        }
+        self.stage = Stage::Draining;
+        self.ask(cx, Op::Drain);
+    }
+
+    fn give_up(&mut self, cx: &mut Context<'_, Op>, failure: JobFailure) {
+        if self.stage == Stage::Over {
+            return;
+        }
+        let preparing = self.pending && self.stage.is_closing();
+        if self.stage.is_closing() && self.stage != Stage::Draining {
+            cx.operations.push(Op::Undrain);
+        }
+        self.stage = Stage::Over;
+        *cx.report = Some(if preparing {
+            Report::Prepared(Err(failure))
+        } else if self.pending {
+            Report::FailedPending(failure)
+        } else {
+            Report::Returned(Err(failure))
+        });
+    }
+}
+
+fn first(run: ByteRange, len: u64) -> ByteRange {
+    run.split_at(run.start().saturating_add(len)).0
+}
+
+fn failure(failed: Failed) -> JobFailure {
+    JobFailure::with_text(failed.errno, failed.text)
+}
+
+impl Body for Mirror {
+    type Op = Op;
+    type Outcome = Outcome;
+
+    fn step(&mut self, cx: &mut Context<'_, Op>, event: Event<Outcome>) {
+        self.apply(cx, event);
+        if cx.report.is_none() && self.stage != Stage::Over {
+            self.upkeep(cx);
+        }
+        cx.progress.set_remaining(self.tracker.dirty_bytes() + self.tracker.copying_bytes());
+    }
+
+    fn in_flight(&self) -> usize {
+        self.pieces + self.others + usize::from(self.asking)
+    }
+
+    fn details(&self) -> Details {
+        Details {
+            phase: self.stage.name(),
+            bytes_copied: self.done.data,
+            bytes_zeroed: self.done.zeroed,
+            bytes_skipped: self.done.skipped,
+            bytes_dirty: self.tracker.dirty_bytes() + self.tracker.copying_bytes(),
+            bytes_guest: self.tracker.guest_bytes(),
+            errors: self.errors,
+            in_sync: self.tracker.is_clean(),
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! Mirror: copies a disk to a new image while its user goes on writing.
+//!
+//! # Promises
+//! * *ready*: the target equalled the source at a point in time, and everything since is tracked;
+//!   `offset` equals `len`.
+//! * *completed*: the target equals the source at a point in time, flushed, its mark removed. After
+//!   `complete` the source's users use the target from exactly that point on.
+//! * *cancelled* or failed: the target may be anything, and its mark says so.
+//! * Whatever ends the job, no filter, drain or lock of it is left behind, except that operations stuck
+//!   in a dead device keep source and target locked until they end.
+//!
+//! Semantics: QEMU's `blockdev-mirror` (qapi/block-core.json), with three deliberate differences: a
+//! pending job follows its source instead of stopping its guests, the speed limit holds in every phase,
+//! and a target larger than its source is possible when allowed.
+
+mod hands;
+pub mod machine;
+pub mod verify;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use blockferry_ring::Ring;
+
+use super::event::JobType;
+use super::lifecycle::{JobOptions, parse_speed};
+use super::runner::{ErrorPolicies, Job};
+use crate::base::limits;
+use crate::block::BlockError;
+use crate::graph::node::{Filter, Node, UseKind};
+use crate::graph::tracker::Tracker;
+pub use hands::Marker;
+use hands::{MirrorHands, Parts};
+use machine::{Mirror, Settings};
+use verify::Verifier;
+
+/// What is copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SyncMode {
+    /// The whole disk.
+    #[default]
+    Full,
+    /// What is allocated above the backing file; the whole disk where there is none.
+    Top,
+    /// Only what is written from now on.
+    None,
+}
+
+/// How to mirror.
+#[derive(Debug)]
+pub struct MirrorOptions {
+    /// The job's id.
+    pub id: String,
+    /// What is copied.
+    pub sync: SyncMode,
+    /// Bytes in a chunk of the dirty map: a power of two, 512 B to 64 MiB. `None`: the target's cluster
+    /// size between 4 KiB and 64 KiB, or 64 KiB.
+    pub granularity: Option<u64>,
+    /// Bytes in flight; 0 is 16 MiB.
+    pub buf_size: i64,
+    /// Bytes a second; 0 is no limit.
+    pub speed: i64,
+    /// What to do about errors.
+    pub policies: ErrorPolicies,
+    /// Go from pending on without `finalize`.
+    pub auto_finalize: bool,
+    /// Forget the job when it is over.
+    pub auto_dismiss: bool,
+    /// Look for zeroes in data and keep them out of the target.
+    pub detect_zeroes: bool,
+    /// Allow a target that is larger than the source.
+    pub allow_larger_target: bool,
+    /// Puts the mark of an unfinished copy on the target.
+    pub marker: Option<Box<dyn Marker>>,
+    /// Compares source and target before the job ends.
+    pub verifier: Option<Rc<Verifier>>,
+}
+
+impl MirrorOptions {
+    /// The defaults.
+    pub fn new(id: impl Into<String>) -> MirrorOptions {
+        MirrorOptions {
+            id: id.into(),
+            sync: SyncMode::Full,
+            granularity: None,
+            buf_size: 0,
+            speed: 0,
+            policies: ErrorPolicies::default(),
+            auto_finalize: true,
+            auto_dismiss: true,
+            detect_zeroes: true,
+            allow_larger_target: false,
+            marker: None,
+            verifier: None,
+        }
+    }
+}
+
+/// Why a mirror could not be started. Nothing has changed then.
+#[derive(Debug, thiserror::Error)]
+pub enum MirrorError {
+    /// The granularity is out of range.
+    #[error("Parameter 'granularity' expects a value in range [512B, 64MB]")]
+    GranularityRange,
+    /// The granularity is no power of two.
+    #[error("Parameter 'granularity' expects a power of 2")]
+    GranularityPower,
+    /// A negative buffer size.
+    #[error("Invalid parameter 'buf-size'")]
+    BufSize,
+    /// Source and target are the same.
+    #[error("Can't mirror node into itself")]
+    Itself,
+    /// A job option.
+    #[error(transparent)]
+    Job(#[from] super::error::JobError),
+    /// A lock or permission.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The guests' requests did not end in time, so that tracking could not begin safely.
+    #[error("The source '{0}' could not be drained: a request on it does not end")]
+    Drain(String),
+    /// The disk is too large for the granularity.
+    #[error(transparent)]
+    DirtyMap(#[from] crate::graph::dirty::DirtyMapError),
+}
+
+/// The granularity in use: as asked for, or by QEMU's rule.
+fn granularity(asked: Option<u64>, target: &Node) -> Result<u64, MirrorError> {
+    match asked {
+        Some(g) if !(512..=64 << 20).contains(&g) => Err(MirrorError::GranularityRange),
+        Some(g) if !g.is_power_of_two() => Err(MirrorError::GranularityPower),
+        Some(g) => Ok(g),
+        None => {
+            let cluster = target.driver().limits().cluster_size.map(u64::from);
+            Ok(cluster.map_or(65_536, |c| c.next_power_of_two().clamp(4096, 65_536)))
+        }
+    }
+}
+
+/// Starts a mirror of `source` to `target`.
+///
+/// The source is drained for a moment, so that no write is under way when tracking begins.
+pub async fn start(
+    ring: &Ring,
+    source: &Rc<Node>,
+    target: &Rc<Node>,
+    options: MirrorOptions,
+) -> Result<Job, MirrorError> {
+    let granularity = granularity(options.granularity, target)?;
+    let buf_size = match u64::try_from(options.buf_size).map_err(|_| MirrorError::BufSize)? {
+        0 => limits::MIRROR_BUF_SIZE,
+        n => n,
+    }
+    .next_multiple_of(granularity);
+    let (from, to) = (source.driver(), target.driver());
+    let same = from.identity().is_some() && from.identity() == to.identity();
+    if same || Rc::ptr_eq(source, target) || Rc::ptr_eq(from, to) {
+        return Err(MirrorError::Itself);
+    }
+    let mut job_options = JobOptions::new(options.id.clone(), JobType::Mirror);
+    job_options.speed_bytes_per_sec = parse_speed(options.speed)?;
+    job_options.auto_finalize = options.auto_finalize;
+    job_options.auto_dismiss = options.auto_dismiss;
+
+    let source_use = source.attach(UseKind::JobSource("mirror"))?;
+    let target_use = target.attach(UseKind::JobTarget("mirror"))?;
+    let job = Job::new(ring, job_options, options.policies);
+    let len = from.len();
+    let tracker = Tracker::new(ring, len, granularity, job.waker())?;
+    if options.sync != SyncMode::None {
+        tracker.set_all();
+    }
+    let filter: Rc<dyn Filter> = tracker.clone();
+    match source.drain(limits::DRAIN_NANOS_MAX).await {
+        Ok(drained) => {
+            source.add_filter(filter.clone(), &drained);
+            if let Some(verifier) = &options.verifier {
+                source.add_filter(verifier.filter(), &drained);
+            }
+        }
+        Err(_) => {
+            job.abandon();
+            return Err(MirrorError::Drain(from.name().to_owned()));
+        }
+    }
+    let sizes_differ = if options.allow_larger_target { to.len() < len } else { to.len() != len };
+    let settings = Settings {
+        len,
+        buf_size,
+        zeroes_cost: !to.capabilities().zero_fast,
+        auto_finalize: options.auto_finalize,
+        verify: options.verifier.is_some(),
+        sizes_differ,
+    };
+    let hands = MirrorHands(Rc::new(Parts {
+        ring: ring.clone(),
+        source: source_use,
+        target: RefCell::new(Some(target_use)),
+        target_node: target.clone(),
+        filter,
+        drained: RefCell::new(None),
+        marker: options.marker,
+        verifier: options.verifier,
+        detect_zeroes: options.detect_zeroes,
+        granularity,
+    }));
+    job.start(Mirror::new(settings, tracker), Rc::new(hands));
+    Ok(job)
+}

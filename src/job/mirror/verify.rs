@@ -1,0 +1,202 @@
+//! Verifying a mirror: both disks are read back and compared, while the source is in use.
+//!
+//! A map of what has yet to be compared begins full; it is a filter like the job's own tracker, so what
+//! guests write is due again. [`Verifier::pass`] compares while guests go on: a difference found then
+//! means nothing yet (the write may be on one disk and on its way to the other), the piece is due again.
+//! At the end of the job, drained and flushed, what is still due is compared, and there a difference is
+//! one. So the verdict holds at one instant, that of the drain, for every byte.
+//!
+//! The checksum is the BLAKE3 of the BLAKE3 of each MiB, so that a piece that was compared again changes
+//! it without reading the rest.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use blockferry_ring::sync::join;
+use blockferry_ring::{Nanos, Ring};
+
+use super::machine::Failed;
+use crate::base::limits;
+use crate::base::range::ByteRange;
+use crate::base::zero::is_zero;
+use crate::block::{BlockError, Driver};
+use crate::graph::dirty::DirtyMapError;
+use crate::graph::node::Filter;
+use crate::graph::tracker::Tracker;
+use crate::job::policy::IoOperation;
+
+/// Bytes of one piece: what one buffer holds.
+const PIECE_BYTES: u64 = 1 << 20;
+const EIO: i32 = 5;
+
+/// What a verification found.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Report {
+    /// Bytes compared, holes included.
+    pub bytes_compared: u64,
+    /// How much of that was compared once more, because it had changed.
+    pub bytes_compared_again: u64,
+    /// BLAKE3 of the BLAKE3 of each MiB of both disks, in hexadecimal. Empty before the end.
+    pub checksum: String,
+    /// When it held, by the ring's clock.
+    pub instant_ns: Nanos,
+    /// Where the disks differ, if they do.
+    pub mismatch: Option<u64>,
+}
+
+/// Compares source and target.
+pub struct Verifier {
+    ring: Ring,
+    source: Rc<dyn Driver>,
+    target: Rc<dyn Driver>,
+    due: Rc<Tracker>,
+    hashes: RefCell<Vec<blake3::Hash>>,
+    cursor: Cell<u64>,
+    compared: Cell<u64>,
+    instant_ns: Cell<Nanos>,
+    checksum: RefCell<String>,
+    mismatch: Cell<Option<u64>>,
+}
+
+impl std::fmt::Debug for Verifier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Verifier").field("due", &self.due).finish_non_exhaustive()
+    }
+}
+
+impl Verifier {
+    /// For a copy of `source` to `target`. Takes 32 bytes of memory a MiB of disk.
+    pub fn new(
+        ring: &Ring,
+        source: &Rc<dyn Driver>,
+        target: &Rc<dyn Driver>,
+    ) -> Result<Rc<Verifier>, DirtyMapError> {
+        let len = source.len();
+        let due = Tracker::new(ring, len, PIECE_BYTES, ring.notify())?;
+        due.set_all();
+        let pieces = len.div_ceil(PIECE_BYTES) as usize;
+        Ok(Rc::new(Verifier {
+            ring: ring.clone(),
+            source: source.clone(),
+            target: target.clone(),
+            due,
+            hashes: RefCell::new(vec![blake3::Hash::from_bytes([0; 32]); pieces]),
+            cursor: Cell::new(0),
+            compared: Cell::new(0),
+            instant_ns: Cell::new(0),
+            checksum: RefCell::default(),
+            mismatch: Cell::new(None),
+        }))
+    }
+
+    /// The filter that makes due what guests write.
+    pub(super) fn filter(&self) -> Rc<dyn Filter> {
+        self.due.clone()
+    }
+
+    /// Compares everything that is due while guests go on, until little is left.
+    pub async fn pass(&self) -> Result<(), BlockError> {
+        // A guest that writes as fast as this reads must not keep it going for ever.
+        let most = 2 * self.source.len() + limits::VERIFY_LEFT_BYTES;
+        let stop = || self.due.dirty_bytes() <= limits::VERIFY_LEFT_BYTES || self.compared.get() >= most;
+        self.workers(&stop, false).await
+    }
+
+    /// Compares what is still due. The source is drained and the target flushed.
+    pub(super) async fn finish(&self) -> Result<(), Failed> {
+        let failed = |error: BlockError| Failed {
+            operation: IoOperation::Read,
+            errno: error.errno.0,
+            text: error.to_string(),
+        };
+        self.workers(&|| self.mismatch.get().is_some(), true).await.map_err(failed)?;
+        if let Some(offset) = self.mismatch.get() {
+            let text = format!("Verifying failed: source and target differ at offset {offset}");
+            return Err(Failed { operation: IoOperation::Write, errno: EIO, text });
+        }
+        let mut all = blake3::Hasher::new();
+        for hash in self.hashes.borrow().iter() {
+            all.update(hash.as_bytes());
+        }
+        *self.checksum.borrow_mut() = all.finalize().to_hex().to_string();
+        self.instant_ns.set(self.ring.clock());
+        Ok(())
+    }
+
+    /// What was found.
+    pub fn report(&self) -> Report {
+        Report {
+            bytes_compared: self.compared.get(),
+            bytes_compared_again: self.compared.get().saturating_sub(self.source.len()),
+            checksum: self.checksum.borrow().clone(),
+            instant_ns: self.instant_ns.get(),
+            mismatch: self.mismatch.get(),
+        }
+    }
+
+    async fn workers(&self, stop: &dyn Fn() -> bool, last: bool) -> Result<(), BlockError> {
+        let two = join(self.worker(stop, last), self.worker(stop, last));
+        let more = join(self.worker(stop, last), self.worker(stop, last));
+        let ((a, b), (c, d)) = join(two, more).await;
+        a.and(b).and(c).and(d)
+    }
+
+    async fn worker(&self, stop: &dyn Fn() -> bool, last: bool) -> Result<(), BlockError> {
+        while !stop() {
+            let Some(piece) = self.due.peek(self.cursor.get(), PIECE_BYTES) else { break };
+            self.due.claim(piece);
+            self.cursor.set(piece.end());
+            let result = self.compare(piece).await;
+            let again = match &result {
+                Ok(None) => None,
+                Ok(Some(offset)) if last => {
+                    self.mismatch.set(Some(self.mismatch.get().map_or(*offset, |old| old.min(*offset))));
+                    Some(piece)
+                }
+                _ => Some(piece),
+            };
+            self.due.release(piece, again);
+            result?;
+        }
+        Ok(())
+    }
+
+    /// The first offset at which the disks differ within a piece. Notes the piece's hash.
+    async fn compare(&self, piece: ByteRange) -> Result<Option<u64>, BlockError> {
+        let len = piece.len() as usize;
+        self.compared.set(self.compared.get() + piece.len());
+        let (from, to) = join(self.is_hole(&self.source, piece), self.is_hole(&self.target, piece)).await;
+        if from? && to? {
+            let zeroes = blake3::hash(&ZEROES[..len]);
+            self.note(piece, zeroes);
+            return Ok(None);
+        }
+        let (a, b) = (self.ring.alloc(len).await, self.ring.alloc(len).await);
+        let ((a, from), (b, to)) =
+            join(self.source.read(piece.start(), a), self.target.read(piece.start(), b)).await;
+        from?;
+        to?;
+        let (a, b) = (a.as_slice(), b.as_slice());
+        if a != b {
+            let at = a.iter().zip(b).position(|(x, y)| x != y).unwrap_or(0);
+            return Ok(Some(piece.start() + at as u64));
+        }
+        let hash = if is_zero(a) { blake3::hash(&ZEROES[..len]) } else { blake3::hash(a) };
+        self.note(piece, hash);
+        Ok(None)
+    }
+
+    async fn is_hole(&self, driver: &Rc<dyn Driver>, piece: ByteRange) -> Result<bool, BlockError> {
+        let extent = driver.block_status(piece.start(), piece.len()).await?;
+        Ok(extent.zero && extent.len >= piece.len())
+    }
+
+    fn note(&self, piece: ByteRange, hash: blake3::Hash) {
+        if let Some(slot) = self.hashes.borrow_mut().get_mut((piece.start() / PIECE_BYTES) as usize) {
+            *slot = hash;
+        }
+    }
+}
+
+static ZEROES: [u8; PIECE_BYTES as usize] = [0; PIECE_BYTES as usize];

@@ -1,0 +1,121 @@
+//! What a failed request means for its job: the error policies (`BlockdevOnError` of QEMU's QAPI schema).
+//!
+//! A policy is chosen when the job starts, one for reads of the source and one for writes to the target. Each
+//! failing request asks [`OnError::action`]; the answer is shown in a `BLOCK_JOB_ERROR` event and obeyed by the
+//! job. What it is to *retry* differs by job and is the job's own business.
+
+use serde::{Deserialize, Serialize};
+
+use super::error::ENOSPC;
+
+/// What the user wants done about a failed request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// The job fails with the first error.
+    #[default]
+    Report,
+    /// The request is tried again later.
+    Ignore,
+    /// The job pauses until a user resumes it, then tries the request again.
+    Stop,
+    /// Stop when the target is full, report anything else. QEMU's `auto` means the same for a job.
+    #[serde(alias = "auto")]
+    Enospc,
+}
+
+/// What is done about one failed request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ErrorAction {
+    /// The job fails.
+    Report,
+    /// The request is tried again.
+    Ignore,
+    /// The job pauses.
+    Stop,
+}
+
+impl OnError {
+    /// What this policy does about a request that failed with `errno` (positive).
+    pub fn action(self, errno: i32) -> ErrorAction {
+        match self {
+            OnError::Report => ErrorAction::Report,
+            OnError::Ignore => ErrorAction::Ignore,
+            OnError::Stop => ErrorAction::Stop,
+            OnError::Enospc if errno == ENOSPC => ErrorAction::Stop,
+            OnError::Enospc => ErrorAction::Report,
+        }
+    }
+}
+
+/// Which side of the job failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IoOperation {
+    /// A read of the source.
+    Read,
+    /// A write to the target, or its flush.
+    Write,
+}
+
+/// Whether a job is stopped by an error, as `query-block-jobs` shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IoStatus {
+    /// No error has stopped the job.
+    #[default]
+    Ok,
+    /// Stopped by an error other than a full target.
+    Failed,
+    /// Stopped because the target is full.
+    Nospace,
+}
+
+impl IoStatus {
+    /// The status after a `stop` because of `errno`: the first error stays until a resume.
+    pub fn stopped_by(self, errno: i32) -> IoStatus {
+        match self {
+            IoStatus::Ok if errno == ENOSPC => IoStatus::Nospace,
+            IoStatus::Ok => IoStatus::Failed,
+            already => already,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EIO: i32 = 5;
+
+    #[test]
+    fn each_policy_against_a_full_and_a_broken_target() {
+        let table = [
+            (OnError::Report, ErrorAction::Report, ErrorAction::Report),
+            (OnError::Ignore, ErrorAction::Ignore, ErrorAction::Ignore),
+            (OnError::Stop, ErrorAction::Stop, ErrorAction::Stop),
+            (OnError::Enospc, ErrorAction::Stop, ErrorAction::Report),
+        ];
+        for (policy, when_full, when_broken) in table {
+            assert_eq!(policy.action(ENOSPC), when_full, "{policy:?}");
+            assert_eq!(policy.action(EIO), when_broken, "{policy:?}");
+        }
+    }
+
+    #[test]
+    fn auto_is_another_name_for_enospc() {
+        let read = |name: &str| serde_json::from_value::<OnError>(name.into());
+        assert_eq!(read("auto").unwrap(), OnError::Enospc);
+        assert_eq!(read("enospc").unwrap(), OnError::Enospc);
+        assert!(read("retry").is_err());
+    }
+
+    #[test]
+    fn the_first_stop_decides_the_status() {
+        assert_eq!(IoStatus::Ok.stopped_by(ENOSPC), IoStatus::Nospace);
+        assert_eq!(IoStatus::Ok.stopped_by(EIO), IoStatus::Failed);
+        assert_eq!(IoStatus::Nospace.stopped_by(EIO), IoStatus::Nospace);
+        assert_eq!(IoStatus::Failed.stopped_by(ENOSPC), IoStatus::Failed);
+    }
+}
