@@ -2,11 +2,8 @@
 
 pub mod base;
 pub mod block;
-pub mod cli {
-    pub mod bench;
-    pub mod exit;
-    pub mod signals;
-}
+pub mod cli;
+pub mod engine;
 pub mod export;
 pub mod format;
 pub mod graph;
