@@ -65,6 +65,7 @@ enum Command {
     Mirror(Box<mirror::MirrorArgs>),
     Serve(serve::ServeArgs),
     Info(info::InfoArgs),
+    Bench(Box<bench::BenchArgs>),
     Doctor(doctor::DoctorArgs),
 
 }
@@ -78,6 +79,7 @@ pub fn main() -> ExitCode {
         Command::Mirror(args) => mirror::main(global, args),
         Command::Serve(args) => serve::main(global, args),
         Command::Info(args) => info::main(global, args),
+        Command::Bench(args) => bench::main(global, args),
         Command::Doctor(args) => doctor::main(global, args),
 
     };
