@@ -1,4 +1,10 @@
 //! stub
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format { Raw }
-impl Format { pub fn parse(t: &str) -> Option<Format> { (t == "raw").then_some(Format::Raw) } }
+pub enum Format {
+    Raw,
+}
+impl Format {
+    pub fn parse(t: &str) -> Option<Format> {
+        (t == "raw").then_some(Format::Raw)
+    }
+}

@@ -7,13 +7,15 @@ mod bounce;
 pub mod file;
 pub mod host_device;
 mod leaf;
+pub mod mark;
 pub mod nbd;
 pub mod null;
 pub mod open;
-pub mod mark;
 
 pub use file::{CreateOptions, FileDriver};
 pub use host_device::HostDevice;
 pub use null::NullDriver;
 pub use open::{Cache, OpenOptions, open};
 
+#[cfg(test)]
+mod tests;
