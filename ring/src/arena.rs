@@ -189,7 +189,8 @@ impl Arena {
         self.0.freed.notify();
     }
 
-    pub(crate) fn freed(&self) -> &Notify {
+    /// Told when memory comes back: for those who wait for memory or for something else.
+    pub fn freed(&self) -> &Notify {
         &self.0.freed
     }
 
@@ -270,6 +271,22 @@ mod tests {
         // Everything has been joined again: all the large blocks are there.
         let all: Vec<_> = (0..4).map(|_| arena.try_alloc(BLOCK_MAX)).collect();
         assert!(all.iter().all(Option::is_some) && arena.try_alloc(1).is_none());
+    }
+
+    #[test]
+    fn neighbours_join_again_and_strangers_do_not() {
+        let arena = arena(1 << 20);
+        let (left, right) = arena.try_alloc(8192).unwrap().split_at(100);
+        let (middle, right) = right.split_at(50);
+        let (left, right) = left.unsplit(right).unwrap_err();
+        let (middle, left) = middle.unsplit(left).unwrap_err();
+        let whole = left.unsplit(middle).unwrap().unsplit(right).unwrap();
+        assert_eq!(whole.len(), 8192);
+        let (whole, other) = whole.unsplit(arena.try_alloc(8192).unwrap()).unwrap_err();
+        // A joined buffer is the only holder of its block again.
+        assert!(whole.freeze().try_thaw().is_ok() && other.len() == 8192);
+        drop(other);
+        assert_eq!(arena.bytes_used(), 0);
     }
 
     #[test]

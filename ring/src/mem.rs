@@ -97,6 +97,16 @@ impl Drop for Hold {
 }
 
 impl Hold {
+    fn is_same(&self, other: &Hold) -> bool {
+        match (self, other) {
+            (Hold::Block { segment: a, page: p }, Hold::Block { segment: b, page: q }) => {
+                Rc::ptr_eq(a, b) && p == q
+            }
+            (Hold::Region(a), Hold::Region(b)) => Rc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+
     fn fixed(&self) -> Option<u16> {
         match self {
             Hold::Block { segment, .. } => segment.fixed.get(),
@@ -190,6 +200,20 @@ impl Buf {
         let right = Buf { ptr, len: self.len - at as u32, hold: self.hold.clone() };
         self.len = at as u32;
         (self, right)
+    }
+
+    /// Makes one buffer of two neighbours again: what [`Buf::split_at`] gave, in its order. Anything
+    /// else comes back unchanged.
+    pub fn unsplit(self, right: Buf) -> Result<Buf, (Buf, Buf)> {
+        let end = self.ptr.as_ptr().addr() + self.len();
+        match self.len.checked_add(right.len) {
+            Some(len) if self.hold.is_same(&right.hold) && end == right.ptr.as_ptr().addr() => {
+                // Both hold the same memory and lie side by side in it, so their union is as exclusive
+                // and as long-lived as they are.
+                Ok(Buf { ptr: self.ptr, len, hold: self.hold })
+            }
+            _ => Err((self, right)),
+        }
     }
 
     /// Shortens it. A length beyond the present one changes nothing.
