@@ -45,7 +45,9 @@ pub enum FileKind {
     Regular,
     /// A block device.
     Block,
-    /// Anything else (directory, character device, socket).
+    /// A unix socket.
+    Socket,
+    /// Anything else (directory, character device).
     Other,
 }
 

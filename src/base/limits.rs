@@ -77,14 +77,32 @@ pub const NBD_OPTIONS_PER_HANDSHAKE: usize = 64;
 pub const NBD_HANDSHAKE_NS_MAX: u64 = 10_000_000_000;
 /// Meta contexts that one NBD client selects.
 pub const NBD_META_CONTEXTS_MAX: usize = 16;
-/// Extents in one NBD block status reply, a context.
-pub const NBD_EXTENTS_PER_REPLY: usize = 2048;
-/// Clients connected to one NBD export.
-pub const NBD_CLIENTS_PER_EXPORT: usize = 128;
-/// Requests in flight of one NBD client. Further ones stay unread in its socket.
+/// Extents in one NBD block status reply, a context. With its header such a reply fills one block of memory.
+pub const NBD_EXTENTS_PER_REPLY: usize = 2040;
+/// Questions that one NBD block status request asks of the disk before it is answered with what is known by then.
+pub const NBD_STATUS_QUESTIONS_PER_REQUEST: usize = 4096;
+/// Exports of one NBD server.
+pub const NBD_EXPORTS_PER_SERVER: usize = 1024;
+/// Clients connected to one NBD server, those in the handshake included. Further ones wait to be accepted.
+pub const NBD_CLIENTS_PER_SERVER: usize = 128;
+/// Requests in flight of one NBD client, until their replies are sent. Further ones stay unread in its socket.
 pub const NBD_IN_FLIGHT_PER_CLIENT: usize = 128;
-/// Payload bytes that one NBD client holds in flight. Further requests stay unread in its socket.
-pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 64 * MIB;
+/// Payload bytes that one NBD client holds in flight. Further requests stay unread in its socket. When memory is short
+/// the bound is lower: no client holds more than what it leaves free.
+pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 16 * MIB;
+/// Memory in which an NBD client's requests are received while little comes, in bytes.
+pub const NBD_RECV_BYTES_MIN: usize = 4 << 10;
+/// The same while much comes.
+pub const NBD_RECV_BYTES_MAX: usize = 64 << 10;
+/// From this payload on, in bytes, a read's data is sent from where it was read; below, it is copied behind its header,
+/// because a piece of a vectored send costs more than the copy.
+pub const NBD_REPLY_COPY_BYTES: usize = 32 << 10;
+/// Memory in which small replies are collected, in bytes: sixteen reads of 4 KiB with their headers fit.
+pub const NBD_REPLY_LEASE_BYTES: usize = 128 << 10;
+/// Bytes that one send of replies carries at most; their memory comes back when it ends.
+pub const NBD_SEND_BYTES_MAX: usize = 2 << 20;
+/// Pause before connections are accepted again after that failed, in nanoseconds (no more descriptors, say).
+pub const NBD_ACCEPT_PAUSE_NS: u64 = 100_000_000;
 
 // ---- Saved measurements ----
 

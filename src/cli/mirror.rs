@@ -443,20 +443,20 @@ impl Run {
             Ending::Failed(_) => {}
         }
         if let Some(report) = verified {
-            say_verified(&report);
+            say_verified(&report, self.engine.ring().clock());
         }
         exit
     }
 }
 
-fn say_verified(report: &Report) {
+fn say_verified(report: &Report, now_ns: u64) {
     match &report.mismatch {
         None => eprintln!(
             "Verified: {} compared ({} of it again), checksum {} (BLAKE3 of the BLAKE3 of each MiB), as of {}",
             fmt_bytes(report.bytes_compared),
             fmt_bytes(report.bytes_compared_again),
             report.checksum,
-            report.instant,
+            instant(report.instant_ns, now_ns),
         ),
         Some(offset) => eprintln!("Verify: source and target differ at offset {offset}"),
     }
@@ -473,4 +473,10 @@ fn exit_of(exit: Exit, ending: Ending) -> Result<Exit, Failure> {
 
 fn no_target(path: &Path, errno: blockferry_ring::Errno) -> Failure {
     Failure::text(format!("The target '{}' cannot be looked at: {errno}", path.display()))
+}
+
+/// A moment of the ring's clock as people write it.
+fn instant(at_ns: u64, now_ns: u64) -> String {
+    let ago = std::time::Duration::from_nanos(now_ns.saturating_sub(at_ns));
+    humantime::format_rfc3339_millis(std::time::SystemTime::now() - ago).to_string()
 }

@@ -1,1 +1,3 @@
-//! See docs/architecture.md.
+//! Who may use a node from outside.
+
+pub mod nbd;

@@ -233,6 +233,7 @@ pub(super) fn lookup(path: &Path) -> Result<Option<FileKind>, Errno> {
         Ok(stat) => Ok(Some(match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => FileKind::Regular,
             FileType::BlockDevice => FileKind::Block,
+            FileType::Socket => FileKind::Socket,
             _ => FileKind::Other,
         })),
         Err(rustix::io::Errno::NOENT) => Ok(None),

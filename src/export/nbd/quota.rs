@@ -1,0 +1,99 @@
+//! What a client holds: requests in flight and payload bytes, until their replies have been sent.
+//!
+//! A [`Ticket`] is a share of it. It travels with the request, then with its reply, and gives itself back when it is
+//! dropped, whichever way the request ends.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use blockferry_ring::Ring;
+use blockferry_ring::sync::Notify;
+
+use super::session::may_hold;
+
+/// What a client may hold at once.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct QuotaLimits {
+    pub(super) requests_max: usize,
+    pub(super) bytes_max: u64,
+}
+
+/// What one client holds.
+#[derive(Debug)]
+pub(super) struct Quota {
+    ring: Ring,
+    limits: QuotaLimits,
+    requests: Cell<usize>,
+    bytes: Cell<u64>,
+    released: Notify,
+}
+
+impl Quota {
+    pub(super) fn new(ring: &Ring, limits: QuotaLimits) -> Rc<Quota> {
+        let (requests, bytes) = (Cell::new(0), Cell::new(0));
+        Rc::new(Quota { ring: ring.clone(), limits, requests, bytes, released: ring.notify() })
+    }
+
+    /// Waits until the client may have one more request in flight.
+    pub(super) async fn request(self: &Rc<Quota>) -> Ticket {
+        let fits = || (self.requests.get() < self.limits.requests_max).then_some(());
+        self.released.until(fits).await;
+        self.requests.set(self.requests.get() + 1);
+        Ticket { quota: self.clone(), requests: 1, bytes: 0 }
+    }
+
+    /// Waits until the client may hold `bytes` more of payload.
+    pub(super) async fn bytes(self: &Rc<Quota>, bytes: usize) -> Ticket {
+        let bytes = bytes as u64;
+        let arena = self.ring.arena();
+        let fits = || {
+            let free = arena.bytes().saturating_sub(arena.bytes_used()) as u64;
+            may_hold(self.bytes.get(), bytes, self.limits.bytes_max, free).then_some(())
+        };
+        self.released.until(fits).await;
+        self.bytes.set(self.bytes.get() + bytes);
+        Ticket { quota: self.clone(), requests: 0, bytes }
+    }
+
+    /// A share of nothing, for what is part of something that has its share.
+    pub(super) fn nothing(self: &Rc<Quota>) -> Ticket {
+        Ticket { quota: self.clone(), requests: 0, bytes: 0 }
+    }
+
+    /// Waits until the client holds nothing.
+    pub(super) async fn empty(&self) {
+        self.released.until(|| (self.requests.get() == 0 && self.bytes.get() == 0).then_some(())).await;
+    }
+}
+
+/// A share of what a client holds.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    quota: Rc<Quota>,
+    requests: usize,
+    bytes: u64,
+}
+
+impl Ticket {
+    /// Two shares of one client become one.
+    pub(super) fn absorb(&mut self, mut other: Ticket) {
+        self.requests += std::mem::take(&mut other.requests);
+        self.bytes += std::mem::take(&mut other.bytes);
+    }
+
+    /// Gives the bytes back, keeps the requests.
+    pub(super) fn give_bytes_back(&mut self) {
+        self.quota.bytes.set(self.quota.bytes.get() - std::mem::take(&mut self.bytes));
+        self.quota.released.notify();
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if self.requests > 0 || self.bytes > 0 {
+            self.quota.requests.set(self.quota.requests.get() - self.requests);
+            self.quota.bytes.set(self.quota.bytes.get() - self.bytes);
+            self.quota.released.notify();
+        }
+    }
+}

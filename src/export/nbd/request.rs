@@ -1,0 +1,270 @@
+//! One request of one client, from the disk to its reply: a task each.
+//!
+//! A read or write beyond the largest buffer goes in parts. The parts of a read are chunks of the reply, in whatever
+//! order they come; the one that ends last ends the reply, with the first failure if there was one. A client that did
+//! not agree to chunks gets the parts one after the other, with the stream for itself; a failure in their midst can
+//! only be told by ending the session.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::{Buf, SharedBuf};
+
+use super::client::Client;
+use super::quota::Ticket;
+use super::session::{Extents, pieces};
+use crate::base::limits;
+use crate::block::{BlockError, WriteFlags, ZeroFlags};
+use crate::protocol::nbd::{Command, CommandFlags, NbdErrno, RequestHeader};
+
+/// Room for the longest header of a reply (an extended chunk with its offset).
+const HEAD_BYTES_MAX: usize = 48;
+/// Room for the longest answer to a block status request: header, context, and extents of 16 bytes.
+pub(super) const STATUS_BYTES_MAX: usize = 64 + 16 * limits::NBD_EXTENTS_PER_REPLY;
+
+/// A request that is answered when all its parts have ended.
+#[derive(Debug)]
+pub(super) struct Whole {
+    parts_left: Cell<u64>,
+    failure: Cell<Option<NbdErrno>>,
+    ticket: RefCell<Option<Ticket>>,
+}
+
+impl Whole {
+    /// For a read or write of at least one byte; holds the request's ticket.
+    pub(super) fn new(request: &RequestHeader, ticket: Ticket) -> Rc<Whole> {
+        let parts_left = Cell::new(request.length.div_ceil(BLOCK_MAX as u64));
+        Rc::new(Whole { parts_left, failure: Cell::new(None), ticket: RefCell::new(Some(ticket)) })
+    }
+
+    /// One part has ended; true when it was the last.
+    fn end_part(&self, failure: Option<NbdErrno>) -> bool {
+        self.parts_left.set(self.parts_left.get() - 1);
+        self.failure.set(self.failure.get().or(failure));
+        self.parts_left.get() == 0
+    }
+}
+
+/// A part of a read or write.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) request: RequestHeader,
+    /// Where the part begins.
+    pub(super) offset: u64,
+    /// The part's bytes.
+    pub(super) ticket: Ticket,
+    pub(super) whole: Rc<Whole>,
+}
+
+/// What to tell a client, and the log. Names and paths stay here: the client may be a stranger.
+fn explain(client: &Client, error: &BlockError) -> (NbdErrno, String) {
+    client.note_failure(error);
+    // Error numbers of the system are below 4096.
+    let known = (1..4096).contains(&error.errno.0);
+    let errno = if known {
+        NbdErrno::from_errno(rustix::io::Errno::from_raw_os_error(error.errno.0))
+    } else {
+        NbdErrno::Io
+    };
+    (errno, error.errno.to_string())
+}
+
+/// Answers with success and no data.
+pub(super) async fn succeed(client: &Client, request: &RequestHeader, ticket: Ticket) {
+    let style = client.rules.style;
+    let reply = request.reply(style);
+    let head = move || match request.command {
+        // A read is answered in chunks, even a read of nothing.
+        Command::Read => reply.end().unwrap_or_else(|_| reply.success()),
+        _ => reply.success(),
+    };
+    client.output.push(None, HEAD_BYTES_MAX, head, None, ticket).await;
+}
+
+/// Answers with a failure.
+pub(super) async fn fail(
+    client: &Client,
+    request: &RequestHeader,
+    errno: NbdErrno,
+    message: &str,
+    ticket: Ticket,
+) {
+    let mut bytes = Vec::new();
+    request.reply(client.rules.style).failure(errno, message, &mut bytes);
+    let room = bytes.len();
+    client.output.push(None, room, || std::mem::take(&mut bytes), None, ticket).await;
+}
+
+/// Answers a request without data.
+async fn answer(client: &Client, request: &RequestHeader, result: Result<(), BlockError>, ticket: Ticket) {
+    match result {
+        Ok(()) => succeed(client, request, ticket).await,
+        Err(error) => {
+            let (errno, message) = explain(client, &error);
+            fail(client, request, errno, &message, ticket).await;
+        }
+    }
+}
+
+/// Reads one part.
+pub(super) async fn read(client: Rc<Client>, part: Part, buf: Buf) {
+    let Part { request, offset, mut ticket, whole } = part;
+    let (buf, result) = client.root.read(offset, buf).await;
+    let reply = request.reply(client.rules.style);
+    match result {
+        Ok(()) => {
+            let length = buf.len() as u32;
+            if whole.parts_left.get() == 1
+                && whole.failure.get().is_none()
+                && let Some(request_ticket) = whole.ticket.take()
+            {
+                ticket.absorb(request_ticket);
+            }
+            let mut failed = None;
+            let head = || {
+                let is_last = whole.end_part(None);
+                failed = whole.failure.get().filter(|_| is_last);
+                reply.data(offset, length, is_last && failed.is_none())
+            };
+            client.output.push(None, HEAD_BYTES_MAX, head, Some(buf.freeze()), ticket).await;
+            if let (Some(errno), Some(ticket)) = (failed, whole.ticket.take()) {
+                fail(&client, &request, errno, "", ticket).await;
+            }
+        }
+        Err(error) => {
+            drop((buf, ticket));
+            let (errno, message) = explain(&client, &error);
+            if whole.end_part(Some(errno))
+                && let Some(ticket) = whole.ticket.take()
+            {
+                fail(&client, &request, errno, &message, ticket).await;
+            }
+        }
+    }
+}
+
+/// Writes one part.
+pub(super) async fn write(client: Rc<Client>, part: Part, buf: SharedBuf) {
+    let Part { request, offset, ticket, whole } = part;
+    let flags = WriteFlags { fua: request.flags.contains(CommandFlags::FUA) };
+    let result = client.root.write(offset, buf, flags).await;
+    drop(ticket);
+    let (failure, message) = match &result {
+        Ok(()) => (None, String::new()),
+        Err(error) => {
+            let (errno, message) = explain(&client, error);
+            (Some(errno), message)
+        }
+    };
+    if !whole.end_part(failure) {
+        return;
+    }
+    let Some(ticket) = whole.ticket.take() else { return };
+    match whole.failure.get() {
+        None => succeed(&client, &request, ticket).await,
+        Some(errno) => fail(&client, &request, errno, &message, ticket).await,
+    }
+}
+
+/// Makes all answered writes durable, those of other connections included: they go to the same node.
+pub(super) async fn flush(client: Rc<Client>, request: RequestHeader, ticket: Ticket) {
+    let result = client.root.flush().await;
+    answer(&client, &request, result, ticket).await;
+}
+
+/// Gives space back.
+pub(super) async fn trim(client: Rc<Client>, request: RequestHeader, ticket: Ticket) {
+    let mut result = client.root.discard(request.offset, request.length).await;
+    if result.is_ok() && request.flags.contains(CommandFlags::FUA) {
+        result = client.root.flush().await;
+    }
+    answer(&client, &request, result, ticket).await;
+}
+
+/// Makes a range read as zeroes.
+pub(super) async fn write_zeroes(client: Rc<Client>, request: RequestHeader, ticket: Ticket) {
+    let flags = ZeroFlags {
+        fua: request.flags.contains(CommandFlags::FUA),
+        may_unmap: !request.flags.contains(CommandFlags::NO_HOLE),
+        no_fallback: request.flags.contains(CommandFlags::FAST_ZERO),
+    };
+    let result = client.root.write_zeroes(request.offset, request.length, flags).await;
+    answer(&client, &request, result, ticket).await;
+}
+
+/// Tells data from holes and zeroes. `buf` has room for the longest answer.
+pub(super) async fn block_status(client: Rc<Client>, request: RequestHeader, mut buf: Buf, ticket: Ticket) {
+    let is_one = request.flags.contains(CommandFlags::REQ_ONE);
+    let list_max = if is_one { 1 } else { limits::NBD_EXTENTS_PER_REPLY };
+    let mut extents = Extents::new(client.spare_extents.take(), list_max);
+    let mut failure = None;
+    for _ in 0..limits::NBD_STATUS_QUESTIONS_PER_REQUEST {
+        let left = request.length - extents.covered();
+        if left == 0 {
+            break;
+        }
+        match client.root.block_status(request.offset + extents.covered(), left).await {
+            Ok(mut extent) => {
+                extent.len = extent.len.clamp(1, left);
+                if !extents.add(extent) {
+                    break;
+                }
+            }
+            // What is known so far is an answer; the client comes back for the rest and meets the error then.
+            Err(_) if extents.covered() > 0 => break,
+            Err(error) => {
+                failure = Some(explain(&client, &error));
+                break;
+            }
+        }
+    }
+    let mut bytes = Vec::with_capacity(64 + 16 * extents.list().len());
+    let reply = request.reply(client.rules.style);
+    let context = client.allocation_context.unwrap_or_default();
+    if failure.is_none() && reply.block_status(context, extents.list(), true, &mut bytes).is_err() {
+        // Nothing was asked for: a request of no bytes.
+        failure = Some((NbdErrno::Invalid, String::new()));
+    }
+    client.spare_extents.replace(extents.into_spare());
+    if let Some((errno, message)) = failure {
+        drop(buf);
+        return fail(&client, &request, errno, &message, ticket).await;
+    }
+    buf.copy_from(0, &bytes);
+    buf.truncate(bytes.len());
+    let nothing: &[u8] = &[];
+    client.output.push(None, HEAD_BYTES_MAX, || nothing, Some(buf.freeze()), ticket).await;
+}
+
+/// A large read of a client without chunks: one header, then all the data. `buf` is of the largest size.
+///
+/// The one buffer is read into and sent again and again, so that no memory is waited for while the stream is held.
+pub(super) async fn read_in_turn(client: Rc<Client>, request: RequestHeader, buf: Buf, ticket: Ticket) {
+    let mut ticket = Some(ticket);
+    let mut memory = Some(buf);
+    let mut turn = None;
+    for (offset, length) in pieces(request.offset, request.length, BLOCK_MAX) {
+        let Some(mut buf) = memory.take() else { return };
+        buf.truncate(length);
+        let (buf, result) = client.root.read(offset, buf).await;
+        if let Err(error) = result {
+            let (errno, message) = explain(&client, &error);
+            drop(buf);
+            return match ticket.take_if(|_| turn.is_none()) {
+                Some(ticket) => fail(&client, &request, errno, &message, ticket).await,
+                None => client.output.break_off(),
+            };
+        }
+        let is_first = turn.is_none();
+        if is_first {
+            turn = Some(client.output.turn(request.cookie).await);
+        }
+        let head = request.reply(client.rules.style).data(offset, length as u32, true);
+        let head = || if is_first { &*head } else { &[] };
+        let shared = buf.freeze();
+        let share = client.quota.nothing();
+        client.output.push(Some(request.cookie), HEAD_BYTES_MAX, head, Some(shared.clone()), share).await;
+        memory = Some(client.output.sent(shared).await);
+    }
+}
