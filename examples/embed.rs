@@ -20,6 +20,7 @@ type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
 const DISK_BYTES: u64 = 64 << 20;
 const BLOCK_BYTES: usize = 4096;
+const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES as u64;
 const DEPTH: usize = 16;
 
 /// The foreign loop: an epoll set in which the engine is one fd among others.
@@ -81,14 +82,14 @@ fn main() -> Fallible<()> {
     let mut turn = None;
     let mut starting = Some(engine.start_mirror(&node, &copy, MirrorOptions::new("move")));
     let mut job: Option<Job> = None;
-    let (mut written, mut in_flight, mut stop) = (vec![0u64; (DISK_BYTES as usize) / BLOCK_BYTES], 0, false);
+    let (mut written, mut in_flight, mut stop) = (vec![0u64; BLOCKS as usize], 0, false);
     let mut idle: Vec<usize> = (0..DEPTH).collect();
     let mut serial = 0u64;
     while !stop || in_flight > 0 {
         // Keep the disk busy: each block gets a serial number, which is remembered when it is acknowledged.
         while let Some(slot) = idle.pop().filter(|_| !stop) {
             serial += 1;
-            let block = (serial * 7919) % written.len() as u64;
+            let block = (serial * 7919) % BLOCKS;
             ram.write(slot * BLOCK_BYTES, &serial.to_le_bytes());
             let buf = ram.buf(slot * BLOCK_BYTES, BLOCK_BYTES).ok_or("the slot is inside the memory")?;
             guest.write(serial << 8 | slot as u64, block * BLOCK_BYTES as u64, buf, WriteFlags::default());
@@ -98,7 +99,7 @@ fn main() -> Fallible<()> {
         while let Some(done) = guest.pop_completion() {
             done.result?;
             let serial = done.token >> 8;
-            written[((serial * 7919) % written.len() as u64) as usize] = serial;
+            written[((serial * 7919) % BLOCKS) as usize] = serial;
             idle.push((done.token & 0xff) as usize);
             in_flight -= 1;
         }

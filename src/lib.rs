@@ -2,7 +2,8 @@
 
 pub mod base;
 pub mod block;
-
+pub mod cli;
+pub mod engine;
 pub mod export;
 pub mod format;
 pub mod graph;

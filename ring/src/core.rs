@@ -28,6 +28,16 @@ pub(crate) enum State {
     Done(i32),
 }
 
+/// What becomes of an operation after a completion.
+enum Onward {
+    /// That was its end.
+    Ended,
+    /// It is queued again for the rest.
+    Queued,
+    /// There is a rest, and nobody wants it.
+    GivenUp,
+}
+
 pub(crate) struct Slot {
     pub(crate) sequence: u32,
     /// What was asked for; `op.remainder(done)` is what is in flight.
@@ -39,6 +49,8 @@ pub(crate) struct Slot {
     pub(crate) waiter: Option<TaskId>,
     /// Nobody will ask for the result.
     pub(crate) orphan: bool,
+    /// Its owner asked to end it: what is left of it is not submitted any more.
+    pub(crate) cancelled: bool,
     pub(crate) done: usize,
     pub(crate) retries: u32,
 }
@@ -91,7 +103,13 @@ pub(crate) fn user_data(sequence: u32, key: u32) -> u64 {
 impl Core {
     /// Waits for operations in flight; gives the number of those whose memory had to be leaked.
     pub(crate) fn drain(&self, end: Nanos) -> usize {
-        while self.in_flight.get() > 0 && self.backend.borrow().now() < end {
+        while self.in_flight.get() > 0 {
+            // The wait is bounded from `now` on: with an old one it would not wait at all.
+            let now = self.backend.borrow().now();
+            self.now.set(now);
+            if now >= end {
+                break;
+            }
             self.enter(true, Some(end));
             self.reap();
             // What ended short is not continued.
@@ -135,9 +153,13 @@ impl Core {
             }
         };
         self.in_flight.set(self.in_flight.get() - 1);
+        let mut result = result;
         if let Some(op) = slot.op {
-            if self.goes_on(slot, &op, key, result) {
-                return;
+            match self.goes_on(slot, &op, key, result) {
+                Onward::Queued => return,
+                // Part of a transfer is no result: the owner asked for its end and gets that.
+                Onward::GivenUp => result = -libc::ECANCELED,
+                Onward::Ended => {}
             }
             match op {
                 Op::Read { .. } => add(&self.stats.bytes_read, slot.done as u64),
@@ -156,67 +178,74 @@ impl Core {
         if slot.orphan {
             let slot = slots.remove(key as usize);
             drop(slots);
-            if let (Some(Op::Accept { .. }), Ok(id)) = (slot.op, u32::try_from(total)) {
-                // Nobody will use the connection: close it.
-                self.close_file(FileId(id));
-            }
-            drop(slot);
+            self.drop_unseen(slot);
         } else if let Some(task) = slot.waiter {
             self.exec.wake(task);
         }
     }
 
-    /// Finishes short transfers and passing errors inside; true when the slot is queued again.
-    fn goes_on(&self, slot: &mut Slot, op: &Op, key: u32, result: i32) -> bool {
+    /// Drops a slot whose result nobody will look at.
+    pub(crate) fn drop_unseen(&self, slot: Slot) {
+        if let (Some(Op::Accept { .. }), State::Done(result)) = (slot.op, slot.state)
+            && let Ok(id) = u32::try_from(result)
+        {
+            // Nobody will use the connection: close it.
+            self.close_file(FileId(id));
+        }
+    }
+
+    /// Finishes short transfers and passing errors inside.
+    fn goes_on(&self, slot: &mut Slot, op: &Op, key: u32, result: i32) -> Onward {
         if result == -libc::EINTR || result == -libc::EAGAIN {
             add(&self.stats.retries, 1);
             slot.retries += 1;
             if slot.retries > limits::EAGAIN_RETRIES {
-                return false;
+                return Onward::Ended;
             }
-            slot.state = State::Queued;
-            if slot.retries > limits::EAGAIN_RETRIES_EAGER {
-                let at = self.now.get() + limits::EAGAIN_PAUSE_NANOS;
-                self.paused.borrow_mut().push((at, key, slot.sequence));
-            } else {
-                self.queue.borrow_mut().push_back(key);
-            }
-            return true;
+            let pauses = slot.retries > limits::EAGAIN_RETRIES_EAGER;
+            return self.queue_again(slot, key, pauses);
         }
         if result <= 0 {
-            return false;
+            return Onward::Ended;
         }
         slot.done += result as usize;
-        if slot.orphan {
-            return false;
-        }
+        // Only refusals in a row count.
+        slot.retries = 0;
         if let (Op::SendPieces { .. }, Held::Pieces { mems, .. }) = (op, &mut slot.held) {
             let total: usize = mems.iter().map(|m| m.len()).sum();
             // `mems` is cut in place, so it holds what was in flight.
-            if (result as usize) < total {
-                let mut gone = result as usize;
-                mems.retain_mut(|mem| {
-                    let n = gone.min(mem.len());
-                    *mem = mem.tail(n);
-                    gone -= n;
-                    !mem.is_empty()
-                });
-                let file = op.file();
-                slot.op = Some(Op::SendPieces { file, pieces: Pieces::new(mems) });
-                add(&self.stats.short_transfers, 1);
-                slot.state = State::Queued;
-                self.queue.borrow_mut().push_back(key);
-                return true;
+            if (result as usize) >= total {
+                return Onward::Ended;
             }
-            return false;
+            let mut gone = result as usize;
+            mems.retain_mut(|mem| {
+                let n = gone.min(mem.len());
+                *mem = mem.tail(n);
+                gone -= n;
+                !mem.is_empty()
+            });
+            let file = op.file();
+            slot.op = Some(Op::SendPieces { file, pieces: Pieces::new(mems) });
+        } else if op.remainder(slot.done).is_none() {
+            return Onward::Ended;
         }
-        if op.remainder(slot.done).is_some() {
-            add(&self.stats.short_transfers, 1);
-            slot.state = State::Queued;
+        add(&self.stats.short_transfers, 1);
+        self.queue_again(slot, key, false)
+    }
+
+    /// The rest of an operation, unless nobody wants it any more.
+    fn queue_again(&self, slot: &mut Slot, key: u32, pauses: bool) -> Onward {
+        if slot.orphan || slot.cancelled {
+            return Onward::GivenUp;
+        }
+        slot.state = State::Queued;
+        if pauses {
+            let at = self.now.get() + limits::EAGAIN_PAUSE_NANOS;
+            self.paused.borrow_mut().push((at, key, slot.sequence));
+        } else {
             self.queue.borrow_mut().push_back(key);
-            return true;
         }
-        false
+        Onward::Queued
     }
 
     pub(crate) fn unpause(&self, now: Nanos) -> bool {
@@ -259,6 +288,8 @@ impl Core {
         let mut slots = self.slots.borrow_mut();
         let mut backend = self.backend.borrow_mut();
         let (mut bytes, mut batch) = (0u64, 0u64);
+        // Dropped at the end: closing a file needs the backend.
+        let mut unwanted = Vec::new();
         while let Some(&key) = queue.front() {
             if self.in_flight.get() >= limits::IN_FLIGHT_MAX || bytes >= self.budget.bytes {
                 break;
@@ -267,6 +298,18 @@ impl Core {
                 queue.pop_front();
                 continue;
             };
+            // A request to cancel reaches only what is in flight; what has not left stays here.
+            if slot.orphan {
+                queue.pop_front();
+                unwanted.push(slots.remove(key as usize));
+                continue;
+            }
+            if slot.cancelled {
+                queue.pop_front();
+                slot.state = State::Done(-libc::ECANCELED);
+                slot.waiter.into_iter().for_each(|task| self.exec.wake(task));
+                continue;
+            }
             let Some(op) = slot
                 .op
                 .and_then(|op| if slot.done > 0 { op.remainder(slot.done).or(slot.op) } else { Some(op) })
@@ -290,7 +333,10 @@ impl Core {
         add(&self.stats.operations, batch);
         max(&self.stats.batch_max, batch);
         // Waiting for completions is what makes room when the limit of operations in flight was met.
-        !queue.is_empty() && self.in_flight.get() < limits::IN_FLIGHT_MAX
+        let left = !queue.is_empty() && self.in_flight.get() < limits::IN_FLIGHT_MAX;
+        drop((queue, slots, backend));
+        drop(unwanted);
+        left
     }
 
     pub(crate) fn enter(&self, may_block: bool, deadline: Option<Nanos>) {

@@ -22,6 +22,7 @@ use std::rc::Rc;
 
 use crate::arena::Segment;
 use crate::errno::Errno;
+use crate::op::Pieces;
 
 /// What an operation tells the backend of its memory. It can only be made from a buffer that the
 /// operation holds.
@@ -67,6 +68,16 @@ impl Mem {
         // SAFETY: `at <= len`, so the pointer stays within the memory or one past its end.
         let ptr = unsafe { self.ptr.add(at) };
         Mem { ptr, len: self.len - at as u32, fixed: self.fixed }
+    }
+}
+
+impl Pieces {
+    /// The pieces, in order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Mem> + use<> {
+        let Pieces { ptr, len } = *self;
+        // SAFETY: `Pieces` is made from the vector in an operation's slot and handed to the backend
+        // with the operation; the slot neither changes nor frees the vector before the completion.
+        (0..len as usize).map(move |i| unsafe { *ptr.add(i) })
     }
 }
 

@@ -85,8 +85,15 @@ impl<K: Kind> Operation<K> {
 
     /// Asks the kernel to end it early. It still completes, one way or the other.
     pub fn cancel(&self) {
-        if self.key != u32::MAX {
-            self.ring.0.backend.borrow_mut().cancel(self.user_data());
+        let core = &self.ring.0;
+        let mut slots = core.slots.borrow_mut();
+        if let Some(slot) = slots.get_mut(self.key as usize)
+            && slot.sequence == self.sequence
+        {
+            slot.cancelled = true;
+            if slot.state == State::InFlight {
+                core.backend.borrow_mut().cancel(self.user_data());
+            }
         }
     }
 }
@@ -131,10 +138,14 @@ impl<K: Kind> Drop for Operation<K> {
             } else {
                 slot.orphan = true;
                 slot.waiter = None;
-                self.ring.0.backend.borrow_mut().cancel(user_data(self.sequence, self.key));
+                if slot.state == State::InFlight {
+                    self.ring.0.backend.borrow_mut().cancel(user_data(self.sequence, self.key));
+                }
             }
         }
         drop(slots);
-        drop(removed);
+        if let Some(slot) = removed {
+            self.ring.0.drop_unseen(slot);
+        }
     }
 }

@@ -399,6 +399,7 @@ impl Ring {
             state,
             waiter: None,
             orphan: false,
+            cancelled: false,
             done: 0,
             retries: 0,
         }) as u32;

@@ -103,6 +103,10 @@ pub const NBD_REPLY_LEASE_BYTES: usize = 128 << 10;
 pub const NBD_SEND_BYTES_MAX: usize = 2 << 20;
 /// Pause before connections are accepted again after that failed, in nanoseconds (no more descriptors, say).
 pub const NBD_ACCEPT_PAUSE_NS: u64 = 100_000_000;
+/// Requests that one NBD client connection keeps in flight. Further ones wait on this side.
+pub const NBD_REQUESTS_IN_FLIGHT_MAX: usize = 1024;
+/// Time in which a server has to take a client's farewell, in nanoseconds; then the connection is cut.
+pub const NBD_FAREWELL_NS_MAX: u64 = 5_000_000_000;
 
 // ---- Saved measurements ----
 

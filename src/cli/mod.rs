@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand, and what they share.
 
-pub mod demo;
+pub mod bench;
+
 pub mod doctor;
 pub mod exit;
 pub mod image;
@@ -10,7 +11,7 @@ pub mod progress;
 pub mod serve;
 pub mod signals;
 pub mod stats;
-pub mod verify;
+
 
 use std::process::ExitCode;
 
@@ -65,7 +66,7 @@ enum Command {
     Serve(serve::ServeArgs),
     Info(info::InfoArgs),
     Doctor(doctor::DoctorArgs),
-    Demo(demo::DemoArgs),
+
 }
 
 /// Runs the command that the process was started with.
@@ -78,7 +79,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::main(global, args),
         Command::Info(args) => info::main(global, args),
         Command::Doctor(args) => doctor::main(global, args),
-        Command::Demo(args) => demo::main(global, args),
+
     };
     match result {
         Ok(exit) => exit.into(),

@@ -1,3 +1,4 @@
-//! Who may use a node from outside.
+//! Who may use a disk from outside. See docs/architecture.md.
 
+/// The NBD export.
 pub mod nbd;

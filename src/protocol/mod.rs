@@ -1,2 +1,19 @@
-//! See docs/architecture.md.
+//! Where bytes live: a file, a block device, another machine, memory.
+//!
+//! See docs/architecture.md. [`open()`] takes a path of this machine and finds out which driver it needs.
+
+mod align;
+mod bounce;
+pub mod file;
+pub mod host_device;
+mod leaf;
 pub mod nbd;
+pub mod null;
+pub mod open;
+pub mod mark;
+
+pub use file::{CreateOptions, FileDriver};
+pub use host_device::HostDevice;
+pub use null::NullDriver;
+pub use open::{Cache, OpenOptions, open};
+

@@ -338,17 +338,15 @@ fn describe(name: &str, export: &Export, config: &ServerConfig) -> ExportInfo {
     let features = export.root.features();
     let read_only = features.read_only || !export.writable;
     // A flush goes to the node that all connections share, so it covers the writes of all.
-    let mut flags = Flags::SEND_FLUSH
-        | Flags::SEND_FUA
-        | Flags::SEND_DF
-        | Flags::SEND_CACHE
-        | Flags::CAN_MULTI_CONN;
+    let mut flags =
+        Flags::SEND_FLUSH | Flags::SEND_FUA | Flags::SEND_DF | Flags::SEND_CACHE | Flags::CAN_MULTI_CONN;
     if !read_only {
         let fast_zero = export.root.node().driver().capabilities().zero_fast;
         flags = flags | Flags::SEND_TRIM | Flags::SEND_WRITE_ZEROES;
         flags = flags.set(Flags::SEND_FAST_ZERO, fast_zero);
     }
-    let maximum_bytes = config.request_bytes_max.clamp(limits::NBD_RECV_BYTES_MIN as u32, limits::NBD_REQUEST_BYTES_MAX);
+    let maximum_bytes =
+        config.request_bytes_max.clamp(limits::NBD_RECV_BYTES_MIN as u32, limits::NBD_REQUEST_BYTES_MAX);
     let preferred_bytes = features.preferred_block.next_power_of_two().clamp(512, 1 << 20).min(maximum_bytes);
     ExportInfo {
         name: name.to_owned(),

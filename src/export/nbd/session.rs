@@ -129,9 +129,10 @@ impl Extents {
     /// Adds what follows; false when there was no room for it, and the list is complete.
     pub(super) fn add(&mut self, extent: Extent) -> bool {
         let flags = allocation_flags(extent);
+        let is_full = self.list.len() == self.list_max;
         match self.list.last_mut() {
             Some(last) if last.flags == flags => last.length += extent.len,
-            _ if self.list.len() == self.list_max => return false,
+            _ if is_full => return false,
             _ => self.list.push(StatusExtent { length: extent.len, flags }),
         }
         self.covered += extent.len;

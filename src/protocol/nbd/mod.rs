@@ -1,6 +1,6 @@
-//! The NBD protocol for both sides, as a codec without I/O.
+//! The NBD protocol for both sides, as a codec without I/O, and a client.
 //!
-//! Bytes go in, events and bytes come out: nothing here owns a socket, a task, a buffer pool or a clock, so the export,
+//! Bytes go in, events and bytes come out: nothing in the codec owns a socket, a task, a buffer pool or a clock, so the export,
 //! the client node, the bench tool and the simulator use the same code, and a conversation can be tested one byte at a
 //! time. The source is `doc/proto.md` of the NetworkBlockDevice/nbd repository.
 //!
@@ -11,19 +11,27 @@
 //! - `wire`, `constants`, `errno`, `meta_context`: structures, numbers, error values, metadata contexts.
 //! - `uri`: how a person names an export.
 //!
+//! On top of the codec, and the only part that knows the ring: `connection`, a client with many requests in flight
+//! (`dial` makes it, `in_flight` keeps its books), and `driver`, which shows one to the block layer.
+//!
 //! What must hold: no byte that a peer sends can make this code panic, loop without progress, or keep more memory than
 //! the limits in `constants` allow.
 
+mod client_error;
+pub mod connection;
 pub mod constants;
 #[cfg(test)]
 mod conversation;
 mod cursor;
+mod dial;
+pub mod driver;
 mod errno;
 mod error;
 #[cfg(test)]
 mod exchange;
 pub mod handshake_client;
 pub mod handshake_server;
+mod in_flight;
 mod meta_context;
 pub mod pending;
 pub mod reply_reader;
@@ -31,8 +39,11 @@ pub mod transmission;
 pub mod uri;
 pub mod wire;
 
+pub use client_error::{LostReason, NbdClientError, NotSentReason};
+pub use connection::{ConnectOptions, Connection, list_exports};
 pub use constants::*;
 pub use cursor::Head;
+pub use driver::NbdDriver;
 pub use errno::NbdErrno;
 pub use error::ProtocolError;
 pub use handshake_client::{

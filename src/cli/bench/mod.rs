@@ -1,0 +1,5 @@
+//! `blockferry bench`.
+
+pub mod ack_log;
+pub mod model;
+pub mod pattern;

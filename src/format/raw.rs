@@ -1,0 +1,201 @@
+//! The raw format: the guest's bytes as they are, or a window of them.
+//!
+//! `offset` and `size` cut a window out of the child, as `driver=raw` of QEMU's `blockdev-add` does: the
+//! window must lie within the child when it is opened. Without `size` it reaches to the child's end,
+//! wherever that is at the moment.
+
+use std::rc::Rc;
+
+use blockferry_ring::{Buf, Errno, File, Ring, SharedBuf};
+
+use crate::block::{
+    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, Resolved,
+    WriteFlags, ZeroFlags,
+};
+
+/// Raw bytes over a child.
+#[derive(Debug)]
+pub struct RawDriver {
+    ring: Ring,
+    child: Rc<dyn Driver>,
+    offset: u64,
+    size: Option<u64>,
+}
+
+impl RawDriver {
+    /// The bytes of `child` from `offset` on, `size` of them (without: up to its end).
+    pub fn open(
+        ring: &Ring,
+        child: Rc<dyn Driver>,
+        offset: u64,
+        size: Option<u64>,
+    ) -> Result<RawDriver, BlockError> {
+        let len = child.len();
+        let refuse = |why: String| {
+            Err(BlockError::new(Operation::Open, child.name().to_owned(), Errno::EINVAL).hint(why))
+        };
+        if offset > len {
+            return refuse(format!(
+                "The option 'offset' ({offset}) lies beyond the end of the file ({len})."
+            ));
+        }
+        if let Some(size) = size
+            && size > len - offset
+        {
+            return refuse(format!(
+                "The options 'offset' ({offset}) and 'size' ({size}) reach beyond the end of the file ({len})."
+            ));
+        }
+        Ok(RawDriver { ring: ring.clone(), child, offset, size })
+    }
+}
+
+impl Driver for RawDriver {
+    fn kind(&self) -> &'static str {
+        "raw"
+    }
+
+    fn name(&self) -> &str {
+        self.child.name()
+    }
+
+    fn len(&self) -> u64 {
+        self.size.unwrap_or_else(|| self.child.len().saturating_sub(self.offset))
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.child.is_read_only()
+    }
+
+    fn limits(&self) -> Limits {
+        self.child.limits()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.child.capabilities()
+    }
+
+    fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {
+        self.child.read(self.offset + offset, buf)
+    }
+
+    fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoFuture<'_, IoResult> {
+        self.child.write(self.offset + offset, buf, flags)
+    }
+
+    fn flush(&self) -> IoFuture<'_, IoResult> {
+        self.child.flush()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> IoFuture<'_, IoResult> {
+        self.child.discard(self.offset + offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'_, IoResult> {
+        self.child.write_zeroes(self.offset + offset, len, flags)
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
+        self.child.block_status(self.offset + offset, len)
+    }
+
+    fn resolve(&self, offset: u64, len: u64) -> Resolved {
+        self.child.resolve(self.offset + offset, len)
+    }
+
+    fn children(&self) -> Vec<Rc<dyn Driver>> {
+        vec![self.child.clone()]
+    }
+
+    fn set_permissions(&self, permissions: Permissions) -> IoResult {
+        self.child.set_permissions(permissions)
+    }
+
+    fn local_file(&self) -> Option<File> {
+        self.child.local_file()
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        self.child.identity()
+    }
+
+    fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {
+        let whole = self.size.is_none().then(|| self.offset.checked_add(len)).flatten();
+        match whole {
+            Some(whole) => self.child.set_len(whole),
+            None => self.ring.boxed(async {
+                Err(BlockError::new(Operation::Resize, self.child.name().to_owned(), Errno::EOPNOTSUPP)
+                    .hint("The option 'size' fixes the length of this disk."))
+            }),
+        }
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.child.allocated_bytes()
+    }
+
+    fn fail_in_flight(&self) {
+        self.child.fail_in_flight();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{FileDriver, NullDriver, OpenOptions};
+    use blockferry_ring::Config;
+
+    #[test]
+    fn a_window_lies_within_the_file() {
+        let ring = Ring::new(&Config { arena_bytes: 1 << 20, ..Config::default() }).expect("a ring");
+        let open = |offset, size| {
+            let child = Rc::new(NullDriver::new(&ring, "n", 10_000, false));
+            RawDriver::open(&ring, child, offset, size).map(|raw| raw.len()).map_err(|e| e.to_string())
+        };
+        assert_eq!(open(0, None), Ok(10_000));
+        assert_eq!(open(10_000, None), Ok(0));
+        assert_eq!(open(1000, Some(9000)), Ok(9000));
+        assert!(open(10_001, None).is_err_and(|e| e.contains("'offset' (10001) lies beyond")));
+        assert!(
+            open(1000, Some(9001)).is_err_and(|e| e.contains("reach beyond the end of the file (10000)"))
+        );
+        assert!(open(1, Some(u64::MAX)).is_err());
+    }
+
+    #[test]
+    fn a_window_shifts_everything() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("a");
+        std::fs::write(&path, vec![1u8; 131_072]).expect("a file");
+        let ring = Ring::new(&Config { arena_bytes: 1 << 20, ..Config::default() }).expect("a ring");
+        let r = ring.clone();
+        ring.block_on(async move {
+            let file = Rc::new(FileDriver::open(&r, &path, &OpenOptions::default()).unwrap());
+            let raw = RawDriver::open(&r, file.clone(), 4096, Some(20_000)).unwrap();
+            let mut buf = r.alloc(100).await;
+            buf.as_mut_slice().fill(2);
+            raw.write(7, buf.freeze(), WriteFlags::default()).await.unwrap();
+            raw.write_zeroes(8192, 4096, ZeroFlags { may_unmap: true, ..ZeroFlags::default() })
+                .await
+                .unwrap();
+            raw.discard(12_288, 4096).await.unwrap();
+            let extent = raw.block_status(8192, 11_808).await.unwrap();
+            assert_eq!(extent, Extent::hole(8192));
+            assert!(matches!(raw.resolve(8192, 4096), Resolved::File { offset: 12_288, .. }));
+            let (buf, result) = raw.read(7, r.alloc(100).await).await;
+            assert!(result.is_ok() && buf.as_slice().iter().all(|&b| b == 2));
+            let error = raw.set_len(1).await.unwrap_err();
+            assert!(error.to_string().contains("fixes the length"));
+            let rest = RawDriver::open(&r, file.clone(), 4096, None).unwrap();
+            rest.set_len(150_000).await.unwrap();
+            raw.flush().await.unwrap();
+            let bytes = std::fs::read(&path).unwrap();
+            assert_eq!((bytes.len(), rest.len(), raw.len()), (154_096, 150_000, 20_000));
+            let mut wanted = vec![1u8; 131_072];
+            wanted.resize(154_096, 0);
+            wanted[4103..4203].fill(2);
+            wanted[12_288..20_480].fill(0);
+            assert!(bytes == wanted);
+        });
+    }
+}

@@ -1,0 +1,633 @@
+//! An open file or block device: what `file` and `host_device` share.
+//!
+//! # Blocks
+//! With O_DIRECT the kernel takes only whole blocks at aligned addresses. What fits goes straight through.
+//! What does not is bounced ([`super::bounce`]): reads by reading the blocks around, writes of parts of
+//! blocks by read-modify-write, which is ordered against every other change ([`super::align`]).
+//!
+//! # The tail
+//! The last block of a file whose length is no multiple of the block cannot be written with O_DIRECT
+//! without changing the length. Requests at the end of such a file go through a second, buffered handle.
+//! A page that is written both ways at once can lose one of the writes, so the border lies on a boundary
+//! that is a page boundary on every machine ([`TAIL_BYTES`]), and each side has one way only.
+//!
+//! # Durability
+//! A flush that failed has lost data that nobody can name, and the kernel reports it once. So the
+//! failure sticks: every later flush of this leaf fails as well.
+//!
+//! # Capabilities
+//! What a filesystem or device can do is found out by asking. A refusal takes the capability away, and
+//! the request goes on by the next best means.
+
+use std::cell::{Cell, RefCell};
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::backend::OpenHow;
+use blockferry_ring::op::Fallocate;
+use blockferry_ring::sync::join;
+use blockferry_ring::{Buf, Errno, File, FileInfo, FileKind, Ring, SharedBuf};
+
+use super::align::{Change, Changes};
+use super::bounce::{Bounce, RESERVE_BYTES, zero_from};
+use crate::base::range::ByteRange;
+use crate::block::{
+    BlockError, Capabilities, Extent, IoFuture, IoResult, Limits, Operation, Resolved, WriteFlags, ZeroFlags,
+};
+
+/// Pages are this large or smaller on every machine: the tail of a file starts at a multiple of it.
+const TAIL_BYTES: u64 = 64 << 10;
+/// The kernel may write zeroes out on a device that cannot do better; one such call is bounded.
+const DEVICE_ZERO_STEP_BYTES: u64 = 128 << 20;
+/// Buffered files take anything, but whole filesystem blocks are what they zero and give back.
+const FILE_BLOCK_BYTES: u32 = 4096;
+
+/// The largest block of a leaf that is used with O_DIRECT.
+pub(super) const ALIGN_MAX: u32 = RESERVE_BYTES as u32;
+
+/// An open file or block device.
+#[derive(Debug)]
+pub(super) struct Leaf {
+    ring: Ring,
+    name: Rc<str>,
+    path: PathBuf,
+    file: File,
+    info: FileInfo,
+    read_only: bool,
+    len: Cell<u64>,
+    /// The buffered handle for the tail, where there is one.
+    tail: RefCell<Option<File>>,
+    capabilities: Cell<Capabilities>,
+    changes: Changes,
+    bounce: Bounce,
+    flush_failed: Cell<Option<Errno>>,
+    /// The extent of the latest look at the file's allocation.
+    known: Cell<Option<(ByteRange, Extent)>>,
+}
+
+/// One side of the border to the tail.
+struct Side {
+    file: File,
+    align: u64,
+    mem_align: usize,
+}
+
+/// What is to be written.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Buf(&'a SharedBuf),
+    Zeroes,
+}
+
+/// Whether `errno` says that the operation is not to be had here. Some filesystems say EINVAL.
+fn is_refusal(errno: Errno) -> bool {
+    errno.is_unsupported() || errno == Errno::EINVAL
+}
+
+impl Leaf {
+    /// Wraps an open file. Its block must not be larger than [`ALIGN_MAX`].
+    pub(super) fn new(
+        ring: &Ring,
+        path: PathBuf,
+        file: File,
+        info: FileInfo,
+        read_only: bool,
+    ) -> Result<Leaf, BlockError> {
+        let name: Rc<str> = path.display().to_string().into();
+        let bounce = Bounce::new(ring).map_err(|errno| {
+            BlockError::new(Operation::Open, name.clone(), errno)
+                .hint("All memory for I/O is in use; give the engine more of it.")
+        })?;
+        let leaf = Leaf {
+            ring: ring.clone(),
+            name,
+            path,
+            file,
+            info,
+            read_only,
+            len: Cell::new(info.len),
+            tail: RefCell::default(),
+            capabilities: Cell::new(Capabilities {
+                fua: !read_only,
+                discard: !read_only,
+                zero_fast: !read_only,
+                zero_unmap: !read_only,
+                status: info.kind == FileKind::Regular,
+            }),
+            changes: Changes::new(ring),
+            bounce,
+            flush_failed: Cell::new(None),
+            known: Cell::new(None),
+        };
+        leaf.open_tail(info.len)
+            .map_err(|errno| BlockError::new(Operation::Open, leaf.name.clone(), errno))?;
+        Ok(leaf)
+    }
+
+    pub(super) fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    pub(super) fn name(&self) -> &Rc<str> {
+        &self.name
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(super) fn info(&self) -> &FileInfo {
+        &self.info
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.len.get()
+    }
+
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    pub(super) fn capabilities(&self) -> Capabilities {
+        self.capabilities.get()
+    }
+
+    pub(super) fn lose(&self, what: &'static str, change: impl FnOnce(&mut Capabilities)) {
+        let before = self.capabilities.get();
+        let mut after = before;
+        change(&mut after);
+        if after != before {
+            tracing::info!(image = %self.name, "{what} is not to be had here; going on without");
+            self.capabilities.set(after);
+        }
+    }
+
+    pub(super) fn limits(&self) -> Limits {
+        let block = if self.is_device() { self.info.offset_align } else { FILE_BLOCK_BYTES };
+        Limits {
+            request_align: self.info.offset_align.max(1),
+            mem_align: self.info.mem_align.max(1),
+            zero_align: block.max(self.info.offset_align).max(1),
+            discard_align: block.max(self.info.offset_align).max(1),
+            cluster_size: None,
+            transfer_max: BLOCK_MAX as u32,
+        }
+    }
+
+    pub(super) fn allocated_bytes(&self) -> Option<u64> {
+        self.ring.info(&self.file).ok().map(|info| info.allocated)
+    }
+
+    pub(super) fn error(&self, operation: Operation, range: ByteRange, errno: Errno) -> BlockError {
+        BlockError::at(operation, self.name.clone(), range.start(), range.len(), errno)
+    }
+
+    /// The extent known from the latest look, where it covers `offset`.
+    pub(super) fn known(&self, offset: u64) -> Option<(ByteRange, Extent)> {
+        self.known.get().filter(|(range, _)| range.contains(offset))
+    }
+
+    pub(super) fn set_known(&self, known: Option<(ByteRange, Extent)>) {
+        self.known.set(known);
+    }
+
+    /// After a change, well or badly ended, and before it is acknowledged: what was known there is not any more.
+    fn forget(&self, range: ByteRange) {
+        if self.known.get().is_some_and(|(known, _)| known.overlaps(range)) {
+            self.known.set(None);
+        }
+    }
+
+    fn is_device(&self) -> bool {
+        self.info.kind == FileKind::Block
+    }
+
+    fn align(&self) -> u64 {
+        u64::from(self.info.offset_align.max(1))
+    }
+
+    // The tail.
+
+    /// Where the tail starts; beyond all offsets when there is none.
+    fn border(&self) -> u64 {
+        let len = self.len.get();
+        if len.is_multiple_of(self.align()) { u64::MAX } else { len - len % TAIL_BYTES }
+    }
+
+    fn open_tail(&self, len: u64) -> Result<(), Errno> {
+        if len.is_multiple_of(self.align()) || self.tail.borrow().is_some() {
+            return Ok(());
+        }
+        let how = OpenHow { write: !self.read_only, ..OpenHow::default() };
+        let tail = self.ring.open(&self.path, &how)?;
+        if self.ring.info(&tail)?.identity != self.info.identity {
+            // Somebody has put another file in its place.
+            return Err(Errno::ENOENT);
+        }
+        self.tail.replace(Some(tail));
+        Ok(())
+    }
+
+    fn sides(&self, range: ByteRange) -> [(ByteRange, Side); 2] {
+        let (left, right) = range.split_at(self.border());
+        let tail = self.tail.borrow().clone().unwrap_or_else(|| self.file.clone());
+        [
+            (
+                left,
+                Side {
+                    file: self.file.clone(),
+                    align: self.align(),
+                    mem_align: self.info.mem_align.max(1) as usize,
+                },
+            ),
+            (right, Side { file: tail, align: 1, mem_align: 1 }),
+        ]
+    }
+
+    /// Whether the request goes to the main handle as it is.
+    fn fits(&self, range: ByteRange, aligned: bool) -> bool {
+        aligned && range.is_aligned(self.align()) && range.end() <= self.border()
+    }
+
+    async fn enter(&self, range: ByteRange, rewrite: bool) -> Option<Change<'_>> {
+        if self.align() == 1 {
+            return None;
+        }
+        Some(self.changes.enter(range.align_outward(self.align()), rewrite).await)
+    }
+
+    // Reading.
+
+    pub(super) fn resolve(&self, offset: u64, len: u64) -> Resolved {
+        if self.fits(ByteRange::at_saturating(offset, len), true) {
+            Resolved::File { file: self.file.clone(), offset }
+        } else {
+            Resolved::Ask
+        }
+    }
+
+    pub(super) fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {
+        let range = ByteRange::at_saturating(offset, buf.len() as u64);
+        if self.fits(range, buf.is_aligned(self.info.mem_align.max(1) as usize)) {
+            self.ring.boxed(async move {
+                let (buf, result) = self.get(&self.file, offset, buf).await;
+                (buf, result.map_err(|errno| self.error(Operation::Read, range, errno)))
+            })
+        } else {
+            self.ring.boxed(self.read_parts(range, buf))
+        }
+    }
+
+    async fn read_parts(&self, range: ByteRange, buf: Buf) -> (Buf, IoResult) {
+        let [(left, main), (right, tail)] = self.sides(range);
+        let (buf, rest) = buf.split_at(left.len() as usize);
+        let (buf, first) = self.read_side(&main, left, buf).await;
+        let (rest, second) = self.read_side(&tail, right, rest).await;
+        let Ok(buf) = buf.unsplit(rest) else { unreachable!("the parts of one buffer join again") };
+        let result = first.and(second);
+        (buf, result.map_err(|errno| self.error(Operation::Read, range, errno)))
+    }
+
+    async fn read_side(&self, side: &Side, range: ByteRange, mut buf: Buf) -> (Buf, Result<(), Errno>) {
+        if range.is_empty() {
+            return (buf, Ok(()));
+        }
+        if range.is_aligned(side.align) && buf.is_aligned(side.mem_align) {
+            return self.get(&side.file, range.start(), buf).await;
+        }
+        let outer = range.align_outward(side.align);
+        let mut lease = self.bounce.take(outer.len() as usize).await;
+        for piece in outer.chunks(lease.len() as u64) {
+            let len = piece.len() as usize;
+            let came = lease.read(&side.file, piece.start(), 0, len).await;
+            if let Err(errno) = came.and_then(|n| self.check_short(n, len)) {
+                return (buf, Err(errno));
+            }
+            if let Some(wanted) = piece.intersect(range) {
+                let at = (wanted.start() - piece.start()) as usize;
+                let bytes = &lease.bytes()[at..at + wanted.len() as usize];
+                buf.copy_from((wanted.start() - range.start()) as usize, bytes);
+            }
+        }
+        (buf, Ok(()))
+    }
+
+    /// Reads straight into `buf`; beyond the end of a file there are zeroes.
+    async fn get(&self, file: &File, offset: u64, buf: Buf) -> (Buf, Result<(), Errno>) {
+        let wanted = buf.len();
+        if wanted == 0 {
+            return (buf, Ok(()));
+        }
+        match self.ring.read(file, offset, buf).await {
+            (buf, Ok(n)) if n as usize == wanted => (buf, Ok(())),
+            (mut buf, Ok(n)) => {
+                zero_from(&mut buf, n as usize);
+                (buf, self.check_short(n as usize, wanted))
+            }
+            (buf, Err(errno)) => (buf, Err(errno)),
+        }
+    }
+
+    /// A file may end early: zeroes follow. A device does not end within its length.
+    fn check_short(&self, came: usize, wanted: usize) -> Result<(), Errno> {
+        if came < wanted && self.is_device() { Err(Errno::EIO) } else { Ok(()) }
+    }
+
+    // Writing.
+
+    pub(super) fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoFuture<'_, IoResult> {
+        let range = ByteRange::at_saturating(offset, buf.len() as u64);
+        let whole = self.fits(range, buf.is_aligned(self.info.mem_align.max(1) as usize));
+        if whole && !self.read_only && !range.is_empty() {
+            self.ring.boxed(async move {
+                let change = self.enter(range, false).await;
+                let result = self.put(&self.file, offset, buf, flags.fua).await;
+                self.forget(range);
+                drop(change);
+                result.map_err(|errno| self.error(Operation::Write, range, errno))
+            })
+        } else {
+            self.ring.boxed(self.write_parts(range, buf, flags))
+        }
+    }
+
+    async fn write_parts(&self, range: ByteRange, buf: SharedBuf, flags: WriteFlags) -> IoResult {
+        self.check_writable(Operation::Write, range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let rewrite = self.rewrites(range);
+        let change = self.enter(range, rewrite).await;
+        let result = self.put_parts(range, Source::Buf(&buf), flags.fua).await;
+        self.forget(range);
+        drop(change);
+        result.map_err(|errno| self.error(Operation::Write, range, errno))
+    }
+
+    /// Whether writing the range means to rewrite part of a block.
+    fn rewrites(&self, range: ByteRange) -> bool {
+        let (left, _) = range.split_at(self.border());
+        !left.is_empty() && !left.is_aligned(self.align())
+    }
+
+    /// Writes any range, on both sides of the border. The change is registered already.
+    async fn put_parts(&self, range: ByteRange, source: Source<'_>, fua: bool) -> Result<(), Errno> {
+        for (part, side) in self.sides(range) {
+            if part.is_empty() {
+                continue;
+            }
+            let skipped = (part.start() - range.start()) as usize;
+            let whole = part.is_aligned(side.align);
+            match source {
+                Source::Buf(buf) => {
+                    let buf = buf.slice(skipped, part.len() as usize);
+                    if whole && buf.is_aligned(side.mem_align) {
+                        self.put(&side.file, part.start(), buf, fua).await?;
+                    } else {
+                        self.rewrite(&side, part, Source::Buf(&buf), fua).await?;
+                    }
+                }
+                Source::Zeroes => self.rewrite(&side, part, source, fua).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a range by way of bounce memory, reading first what belongs to others in its first and last block.
+    async fn rewrite(
+        &self,
+        side: &Side,
+        range: ByteRange,
+        source: Source<'_>,
+        fua: bool,
+    ) -> Result<(), Errno> {
+        let outer = range.align_outward(side.align);
+        let mut lease = self.bounce.take(outer.len().min(BLOCK_MAX as u64) as usize).await;
+        let block = side.align as usize;
+        for piece in outer.chunks(lease.len() as u64) {
+            let Some(ours) = piece.intersect(range) else { continue };
+            let len = piece.len() as usize;
+            let (head, tail) = (ours.start() > piece.start(), ours.end() < piece.end());
+            if head {
+                let n = lease.read(&side.file, piece.start(), 0, block).await?;
+                self.check_short(n, block)?;
+            }
+            if tail && !(head && len == block) {
+                let n = lease.read(&side.file, piece.end() - side.align, len - block, block).await?;
+                self.check_short(n, block)?;
+            }
+            let at = (ours.start() - piece.start()) as usize;
+            let bytes = &mut lease.bytes()[at..at + ours.len() as usize];
+            match source {
+                Source::Buf(buf) => buf.copy_to((ours.start() - range.start()) as usize, bytes),
+                Source::Zeroes => bytes.fill(0),
+            }
+            lease
+                .write(len, async |buf| self.put(&side.file, piece.start(), buf, fua).await)
+                .await
+                .unwrap_or(Err(Errno::EIO))?;
+        }
+        Ok(())
+    }
+
+    /// Writes `buf` as it is. Where single writes cannot be made durable, a flush follows.
+    async fn put(&self, file: &File, offset: u64, buf: SharedBuf, fua: bool) -> Result<(), Errno> {
+        if !fua {
+            return self.ring.write(file, offset, buf, false).await.map(drop);
+        }
+        if self.capabilities.get().fua {
+            match self.ring.write(file, offset, buf.clone(), true).await {
+                Ok(_) => return Ok(()),
+                Err(errno) if errno.is_unsupported() => {
+                    self.lose("a durable single write", |c| c.fua = false);
+                }
+                Err(errno) => {
+                    if errno == Errno::EIO && self.align() == 1 {
+                        // The kernel may have told us here, once, of a page that an earlier write left behind.
+                        self.flush_failed.set(Some(errno));
+                    }
+                    return Err(errno);
+                }
+            }
+        }
+        self.ring.write(file, offset, buf, false).await?;
+        self.sync().await
+    }
+
+    fn check_writable(&self, operation: Operation, range: ByteRange) -> IoResult {
+        if self.read_only {
+            return Err(self.error(operation, range, Errno::EROFS).hint("The image was opened read-only."));
+        }
+        Ok(())
+    }
+
+    // Flushing.
+
+    pub(super) async fn flush(&self) -> IoResult {
+        if self.read_only {
+            return Ok(());
+        }
+        self.sync().await.map_err(|errno| {
+            let error = BlockError::new(Operation::Flush, self.name.clone(), errno);
+            match self.flush_failed.get() {
+                Some(_) => error.hint(
+                    "Once a flush has failed, nobody can tell which of the writes since the last good flush \
+                     are lost. Flushes of this image go on failing until it is opened anew.",
+                ),
+                None => error,
+            }
+        })
+    }
+
+    async fn sync(&self) -> Result<(), Errno> {
+        if let Some(errno) = self.flush_failed.get() {
+            return Err(errno);
+        }
+        let tail = self.tail.borrow().clone();
+        let main = self.ring.sync(&self.file, true);
+        let result = match tail {
+            Some(tail) => {
+                let (first, second) = join(main, self.ring.sync(&tail, true)).await;
+                first.and(second)
+            }
+            None => main.await,
+        };
+        match result {
+            // These did not get as far as the disk.
+            Err(errno) if errno == Errno::EAGAIN || errno == Errno::EINTR => return Err(errno),
+            Err(errno) => self.flush_failed.set(Some(errno)),
+            Ok(_) => {}
+        }
+        // Another flush may have been told of a loss meanwhile that this one covers too.
+        self.flush_failed.get().map_or(Ok(()), Err)
+    }
+
+    // Zeroes and discards.
+
+    pub(super) async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        let range = ByteRange::at_saturating(offset, len);
+        self.check_writable(Operation::WriteZeroes, range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let middle = self.whole_blocks(range);
+        let change = self.enter(range, middle != Some(range)).await;
+        let result = self.zero(range, middle, flags).await;
+        self.forget(range);
+        drop(change);
+        result.map_err(|errno| self.error(Operation::WriteZeroes, range, errno))
+    }
+
+    async fn zero(&self, range: ByteRange, middle: Option<ByteRange>, flags: ZeroFlags) -> Result<(), Errno> {
+        match middle {
+            Some(middle) => {
+                // The part that may be refused comes first.
+                self.zero_blocks(middle, flags).await?;
+                let (head, rest) = range.split_at(middle.start());
+                let (_, tail) = rest.split_at(middle.end());
+                self.put_parts(head, Source::Zeroes, false).await?;
+                self.put_parts(tail, Source::Zeroes, false).await?;
+            }
+            None => self.put_parts(range, Source::Zeroes, false).await?,
+        }
+        if flags.fua { self.sync().await } else { Ok(()) }
+    }
+
+    /// The part of `range` that consists of whole blocks; the end of a file ends its last block.
+    fn whole_blocks(&self, range: ByteRange) -> Option<ByteRange> {
+        let end = if range.end() == self.len.get() {
+            range.end()
+        } else {
+            range.end() - range.end() % self.align()
+        };
+        let start = range.start().next_multiple_of(self.align());
+        ByteRange::new(start, end).ok().filter(|r| !r.is_empty())
+    }
+
+    async fn zero_blocks(&self, range: ByteRange, flags: ZeroFlags) -> Result<(), Errno> {
+        let step = if self.is_device() { DEVICE_ZERO_STEP_BYTES } else { u64::MAX };
+        for piece in range.chunks(step) {
+            if flags.may_unmap && self.capabilities.get().zero_unmap {
+                match self.fallocate(Fallocate::PunchHole, piece).await {
+                    Err(errno) if is_refusal(errno) => {
+                        self.lose("zeroing by giving space back", |c| c.zero_unmap = false);
+                    }
+                    result => {
+                        result?;
+                        continue;
+                    }
+                }
+            }
+            // A device that cannot zero has the kernel write the zeroes out: no good where that is ruled out.
+            if self.capabilities.get().zero_fast && !(self.is_device() && flags.no_fallback) {
+                match self.fallocate(Fallocate::ZeroRange, piece).await {
+                    Err(errno) if is_refusal(errno) => {
+                        self.lose("zeroing without writing", |c| c.zero_fast = false);
+                    }
+                    result => {
+                        result?;
+                        continue;
+                    }
+                }
+            }
+            if flags.no_fallback {
+                return Err(Errno::EOPNOTSUPP);
+            }
+            self.put_parts(piece, Source::Zeroes, false).await?;
+        }
+        Ok(())
+    }
+
+    async fn fallocate(&self, mode: Fallocate, range: ByteRange) -> Result<(), Errno> {
+        self.ring.fallocate(&self.file, mode, range.start(), range.len()).await.map(drop)
+    }
+
+    pub(super) async fn discard(&self, offset: u64, len: u64) -> IoResult {
+        let range = ByteRange::at_saturating(offset, len);
+        self.check_writable(Operation::Discard, range)?;
+        let Some(range) = self.whole_blocks(range) else { return Ok(()) };
+        let change = self.enter(range, false).await;
+        let result = self.give_back(range).await;
+        self.forget(range);
+        drop(change);
+        result.map_err(|errno| self.error(Operation::Discard, range, errno))
+    }
+
+    async fn give_back(&self, range: ByteRange) -> Result<(), Errno> {
+        if self.is_device() && self.capabilities.get().discard {
+            match self.ring.discard(&self.file, range.start(), range.len()).await {
+                Err(errno) if is_refusal(errno) => self.lose("discard", |c| c.discard = false),
+                result => return result.map(drop),
+            }
+        }
+        if self.capabilities.get().zero_unmap {
+            match self.fallocate(Fallocate::PunchHole, range).await {
+                Err(errno) if is_refusal(errno) => self.lose("giving space back", |c| {
+                    (c.discard, c.zero_unmap) = (false, false);
+                }),
+                result => return result,
+            }
+        }
+        Ok(())
+    }
+
+    // Length.
+
+    pub(super) fn set_len(&self, len: u64) -> IoResult {
+        let whole = ByteRange::first(len);
+        self.check_writable(Operation::Resize, whole)?;
+        if len == self.len.get() {
+            return Ok(());
+        }
+        let fail = |errno| BlockError::new(Operation::Resize, self.name.clone(), errno);
+        if self.is_device() {
+            return Err(fail(Errno::EOPNOTSUPP).hint("A block device has the length that it has."));
+        }
+        self.open_tail(len).map_err(fail)?;
+        self.ring.set_len(&self.file, len).map_err(fail)?;
+        self.len.set(len);
+        self.known.set(None);
+        Ok(())
+    }
+}

@@ -1,0 +1,620 @@
+//! One connection to an NBD server, with many requests in flight.
+//!
+//! Each request gets a slot and a cookie ([`super::in_flight`]), is queued, and waits. One task sends: whatever was
+//! queued in a turn leaves in one call, headers gathered in one piece of memory, payloads from where they lie. One task
+//! receives: it takes whatever has come, and the codec tells to whom it belongs; the rest of a long answer is received
+//! straight into the buffer of its request. Neither task waits for a request, so a slow answer holds up no other.
+//!
+//! When the connection is lost, by either side or because the server broke the protocol, everything in flight fails with
+//! one reason, and everything later fails with the same one at once. Connecting anew is the business of whoever owns the
+//! connection; nothing here retries.
+//!
+//! A request whose future is dropped stays on its way: its buffer goes back when its answer has come. Dropping the
+//! [`Connection`] cuts it; [`Connection::disconnect`] says farewell first.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::task::Poll;
+
+use blockferry_ring::arena::BLOCK_MIN;
+use blockferry_ring::limits::SEND_PIECES_MAX;
+use blockferry_ring::sync::{Notify, either};
+use blockferry_ring::{Buf, File, Nanos, Ring, SharedBuf};
+
+use super::client_error::{LostReason, NbdClientError, NotSentReason};
+use super::constants::{Command, CommandFlags, TransmissionFlags};
+use super::cursor::Head;
+use super::dial::{HandshakeEnd, dial};
+use super::handshake_client::{ClientGoal, ClientNegotiated, ConnectRequest};
+use super::in_flight::{Ended, InFlight, Outcome, ReplyStream};
+use super::meta_context::MetaContext;
+use super::transmission::{RequestHeader, StatusExtent};
+use super::uri::NbdUri;
+use super::wire::{BlockSizes, ExportListing};
+use crate::base::limits::{NBD_FAREWELL_NS_MAX, NBD_HANDSHAKE_NS_MAX, NBD_REQUESTS_IN_FLIGHT_MAX};
+
+/// Bytes received at once.
+const RECEIVE_BYTES: usize = 128 << 10;
+/// From this many bytes on the rest of an answer is received straight into its buffer instead of being copied.
+const DIRECT_BYTES_MIN: usize = 32 << 10;
+/// Bytes of headers sent at once.
+const HEADERS_BYTES: usize = BLOCK_MIN;
+
+/// How to connect.
+#[derive(Clone, Debug)]
+pub struct ConnectOptions {
+    /// Ask for structured replies, and so for holes and extents.
+    pub structured_replies: bool,
+    /// Ask for 64-bit lengths.
+    pub extended_headers: bool,
+    /// The metadata contexts to ask for.
+    pub meta_contexts: Vec<MetaContext>,
+    /// Span within which connecting and negotiating have to end.
+    pub deadline: Nanos,
+}
+
+impl Default for ConnectOptions {
+    fn default() -> ConnectOptions {
+        ConnectOptions {
+            structured_replies: true,
+            extended_headers: true,
+            meta_contexts: vec![MetaContext::BaseAllocation],
+            deadline: NBD_HANDSHAKE_NS_MAX,
+        }
+    }
+}
+
+/// A connection. See the module's head.
+#[derive(Debug)]
+pub struct Connection {
+    shared: Rc<Shared>,
+}
+
+/// A request that was queued.
+#[derive(Debug)]
+struct Outgoing {
+    head: Head,
+    payload: Option<SharedBuf>,
+}
+
+struct Shared {
+    ring: Ring,
+    stream: File,
+    uri: Rc<str>,
+    negotiated: ClientNegotiated,
+    requests: RefCell<InFlight>,
+    outbox: RefCell<VecDeque<Outgoing>>,
+    /// Bytes on their way that were taken off the outbox.
+    sending: Cell<bool>,
+    lost: RefCell<Option<LostReason>>,
+    /// No new requests: a farewell is under way.
+    closing: Cell<bool>,
+    /// Told when there is something to send, and when the connection is lost.
+    queued: Notify,
+    /// Told when a request has ended or something was sent, and when the connection is lost.
+    moved: Notify,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("uri", &self.uri)
+            .field("in_flight", &self.requests.borrow().len())
+            .field("lost", &self.lost.borrow())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The exports that a server lists.
+pub async fn list_exports(
+    ring: &Ring,
+    uri: &NbdUri,
+    deadline: Nanos,
+) -> Result<Vec<ExportListing>, NbdClientError> {
+    let dialled = dial(ring, uri, ClientGoal::List, deadline).await?;
+    match dialled.end {
+        HandshakeEnd::Listed(listed) => Ok(listed),
+        HandshakeEnd::Ready(_) => Ok(Vec::new()),
+    }
+}
+
+impl Connection {
+    /// Connects to a server and opens an export.
+    pub async fn connect(
+        ring: &Ring,
+        uri: &NbdUri,
+        options: &ConnectOptions,
+    ) -> Result<Rc<Connection>, NbdClientError> {
+        let request = ConnectRequest {
+            export: uri.export.clone(),
+            structured_replies: options.structured_replies,
+            extended_headers: options.extended_headers,
+            meta_contexts: options.meta_contexts.clone(),
+        };
+        let dialled = dial(ring, uri, ClientGoal::Connect(request), options.deadline).await?;
+        let name: Rc<str> = uri.to_string().into();
+        let HandshakeEnd::Ready(negotiated) = dialled.end else {
+            return Err(NbdClientError::Lost { uri: name, reason: LostReason::ClosedByServer });
+        };
+        let shared = Rc::new(Shared {
+            ring: ring.clone(),
+            stream: dialled.stream,
+            uri: name,
+            requests: RefCell::new(InFlight::new(negotiated.style, negotiated.meta_contexts.clone())),
+            outbox: RefCell::default(),
+            sending: Cell::new(false),
+            lost: RefCell::default(),
+            closing: Cell::new(false),
+            queued: ring.notify(),
+            moved: ring.notify(),
+            negotiated: *negotiated,
+        });
+        ring.spawn(send(shared.clone()));
+        ring.spawn(receive(shared.clone(), dialled.rest));
+        Ok(Rc::new(Connection { shared }))
+    }
+
+    /// The export's URI, as errors name it.
+    pub fn uri(&self) -> &str {
+        &self.shared.uri
+    }
+
+    /// All that was negotiated.
+    pub fn negotiated(&self) -> &ClientNegotiated {
+        &self.shared.negotiated
+    }
+
+    /// Size of the export in bytes.
+    pub fn size(&self) -> u64 {
+        self.shared.negotiated.size_bytes
+    }
+
+    /// What the export can do.
+    pub fn flags(&self) -> TransmissionFlags {
+        self.shared.negotiated.flags
+    }
+
+    /// The block sizes that hold: the server's, or those of the protocol if it named none.
+    pub fn block_sizes(&self) -> BlockSizes {
+        self.shared.negotiated.block_sizes.unwrap_or(BlockSizes { minimum_bytes: 1, ..Default::default() })
+    }
+
+    /// Bytes that one read or write may have.
+    pub fn payload_bytes_max(&self) -> u32 {
+        self.shared.negotiated.payload_bytes_max()
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.flags().contains(TransmissionFlags::READ_ONLY)
+    }
+
+    /// Whether several connections to the export see each other's writes, and a flush on one covers all.
+    pub fn can_multi_conn(&self) -> bool {
+        self.flags().contains(TransmissionFlags::CAN_MULTI_CONN)
+    }
+
+    /// Whether [`Connection::block_status`] can be asked.
+    pub fn has_block_status(&self) -> bool {
+        self.shared.negotiated.context_id(&MetaContext::BaseAllocation).is_some()
+    }
+
+    /// Requests sent or queued that have not ended.
+    pub fn in_flight(&self) -> usize {
+        self.shared.requests.borrow().len()
+    }
+
+    /// Why the connection is over, if it is.
+    pub fn lost(&self) -> Option<NbdClientError> {
+        self.shared.lost.borrow().clone().map(|reason| self.shared.lost_error(reason))
+    }
+
+    /// Reads `buf.len()` bytes at `offset`. After an error the buffer's content means nothing.
+    pub async fn read(&self, offset: u64, buf: Buf) -> (Buf, Result<(), NbdClientError>) {
+        let length = buf.len() as u64;
+        let request = header(Command::Read, CommandFlags::EMPTY, offset, length);
+        match self.shared.ask(request, Asset::Buf(buf)).await {
+            (Some(buf), _, result) => (buf, result),
+            (None, _, _) => unreachable!("a read gives its buffer back"),
+        }
+    }
+
+    /// Writes all of `buf` at `offset`; with `fua` it is durable when acknowledged.
+    pub async fn write(&self, offset: u64, buf: SharedBuf, fua: bool) -> Result<(), NbdClientError> {
+        let flags = CommandFlags::EMPTY.set(CommandFlags::FUA, fua);
+        let request = header(Command::Write, flags, offset, buf.len() as u64);
+        self.shared.ask(request, Asset::Payload(buf)).await.2
+    }
+
+    /// Makes all acknowledged writes durable: of this connection, and of the others too if the export can multi-conn.
+    pub async fn flush(&self) -> Result<(), NbdClientError> {
+        self.shared.ask(header(Command::Flush, CommandFlags::EMPTY, 0, 0), Asset::None).await.2
+    }
+
+    /// Gives the space of a range back; what is there afterwards is undefined.
+    pub async fn trim(&self, offset: u64, length: u64) -> Result<(), NbdClientError> {
+        self.shared.ask(header(Command::Trim, CommandFlags::EMPTY, offset, length), Asset::None).await.2
+    }
+
+    /// Makes a range read as zeroes. `flags` may be `FUA`, `NO_HOLE` and `FAST_ZERO`.
+    pub async fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        flags: CommandFlags,
+    ) -> Result<(), NbdClientError> {
+        self.shared.ask(header(Command::WriteZeroes, flags, offset, length), Asset::None).await.2
+    }
+
+    /// What `base:allocation` says about a range, as [`super::AllocationFlags`]: extents from `offset` on, together at
+    /// least one byte and at most `length` long; ask again for what is missing.
+    pub async fn block_status(&self, offset: u64, length: u64) -> Result<Vec<StatusExtent>, NbdClientError> {
+        self.block_status_of(&MetaContext::BaseAllocation, offset, length).await
+    }
+
+    /// The same of any context that was negotiated.
+    pub async fn block_status_of(
+        &self,
+        context: &MetaContext,
+        offset: u64,
+        length: u64,
+    ) -> Result<Vec<StatusExtent>, NbdClientError> {
+        let request = header(Command::BlockStatus, CommandFlags::EMPTY, offset, length);
+        if self.shared.negotiated.context_id(context).is_none() {
+            return Err(self.shared.not_sent(&request, NotSentReason::NotOffered));
+        }
+        let (_, status, result) = self.shared.ask(request, Asset::None).await;
+        result?;
+        let found = status.into_iter().find(|(of, _)| of == context);
+        Ok(found.map(|(_, extents)| extents).unwrap_or_default())
+    }
+
+    /// Waits for what is in flight, says farewell and closes. A server that does not take it in time is cut off.
+    pub async fn disconnect(&self) {
+        let shared = &self.shared;
+        shared.closing.set(true);
+        let farewell = async {
+            shared.until(|| shared.requests.borrow().len() == 0).await;
+            if let Ok(head) = header(Command::Disconnect, CommandFlags::EMPTY, 0, 0).write(shared.style()) {
+                shared.outbox.borrow_mut().push_back(Outgoing { head, payload: None });
+                shared.queued.notify();
+            }
+            shared.until(|| shared.outbox.borrow().is_empty() && !shared.sending.get()).await;
+        };
+        either(farewell, shared.ring.sleep(NBD_FAREWELL_NS_MAX)).await;
+        shared.lose(LostReason::ClosedHere);
+    }
+
+    /// Cuts the connection: everything in flight fails.
+    pub fn cut(&self) {
+        self.shared.lose(LostReason::ClosedHere);
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.shared.lose(LostReason::ClosedHere);
+    }
+}
+
+/// Memory that a request brings along.
+enum Asset {
+    None,
+    Buf(Buf),
+    Payload(SharedBuf),
+}
+
+type Answered = (Option<Buf>, Vec<(MetaContext, Vec<StatusExtent>)>, Result<(), NbdClientError>);
+
+fn header(command: Command, flags: CommandFlags, offset: u64, length: u64) -> RequestHeader {
+    RequestHeader { flags, command, cookie: 0, offset, length }
+}
+
+/// A request that waits for its answer; gives its slot up when it is dropped.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    cookie: u64,
+    ended: bool,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if !self.ended && self.shared.requests.borrow_mut().abandon(self.cookie) {
+            self.shared.moved.notify();
+        }
+    }
+}
+
+impl Shared {
+    fn style(&self) -> super::constants::HeaderStyle {
+        self.negotiated.style
+    }
+
+    fn lost_error(&self, reason: LostReason) -> NbdClientError {
+        NbdClientError::Lost { uri: self.uri.clone(), reason }
+    }
+
+    fn not_sent(&self, request: &RequestHeader, reason: NotSentReason) -> NbdClientError {
+        NbdClientError::NotSent {
+            uri: self.uri.clone(),
+            command: request.command,
+            offset: request.offset,
+            length: request.length,
+            reason,
+        }
+    }
+
+    /// Why no request can be made now.
+    fn over(&self) -> Option<NbdClientError> {
+        let lost = self.lost.borrow().clone();
+        let lost = lost.or_else(|| self.closing.get().then_some(LostReason::ClosedHere));
+        lost.map(|reason| self.lost_error(reason))
+    }
+
+    /// Waits until `condition` holds, or the connection is lost.
+    async fn until(&self, condition: impl Fn() -> bool) {
+        self.moved.until(|| (self.lost.borrow().is_some() || condition()).then_some(())).await;
+    }
+
+    /// Whether the server may be asked this.
+    fn check(&self, request: &RequestHeader) -> Result<(), NotSentReason> {
+        let flags = self.negotiated.flags;
+        let (needed, writes) = match request.command {
+            Command::Flush => (TransmissionFlags::SEND_FLUSH, false),
+            Command::Trim => (TransmissionFlags::SEND_TRIM, true),
+            Command::WriteZeroes => (TransmissionFlags::SEND_WRITE_ZEROES, true),
+            Command::Write => (TransmissionFlags::EMPTY, true),
+            _ => (TransmissionFlags::EMPTY, false),
+        };
+        let needed = needed.set(TransmissionFlags::SEND_FUA, request.flags.contains(CommandFlags::FUA)).with(
+            if request.flags.contains(CommandFlags::FAST_ZERO) {
+                TransmissionFlags::SEND_FAST_ZERO
+            } else {
+                TransmissionFlags::EMPTY
+            },
+        );
+        if writes && flags.contains(TransmissionFlags::READ_ONLY) {
+            return Err(NotSentReason::ReadOnly);
+        }
+        if !flags.contains(needed) {
+            return Err(NotSentReason::NotOffered);
+        }
+        if request.command == Command::Flush {
+            return Ok(());
+        }
+        let size_bytes = self.negotiated.size_bytes;
+        let end = request.offset.checked_add(request.length);
+        if request.length == 0 || end.is_none_or(|end| end > size_bytes) {
+            return Err(NotSentReason::OutOfRange { size_bytes });
+        }
+        let bytes_max = match request.command {
+            Command::Read | Command::Write => self.negotiated.payload_bytes_max().into(),
+            _ if self.style().is_extended() => u64::MAX,
+            _ => u32::MAX.into(),
+        };
+        if request.length > bytes_max {
+            return Err(NotSentReason::TooLong { bytes_max });
+        }
+        let block_bytes = self.negotiated.block_sizes.map_or(1, |sizes| sizes.minimum_bytes.max(1));
+        // The end of the export need not be a multiple.
+        let unaligned = |at: u64| !at.is_multiple_of(block_bytes.into()) && at != size_bytes;
+        if unaligned(request.offset) || unaligned(request.offset + request.length) {
+            return Err(NotSentReason::Unaligned { block_bytes });
+        }
+        Ok(())
+    }
+
+    /// Sends a request and waits for its answer.
+    async fn ask(&self, mut request: RequestHeader, asset: Asset) -> Answered {
+        let fail = |asset, error| match asset {
+            Asset::Buf(buf) => (Some(buf), Vec::new(), Err(error)),
+            _ => (None, Vec::new(), Err(error)),
+        };
+        if let Err(reason) = self.check(&request) {
+            return fail(asset, self.not_sent(&request, reason));
+        }
+        let room = || self.requests.borrow().len() < NBD_REQUESTS_IN_FLIGHT_MAX;
+        if !room() {
+            self.until(room).await;
+        }
+        if let Some(error) = self.over() {
+            return fail(asset, error);
+        }
+        let (buf, payload) = match asset {
+            Asset::None => (None, None),
+            Asset::Buf(buf) => (Some(buf), None),
+            Asset::Payload(payload) => (None, Some(payload)),
+        };
+        self.requests.borrow_mut().insert(&mut request, buf);
+        let mut waiting = Waiting { shared: self, cookie: request.cookie, ended: false };
+        match request.write(self.style()) {
+            Ok(head) => self.outbox.borrow_mut().push_back(Outgoing { head, payload }),
+            // The length was checked, so this is a contradiction on this side; it must not hang.
+            Err(reason) => self.lose(LostReason::Protocol(reason)),
+        }
+        self.queued.notify();
+        let ended = std::future::poll_fn(|_| {
+            let task = self.ring.exec().current();
+            match self.requests.borrow_mut().take(request.cookie, task) {
+                Some(ended) => Poll::Ready(ended),
+                None => Poll::Pending,
+            }
+        })
+        .await;
+        waiting.ended = true;
+        self.moved.notify();
+        self.answered(ended)
+    }
+
+    fn answered(&self, ended: Ended) -> Answered {
+        let Ended { request, buf, status, outcome } = ended;
+        let result = match outcome {
+            Outcome::Done => Ok(()),
+            Outcome::Failed(errno, message) => Err(NbdClientError::Refused {
+                uri: self.uri.clone(),
+                command: request.command,
+                offset: request.offset,
+                length: request.length,
+                errno,
+                message: message.into(),
+            }),
+            Outcome::Lost => {
+                let reason = self.lost.borrow().clone().unwrap_or(LostReason::ClosedHere);
+                Err(self.lost_error(reason))
+            }
+        };
+        (buf, status, result)
+    }
+
+    /// The connection is over; the first reason counts.
+    fn lose(&self, reason: LostReason) {
+        if self.lost.borrow().is_some() {
+            return;
+        }
+        if !matches!(reason, LostReason::ClosedHere) {
+            tracing::debug!(uri = %self.uri, %reason, "an NBD connection is lost");
+        }
+        *self.lost.borrow_mut() = Some(reason);
+        self.outbox.borrow_mut().clear();
+        self.requests.borrow_mut().lose_all();
+        self.wake();
+        self.queued.notify();
+        self.ring.shutdown_stream(&self.stream);
+    }
+
+    fn is_lost(&self) -> bool {
+        self.lost.borrow().is_some()
+    }
+
+    /// Wakes those whose requests have ended.
+    fn wake(&self) {
+        let mut requests = self.requests.borrow_mut();
+        for task in requests.to_wake.drain(..) {
+            self.ring.exec().wake(task);
+        }
+        drop(requests);
+        // Abandoned requests leave room, too, and nobody else tells.
+        self.moved.notify();
+    }
+}
+
+/// Sends what is queued, as long as the connection lasts.
+async fn send(shared: Rc<Shared>) {
+    let mut headers = None;
+    loop {
+        let ready = || (shared.is_lost() || !shared.outbox.borrow().is_empty()).then_some(());
+        shared.queued.until(ready).await;
+        if shared.is_lost() {
+            return;
+        }
+        let memory = match headers.take() {
+            Some(memory) => memory,
+            None => shared.ring.alloc(HEADERS_BYTES).await,
+        };
+        let (memory, pieces) = gather(memory, &mut shared.outbox.borrow_mut());
+        shared.sending.set(true);
+        let sent = match <[SharedBuf; 1]>::try_from(pieces) {
+            Ok([piece]) => shared.ring.send(&shared.stream, piece).await,
+            Err(pieces) => shared.ring.send_pieces(&shared.stream, pieces).await,
+        };
+        shared.sending.set(false);
+        if let Err(errno) = sent {
+            return shared.lose(LostReason::Transport(errno));
+        }
+        headers = memory.try_thaw().ok();
+        if shared.closing.get() {
+            shared.moved.notify();
+        }
+    }
+}
+
+/// Takes as much off the queue as one call can send: the pieces, in order, and the memory that holds the headers.
+fn gather(mut memory: Buf, outbox: &mut VecDeque<Outgoing>) -> (SharedBuf, Vec<SharedBuf>) {
+    /// A stretch of headers, or a payload.
+    enum Piece {
+        Headers { from: usize, to: usize },
+        Payload(SharedBuf),
+    }
+    let mut plan: Vec<Piece> = Vec::with_capacity(SEND_PIECES_MAX.min(2 * outbox.len()));
+    let mut used = 0;
+    while let Some(next) = outbox.front() {
+        // One piece for the header at worst, one for the payload.
+        if plan.len() + 2 > SEND_PIECES_MAX || used + next.head.len() > memory.len() {
+            break;
+        }
+        let Some(Outgoing { head, payload }) = outbox.pop_front() else { break };
+        memory.copy_from(used, &head);
+        match plan.last_mut() {
+            Some(Piece::Headers { to, .. }) => *to += head.len(),
+            _ => plan.push(Piece::Headers { from: used, to: used + head.len() }),
+        }
+        used += head.len();
+        plan.extend(payload.map(Piece::Payload));
+    }
+    let memory = memory.freeze();
+    let pieces = plan
+        .into_iter()
+        .map(|piece| match piece {
+            Piece::Headers { from, to } => memory.slice(from, to - from),
+            Piece::Payload(payload) => payload,
+        })
+        .collect();
+    (memory, pieces)
+}
+
+/// Receives answers, as long as the connection lasts. `rest` came with the handshake.
+async fn receive(shared: Rc<Shared>, rest: Vec<u8>) {
+    let mut replies = ReplyStream::new(shared.style(), shared.negotiated.payload_bytes_max());
+    let mut buf = shared.ring.alloc(RECEIVE_BYTES).await;
+    let mut fed = replies.feed(&rest, &mut shared.requests.borrow_mut());
+    loop {
+        shared.wake();
+        if let Err(reason) = fed {
+            return shared.lose(reason);
+        }
+        let direct = replies.take_buf(DIRECT_BYTES_MIN, &mut shared.requests.borrow_mut());
+        let received = if let Some((ahead, target)) = direct {
+            let (target, received) = receive_into(&shared, target, ahead.at, ahead.left).await;
+            let got = received.unwrap_or(0) as usize;
+            fed = replies.give_back(ahead, target, got, &mut shared.requests.borrow_mut());
+            // Fewer bytes than asked for are the end of the stream.
+            received.map(|_| if got < ahead.left { 0 } else { got })
+        } else {
+            let received;
+            (buf, received) = shared.ring.recv(&shared.stream, buf).await;
+            let got = received.unwrap_or(0) as usize;
+            fed = replies.feed(&buf.as_slice()[..got], &mut shared.requests.borrow_mut());
+            received.map(|_| got)
+        };
+        match received {
+            Ok(0) => {
+                shared.lose(LostReason::ClosedByServer);
+                return shared.wake();
+            }
+            Ok(_) => {}
+            Err(errno) => {
+                shared.lose(LostReason::Transport(errno));
+                return shared.wake();
+            }
+        }
+    }
+}
+
+/// Receives `bytes` bytes into the part of `target` from `at` on.
+async fn receive_into(
+    shared: &Shared,
+    target: Buf,
+    at: usize,
+    bytes: usize,
+) -> (Buf, Result<u32, blockferry_ring::Errno>) {
+    let (front, rest) = target.split_at(at);
+    let (middle, back) = rest.split_at(bytes);
+    let (middle, received) = shared.ring.recv_all(&shared.stream, middle).await;
+    let whole = front.unsplit(middle).and_then(|front| front.unsplit(back));
+    match whole {
+        Ok(whole) => (whole, received),
+        // They were cut from one buffer a moment ago.
+        Err((part, _)) => (part, Err(blockferry_ring::Errno::EIO)),
+    }
+}

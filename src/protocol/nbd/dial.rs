@@ -1,0 +1,133 @@
+//! From the name of an export to a connection on which requests can be sent: look-up, connect, handshake.
+//!
+//! A server that accepts a connection and then says nothing must not hold anybody up for ever, so all of it has one
+//! deadline. Names are looked up on the offload pool, because the system's resolver blocks; addresses need no look-up,
+//! so a simulated world, which has addresses only, never gets there.
+
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::rc::Rc;
+
+use blockferry_ring::arena::BLOCK_MIN;
+use blockferry_ring::sync::{Either, either};
+use blockferry_ring::{Buf, Errno, File, Nanos, Ring, SocketAddress};
+
+use super::client_error::{LostReason, NbdClientError};
+use super::handshake_client::{ClientGoal, ClientHandshake, ClientNegotiated, ClientProgress};
+use super::uri::{NbdAddress, NbdUri};
+use super::wire::ExportListing;
+
+/// Bytes received at once during the handshake.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// A stream whose handshake is over.
+pub(super) struct Dialled {
+    pub(super) stream: File,
+    pub(super) end: HandshakeEnd,
+    /// Bytes that came behind the handshake.
+    pub(super) rest: Vec<u8>,
+}
+
+pub(super) enum HandshakeEnd {
+    Ready(Box<ClientNegotiated>),
+    Listed(Vec<ExportListing>),
+}
+
+/// Connects and goes through the handshake, within `deadline` (a span).
+pub(super) async fn dial(
+    ring: &Ring,
+    uri: &NbdUri,
+    goal: ClientGoal,
+    deadline: Nanos,
+) -> Result<Dialled, NbdClientError> {
+    let name: Rc<str> = uri.to_string().into();
+    let work = async {
+        let stream = connect(ring, uri, &name).await?;
+        let (end, rest) = shake_hands(ring, &stream, &name, goal).await?;
+        Ok(Dialled { stream, end, rest })
+    };
+    match either(work, ring.sleep(deadline)).await {
+        Either::First(result) => result,
+        Either::Second(()) => Err(NbdClientError::Lost { uri: name.clone(), reason: LostReason::TimedOut }),
+    }
+}
+
+async fn connect(ring: &Ring, uri: &NbdUri, name: &Rc<str>) -> Result<File, NbdClientError> {
+    let mut errno = Errno::EADDRNOTAVAIL;
+    for address in addresses(ring, uri, name).await? {
+        match ring.connect(&address) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => errno = error,
+        }
+    }
+    Err(NbdClientError::Connect { uri: name.clone(), errno })
+}
+
+/// The addresses to try, in order.
+async fn addresses(ring: &Ring, uri: &NbdUri, name: &Rc<str>) -> Result<Vec<SocketAddress>, NbdClientError> {
+    let (host, port) = match &uri.address {
+        NbdAddress::Unix { path } => return Ok(vec![SocketAddress::Unix(path.clone())]),
+        NbdAddress::Tcp { host, port } => (host.clone(), *port),
+    };
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return Ok(vec![SocketAddress::Tcp(SocketAddr::new(address, port))]);
+    }
+    let look_up = move || (host.as_str(), port).to_socket_addrs().map(Iterator::collect::<Vec<_>>);
+    let failed = |reason: String| NbdClientError::Resolve { uri: name.clone(), reason };
+    match ring.offload(look_up).await {
+        Ok(Ok(found)) => Ok(found.into_iter().map(SocketAddress::Tcp).collect()),
+        Ok(Err(error)) => Err(failed(error.to_string())),
+        Err(errno) => Err(failed(errno.to_string())),
+    }
+}
+
+async fn shake_hands(
+    ring: &Ring,
+    stream: &File,
+    name: &Rc<str>,
+    goal: ClientGoal,
+) -> Result<(HandshakeEnd, Vec<u8>), NbdClientError> {
+    let lost = |reason| NbdClientError::Lost { uri: name.clone(), reason };
+    let mut machine = ClientHandshake::new(goal);
+    let mut buf = ring.alloc(PIECE_BYTES).await;
+    let (mut input, mut out) = (Vec::new(), Vec::new());
+    loop {
+        let mut need_input = false;
+        let step = machine.advance(&input, &mut out);
+        // What is to be said is said even if it is a farewell.
+        send_all(ring, stream, &mut out).await.map_err(|errno| lost(LostReason::Transport(errno)))?;
+        let step = step.map_err(|reason| NbdClientError::Handshake { uri: name.clone(), reason })?;
+        input.drain(..step.consumed);
+        match step.progress {
+            ClientProgress::NeedInput => need_input = true,
+            ClientProgress::Again => {}
+            ClientProgress::Ready(negotiated) => return Ok((HandshakeEnd::Ready(negotiated), input)),
+            ClientProgress::Listed(listed) => return Ok((HandshakeEnd::Listed(listed), input)),
+        }
+        if need_input {
+            buf = receive(ring, stream, buf, &mut input).await.map_err(lost)?;
+        }
+    }
+}
+
+async fn send_all(ring: &Ring, stream: &File, out: &mut Vec<u8>) -> Result<(), Errno> {
+    for piece in out.chunks(BLOCK_MIN) {
+        let mut buf = ring.alloc(piece.len()).await;
+        buf.copy_from(0, piece);
+        ring.send(stream, buf.freeze()).await?;
+    }
+    out.clear();
+    Ok(())
+}
+
+/// Receives some bytes behind `input`.
+async fn receive(ring: &Ring, stream: &File, buf: Buf, input: &mut Vec<u8>) -> Result<Buf, LostReason> {
+    let (buf, received) = ring.recv(stream, buf).await;
+    match received {
+        Ok(0) => Err(LostReason::ClosedByServer),
+        Ok(bytes) => {
+            input.extend_from_slice(&buf.as_slice()[..bytes as usize]);
+            Ok(buf)
+        }
+        Err(errno) => Err(LostReason::Transport(errno)),
+    }
+}
