@@ -127,10 +127,13 @@ fn scratch_report(engine: &Engine, directory: &std::path::Path) -> Result<Vec<St
             answer("flush", d.flush().await);
             let extent = d.block_status(524_288, 4096).await;
             answer("holes are told from data", extent.map(drop));
-            let mark = d.local_file().map(|file| r.set_attribute(&file, "user.blockferry.state", Some(b"doctor")));
+            let mark =
+                d.local_file().map(|file| r.set_attribute(&file, "user.blockferry.state", Some(b"doctor")));
             lines.push(match mark {
                 Some(Ok(())) => "extended attributes (marks on targets): yes".to_owned(),
-                Some(Err(errno)) => format!("extended attributes (marks on targets): no ({errno}); use --state-dir"),
+                Some(Err(errno)) => {
+                    format!("extended attributes (marks on targets): no ({errno}); use --state-dir")
+                }
                 None => "extended attributes (marks on targets): no".to_owned(),
             });
             lines

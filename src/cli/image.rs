@@ -38,13 +38,20 @@ pub struct OpenArgs {
 
 /// A format as the user says it.
 pub fn parse_format(text: &str) -> Result<Format, String> {
-    Format::parse(text).ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw"))
+    Format::parse(text)
+        .ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw"))
 }
 
 impl OpenArgs {
     /// What these options mean for one image.
     pub fn image(&self, format: Option<Format>, read_only: bool) -> ImageOptions {
-        ImageOptions { format, read_only, cache: self.cache.into(), lock: !self.no_lock, ..ImageOptions::default() }
+        ImageOptions {
+            format,
+            read_only,
+            cache: self.cache.into(),
+            lock: !self.no_lock,
+            ..ImageOptions::default()
+        }
     }
 }
 

@@ -188,7 +188,9 @@ struct Settings {
 impl Settings {
     fn new(args: &MirrorArgs) -> Result<Settings, Failure> {
         if args.follow && args.export.is_empty() && args.sync as u8 != Sync::None as u8 {
-            tracing::info!("without --export nobody can write through this process: there is nothing to follow");
+            tracing::info!(
+                "without --export nobody can write through this process: there is nothing to follow"
+            );
         }
         let too_large = |name: &str| Failure::text(format!("--{name} is too large"));
         Ok(Settings {
@@ -212,7 +214,10 @@ impl Settings {
             buf_size: i64::try_from(args.buf_size).map_err(|_| too_large("buf-size"))?,
             detect_zeroes: args.detect_zeroes != DetectZeroes::Off,
             allow_larger_target: args.allow_larger_target,
-            policies: ErrorPolicies { source: args.on_source_error.into(), target: args.on_target_error.into() },
+            policies: ErrorPolicies {
+                source: args.on_source_error.into(),
+                target: args.on_target_error.into(),
+            },
             state_dir: args.state_dir.clone(),
             quiet: args.quiet,
             open: args.open.clone(),
@@ -252,7 +257,8 @@ impl Run {
         options.allow_larger_target = settings.allow_larger_target;
         options.marker = Some(Box::new(marker));
         let verifier = if settings.verify {
-            let verifier = Verifier::new(&ring, source.driver(), target.driver()).map_err(super::image::failed)?;
+            let verifier =
+                Verifier::new(&ring, source.driver(), target.driver()).map_err(super::image::failed)?;
             options.verifier = Some(verifier.clone());
             Some(verifier)
         } else {
@@ -354,9 +360,8 @@ impl Run {
                 // A long pass of comparing comes before the end; the job follows meanwhile.
                 if let Some(verifier) = verifier {
                     let verifier = verifier.clone();
-                    let pass = passed.get_or_insert_with(|| {
-                        ring.spawn_with_result(async move { verifier.pass().await })
-                    });
+                    let pass = passed
+                        .get_or_insert_with(|| ring.spawn_with_result(async move { verifier.pass().await }));
                     if !settings.follow && pass.try_take().is_none() {
                         continue;
                     }

@@ -39,7 +39,14 @@ pub struct ImageOptions {
 
 impl Default for ImageOptions {
     fn default() -> ImageOptions {
-        ImageOptions { format: None, read_only: false, cache: Cache::Direct, lock: true, offset: 0, size: None }
+        ImageOptions {
+            format: None,
+            read_only: false,
+            cache: Cache::Direct,
+            lock: true,
+            offset: 0,
+            size: None,
+        }
     }
 }
 
@@ -83,7 +90,9 @@ fn open_protocol(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<d
     }
     match local_path(name) {
         Some(path) => open_path(ring, &path, options),
-        None => refuse("This protocol is not supported yet. Give a path, mem:SIZE, null:SIZE or delay:TIME:NAME.".into()),
+        None => refuse(
+            "This protocol is not supported yet. Give a path, mem:SIZE, null:SIZE or delay:TIME:NAME.".into(),
+        ),
     }
 }
 
