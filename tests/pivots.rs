@@ -11,8 +11,9 @@ use std::rc::Rc;
 use std::sync::mpsc;
 
 use blockferry::base::range::ByteRange;
-use blockferry::cli::bench::load::{LoadConfig, LoadControl, Pace, run_on};
+use blockferry::cli::bench::load::{LoadConfig, LoadControl, run_on};
 use blockferry::cli::bench::report::LoadReport;
+use blockferry::cli::bench::schedule::Pace;
 use blockferry::cli::bench::target::{Target, TargetOptions};
 use blockferry::engine::{Engine, ImageOptions};
 use blockferry::export::nbd::{Export, NbdServer, ServerConfig};

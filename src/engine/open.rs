@@ -12,9 +12,11 @@ use std::rc::Rc;
 
 use blockferry_ring::{Errno, Ring};
 
-use crate::base::units::parse_size;
+use crate::base::units::{parse_duration, parse_size};
 use crate::block::{BlockError, Driver, Operation};
 use crate::format::raw::RawDriver;
+use crate::protocol::delay::DelayDriver;
+use crate::protocol::mem::MemDriver;
 use crate::protocol::null::NullDriver;
 use crate::protocol::open::{Cache, OpenOptions};
 
@@ -122,6 +124,24 @@ fn with_format(
 
 fn open_protocol(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
     let refuse = |why: String| Err(BlockError::new(Operation::Open, name, Errno::EINVAL).hint(why));
+    if let Some(size) = name.strip_prefix("mem:") {
+        return match parse_size(size) {
+            Ok(size) => Ok(Rc::new(MemDriver::new(ring, name, size, options.read_only))),
+            Err(error) => refuse(error.to_string()),
+        };
+    }
+    if let Some(rest) = name.strip_prefix("delay:") {
+        let Some((time, child)) = rest.split_once(':') else {
+            return refuse("Say it as delay:TIME:NAME, such as delay:5ms:/images/a.img.".into());
+        };
+        return match parse_duration(time) {
+            Ok(latency_ns) => {
+                let child = open_protocol(ring, child, options)?;
+                Ok(Rc::new(DelayDriver::new(ring, child, latency_ns)))
+            }
+            Err(error) => refuse(error.to_string()),
+        };
+    }
     if let Some(size) = name.strip_prefix("null:") {
         return match parse_size(size) {
             Ok(size) => Ok(Rc::new(NullDriver::new(ring, name, size, options.read_only))),
