@@ -64,6 +64,7 @@ enum Command {
     Mirror(Box<mirror::MirrorArgs>),
     Serve(serve::ServeArgs),
     Info(info::InfoArgs),
+    Bench(Box<bench::BenchArgs>),
     Doctor(doctor::DoctorArgs),
 }
 
@@ -76,6 +77,7 @@ pub fn main() -> ExitCode {
         Command::Mirror(args) => mirror::main(global, args),
         Command::Serve(args) => serve::main(global, args),
         Command::Info(args) => info::main(global, args),
+        Command::Bench(args) => bench::main(global, args),
         Command::Doctor(args) => doctor::main(global, args),
     };
     match result {

@@ -24,7 +24,7 @@ use super::model::{MODEL_BLOCKS_MAX, Model, Survival, WriteEnd};
 use super::pattern::{SECTOR, fill, find_stranger};
 use super::report::{KindReport, LoadReport, VerifyReport};
 use super::schedule::{Access, Dice, Kind, Pace, Schedule};
-use super::target::{Lane, Target, TargetError};
+use super::target::{Lane, Target, TargetError, TargetOptions};
 use crate::base::latency::LatencyHistogram;
 use crate::base::range::ByteRange;
 use crate::base::rng::Rng;
@@ -333,16 +333,17 @@ fn make_room(ring: &Ring, config: &LoadConfig) -> Result<(), LoadError> {
 }
 
 /// Runs a load on a ring of its own against what a person named, until it ends by itself.
-pub fn run(config: &LoadConfig, target: &str, connections: usize) -> Result<LoadReport, LoadError> {
+pub fn run(config: &LoadConfig, target: &str, options: &TargetOptions) -> Result<LoadReport, LoadError> {
     let ring = Ring::new(&blockferry_ring::Config::default())?;
-    let (handle, config, name) = (ring.clone(), config.clone(), target.to_owned());
+    let (handle, config, name, options) = (ring.clone(), config.clone(), target.to_owned(), options.clone());
     let result = ring.block_on(async move {
-        let target = Target::open(&handle, &name, connections, config.verify).await?;
+        let target = Target::open(&handle, &name, &options).await?;
         let control = LoadControl::new(&handle);
         let outcome = run_on(&handle, &target, &config, &control, None).await;
         target.close().await;
         outcome.map(|outcome| outcome.report)
     });
+    // What cannot be ended is leaked, and logged by the ring.
     let _ = ring.shutdown(crate::base::units::NS_PER_SEC);
     result
 }

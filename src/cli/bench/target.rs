@@ -7,7 +7,8 @@ use std::rc::Rc;
 
 use blockferry_ring::Ring;
 
-use crate::block::{BlockError, Driver};
+use crate::block::{BlockError, Driver, Permissions};
+use crate::engine::ImageOptions;
 use crate::protocol::nbd::{ConnectOptions, Connection, NbdClientError, NbdDriver, NbdUri, UriError};
 
 /// Why there is nothing to put under load.
@@ -32,11 +33,29 @@ pub enum TargetError {
         name: String,
     },
     /// Several lanes to something that is no server.
-    #[error("'{name}' is no NBD export, so it has no connections to use several of.")]
+    #[error("'{name}' is no NBD export, so it has one way only; use one connection.")]
     NoConnections {
         /// The target.
         name: String,
     },
+}
+
+/// How to reach a target.
+#[derive(Clone, Debug)]
+pub struct TargetOptions {
+    /// Connections to an NBD server; anything else has one way only.
+    pub connections: usize,
+    /// What is read is to be verified: several connections have to promise that they see the same.
+    pub verified: bool,
+    /// How to open what is no NBD export.
+    pub image: ImageOptions,
+}
+
+impl Default for TargetOptions {
+    /// One connection; a raw image, for reading and writing.
+    fn default() -> TargetOptions {
+        TargetOptions { connections: 1, verified: false, image: ImageOptions::raw() }
+    }
 }
 
 /// One way to the disk.
@@ -92,15 +111,19 @@ impl Target {
         Ok(Target { lanes })
     }
 
-    /// Opens what a person named: an NBD URI. Other names are files, which nothing here can open yet.
-    pub async fn open(
-        ring: &Ring,
-        name: &str,
-        connections: usize,
-        verified: bool,
-    ) -> Result<Target, TargetError> {
-        let uri: NbdUri = name.parse()?;
-        Target::of_nbd(ring, &uri, connections, verified).await
+    /// Opens what a person named: an NBD URI, or anything that the engine opens.
+    pub async fn open(ring: &Ring, name: &str, options: &TargetOptions) -> Result<Target, TargetError> {
+        if ["nbd:", "nbd+", "nbds"].iter().any(|prefix| name.starts_with(prefix)) {
+            let uri: NbdUri = name.parse()?;
+            return Target::of_nbd(ring, &uri, options.connections, options.verified).await;
+        }
+        if options.connections > 1 {
+            return Err(TargetError::NoConnections { name: name.to_owned() });
+        }
+        let driver = crate::engine::open::open(ring, name, &options.image).await?;
+        let read_only = options.image.read_only;
+        driver.set_permissions(if read_only { Permissions::READER } else { Permissions::USER })?;
+        Ok(Target::of_driver(driver))
     }
 
     /// The ways to it; at least one.

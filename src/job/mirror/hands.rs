@@ -1,6 +1,6 @@
 //! The mirror's hands: reads the source, writes the target, drains, marks, pivots.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
@@ -34,6 +34,8 @@ pub(super) struct Parts {
     pub target_node: Rc<Node>,
     pub filter: Rc<dyn Filter>,
     pub drained: RefCell<Option<Drained>>,
+    /// The job is over: a drain that succeeds from now on is nobody's.
+    pub over: Cell<bool>,
     pub marker: Option<Box<dyn Marker>>,
     pub verifier: Option<Rc<Verifier>>,
     pub detect_zeroes: bool,
@@ -59,6 +61,7 @@ impl Hands<Op, Outcome> for MirrorHands {
         if let Some(verifier) = &self.0.verifier {
             self.0.source.node().remove_filter(&verifier.filter());
         }
+        self.0.over.set(true);
         self.0.drained.borrow_mut().take();
         if forced {
             self.0.target_node.driver().fail_in_flight();
@@ -94,7 +97,10 @@ impl Parts {
             Op::Flush => Outcome::Flushed(self.to().flush().await.map_err(write_failed)),
             Op::Drain => match self.source.node().drain(limits::DRAIN_NANOS_MAX).await {
                 Ok(drained) => {
-                    self.drained.replace(Some(drained));
+                    // Given up meanwhile, with operations in flight that hold this: the door must not wait for them.
+                    if !self.over.get() {
+                        self.drained.replace(Some(drained));
+                    }
                     Outcome::Drained(true)
                 }
                 Err(_) => Outcome::Drained(false),
