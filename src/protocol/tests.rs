@@ -36,10 +36,10 @@ fn file_of(dir: &tempfile::TempDir, name: &str, len: u64) -> std::path::PathBuf 
     path
 }
 
-const DIRECT: OpenOptions = OpenOptions { read_only: false, cache: Cache::Direct, lock: true };
-const BUFFERED: OpenOptions = OpenOptions { read_only: false, cache: Cache::Buffered, lock: true };
+pub(super) const DIRECT: OpenOptions = OpenOptions { read_only: false, cache: Cache::Direct, lock: true };
+pub(super) const BUFFERED: OpenOptions = OpenOptions { read_only: false, cache: Cache::Buffered, lock: true };
 
-async fn filled(ring: &Ring, len: usize, tag: u8) -> Buf {
+pub(super) async fn filled(ring: &Ring, len: usize, tag: u8) -> Buf {
     let mut buf = ring.alloc(len).await;
     buf.as_mut_slice().fill(tag);
     buf
@@ -72,7 +72,14 @@ fn a_file_is_written_read_and_flushed() {
 
 /// Requests of any place and size, many at once, overlapping, on little memory. What each byte holds
 /// afterwards must be what one of the requests that cover it says, or, without any, what was there.
-fn storm(driver: Rc<dyn Driver>, ring: &Ring, seed: u64, rounds: usize) {
+/// A discard leaves anything behind where `discard_leaves_anything`, and else zeroes or what was there.
+pub(super) fn storm(
+    driver: Rc<dyn Driver>,
+    ring: &Ring,
+    seed: u64,
+    rounds: usize,
+    discard_leaves_anything: bool,
+) {
     #[derive(Clone, Copy, Debug)]
     enum What {
         Write,
@@ -149,25 +156,21 @@ fn storm(driver: Rc<dyn Driver>, ring: &Ring, seed: u64, rounds: usize) {
             }
         });
         let seen = seen.take();
-        for at in 0..len as usize {
-            let (was, is) = (model[at], seen[at]);
-            let mut covered = false;
-            let mut fine = false;
-            for &(what, offset, size, tag) in &asked {
-                if (offset..offset + size).contains(&(at as u64)) {
-                    let (changes, may) = match what {
-                        What::Write => (true, is == tag),
-                        What::Zeroes => (true, is == 0),
-                        What::Discard => (false, is == 0),
-                        What::Read => (false, false),
-                    };
-                    covered |= changes;
-                    fine |= may;
+        let (mut covered, mut fine) = (vec![false; len as usize], vec![false; len as usize]);
+        for &(what, offset, size, tag) in &asked {
+            for at in offset as usize..(offset + size) as usize {
+                let is = seen[at];
+                match what {
+                    What::Write => (covered[at], fine[at]) = (true, fine[at] | (is == tag)),
+                    What::Zeroes => (covered[at], fine[at]) = (true, fine[at] | (is == 0)),
+                    What::Discard => fine[at] |= is == 0 || discard_leaves_anything,
+                    What::Read => {}
                 }
             }
-            if !covered {
-                fine |= is == was;
-            }
+        }
+        for at in 0..len as usize {
+            let (was, is) = (model[at], seen[at]);
+            let fine = fine[at] || (!covered[at] && is == was);
             assert!(fine, "byte {at} was {was} and is {is} in round {round} of seed {seed}: {asked:?}");
         }
         model = seen;
@@ -183,7 +186,7 @@ fn requests_of_any_place_and_size_agree_with_a_plain_model() {
                 let path = file_of(&dir, "storm", len);
                 let file: Rc<dyn Driver> = Rc::new(FileDriver::open(&ring, &path, &options).unwrap());
                 let seed = (i * 100 + j * 10 + k) as u64;
-                storm(file.clone(), &ring, seed, 12);
+                storm(file.clone(), &ring, seed, 12, false);
                 assert_eq!(std::fs::metadata(&path).unwrap().len(), len, "the length is as it was");
                 let r = ring.clone();
                 ring.block_on(async move {
@@ -403,7 +406,7 @@ fn a_null_disk_reads_zeroes() {
 fn a_disk_in_memory_agrees_with_a_plain_model() {
     let ring = ring(2 << 20);
     let mem = Rc::new(MemDriver::new(&ring, "mem", 400_001, false));
-    storm(mem.clone(), &ring, 77, 20);
+    storm(mem.clone(), &ring, 77, 20, false);
     let r = ring.clone();
     ring.block_on(async move {
         let len = mem.len();
