@@ -465,3 +465,68 @@ fn what_is_read_only_is_not_written_in_memory_either() {
         assert!(mem.set_len(1).await.is_err() && mem.len() == 4096);
     });
 }
+
+/// A loop device over a file; it is detached when dropped. Needs root: `None`, with a word, without.
+struct LoopDevice(std::path::PathBuf);
+
+impl LoopDevice {
+    fn new(file: &Path, sector_bytes: u32) -> Option<LoopDevice> {
+        let made = std::process::Command::new("losetup")
+            .args(["--find", "--show", "--direct-io=on", "--sector-size", &sector_bytes.to_string()])
+            .arg(file)
+            .output();
+        match made {
+            Ok(made) if made.status.success() => {
+                Some(LoopDevice(String::from_utf8_lossy(&made.stdout).trim().into()))
+            }
+            other => {
+                eprintln!("not tried: no loop device is to be had here ({other:?})");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn block_devices_serve_requests_of_any_place_and_size() {
+    for (i, dir) in places().into_iter().enumerate() {
+        for sector_bytes in [512, 4096] {
+            let path = file_of(&dir, "loop", 192 << 10);
+            let Some(device) = LoopDevice::new(&path, sector_bytes) else { return };
+            let ring = ring(2 << 20);
+            let disk = open(&ring, &device.0, &DIRECT).unwrap();
+            assert_eq!((disk.kind(), disk.len()), ("host_device", 192 << 10));
+            assert_eq!(disk.limits().request_align, sector_bytes);
+            storm(disk.clone(), &ring, i as u64, 6, true);
+
+            let error = open(&ring, &device.0, &DIRECT).unwrap_err();
+            assert!(error.to_string().contains("The device is in use"), "{error}");
+            let reader = open(&ring, &device.0, &OpenOptions { read_only: true, ..DIRECT }).unwrap();
+            assert_eq!(reader.identity(), disk.identity());
+
+            let (r, d) = (ring.clone(), disk.clone());
+            ring.block_on(async move {
+                let unmap = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+                // Twice each, because the first may take a capability away for the second.
+                for flags in [unmap, ZeroFlags::default(), unmap, ZeroFlags::default(), unmap] {
+                    d.write(0, filled(&r, 131_072, 5).await.freeze(), WriteFlags::default()).await.unwrap();
+                    d.write_zeroes(100, 100_000, flags).await.unwrap();
+                    let (buf, result) = d.read(0, r.alloc(131_072).await).await;
+                    result.unwrap();
+                    let wanted = |at: usize| if (100..100_100).contains(&at) { 0 } else { 5 };
+                    assert!(buf.as_slice().iter().enumerate().all(|(at, &b)| b == wanted(at)));
+                }
+                d.discard(0, 131_072).await.unwrap();
+                d.flush().await.unwrap();
+                let mark = mark::TargetMark::new(&r, d, None, mark::MarkInfo::incomplete("mirror", "x"));
+                assert!(mark.set().await.unwrap_err().to_string().contains("--state-dir"));
+            });
+        }
+    }
+}
