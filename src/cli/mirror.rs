@@ -235,7 +235,8 @@ impl Run {
     async fn mirror(&self, settings: &Settings) -> Result<Exit, Failure> {
         let ring = self.engine.ring().clone();
         let read_only = settings.export.is_empty();
-        let source = self.engine.open(&settings.source, &settings.open.image(settings.format, read_only))?;
+        let source =
+            self.engine.open(&settings.source, &settings.open.image(settings.format, read_only)).await?;
         let (target, created) = self.open_target(settings, &source).await?;
         let mut exports = Exports::new(&ring);
         for uri in &settings.export {
@@ -272,9 +273,10 @@ impl Run {
                 return Err(error.into());
             }
         };
+        let tail = target.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
         drop((source, target));
         let ending = self.follow(settings, &job, verifier.as_ref()).await?;
-        let exit = self.report(settings, &job, &ending, ring.clock() - began, verifier.as_ref());
+        let exit = self.report(settings, &job, &ending, ring.clock() - began, tail, verifier.as_ref());
         if !settings.exit_on_done && exit != Exit::Cancelled {
             exports.serve_until_idle(&self.signals).await;
         }
@@ -304,7 +306,7 @@ impl Run {
             }
         }
         let image = settings.open.image(format, false);
-        match self.engine.open(&settings.target, &image) {
+        match self.engine.open(&settings.target, &image).await {
             Ok(node) => Ok((node, created)),
             Err(error) => {
                 self.undo_create(settings, created);
@@ -396,6 +398,7 @@ impl Run {
         job: &Job,
         ending: &Ending,
         elapsed_ns: u64,
+        tail: Option<u64>,
         verifier: Option<&Rc<Verifier>>,
     ) -> Exit {
         let details = job.details();
@@ -419,6 +422,7 @@ impl Run {
                     "pivot": settings.pivot,
                     "elapsed-ns": elapsed_ns,
                     "details": details,
+                    "target-tail-bytes": tail,
                     "verify": verified,
                 })
             );
@@ -430,6 +434,13 @@ impl Run {
         match ending {
             Ending::Completed => {
                 let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
+                if let Some(tail) = tail {
+                    eprintln!(
+                        "The target is {} larger than the source: what lies behind the source's end holds what \
+                         it held before",
+                        fmt_bytes(tail)
+                    );
+                }
                 eprintln!(
                     "Completed in {}: {} copied ({}), {} zeroed, {} skipped; '{}' equals '{}'{}",
                     fmt_duration(elapsed_ns),
