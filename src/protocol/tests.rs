@@ -530,3 +530,36 @@ fn block_devices_serve_requests_of_any_place_and_size() {
         }
     }
 }
+
+#[test]
+fn memory_of_a_guest_is_taken_at_any_address() {
+    for dir in places() {
+        let path = file_of(&dir, "a", 200_001);
+        run(async move |r| {
+            let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            rustix::fs::ftruncate(&memory, 1 << 20).unwrap();
+            let region = blockferry_ring::Region::map(&memory, 0, 1 << 20).unwrap();
+            let file = FileDriver::open(&r, &path, &DIRECT).unwrap();
+            for (at, offset, len) in [(0, 0, 8192), (13, 4096, 8192), (1, 100, 77), (511, 190_001, 10_000)] {
+                let tag = at as u8 | 1;
+                region.write(at, &vec![tag; len]);
+                let buf = region.buf(at, len).unwrap().freeze();
+                file.write(offset, buf, WriteFlags::default()).await.unwrap();
+                region.write(at, &vec![0xff; len]);
+                let (buf, result) = file.read(offset, region.buf(at, len).unwrap()).await;
+                result.unwrap();
+                assert!(buf.is_region() && buf.len() == len);
+                let mut seen = vec![0; len];
+                region.read(at, &mut seen);
+                assert!(seen.iter().all(|&b| b == tag), "{len} bytes at {offset}, memory at {at}");
+            }
+            // Beyond the end that somebody else has set there are zeroes, in such memory too.
+            std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
+            region.write(0, &[0xff; 8192]);
+            file.read(4096, region.buf(0, 8192).unwrap()).await.1.unwrap();
+            let mut seen = [1; 8192];
+            region.read(0, &mut seen);
+            assert!(seen.iter().all(|&b| b == 0));
+        });
+    }
+}
