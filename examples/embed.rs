@@ -79,8 +79,8 @@ fn main() -> Fallible<()> {
         std::fs::File::create(path)?.set_len(DISK_BYTES)?;
     }
     let engine = Engine::without_threads()?;
-    let node = engine.open(&source, &ImageOptions::raw())?;
-    let copy = engine.open(&target, &ImageOptions::raw())?;
+    let node = engine.open_as_said(&source, &ImageOptions::raw())?;
+    let copy = engine.open_as_said(&target, &ImageOptions::raw())?;
     let guest = engine.guest(&node, false)?;
 
     // The guest's memory: this program's own, registered so that the kernel need not look up its pages.

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{OpenArgs, parse_format, size, speed};
+use super::image::{OpenArgs, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::serve::{Exports, export_uri};
 use super::signals::Signals;
@@ -235,7 +235,8 @@ impl Run {
     async fn mirror(&self, settings: &Settings) -> Result<Exit, Failure> {
         let ring = self.engine.ring().clone();
         let read_only = settings.export.is_empty();
-        let source = self.engine.open(&settings.source, &settings.open.image(settings.format, read_only))?;
+        let source =
+            self.engine.open(&settings.source, &settings.open.image(settings.format, read_only)).await?;
         let (target, created) = self.open_target(settings, &source).await?;
         let mut exports = Exports::new(&ring);
         for uri in &settings.export {
@@ -244,8 +245,8 @@ impl Run {
         let marker = TargetMark::new(
             &ring,
             target.driver().clone(),
-            settings.state_dir.clone(),
-            MarkInfo::incomplete("mirror", &settings.source),
+            state_dir(settings.state_dir.as_deref()),
+            MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
         );
         let mut options = MirrorOptions::new("mirror0");
         options.sync = settings.sync;
@@ -272,9 +273,10 @@ impl Run {
                 return Err(error.into());
             }
         };
+        let tail = target.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
         drop((source, target));
         let ending = self.follow(settings, &job, verifier.as_ref()).await?;
-        let exit = self.report(settings, &job, &ending, ring.clock() - began, verifier.as_ref());
+        let exit = self.report(settings, &job, &ending, ring.clock() - began, tail, verifier.as_ref());
         if !settings.exit_on_done && exit != Exit::Cancelled {
             exports.serve_until_idle(&self.signals).await;
         }
@@ -304,7 +306,7 @@ impl Run {
             }
         }
         let image = settings.open.image(format, false);
-        match self.engine.open(&settings.target, &image) {
+        match self.engine.open(&settings.target, &image).await {
             Ok(node) => Ok((node, created)),
             Err(error) => {
                 self.undo_create(settings, created);
@@ -396,6 +398,7 @@ impl Run {
         job: &Job,
         ending: &Ending,
         elapsed_ns: u64,
+        tail: Option<u64>,
         verifier: Option<&Rc<Verifier>>,
     ) -> Exit {
         let details = job.details();
@@ -419,6 +422,7 @@ impl Run {
                     "pivot": settings.pivot,
                     "elapsed-ns": elapsed_ns,
                     "details": details,
+                    "target-tail-bytes": tail,
                     "verify": verified,
                 })
             );
@@ -430,6 +434,13 @@ impl Run {
         match ending {
             Ending::Completed => {
                 let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
+                if let Some(tail) = tail {
+                    eprintln!(
+                        "The target is {} larger than the source: what lies behind the source's end holds what \
+                         it held before",
+                        fmt_bytes(tail)
+                    );
+                }
                 eprintln!(
                     "Completed in {}: {} copied ({}), {} zeroed, {} skipped; '{}' equals '{}'{}",
                     fmt_duration(elapsed_ns),
@@ -484,4 +495,9 @@ fn no_target(path: &Path, errno: blockferry_ring::Errno) -> Failure {
 fn instant(at_ns: u64, now_ns: u64) -> String {
     let ago = std::time::Duration::from_nanos(now_ns.saturating_sub(at_ns));
     humantime::format_rfc3339_millis(std::time::SystemTime::now() - ago).to_string()
+}
+
+fn unix_secs() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
 }

@@ -183,7 +183,7 @@ fn requests_of_any_place_and_size_agree_with_a_plain_model() {
                 let path = file_of(&dir, "storm", len);
                 let file: Rc<dyn Driver> = Rc::new(FileDriver::open(&ring, &path, &options).unwrap());
                 let seed = (i * 100 + j * 10 + k) as u64;
-                storm(file.clone(), &ring, seed, 20);
+                storm(file.clone(), &ring, seed, 12);
                 assert_eq!(std::fs::metadata(&path).unwrap().len(), len, "the length is as it was");
                 let r = ring.clone();
                 ring.block_on(async move {
@@ -396,5 +396,69 @@ fn a_null_disk_reads_zeroes() {
         let (buf, result) = null.read(0, filled(&r, 512, 1).await).await;
         assert!(result.is_ok() && buf.as_slice().iter().all(|&b| b == 0));
         assert!(null.block_status(0, 1 << 30).await.unwrap().zero);
+    });
+}
+
+#[test]
+fn a_disk_in_memory_agrees_with_a_plain_model() {
+    let ring = ring(2 << 20);
+    let mem = Rc::new(MemDriver::new(&ring, "mem", 400_001, false));
+    storm(mem.clone(), &ring, 77, 20);
+    let r = ring.clone();
+    ring.block_on(async move {
+        let len = mem.len();
+        mem.write_zeroes(0, len, ZeroFlags::default()).await.unwrap();
+        // The last piece is not whole, and stays.
+        assert_eq!(mem.allocated_bytes(), Some(65_536));
+        let mut at = 0;
+        let mut extents = Vec::new();
+        while at < len {
+            let extent = mem.block_status(at, len - at).await.unwrap();
+            extents.push((extent.zero, extent.len));
+            at += extent.len;
+        }
+        assert_eq!(extents, [(true, 393_216), (false, 6785)]);
+        mem.write(0, r.alloc(512).await.freeze(), WriteFlags::default()).await.unwrap();
+        mem.set_len(100).await.unwrap();
+        assert_eq!(mem.allocated_bytes(), Some(65_536));
+        mem.set_len(0).await.unwrap();
+        mem.set_len(len).await.unwrap();
+        assert_eq!(mem.block_status(0, len).await.unwrap().len, len);
+    });
+}
+
+#[test]
+fn a_slow_disk_is_late_by_what_was_asked() {
+    run(async move |r| {
+        let late = 20_000_000;
+        let mem = Rc::new(MemDriver::new(&r, "mem", 1 << 20, false));
+        let slow = DelayDriver::new(&r, mem.clone(), late);
+        let buf = filled(&r, 512, 7).await.freeze();
+        for _ in 0..2 {
+            let start = r.clock();
+            // Two at once are as late as one.
+            let (first, second) = blockferry_ring::sync::join(
+                slow.write(0, buf.clone(), WriteFlags::default()),
+                slow.write(512, buf.clone(), WriteFlags::default()),
+            )
+            .await;
+            first.and(second).unwrap();
+            let took = r.clock() - start;
+            assert!(took >= late && took < 10 * late, "{took} ns");
+        }
+        let (buf, result) = slow.read(0, r.alloc(1024).await).await;
+        assert!(result.is_ok() && buf.as_slice().iter().all(|&b| b == 7));
+        slow.flush().await.unwrap();
+        assert_eq!((slow.len(), slow.children().len()), (1 << 20, 1));
+    });
+}
+
+#[test]
+fn what_is_read_only_is_not_written_in_memory_either() {
+    run(async move |r| {
+        let mem = MemDriver::new(&r, "mem", 4096, true);
+        let buf = filled(&r, 512, 7).await.freeze();
+        assert_eq!(mem.write(0, buf, WriteFlags::default()).await.unwrap_err().errno, Errno::EROFS);
+        assert!(mem.set_len(1).await.is_err() && mem.len() == 4096);
     });
 }

@@ -120,7 +120,7 @@ impl Target {
         if options.connections > 1 {
             return Err(TargetError::NoConnections { name: name.to_owned() });
         }
-        let driver = crate::engine::open::open(ring, name, &options.image)?;
+        let driver = crate::engine::open::open(ring, name, &options.image).await?;
         let read_only = options.image.read_only;
         driver.set_permissions(if read_only { Permissions::READER } else { Permissions::USER })?;
         Ok(Target::of_driver(driver))

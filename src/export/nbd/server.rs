@@ -475,7 +475,8 @@ impl Inner {
             entry.clients.set(entry.clients.get() + 1);
         }
         // Whoever comes in the midst of a drain waits here, so that it sees the disk on which the drain ends.
-        entry.root.admit().await;
+        let root = entry.root.client();
+        root.admit().await;
         if entry.removed.get() || self.stopping.get() {
             return;
         }
@@ -491,7 +492,7 @@ impl Inner {
             bytes_max: self.config.bytes_in_flight_max,
         };
         let reserve = self.ring.alloc(Output::RESERVE_BYTES).await;
-        let client = Client::new(&self.ring, id, stream, entry.root.clone(), &negotiated, quota, reserve);
+        let client = Client::new(&self.ring, id, stream, root, &negotiated, quota, reserve);
         drop((negotiated, answer));
         if let Some(session) = self.sessions.borrow_mut().get_mut(&id) {
             session.client = Some(client.clone());

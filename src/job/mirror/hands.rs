@@ -1,6 +1,6 @@
 //! The mirror's hands: reads the source, writes the target, drains, marks, pivots.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
@@ -17,6 +17,7 @@ use crate::graph::node::{Drained, Filter, Node, Use, UseKind};
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
 use crate::job::policy::IoOperation;
+use crate::protocol::mark::TargetMark;
 
 /// Says on the target that it is not complete, and takes that back.
 pub trait Marker: std::fmt::Debug {
@@ -24,6 +25,16 @@ pub trait Marker: std::fmt::Debug {
     fn mark(&self) -> IoFuture<'_, IoResult>;
     /// Durable when it returns.
     fn unmark(&self) -> IoFuture<'_, IoResult>;
+}
+
+impl Marker for TargetMark {
+    fn mark(&self) -> IoFuture<'_, IoResult> {
+        self.ring().boxed(self.set())
+    }
+
+    fn unmark(&self) -> IoFuture<'_, IoResult> {
+        self.ring().boxed(self.clear())
+    }
 }
 
 pub(super) struct Parts {
@@ -34,6 +45,8 @@ pub(super) struct Parts {
     pub target_node: Rc<Node>,
     pub filter: Rc<dyn Filter>,
     pub drained: RefCell<Option<Drained>>,
+    /// The job is over: a drain that succeeds from now on is nobody's.
+    pub over: Cell<bool>,
     pub marker: Option<Box<dyn Marker>>,
     pub verifier: Option<Rc<Verifier>>,
     pub detect_zeroes: bool,
@@ -59,6 +72,7 @@ impl Hands<Op, Outcome> for MirrorHands {
         if let Some(verifier) = &self.0.verifier {
             self.0.source.node().remove_filter(&verifier.filter());
         }
+        self.0.over.set(true);
         self.0.drained.borrow_mut().take();
         if forced {
             self.0.target_node.driver().fail_in_flight();
@@ -94,7 +108,10 @@ impl Parts {
             Op::Flush => Outcome::Flushed(self.to().flush().await.map_err(write_failed)),
             Op::Drain => match self.source.node().drain(limits::DRAIN_NANOS_MAX).await {
                 Ok(drained) => {
-                    self.drained.replace(Some(drained));
+                    // Given up meanwhile, with operations in flight that hold this: the door must not wait for them.
+                    if !self.over.get() {
+                        self.drained.replace(Some(drained));
+                    }
                     Outcome::Drained(true)
                 }
                 Err(_) => Outcome::Drained(false),

@@ -407,7 +407,11 @@ impl Mirror {
         }
         match (cx.on_error)(failed.operation, failed.errno) {
             ErrorAction::Report => self.failure = Some(failure(failed)),
-            ErrorAction::Stop => self.retry_at = None,
+            ErrorAction::Stop => {
+                self.retry_at = None;
+                // Stopped from now on, not from the next step on: this one must not try the range again.
+                cx.orders.hold = true;
+            }
             ErrorAction::Ignore => {
                 self.retry_at = Some(cx.now + self.retry_pause);
                 self.retry_pause = (self.retry_pause * 2).min(limits::ERROR_PAUSE_NANOS_MAX);
@@ -656,3 +660,7 @@ impl Body for Mirror {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

@@ -17,7 +17,7 @@ mod hands;
 pub mod machine;
 pub mod verify;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::Ring;
@@ -201,6 +201,7 @@ pub async fn start(
         target_node: target.clone(),
         filter,
         drained: RefCell::new(None),
+        over: Cell::new(false),
         marker: options.marker,
         verifier: options.verifier,
         detect_zeroes: options.detect_zeroes,

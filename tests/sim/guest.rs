@@ -1,0 +1,225 @@
+//! Guests: clients of the disk, each with several requests in flight, each answer compared with the model.
+
+use std::rc::Rc;
+
+use blockferry::base::rng::Rng;
+use blockferry::block::{BlockError, IoResult, WriteFlags, ZeroFlags};
+use blockferry::graph::node::Root;
+use blockferry_ring::{Buf, SharedBuf};
+
+use super::model::Words;
+use super::plan::{Guest, Join};
+use super::rig::Rig;
+
+/// How a client reaches the disk.
+#[derive(Clone)]
+pub enum Client {
+    /// A handle in the same program.
+    Root(Root),
+}
+
+impl Client {
+    async fn read(&self, offset: u64, buf: Buf) -> (Buf, IoResult) {
+        match self {
+            Client::Root(root) => root.read(offset, buf).await,
+        }
+    }
+
+    async fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoResult {
+        match self {
+            Client::Root(root) => root.write(offset, buf, flags).await,
+        }
+    }
+
+    async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        match self {
+            Client::Root(root) => root.write_zeroes(offset, len, flags).await,
+        }
+    }
+
+    async fn discard(&self, offset: u64, len: u64) -> IoResult {
+        match self {
+            Client::Root(root) => root.discard(offset, len).await,
+        }
+    }
+
+    async fn flush(&self) -> IoResult {
+        match self {
+            Client::Root(root) => root.flush().await,
+        }
+    }
+}
+
+/// Starts the clients that the plan has.
+pub fn start_all(rig: &Rc<Rig>) {
+    for plan in rig.plan.guests.clone() {
+        let rng = rig.fork_rng();
+        rig.guests.set(rig.guests.get() + 1);
+        rig.ring.spawn(connect(rig.clone(), plan, rng));
+    }
+}
+
+/// A client connects when its time has come, works, and goes.
+async fn connect(rig: Rc<Rig>, plan: Guest, mut rng: Rng) {
+    match plan.join {
+        Join::Start => {}
+        Join::At(nanos) => {
+            rig.ring.sleep(nanos).await;
+            rig.count("clients that came in the middle");
+        }
+        Join::WhenDrained => {
+            let is_shut = || {
+                let shut = rig.current.borrow().node.is_drained();
+                (shut || rig.is_stopped()).then_some(shut)
+            };
+            if rig.shut.until(is_shut).await {
+                rig.count("clients that came while the door was shut");
+                rig.grant(8);
+            }
+        }
+    }
+    let client = rig.root.borrow().as_ref().map(Root::client);
+    if let Some(root) = client {
+        for _ in 0..plan.depth {
+            rig.guests.set(rig.guests.get() + 1);
+            let worker = work(rig.clone(), Client::Root(root.clone()), plan.clone(), rng.fork());
+            rig.ring.spawn(worker);
+        }
+    }
+    leave(&rig);
+}
+
+fn leave(rig: &Rig) {
+    rig.guests.set(rig.guests.get() - 1);
+    rig.go.notify();
+}
+
+/// One request after the other.
+async fn work(rig: Rc<Rig>, client: Client, plan: Guest, mut rng: Rng) {
+    while rig.take_grant().await {
+        request(&rig, &client, &plan, &mut rng).await;
+        rig.answered.set(rig.answered.get() + 1);
+        if plan.think_nanos > 0 {
+            rig.ring.sleep(rng.below(2 * plan.think_nanos)).await;
+        }
+    }
+    drop(client);
+    leave(&rig);
+}
+
+fn draw_range(rig: &Rig, plan: &Guest, rng: &mut Rng) -> (u64, u64) {
+    let cell = rig.plan.cell as u64;
+    let (start, bytes) = if rng.below(2) == 0 { rig.plan.hot } else { (0, rig.plan.len) };
+    let cells_max = (plan.request_bytes_max.min(bytes) / cell).max(1);
+    // Small requests are as frequent as large ones.
+    let cells = 1 + rng.below(1 + rng.clone().below(cells_max));
+    let cells = cells.min(cells_max);
+    let mut offset = start / cell + rng.below(bytes / cell - cells + 1);
+    let mut cells = cells;
+    if rng.below(3) == 0 {
+        // Whole pages, as a filesystem has them.
+        let page = 4096 / cell;
+        offset -= offset % page;
+        cells = cells.next_multiple_of(page).min(rig.plan.len / cell - offset);
+    }
+    (offset * cell, cells * cell)
+}
+
+async fn request(rig: &Rig, client: &Client, plan: &Guest, rng: &mut Rng) {
+    let (offset, len) = draw_range(rig, plan, rng);
+    let mut choice = rng.below(plan.mix.iter().sum());
+    let mut kind = 0;
+    while choice >= plan.mix[kind] {
+        choice -= plan.mix[kind];
+        kind += 1;
+    }
+    match kind {
+        0 => read(rig, client, offset, len, rng).await,
+        1 | 2 => write(rig, client, offset, len, kind == 2, rng).await,
+        3 => {
+            let flags = ZeroFlags {
+                fua: rng.below(4) == 0,
+                may_unmap: rng.below(2) == 0,
+                no_fallback: rng.below(8) == 0,
+            };
+            let write = rig.model.borrow_mut().begin_write(offset, len, Words::Zero);
+            let result = client.write_zeroes(offset, len, flags).await;
+            rig.model.borrow_mut().end_write(write, result.is_ok(), flags.fua);
+            rig.count("guests: zeroes");
+            let refused = flags.no_fallback
+                && result.as_ref().is_err_and(|e| e.errno == blockferry_ring::Errno::EOPNOTSUPP);
+            if !refused {
+                judge(rig, &result);
+            }
+        }
+        4 => {
+            let write = rig.model.borrow_mut().begin_write(offset, len, Words::Any);
+            let result = client.discard(offset, len).await;
+            rig.model.borrow_mut().end_write(write, result.is_ok(), false);
+            rig.count("guests: discards");
+            judge(rig, &result);
+        }
+        _ => {
+            let flush = rig.model.borrow_mut().begin_flush();
+            let result = client.flush().await;
+            if result.is_ok() {
+                rig.model.borrow_mut().end_flush(flush);
+            }
+            rig.count("guests: flushes");
+            judge(rig, &result);
+        }
+    }
+}
+
+/// Errors need a cause.
+fn judge(rig: &Rig, result: &Result<(), BlockError>) {
+    if let Err(error) = result
+        && !rig.guests_may_fail()
+    {
+        rig.fail(format!("a guest's request failed in a healthy world: {error}"));
+    }
+}
+
+async fn write(rig: &Rig, client: &Client, offset: u64, len: u64, fua: bool, rng: &mut Rng) {
+    let words = Words::Stamp(rng.next_u64());
+    let mut buf = rig.ring.alloc(len as usize).await;
+    rig.model.borrow().fill(offset, words, buf.as_mut_slice());
+    let write = rig.model.borrow_mut().begin_write(offset, len, words);
+    let result = client.write(offset, buf.freeze(), WriteFlags { fua }).await;
+    rig.model.borrow_mut().end_write(write, result.is_ok(), fua);
+    rig.count(if fua { "guests: durable writes" } else { "guests: writes" });
+    judge(rig, &result);
+}
+
+async fn read(rig: &Rig, client: &Client, offset: u64, len: u64, rng: &mut Rng) {
+    // Memory at odd addresses as well: the driver must bounce then.
+    let shift = if rng.below(8) == 0 { 8 } else { 0 };
+    let buf = rig.ring.alloc(len as usize + shift).await.split_at(shift).1;
+    let begun = rig.model.borrow_mut().begin_read();
+    let (buf, result) = client.read(offset, buf).await;
+    rig.count("guests: reads");
+    if result.is_err() {
+        rig.model.borrow_mut().end_read_failed(begun);
+    } else if let Err(wrong) = rig.model.borrow_mut().end_read(begun, offset, buf.as_slice()) {
+        rig.fail(format!("a guest read what nobody wrote: {wrong}"));
+    }
+    judge(rig, &result);
+}
+
+/// Reads the whole disk as a guest would.
+pub async fn read_all(rig: &Rig, client: &Client) {
+    let mut at = 0;
+    while at < rig.plan.len {
+        let len = (rig.plan.len - at).min(256 << 10);
+        let buf = rig.ring.alloc(len as usize).await;
+        let begun = rig.model.borrow_mut().begin_read();
+        let (buf, result) = client.read(at, buf).await;
+        if let Err(error) = result {
+            return rig.fail(format!("the last read of all failed: {error}"));
+        }
+        if let Err(wrong) = rig.model.borrow_mut().end_read(begun, at, buf.as_slice()) {
+            return rig.fail(format!("the last read of all found what nobody wrote: {wrong}"));
+        }
+        at += len;
+    }
+}

@@ -1,0 +1,321 @@
+//! What one seed is about, drawn before anything runs.
+//!
+//! A world in which everything happens a little is always the same world. So each seed draws first which
+//! things happen at all, then how much: many seeds have no faults, some have one client and some four, some
+//! a job that is paused again and again, some a disk of three sectors.
+
+use blockferry::base::rng::Rng;
+use blockferry::job::mirror::SyncMode;
+use blockferry::job::policy::OnError;
+use blockferry_ring::sim::{DiscardModel, FileModel, Latency};
+
+/// One second.
+pub const SECOND: u64 = 1_000_000_000;
+
+/// When a client connects.
+#[derive(Clone, Copy, Debug)]
+pub enum Join {
+    /// Before anything else.
+    Start,
+    /// At this time, in nanoseconds after the first job began.
+    At(u64),
+    /// While a job has the door shut.
+    WhenDrained,
+}
+
+/// One client of the disk.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    pub join: Join,
+    /// Requests at once.
+    pub depth: usize,
+    /// Mean pause between an answer and the next request.
+    pub think_nanos: u64,
+    /// Bytes of the largest request.
+    pub request_bytes_max: u64,
+    /// Weights of read, write, durable write, zeroes, discard, flush.
+    pub mix: [u64; 6],
+}
+
+/// Where something goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Source,
+    Target,
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// `EIO` on these operations.
+    Reads,
+    Writes,
+    Zeroes,
+    Flushes,
+    /// Transfers come short.
+    Shorts,
+    /// `EAGAIN` and `EINTR`.
+    Agains,
+    /// Operations take long.
+    Delays,
+}
+
+/// Faults on one disk for as long as a job runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    pub side: Side,
+    pub trouble: Trouble,
+    /// Out of 65536.
+    pub chance: u32,
+}
+
+/// Something that a user does to a running job.
+#[derive(Clone, Copy, Debug)]
+pub enum Verb {
+    /// Pauses, and resumes after so long.
+    Pause(u64),
+    SetSpeed(i64),
+    SoftCancel,
+    ForceCancel,
+    Complete,
+    Quit,
+}
+
+/// How a job is meant to end, should nothing else end it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    Complete,
+    SoftCancel,
+    ForceCancel,
+    Quit,
+    /// The target's device stops answering; the job is given up.
+    HangAndForceCancel,
+}
+
+/// One job.
+#[derive(Clone, Debug)]
+pub struct JobPlan {
+    pub sync: SyncMode,
+    pub granularity: Option<u64>,
+    pub buf_size: i64,
+    pub speed: i64,
+    pub detect_zeroes: bool,
+    pub auto_finalize: bool,
+    pub auto_dismiss: bool,
+    pub verify: bool,
+    pub larger_target: bool,
+    pub on_source_error: OnError,
+    pub on_target_error: OnError,
+    /// What users do, and how long after the start.
+    pub verbs: Vec<(u64, Verb)>,
+    /// Guests' requests while the job begins, when it is ready, and while it ends.
+    pub requests: [u64; 3],
+    /// How long it stays ready.
+    pub ready_nanos: u64,
+    pub ending: Ending,
+    /// Bytes that the target has room for, until room is made.
+    pub target_room: Option<u64>,
+}
+
+/// One seed.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub seed: u64,
+    pub len: u64,
+    /// Bytes of a cell of the model.
+    pub cell: usize,
+    pub buffered: bool,
+    pub source: FileModel,
+    pub target: FileModel,
+    /// The disks are not empty at the start: mean length of a run, 0 for empty.
+    pub source_run_bytes: u64,
+    pub target_run_bytes: u64,
+    /// Half of the requests go here: first byte and bytes.
+    pub hot: (u64, u64),
+    pub guests: Vec<Guest>,
+    pub faults: Vec<Fault>,
+    pub jobs: Vec<JobPlan>,
+    /// Times after a job's start at which somebody looks what a power cut would leave.
+    pub looks: Vec<u64>,
+    /// The power goes at this time after the first job's start.
+    pub power_cut: Option<u64>,
+}
+
+/// A number between `low` and `high` whose logarithm is drawn evenly.
+pub fn log_range(rng: &mut Rng, low: u64, high: u64) -> u64 {
+    let octaves = (high / low.max(1)).ilog2();
+    let base = low.max(1) << rng.below(u64::from(octaves) + 1);
+    (base + rng.below(base)).min(high)
+}
+
+fn one_in(rng: &mut Rng, n: u64) -> bool {
+    rng.below(n) == 0
+}
+
+fn pick<T: Copy>(rng: &mut Rng, choices: &[T]) -> T {
+    choices[rng.below(choices.len() as u64) as usize]
+}
+
+impl Plan {
+    /// The plan of a seed.
+    pub fn draw(seed: u64) -> Plan {
+        let mut rng = Rng::new(seed);
+        let rng = &mut rng;
+        let cell = if one_in(rng, 4) { 64 } else { 512 };
+        let len = len(rng, cell as u64);
+        let hot_bytes = log_range(rng, 4 * cell as u64, len.max(4 * cell as u64)).min(len) / cell as u64;
+        let hot_bytes = (hot_bytes * cell as u64).max(cell as u64);
+        let hot_start = rng.below((len - hot_bytes) / cell as u64 + 1) * cell as u64;
+        let run = |rng: &mut Rng| if one_in(rng, 3) { 0 } else { log_range(rng, 1024, 128 << 10) };
+        let busy = one_in(rng, 4);
+        let jobs = pick(rng, &[1, 1, 1, 2, 3]);
+        let has_faults = one_in(rng, 2);
+        Plan {
+            seed,
+            len,
+            cell,
+            buffered: one_in(rng, 4),
+            source: file_model(rng, len),
+            target: file_model(rng, len),
+            source_run_bytes: run(rng),
+            target_run_bytes: run(rng),
+            hot: (hot_start, hot_bytes),
+            guests: (0..1 + rng.below(4)).map(|i| guest(rng, i, busy)).collect(),
+            faults: if has_faults { faults(rng) } else { Vec::new() },
+            jobs: (0..jobs).map(|_| job(rng, has_faults)).collect(),
+            looks: (0..pick(rng, &[0, 0, 1, 3])).map(|_| log_range(rng, 10_000, SECOND / 10)).collect(),
+            power_cut: one_in(rng, 8).then(|| log_range(rng, 20_000, SECOND / 5)),
+        }
+    }
+}
+
+fn len(rng: &mut Rng, cell: u64) -> u64 {
+    let len = match rng.below(20) {
+        0 => log_range(rng, 512, 64 << 10),
+        1..12 => log_range(rng, 64 << 10, 256 << 10),
+        12..19 => log_range(rng, 256 << 10, 1 << 20),
+        _ => log_range(rng, 1 << 20, 2 << 20),
+    };
+    let unit = pick(rng, &[512, 512, 4096, 65_536]);
+    len.next_multiple_of(unit).next_multiple_of(cell)
+}
+
+fn file_model(rng: &mut Rng, len: u64) -> FileModel {
+    let mut model = if one_in(rng, 6) && len.is_multiple_of(4096) {
+        FileModel::block(len)
+    } else {
+        FileModel::regular(len)
+    };
+    model.discard = pick(rng, &[DiscardModel::Anything, DiscardModel::Zeroes, DiscardModel::Refused]);
+    model.direct = !one_in(rng, 4);
+    model.offset_align = if len.is_multiple_of(4096) { pick(rng, &[512, 512, 4096]) } else { 512 };
+    // Memory never needs more than offsets do: a transfer that comes short could not be continued.
+    model.mem_align = pick(rng, &[4, 512, model.offset_align]);
+    model.punch_hole = !one_in(rng, 5);
+    model.zero_range = !one_in(rng, 5);
+    model.zero_range_ends_punch_hole = one_in(rng, 8);
+    model.seek &= !one_in(rng, 5);
+    model.latency = match rng.below(8) {
+        0 => Latency::SLOW_DISK,
+        1 => Latency::fixed(1_000),
+        2 => Latency { tail_nanos_mean: 400_000, ..Latency::FAST_DISK },
+        _ => Latency::FAST_DISK,
+    };
+    model
+}
+
+fn guest(rng: &mut Rng, index: u64, busy: bool) -> Guest {
+    let join = match rng.below(6) {
+        _ if index == 0 => Join::Start,
+        0..2 => Join::At(log_range(rng, 1_000, SECOND / 50)),
+        2..4 => Join::WhenDrained,
+        _ => Join::Start,
+    };
+    let think_nanos = if busy { 0 } else { pick(rng, &[0, 20_000, 100_000, 500_000, 2_000_000]) };
+    let mixes = [
+        [30, 40, 5, 8, 5, 3],
+        [10, 80, 0, 0, 0, 0],
+        [0, 50, 20, 10, 0, 20],
+        [5, 20, 5, 40, 20, 5],
+        [80, 20, 0, 0, 0, 0],
+        [10, 60, 10, 10, 0, 10],
+    ];
+    Guest {
+        join,
+        depth: pick(rng, &[1, 2, 4, 8, 16]),
+        think_nanos,
+        request_bytes_max: pick(rng, &[512, 4096, 16_384, 32_768]),
+        mix: pick(rng, &mixes),
+    }
+}
+
+fn faults(rng: &mut Rng) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    for side in [Side::Source, Side::Target] {
+        for (trouble, rarity) in [
+            (Trouble::Reads, 4),
+            (Trouble::Writes, 4),
+            (Trouble::Zeroes, 4),
+            (Trouble::Flushes, 12),
+            (Trouble::Shorts, 4),
+            (Trouble::Agains, 4),
+            (Trouble::Delays, 4),
+        ] {
+            if one_in(rng, rarity) {
+                faults.push(Fault { side, trouble, chance: log_range(rng, 256, 16_384) as u32 });
+            }
+        }
+    }
+    faults
+}
+
+fn job(rng: &mut Rng, has_faults: bool) -> JobPlan {
+    let policies = [OnError::Ignore, OnError::Ignore, OnError::Stop, OnError::Enospc, OnError::Report];
+    let mut verbs = Vec::new();
+    if one_in(rng, 2) {
+        for _ in 0..1 + rng.below(6) {
+            let at = log_range(rng, 1_000, SECOND / 10);
+            verbs.push((at, verb(rng)));
+        }
+    }
+    let ending = match rng.below(16) {
+        0..8 => Ending::Complete,
+        8..12 => Ending::SoftCancel,
+        12..14 => Ending::ForceCancel,
+        14 => Ending::Quit,
+        _ => Ending::HangAndForceCancel,
+    };
+    JobPlan {
+        sync: pick(rng, &[SyncMode::Full, SyncMode::Full, SyncMode::Full, SyncMode::Top, SyncMode::None]),
+        granularity: if one_in(rng, 4) { None } else { Some(512 << rng.below(9)) },
+        buf_size: if one_in(rng, 2) { 0 } else { log_range(rng, 512, 512 << 10) as i64 },
+        speed: if one_in(rng, 3) { speed(rng) } else { 0 },
+        detect_zeroes: one_in(rng, 2),
+        auto_finalize: !one_in(rng, 4),
+        auto_dismiss: !one_in(rng, 4),
+        verify: one_in(rng, 8),
+        larger_target: one_in(rng, 12),
+        on_source_error: pick(rng, &policies),
+        on_target_error: pick(rng, &policies),
+        verbs,
+        requests: std::array::from_fn(|_| if one_in(rng, 4) { 0 } else { log_range(rng, 4, 96) }),
+        ready_nanos: if one_in(rng, 3) { 0 } else { log_range(rng, 1_000, SECOND / 50) },
+        ending,
+        target_room: (has_faults && one_in(rng, 6)).then(|| log_range(rng, 4096, 512 << 10)),
+    }
+}
+
+fn speed(rng: &mut Rng) -> i64 {
+    if one_in(rng, 4) { 0 } else { log_range(rng, 64 << 10, 256 << 20) as i64 }
+}
+
+fn verb(rng: &mut Rng) -> Verb {
+    match rng.below(16) {
+        0..7 => Verb::Pause(log_range(rng, 1_000, SECOND / 20)),
+        7..11 => Verb::SetSpeed(speed(rng)),
+        11..13 => Verb::Complete,
+        13 => Verb::SoftCancel,
+        14 => Verb::ForceCancel,
+        _ => Verb::Quit,
+    }
+}

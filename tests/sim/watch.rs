@@ -1,0 +1,185 @@
+//! What must be true when a job ends, and of what a power cut would leave at any time.
+//!
+//! # The instant
+//! A job's last act happens behind a shut door: nothing of a guest is in flight. The task that waits for the
+//! job's end is woken in the turn in which the job opens the door, and runs in that same turn. Tasks take no
+//! virtual time and operations take effect only when the ring enters, at the end of the turn. So what the
+//! disks hold when [`watch`] runs is exactly what they held in the instant of the drain, and can be compared
+//! byte for byte, with guests at the door.
+
+use std::rc::Rc;
+
+use blockferry::job::runner::{Ending, Job};
+use blockferry_ring::sim::World;
+
+use super::disk::MARK;
+use super::rig::{Images, Rig, Venture};
+
+/// Waits for the end of a job and compares.
+pub async fn watch(rig: Rc<Rig>, job: Job) {
+    let ending = job.until(|| job.ending()).await;
+    let parked = rig.root.borrow().as_ref().map_or(0, |root| root.parked());
+    rig.counts.borrow_mut().add_many("guests: requests that waited at the door", parked.into());
+    let result = match &ending {
+        Ending::Completed => completed(&rig, &job),
+        Ending::Cancelled => {
+            rig.count("endings: cancelled");
+            not_completed(&rig)
+        }
+        Ending::Failed(why) => {
+            rig.count("endings: failed");
+            if !rig.guests_may_fail() {
+                rig.fail(format!("a job failed in a healthy world: {why}"));
+            }
+            not_completed(&rig)
+        }
+    };
+    if let Err(what) = result {
+        rig.fail(format!("when a job had ended ({ending:?}): {what}"));
+    }
+}
+
+fn completed(rig: &Rc<Rig>, job: &Job) -> Result<(), String> {
+    rig.count("endings: completed");
+    let mut venture = rig.venture.borrow_mut();
+    let Some(venture) = &mut *venture else { return Err("nothing is known of it".into()) };
+    let images = Images { source: rig.live(&venture.source), target: rig.live(&venture.target) };
+    compare(rig, venture, &images)?;
+    if let Err(wrong) = rig.model.borrow_mut().check_live(&images.source) {
+        return Err(format!("the source holds what nobody wrote: {wrong}"));
+    }
+    if let Some(at) = first_difference(&images.target, &rig.durable(&venture.target)) {
+        return Err(format!("the target is not durable at offset {at}"));
+    }
+    if venture.target.markable && rig.world.get_durable_attribute(&*venture.target.path, MARK).is_some() {
+        return Err("a completed target is still marked".into());
+    }
+    let progress = job.progress();
+    if progress.offset() != progress.len() {
+        return Err(format!("its progress is {} of {}", progress.offset(), progress.len()));
+    }
+    let root = rig.root.borrow();
+    let Some(root) = &*root else { return Err("the guests' root is gone".into()) };
+    if root.features().len != rig.plan.len || root.features().read_only {
+        return Err("the guests' disk has other features now".into());
+    }
+    let pivoted = Rc::ptr_eq(&root.node(), &venture.target.node);
+    if pivoted != (venture.asked_complete && !venture.asked_end) {
+        return Err(format!("pivoted: {pivoted}; told to: {}", venture.asked_complete));
+    }
+    if pivoted {
+        rig.count("pivots");
+        if venture.target.path.as_ref() == super::world::FIRST {
+            rig.count("pivots back");
+        }
+        rig.model.borrow_mut().all_durable();
+        *rig.current.borrow_mut() = venture.target.clone();
+        *rig.retired.borrow_mut() = Some((venture.source.clone(), images.source.clone()));
+    } else if !Rc::ptr_eq(&root.node(), &venture.source.node) {
+        return Err("the guests' root points to neither disk".into());
+    }
+    venture.pivoted = pivoted;
+    venture.completed = Some(images);
+    Ok(())
+}
+
+/// The target equals the source; where only changes are copied, in every chunk that was changed.
+fn compare(rig: &Rig, venture: &Venture, images: &Images) -> Result<(), String> {
+    if venture.whole {
+        return match first_difference(&images.source, &images.target) {
+            Some(at) => Err(format!("source and target differ at offset {at}")),
+            None => Ok(()),
+        };
+    }
+    let cell = rig.plan.cell;
+    let touched = rig.model.borrow().touched_since(venture.since).collect::<Vec<_>>();
+    for (index, touched) in touched.into_iter().enumerate() {
+        let part = index * cell..(index + 1) * cell;
+        let (source, target) = (&images.source[part.clone()], &images.target[part.clone()]);
+        if source == target || (!touched && *target == venture.target_before[part.clone()]) {
+            continue;
+        }
+        return Err(format!("source and target differ at offset {} (touched: {touched})", part.start));
+    }
+    Ok(())
+}
+
+fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
+    if a == b {
+        return None;
+    }
+    Some(a.iter().zip(b).position(|(x, y)| x != y).unwrap_or(a.len().min(b.len())))
+}
+
+/// A job that did not complete leaves guests where they are, and a target that does not claim anything.
+fn not_completed(rig: &Rig) -> Result<(), String> {
+    let mut venture = rig.venture.borrow_mut();
+    let Some(venture) = &mut *venture else { return Err("nothing is known of it".into()) };
+    let root = rig.root.borrow();
+    if root.as_ref().is_none_or(|root| !Rc::ptr_eq(&root.node(), &venture.source.node)) {
+        return Err("the guests' root does not point to the source any more".into());
+    }
+    drop(root);
+    judge_target(rig, venture, &rig.world.fork_after_power_cut(rig.plan.seed))?;
+    let source = rig.live(&venture.source);
+    let is_marked = rig.world.get_attribute(&*venture.target.path, MARK).is_some();
+    if venture.target.markable && !is_marked && source == rig.live(&venture.target) {
+        // Given up in its very last moment: the target is a complete copy all the same.
+        venture.completed = Some(Images { target: source.clone(), source });
+    }
+    Ok(())
+}
+
+/// A disk that guests were moved away from is not written any more.
+pub fn check_retired(rig: &Rig) {
+    if let Some((disk, image)) = rig.retired.borrow_mut().take()
+        && let Some(at) = first_difference(&image, &rig.live(&disk))
+    {
+        rig.fail(format!("{} was written at offset {at} after the pivot", disk.path));
+    }
+}
+
+/// Looks at what would be left if the power went now.
+pub fn look(rig: &Rig) {
+    rig.count("power cuts looked at");
+    let seed = rig.fork_rng().next_u64();
+    judge_power_cut(rig, &rig.world.fork_after_power_cut(seed));
+}
+
+/// What a power cut left must be what was promised.
+pub fn judge_power_cut(rig: &Rig, after: &World) {
+    let current = rig.current.borrow().path.clone();
+    let found = after.read_live(&*current, 0, rig.len());
+    if let Err(wrong) = rig.model.borrow().check_durable(&found) {
+        rig.fail(format!("after a power cut {current} holds what it must not: {wrong}"));
+    }
+    let venture = rig.venture.borrow();
+    let Some(venture) = venture.as_ref().filter(|venture| !venture.pivoted) else { return };
+    if let Err(what) = judge_target(rig, venture, after) {
+        rig.fail(format!("after a power cut: {what}"));
+    }
+}
+
+/// A target without a mark holds what it held before, or the source as it was at the end.
+fn judge_target(rig: &Rig, venture: &Venture, after: &World) -> Result<(), String> {
+    let path = &*venture.target.path;
+    if !venture.target.markable || after.get_attribute(path, MARK).is_some() {
+        rig.counts
+            .borrow_mut()
+            .add_many("power cuts with an unfinished target", venture.target.markable.into());
+        return Ok(());
+    }
+    let found = after.read_live(path, 0, rig.len());
+    if found == venture.target_before {
+        return Ok(());
+    }
+    let alike = |images: &Images| found == images.target;
+    if venture.completed.as_ref().is_some_and(alike) {
+        return Ok(());
+    }
+    let drained = Images { source: rig.live(&venture.source), target: rig.live(&venture.target) };
+    if alike(&drained) && compare(rig, venture, &drained).is_ok() {
+        return Ok(());
+    }
+    Err("the target says that it is complete, and is not".into())
+}
