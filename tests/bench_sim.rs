@@ -34,7 +34,8 @@ fn ring(world: &World) -> Ring {
 
 /// Our own export of the disk, on the same ring.
 fn serve(ring: &Ring) -> NbdServer {
-    let driver = open::open(ring, DISK, &ImageOptions::raw()).unwrap();
+    let handle = ring.clone();
+    let driver = ring.block_on(async move { open::open(&handle, DISK, &ImageOptions::raw()).await }).unwrap();
     let node = Node::new(ring, DISK, driver);
     let server = NbdServer::new(ring, ServerConfig::default());
     let export = Export {
@@ -121,7 +122,7 @@ fn a_reset_ends_the_load_and_the_log_holds() {
     for seed in 0..12 {
         let world = world(seed);
         let ring = ring(&world);
-        let _server = serve(&ring);
+        let server = serve(&ring);
         let paper = Paper::default();
         let config = LoadConfig { operations: None, duration_ns: Some(20 * SECOND), ..load() };
         let running = ring.spawn_with_result(run_over_nbd(ring.clone(), config, 2, paper.clone()));
@@ -129,21 +130,19 @@ fn a_reset_ends_the_load_and_the_log_holds() {
             let _ = ring.turn_blocking();
         }
         assert!(world.reset_streams("") > 0);
-        let outcome = loop {
-            match running.try_take() {
-                Some(outcome) => break outcome,
-                None => {
-                    let _ = ring.turn_blocking();
-                }
-            }
-        };
-        assert!(world.now() < SECOND, "everything in flight fails at once");
+        let reset_ns = world.now();
+        let outcome = ring.block_on(async move { running.take().await });
+        let took_ns = world.now() - reset_ns;
+        assert!(
+            took_ns < SECOND / 10,
+            "seed {seed}: everything in flight fails at once, not after {took_ns} ns"
+        );
         assert!(outcome.report.lost && !outcome.report.is_good(), "seed {seed}");
         // What the server had received it carries out; then the disk holds what the log says.
-        while ring.turn_blocking().in_flight > 1 && world.now() < 2 * SECOND {}
+        ring.block_on(async move { server.stop().await });
         let log = paper.replay(Survival::Everything);
         assert!(log.is_complete() && log.acknowledged() > 20, "seed {seed}: {}", log.acknowledged());
-        drop(ring);
+        assert_eq!(ring.shutdown(SECOND).leaked, 0);
         let found = check(&world, Expectation::of_log(&log));
         assert!(found.is_good() && found.verified > 10, "seed {seed}: {found:?}");
     }
