@@ -57,7 +57,7 @@ pub async fn direct(rig: Rc<Rig>) {
 async fn run_job(rig: &Rc<Rig>, index: usize, plan: &JobPlan) {
     let source = rig.current.borrow().clone();
     watch::check_retired(rig);
-    let target = match world::make_target(rig, index, plan).await {
+    let target = match world::make_target(rig, plan).await {
         Ok(target) => target,
         Err(what) => return rig.fail(what),
     };
@@ -151,6 +151,9 @@ fn options(rig: &Rc<Rig>, plan: &JobPlan, target: &Disk) -> MirrorOptions {
 /// Waits until the job is ready, lets it be for a while, ends it as planned.
 async fn see_it_through(rig: &Rc<Rig>, plan: &JobPlan, job: &Job, target: &Disk) {
     if rig.within(PATIENCE, job.until_ready()).await.is_none() {
+        if gave_up_on_flush(rig, job, target).await {
+            return;
+        }
         rescue(rig, job, target);
         if rig.within(BOUND, job.until_ready()).await.is_none() && !gave_up_on_flush(rig, job, target).await {
             rig.fail(format!("a job does not become ready in a healthy world: {}", state(job)));
@@ -174,6 +177,9 @@ async fn see_it_through(rig: &Rc<Rig>, plan: &JobPlan, job: &Job, target: &Disk)
     }
     if forced {
         return rig.fail(format!("a job that was given up does not end: {}", state(job)));
+    }
+    if gave_up_on_flush(rig, job, target).await {
+        return;
     }
     rescue(rig, job, target);
     if rig.within(BOUND, job.until_over()).await.is_none() && !gave_up_on_flush(rig, job, target).await {
@@ -305,7 +311,7 @@ fn rescue(rig: &Rc<Rig>, job: &Job, target: &Disk) {
     rig.ring.spawn(async move {
         while job.ending().is_none() {
             let _ = job.resume();
-            rig2.ring.sleep(SECOND / 100).await;
+            rig2.ring.sleep(SECOND / 20).await;
         }
     });
 }
@@ -313,6 +319,7 @@ fn rescue(rig: &Rc<Rig>, job: &Job, target: &Disk) {
 /// Follows a job's events.
 async fn listen(rig: Rc<Rig>, job: Job) {
     let mut rng = rig.fork_rng();
+    let mut stops = 0;
     loop {
         let event = job.next_event().await;
         rig.say(|| format!("{event:?}"));
@@ -329,7 +336,11 @@ async fn listen(rig: Rc<Rig>, job: Job) {
             },
             JobEvent::Error { action: ErrorAction::Stop, .. } => {
                 rig.count("stops by an error");
-                resume_after(&rig, &job, log_range(&mut rng, 1_000, SECOND / 20));
+                stops += 1;
+                // Users lose patience as well; in the end somebody rescues the job.
+                if stops < 20 {
+                    resume_after(&rig, &job, log_range(&mut rng, 1_000, SECOND / 20));
+                }
             }
             _ => {}
         }
