@@ -127,12 +127,12 @@ fn options(rig: &Rc<Rig>, plan: &JobPlan, target: &Disk) -> MirrorOptions {
     options.allow_larger_target = true;
     options.policies = ErrorPolicies { source: plan.on_source_error, target: plan.on_target_error };
     if let Some(file) = target.node.driver().local_file().filter(|_| target.markable) {
-        let shut = rig.shut.clone();
+        let (rig2, ambush) = (rig.clone(), plan.ambush);
         options.marker = Some(Box::new(SimMarker {
             ring: rig.ring.clone(),
             file,
             name: target.path.clone(),
-            before_unmark: Rc::new(move || shut.notify()),
+            before_unmark: Rc::new(move || last_moments(&rig2, ambush)),
         }) as Box<dyn Marker>);
     }
     if plan.verify && plan.sync != SyncMode::None {
@@ -146,6 +146,21 @@ fn options(rig: &Rc<Rig>, plan: &JobPlan, target: &Disk) -> MirrorOptions {
         }
     }
     options
+}
+
+/// The door is shut and the mark is about to go: clients come, users change their minds.
+fn last_moments(rig: &Rc<Rig>, ambush: Option<(u64, Verb)>) {
+    rig.shut.notify();
+    let job = rig.venture.borrow().as_ref().and_then(|venture| venture.job.clone());
+    if let (Some((after, verb)), Some(job)) = (ambush, job) {
+        let rig2 = rig.clone();
+        rig.ring.spawn(async move {
+            rig2.ring.sleep(after).await;
+            if act(&rig2, &job, verb) {
+                rig2.count("verbs in a job's last moments");
+            }
+        });
+    }
 }
 
 /// Waits until the job is ready, lets it be for a while, ends it as planned.
@@ -296,6 +311,10 @@ fn resume_after(rig: &Rc<Rig>, job: &Job, span: u64) {
     let (rig2, job) = (rig.clone(), job.clone());
     rig.ring.spawn(async move {
         rig2.ring.sleep(span).await;
+        let node = rig2.current.borrow().node.clone();
+        if job.status().is_paused() && node.is_drained() {
+            rig2.fail(format!("a paused job keeps guests at the door: {}", state(&job)));
+        }
         if job.resume().is_ok() {
             rig2.count("resumes");
         }

@@ -199,7 +199,8 @@ impl Machine {
         plan.faults = Vec::new();
         plan.jobs.truncate(1);
         for job in &mut plan.jobs {
-            (job.verbs, job.ending, job.target_room) = (Vec::new(), Ending::Complete, None);
+            (job.verbs, job.ambush) = (Vec::new(), None);
+            (job.ending, job.target_room) = (Ending::Complete, None);
         }
         for guest in &mut plan.guests {
             guest.join = Join::Start;
