@@ -4,11 +4,18 @@
 mod disk;
 #[path = "nbd_export/lab.rs"]
 mod lab;
+#[path = "nbd_export/raw.rs"]
+mod raw;
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
+use blockferry::export::nbd::{Export, RemoveMode, ServerConfig};
+use blockferry::graph::node::Root;
+use blockferry_ring::SocketAddress;
+
 use lab::{Lab, run};
+use raw::{BLOCK_STATUS, FLAG_DF, FLAG_FAST_ZERO, FLAG_REQ_ONE, FLUSH, READ, Raw, WRITE, WRITE_ZEROES};
 
 const MIB: u64 = 1 << 20;
 
@@ -153,4 +160,348 @@ fn a_silent_client_is_shown_the_door() {
     let waited = begin.elapsed();
     assert!(waited > Duration::from_millis(900) && waited < Duration::from_secs(8), "{waited:?}");
     lab.wait_for_clients(0);
+}
+
+const EPERM: u32 = 1;
+const EIO: u32 = 5;
+const EINVAL: u32 = 22;
+const ENOSPC: u32 = 28;
+const EOVERFLOW: u32 = 75;
+
+#[test]
+fn what_is_refused_costs_no_session() {
+    let lab = Lab::new(40 * MIB);
+    let mut raw = Raw::structured(lab.connect(), "disk");
+    assert_eq!(raw.size, 40 * MIB);
+    assert_eq!(raw.call(0, READ, 40 * MIB - 512, 1024).error, EINVAL);
+    assert_eq!(raw.call(0, READ, u64::MAX, 1).error, EINVAL);
+    assert_eq!(raw.write(40 * MIB - 512, &[1; 1024]).error, ENOSPC);
+    assert_eq!(raw.call(0, 99, 0, 0).error, EINVAL);
+    assert_eq!(raw.call(1 << 9, FLUSH, 0, 0).error, EINVAL);
+    assert_eq!(raw.call(0, BLOCK_STATUS, 0, 0).error, EINVAL);
+    // Too large, but small enough to be read past.
+    assert_eq!(raw.write(0, &vec![1; 33 << 20]).error, EINVAL);
+    assert_eq!(raw.write(0, b"still here").error, 0);
+    assert_eq!(raw.call(0, READ, 0, 10).bytes(), b"still here");
+    assert!(raw.call(0, READ, 0, 0).data.is_empty());
+    assert_eq!(raw.write(0, b"").error, 0);
+    // Larger than anybody should be asked to read past.
+    raw.send(0, WRITE, 1, 0, 65 << 20);
+    assert!(raw.is_over());
+    let mut raw = Raw::structured(lab.connect(), "readonly");
+    assert_eq!(raw.write(0, &[1; 512]).error, EPERM);
+    assert_eq!(raw.call(0, READ, 0, 10).bytes(), b"still here");
+    assert_eq!(raw.call(0, WRITE_ZEROES, 0, 512).error, EINVAL);
+}
+
+#[test]
+fn failures_of_the_disk_reach_the_client() {
+    let lab = Lab::new(8 * MIB);
+    let mut raw = Raw::structured(lab.connect(), "disk");
+    assert_eq!(raw.write(0, &vec![7; 4 << 20]).error, 0);
+    lab.disk(|disk| disk.bad_byte.set(Some((3 * MIB + 5, blockferry_ring::Errno::EIO))));
+    assert_eq!(raw.call(0, READ, 3 * MIB, 4096).error, EIO);
+    // One part of four fails: the others may come, and the end tells.
+    let reply = raw.call(0, READ, 0, 4 << 20);
+    assert_eq!(reply.error, EIO);
+    assert!(reply.data.iter().all(|(offset, _)| *offset != 3 * MIB));
+    assert_eq!(raw.call(0, BLOCK_STATUS, 3 * MIB + 5, 512).error, EIO);
+    lab.disk(|disk| disk.bad_byte.set(Some((3 * MIB + 5, blockferry_ring::Errno::EDQUOT))));
+    assert_eq!(raw.write(3 * MIB, &[1; 4096]).error, ENOSPC);
+    assert_eq!(raw.write(0, &vec![1; 4 << 20]).error, ENOSPC);
+    lab.disk(|disk| disk.bad_byte.set(None));
+    assert_eq!(raw.call(0, READ, 0, 4 << 20).bytes().len(), 4 << 20);
+}
+
+#[test]
+fn large_reads_come_in_the_style_that_was_agreed() {
+    let lab = Lab::new(40 * MIB);
+    let image: Vec<u8> = (0..40 * MIB / 8).flat_map(|i| (i * 0x9e37_79b9).to_le_bytes()).collect();
+    let mut raw = Raw::structured(lab.connect(), "disk");
+    assert_eq!(raw.write(0, &image[..32 << 20]).error, 0);
+    assert_eq!(raw.write(32 * MIB, &image[32 << 20..]).error, 0);
+    let (from, to) = (12_345usize, 12_345 + (32 << 20));
+    let reply = raw.call(0, READ, from as u64, 32 << 20);
+    assert!(reply.data.len() == 32 && reply.bytes() == image[from..to], "parts of 1 MiB");
+    assert_eq!(raw.call(FLAG_DF, READ, 1, 1 << 20).data, [(1, image[1..(1 << 20) + 1].to_vec())]);
+    assert_eq!(raw.call(FLAG_DF, READ, 1, (1 << 20) + 1).error, EOVERFLOW);
+    // Without chunks: in one piece, with other replies before and after, never within.
+    let mut raw = Raw::simple(lab.connect(), "disk");
+    let lengths = [512, 32 << 20, 100, (1 << 20) + 1, 4096, 3 << 20, 1];
+    for (cookie, length) in lengths.iter().enumerate() {
+        raw.send(0, READ, cookie as u64, from as u64, *length);
+    }
+    for _ in lengths {
+        // The cookie tells how much data follows.
+        let mut head = [0; 16];
+        raw.stream.read_exact(&mut head).unwrap();
+        assert_eq!(head[..8], [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0]);
+        let length = lengths[head[15] as usize] as usize;
+        let mut data = vec![0; length];
+        raw.stream.read_exact(&mut data).unwrap();
+        assert!(data == image[from..from + length], "{length} bytes");
+    }
+    // A failure before the data is an answer; one in its midst ends the session.
+    lab.disk(|disk| disk.bad_byte.set(Some((5 * MIB, blockferry_ring::Errno::EIO))));
+    raw.send(0, READ, 5, 5 * MIB, 2 << 20);
+    assert_eq!(raw.simple_reply(2 << 20).1, EIO);
+    raw.send(0, READ, 5, 4 * MIB, 2 << 20);
+    let mut rest = Vec::new();
+    let _ = raw.stream.read_to_end(&mut rest);
+    assert!(rest.len() < 16 + (2 << 20), "{} bytes came", rest.len());
+    lab.wait_for_clients(1);
+}
+
+#[test]
+fn status_keeps_to_its_limits() {
+    let lab = Lab::new(64 * MIB);
+    let mut raw = Raw::structured(lab.connect(), "disk");
+    for i in 0..4096 {
+        raw.stream.write_all(&Raw::header(0, WRITE, i, i * 8192, 4096)).unwrap();
+        raw.stream.write_all(&[1; 4096]).unwrap();
+        assert_eq!(raw.reply(i).error, 0);
+    }
+    let extents = raw.call(0, BLOCK_STATUS, 0, 64 << 20).extents;
+    assert!(extents.len() > 1000 && extents.len() < 4096, "{} extents", extents.len());
+    assert!(extents.iter().enumerate().all(|(i, e)| *e == (4096, if i % 2 == 0 { 0 } else { 3 })));
+    assert_eq!(raw.call(FLAG_REQ_ONE, BLOCK_STATUS, 100, 64 << 20 >> 1).extents, [(3996, 0)]);
+    assert_eq!(raw.call(FLAG_REQ_ONE, BLOCK_STATUS, 100, 50).extents, [(50, 0)]);
+    assert_eq!(raw.call(0, BLOCK_STATUS, 40 * MIB, 4096).extents, [(4096, 3)]);
+    assert_eq!(raw.call(FLAG_FAST_ZERO, WRITE_ZEROES, 0, 8 << 20).error, 0);
+    assert_eq!(raw.call(0, BLOCK_STATUS, 0, 8 << 20).extents, [(8 << 20, 3)]);
+}
+
+#[test]
+fn requests_of_a_client_run_side_by_side_and_within_its_limits() {
+    let config = ServerConfig { in_flight_max: 24, bytes_in_flight_max: MIB, ..ServerConfig::default() };
+    let lab = Lab::with(16 * MIB, config);
+    lab.disk(|disk| disk.delay_ns.set(20_000_000));
+    let mut raw = Raw::structured(lab.connect(), "disk");
+    let begin = Instant::now();
+    let all: Vec<u8> = (0..96).flat_map(|i| Raw::header(0, READ, i, i * 4096, 4096)).collect();
+    raw.stream.write_all(&all).unwrap();
+    let mut cookies: Vec<u64> = (0..96).map(|_| raw.any_reply()).collect();
+    cookies.sort();
+    assert_eq!(cookies, (0..96).collect::<Vec<_>>());
+    let took = begin.elapsed();
+    assert_eq!(lab.disk(|disk| disk.seen.borrow().in_flight_max), 24);
+    assert!(took >= Duration::from_millis(80) && took < Duration::from_secs(2), "{took:?}");
+    // 24 requests would be 6 MiB.
+    lab.disk(|disk| disk.seen.borrow_mut().in_flight_max = 0);
+    let all: Vec<u8> = (0..40).flat_map(|i| Raw::header(0, READ, i, 0, 256 << 10)).collect();
+    raw.stream.write_all(&all).unwrap();
+    (0..40).for_each(|_| assert!(raw.any_reply() < 40));
+    assert_eq!(lab.disk(|disk| disk.seen.borrow().in_flight_max), 4);
+}
+
+#[test]
+fn clients_that_read_no_replies_stall_only_themselves() {
+    let lab = Lab::new(64 * MIB);
+    let mut stalled = Vec::new();
+    for _ in 0..4 {
+        let mut raw = Raw::structured(lab.connect(), "disk");
+        raw.stream.set_nonblocking(true).unwrap();
+        for cookie in 0..400 {
+            if raw.stream.write_all(&Raw::header(0, READ, cookie, 0, 1 << 20)).is_err() {
+                break;
+            }
+        }
+        stalled.push(raw);
+    }
+    lab.qemu_io(&["write -P 1 0 8M", "read -P 1 0 8M", "flush"]);
+    let image = lab.pattern_file("in.raw", 64 * MIB);
+    run("nbdcopy", &[&image, &lab.uri("disk")]);
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &image, &lab.uri("disk")]);
+    let (used, all) = lab.inside(|inside| (inside.ring.arena().bytes_used(), inside.ring.arena().bytes()));
+    assert!(used < all, "{used} of {all} bytes are held by clients that do nothing");
+    drop(stalled);
+    lab.wait_for_clients(0);
+}
+
+#[test]
+fn stalled_clients_go_when_others_need_the_memory() {
+    let config = ServerConfig { stall_ns_max: 300_000_000, ..ServerConfig::default() };
+    let lab = Lab::with(64 * MIB, config);
+    // One alone may stall for as long as it likes.
+    let mut patient = Raw::structured(lab.connect(), "disk");
+    patient.send(0, READ, 1, 0, 4 << 20);
+    std::thread::sleep(Duration::from_millis(700));
+    assert_eq!(patient.reply(1).bytes().len(), 4 << 20);
+    let mut stalled = Vec::new();
+    for i in 0..40 {
+        let mut raw = Raw::structured(lab.connect(), "disk");
+        if i % 2 == 0 {
+            (0..50).for_each(|cookie| raw.send(0, READ, cookie, 0, 1 << 20));
+        } else {
+            raw.send(0, WRITE, 1, 0, 32 << 20);
+            raw.stream.write_all(&[0; 1000]).unwrap();
+        }
+        stalled.push(raw);
+    }
+    lab.qemu_io(&["write -P 1 0 8M", "read -P 1 0 8M", "flush"]);
+    // The first one has done no wrong.
+    assert_eq!(patient.call(0, READ, 0, 4096).bytes(), [1; 4096]);
+    assert!(lab.inside(|inside| inside.server.clients()) < 41);
+}
+
+#[test]
+fn clients_that_are_killed_leave_nothing() {
+    let lab = Lab::new(64 * MIB);
+    lab.disk(|disk| disk.delay_ns.set(3_000_000));
+    for work in ["--rw=randrw", "--rw=randwrite", "--rw=randread"] {
+        let uri = format!("--uri={}", lab.uri("disk"));
+        let arguments =
+            ["--name=job", "--ioengine=nbd", &uri, "--size=64M", work, "--bsrange=4k-512k", "--iodepth=32"];
+        let client =
+            lab::start("fio", &[&arguments[..], &["--time_based", "--runtime=30", "--thread"]].concat());
+        lab.wait_for_clients(1);
+        let begin = Instant::now();
+        while lab.disk(|disk| disk.seen.borrow().in_flight_max) < 8 {
+            assert!(begin.elapsed() < Duration::from_secs(20), "the client never gets going");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(client);
+        lab.wait_for_clients(0);
+        lab.disk(|disk| disk.seen.borrow_mut().in_flight_max = 0);
+    }
+    // Cut in the middle of a header, and of a payload on either side of what one receive holds.
+    for cut in [5usize, 27, 28, 29, 5000, 70_000, (1 << 20) + 29, 3 << 20] {
+        let mut raw = Raw::structured(lab.connect(), "disk");
+        let mut bytes = Raw::header(0, WRITE, 1, 0, 4 << 20);
+        bytes.resize(28 + (4 << 20), 0x11);
+        raw.stream.write_all(&bytes[..cut]).unwrap();
+        drop(raw);
+        lab.wait_for_clients(0);
+    }
+    lab.disk(|disk| disk.delay_ns.set(0));
+    lab.qemu_io(&["write -P 2 0 4k", "read -P 2 0 4k"]);
+}
+
+#[test]
+fn who_connects_in_a_drain_waits_at_the_door() {
+    let lab = Lab::new(8 * MIB);
+    let mut before = Raw::structured(lab.connect(), "disk");
+    assert_eq!(before.write(0, b"before").error, 0);
+    lab.inside(|inside| {
+        let (node, ring) = (inside.node.clone(), inside.ring.clone());
+        ring.clone().spawn(async move {
+            let drained = node.drain(1_000_000_000).await.unwrap();
+            ring.sleep(400_000_000).await;
+            drop(drained);
+        });
+    });
+    while !lab.inside(|inside| inside.node.is_drained()) {}
+    let begin = Instant::now();
+    let newcomer = Raw::ask(lab.connect(), "disk");
+    before.send(0, READ, 5, 0, 6);
+    newcomer.set_read_timeout(Some(Duration::from_millis(150))).unwrap();
+    let mut byte = [0];
+    assert!((&newcomer).read(&mut byte).is_err(), "the handshake ended in the midst of a drain");
+    newcomer.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut newcomer = Raw::answered(newcomer);
+    assert!(begin.elapsed() >= Duration::from_millis(250));
+    assert_eq!(newcomer.call(0, READ, 0, 6).bytes(), b"before");
+    assert_eq!(before.reply(5).bytes(), b"before");
+}
+
+#[test]
+fn exports_come_and_go() {
+    let lab = Lab::new(8 * MIB);
+    let mut raw = Raw::structured(lab.connect(), "disk");
+    let refused =
+        lab.inside(|inside| inside.server.remove_export("disk", RemoveMode::Safe).unwrap_err().to_string());
+    assert_eq!(refused, "The export 'disk' is in use (clients: 1).");
+    assert_eq!(raw.write(0, b"x").error, 0);
+    lab.inside(|inside| {
+        inside.server.remove_export("disk", RemoveMode::Hard).unwrap();
+        inside.server.remove_export("disk", RemoveMode::Hard).unwrap_err();
+        inside.server.remove_export("readonly", RemoveMode::Safe).unwrap();
+    });
+    assert!(raw.is_over());
+    lab.wait_for_clients(0);
+    let (is_good, text) = lab::try_run("nbdinfo", &[&lab.uri("disk")]);
+    assert!(!is_good && text.contains("No such file or directory for export: disk"), "{text}");
+    lab.inside(|inside| {
+        let root = Root::new(&inside.node, false).unwrap();
+        let export = Export { root, description: String::new(), writable: true, default: false };
+        inside.server.add_export("again", export.clone()).unwrap();
+        inside.server.add_export("again", export).unwrap_err();
+        assert_eq!(inside.server.exports().len(), 1);
+    });
+    assert!(run("nbdinfo", &["--size", &lab.uri("again")]).contains("8388608"));
+}
+
+#[test]
+fn idle_is_told_when_the_last_client_has_left() {
+    let lab = Lab::new(8 * MIB);
+    let (give, told) = std::sync::mpsc::channel();
+    lab.inside(|inside| {
+        let server = inside.server.clone();
+        inside.ring.spawn(async move {
+            server.idle().await;
+            give.send(server.clients()).unwrap();
+        });
+    });
+    let is_told = || told.try_recv().ok();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(is_told(), None, "nobody has been there yet");
+    let (first, second) = (lab.connect(), lab.connect());
+    lab.wait_for_clients(2);
+    drop(first);
+    lab.wait_for_clients(1);
+    assert_eq!(is_told(), None);
+    drop(second);
+    lab.wait_for_clients(0);
+    assert_eq!(is_told(), Some(0));
+}
+
+#[test]
+fn too_many_clients_wait_to_be_accepted() {
+    let lab = Lab::with(8 * MIB, ServerConfig { clients_max: 2, ..ServerConfig::default() });
+    let first = Raw::structured(lab.connect(), "disk");
+    let _second = Raw::structured(lab.connect(), "disk");
+    let third = lab.connect();
+    third.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    let mut byte = [0];
+    assert!((&third).read(&mut byte).is_err(), "a third client is greeted");
+    assert_eq!(lab.inside(|inside| inside.server.clients()), 2);
+    drop(first);
+    third.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    Raw::structured(third, "disk").call(0, READ, 0, 512);
+}
+
+#[test]
+fn sockets_are_taken_over_only_from_the_dead() {
+    let lab = Lab::new(8 * MIB);
+    let stale = lab.path("stale.sock");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    let file = lab.path("file");
+    std::fs::write(&file, "not a socket").unwrap();
+    let (used, busy) = (stale.clone(), lab.path("nbd.sock"));
+    let tcp = lab.inside(move |inside| {
+        let listen = |path: &str| inside.server.listen(&SocketAddress::Unix(path.into()));
+        listen(&stale).unwrap();
+        for path in [&busy, &file] {
+            assert!(listen(path).unwrap_err().to_string().contains("Address already in use"), "{path}");
+        }
+        assert!(listen("/nonexistent/socket").unwrap_err().to_string().contains("No such file"));
+        inside.server.listen(&SocketAddress::Tcp(([127, 0, 0, 1], 0).into())).unwrap()
+    });
+    assert!(matches!(tcp, SocketAddress::Tcp(address) if address.port() != 0));
+    assert_eq!(std::fs::read_to_string(lab.path("file")).unwrap(), "not a socket");
+    assert!(run("nbdinfo", &["--size", &format!("nbd+unix:///disk?socket={used}")]).contains("8388608"));
+    let uri = format!("nbd://{tcp}/disk");
+    run("qemu-io", &["-f", "raw", "-c", "write -P 3 0 4M", "-c", "read -P 3 0 4M", &uri]);
+    // Who is connected stays when the door closes.
+    let mut raw = Raw::structured(lab.connect(), "disk");
+    lab.inside(|inside| {
+        let server = inside.server.clone();
+        inside.ring.spawn(async move { server.stop_accepting().await });
+    });
+    let begin = Instant::now();
+    while std::path::Path::new(&used).exists() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "the socket stays");
+    }
+    assert_eq!(raw.call(0, READ, 0, 4).bytes(), [3; 4]);
+    assert!(std::os::unix::net::UnixStream::connect(lab.path("nbd.sock")).is_err());
 }

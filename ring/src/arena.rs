@@ -294,20 +294,4 @@ mod tests {
         let arena = arena(1 << 20);
         assert!(arena.try_alloc(0).is_none() && arena.try_alloc(BLOCK_MAX + 1).is_none());
     }
-
-    #[test]
-    fn parts_of_one_block_are_joined_and_no_others() {
-        let arena = arena(1 << 20);
-        let whole = arena.try_alloc(8192).unwrap();
-        let (left, right) = whole.split_at(100);
-        let (middle, right) = right.split_at(50);
-        let (left, right) = left.join(right).unwrap_err();
-        let (right, middle) = right.join(middle).unwrap_err();
-        let other = arena.try_alloc(8192).unwrap();
-        let (left, other) = left.join(other).unwrap_err();
-        let whole = left.join(middle).unwrap().join(right).unwrap();
-        assert_eq!(whole.len(), 8192);
-        drop((whole, other));
-        assert_eq!(arena.bytes_used(), 0);
-    }
 }

@@ -415,12 +415,12 @@ impl Ring {
 
     /// One turn that never blocks.
     pub fn turn(&self) -> Turn {
-        self.turn_with(false)
+        self.turn_with(|| false)
     }
 
     /// One turn that may sleep until there is work.
     pub fn turn_blocking(&self) -> Turn {
-        self.turn_with(true)
+        self.turn_with(|| true)
     }
 
     /// Turns until `future` is done and gives its result. For programs whose whole life is this ring.
@@ -430,11 +430,13 @@ impl Ring {
             if let Some(value) = result.try_take() {
                 return value;
             }
-            let _ = self.turn_blocking();
+            // The task that gives the value may be the last one: then nothing would end a sleep.
+            let _ = self.turn_with(|| !result.is_given());
         }
     }
 
-    fn turn_with(&self, may_block: bool) -> Turn {
+    /// `may_block` is asked after the tasks have run.
+    fn turn_with(&self, may_block: impl FnOnce() -> bool) -> Turn {
         let core = &self.0;
         add(&core.stats.turns, 1);
         let mut progressed = core.reap();
@@ -455,7 +457,7 @@ impl Ring {
         let left = core.push_queue();
         let more_work = left || core.exec.has_ready();
         let next_deadline = core.next_deadline();
-        core.enter(may_block && !more_work, next_deadline);
+        core.enter(!more_work && may_block(), next_deadline);
         let more_work = more_work || core.backend.borrow_mut().has_completions();
         Turn { progressed, more_work, next_deadline, in_flight: core.in_flight.get() }
     }

@@ -83,6 +83,11 @@ impl<T> OneShot<T> {
         }
     }
 
+    /// Whether the value is there.
+    pub fn is_given(&self) -> bool {
+        self.value.borrow().is_some()
+    }
+
     /// The value if it is there.
     pub fn try_take(&self) -> Option<T> {
         self.value.borrow_mut().take()

@@ -60,6 +60,19 @@ fn writes_come_back_and_are_fixed() {
 }
 
 #[test]
+fn the_end_is_not_slept_through() {
+    let ring = ring();
+    let start = Instant::now();
+    let r = ring.clone();
+    for _ in 0..4 {
+        ring.block_on(std::future::ready(()));
+        let r = r.clone();
+        ring.block_on(async move { r.sleep(1_000_000).await });
+    }
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+}
+
+#[test]
 fn streams_echo() {
     let scratch = Scratch::new("sock");
     let address = SocketAddress::Unix(scratch.path().to_owned());
@@ -184,38 +197,74 @@ fn restricted_rings_work() {
     });
 }
 
+/// Sleeps in `poll` on the ring's fd; whether it was readable, and for how long it slept.
+fn poll_fd(ring: &Ring, timeout: Duration) -> (bool, Duration) {
+    let began = Instant::now();
+    let readable = ring.with_fd(|fd| {
+        let fd = fd.unwrap();
+        let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+        let timeout = rustix::time::Timespec::try_from(timeout).unwrap();
+        rustix::event::poll(&mut fds, Some(&timeout)).unwrap() == 1
+    });
+    (readable, began.elapsed())
+}
+
+/// Turns whenever the fd says so, until `done`.
+fn turn_by_fd(ring: &Ring, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < end, "the work never ended");
+        let turn = ring.turn();
+        if !turn.more_work && !done() {
+            let (readable, slept) = poll_fd(ring, Duration::from_secs(10));
+            assert!(readable, "there was work, and the fd slept through it for {slept:?}");
+        }
+    }
+}
+
 #[test]
-fn the_fd_polls_readable_when_there_is_work() {
+fn the_fd_wakes_a_poller_that_sleeps_already() {
     let ring = ring();
     let r = ring.clone();
     let scratch = Scratch::new("fd");
-    let address = SocketAddress::Unix(scratch.path().to_owned());
-    let (listener, _) = ring.listen(&address).unwrap();
+    let path = scratch.path().to_owned();
+    let (listener, _) = ring.listen(&SocketAddress::Unix(path.clone())).unwrap();
     let accepted = ring.spawn_with_result(async move { r.accept(&listener).await.map(drop) });
-    while ring.turn().more_work {}
-    let readable = |timeout_ms: i64| {
-        ring.with_fd(|fd| {
-            let fd = fd.unwrap();
-            let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
-            let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: timeout_ms * 1_000_000 };
-            rustix::event::poll(&mut fds, Some(&timeout)).unwrap() == 1
-        })
-    };
-    assert!(!readable(0));
-    let _client = std::os::unix::net::UnixStream::connect(scratch.path()).unwrap();
-    assert!(readable(900), "the connection makes the ring's fd readable");
-    let end = Instant::now() + Duration::from_secs(5);
+    let client = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        std::os::unix::net::UnixStream::connect(path).unwrap()
+    });
     let mut result = None;
-    while result.is_none() && Instant::now() < end {
-        let _ = ring.turn();
-        result = accepted.try_take();
-    }
+    turn_by_fd(&ring, || {
+        result = result.or_else(|| accepted.try_take());
+        result.is_some()
+    });
     assert_eq!(result, Some(Ok(())));
-    // From another thread.
-    let waker = ring.remote_waker();
+    drop(client.join().unwrap());
+
+    // A disk operation, and another thread.
+    let file = Scratch::new("fd-file");
+    let how = OpenHow { write: true, direct: true, create_new: true, ..OpenHow::default() };
+    let opened = ring.open(file.path(), &how).unwrap();
+    let r = ring.clone();
+    let written = ring.spawn_with_result(async move {
+        let buf = r.alloc(65_536).await;
+        r.write(&opened, 0, buf.freeze(), false).await
+    });
+    let mut result = None;
+    turn_by_fd(&ring, || {
+        result = result.or_else(|| written.try_take());
+        result.is_some()
+    });
+    assert_eq!(result, Some(Ok(65_536)));
     while ring.turn().more_work {}
-    std::thread::spawn(move || waker.wake());
-    assert!(readable(900));
+    let waker = ring.remote_waker();
+    let thread = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        waker.wake();
+    });
+    assert!(poll_fd(&ring, Duration::from_secs(10)).0);
+    thread.join().unwrap();
 }
 
 #[test]

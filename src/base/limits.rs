@@ -101,6 +101,11 @@ pub const NBD_REPLY_COPY_BYTES: usize = 32 << 10;
 pub const NBD_REPLY_LEASE_BYTES: usize = 128 << 10;
 /// Bytes that one send of replies carries at most; their memory comes back when it ends.
 pub const NBD_SEND_BYTES_MAX: usize = 2 << 20;
+/// When memory is short, an NBD client that neither takes its replies nor sends what it announced for this long is
+/// disconnected, in nanoseconds.
+pub const NBD_STALL_NS_MAX: u64 = 10_000_000_000;
+/// Memory is short when less than this part of it is free.
+pub const NBD_STALL_FREE_DIVISOR: usize = 4;
 /// Pause before connections are accepted again after that failed, in nanoseconds (no more descriptors, say).
 pub const NBD_ACCEPT_PAUSE_NS: u64 = 100_000_000;
 /// Requests that one NBD client connection keeps in flight. Further ones wait on this side.

@@ -88,8 +88,8 @@ fn path_report(engine: &Engine, path: &std::path::Path) -> Vec<String> {
             Err(error) => vec![format!("not writable: {error}")],
         };
     }
-    let options = ImageOptions { lock: false, ..ImageOptions::read_only() };
-    match engine.open(&path.display().to_string(), &options) {
+    let options = ImageOptions { lock: false, read_only: true, ..ImageOptions::raw() };
+    match engine.open_as_said(&path.display().to_string(), &options) {
         Ok(node) => describe(&**node.driver()),
         Err(error) => vec![error.to_string()],
     }
@@ -104,7 +104,7 @@ fn scratch_report(engine: &Engine, directory: &std::path::Path) -> Result<Vec<St
         crate::protocol::file::FileDriver::create(&make, &at, 1 << 20, Default::default()).await
     })?;
     let result = (|| {
-        let node = engine.open(&name, &ImageOptions { lock: false, ..ImageOptions::raw() })?;
+        let node = engine.open_as_said(&name, &ImageOptions { lock: false, ..ImageOptions::raw() })?;
         let driver = node.driver().clone();
         let mut lines = describe(&*driver);
         let (d, r) = (driver.clone(), ring.clone());
@@ -127,10 +127,13 @@ fn scratch_report(engine: &Engine, directory: &std::path::Path) -> Result<Vec<St
             answer("flush", d.flush().await);
             let extent = d.block_status(524_288, 4096).await;
             answer("holes are told from data", extent.map(drop));
-            let mark = d.local_file().map(|file| r.set_attribute(&file, "user.blockferry.state", Some(b"doctor")));
+            let mark =
+                d.local_file().map(|file| r.set_attribute(&file, "user.blockferry.state", Some(b"doctor")));
             lines.push(match mark {
                 Some(Ok(())) => "extended attributes (marks on targets): yes".to_owned(),
-                Some(Err(errno)) => format!("extended attributes (marks on targets): no ({errno}); use --state-dir"),
+                Some(Err(errno)) => {
+                    format!("extended attributes (marks on targets): no ({errno}); use --state-dir")
+                }
                 None => "extended attributes (marks on targets): no".to_owned(),
             });
             lines

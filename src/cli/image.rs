@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::exit::Failure;
 use crate::engine::{Format, ImageOptions};
+use crate::protocol::mark::default_state_dir;
 use crate::protocol::open::Cache;
 
 /// Whether the page cache is used.
@@ -38,13 +39,20 @@ pub struct OpenArgs {
 
 /// A format as the user says it.
 pub fn parse_format(text: &str) -> Result<Format, String> {
-    Format::parse(text).ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw"))
+    Format::parse(text)
+        .ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw"))
 }
 
 impl OpenArgs {
     /// What these options mean for one image.
     pub fn image(&self, format: Option<Format>, read_only: bool) -> ImageOptions {
-        ImageOptions { format, read_only, cache: self.cache.into(), lock: !self.no_lock, ..ImageOptions::default() }
+        ImageOptions {
+            format,
+            read_only,
+            cache: self.cache.into(),
+            lock: !self.no_lock,
+            ..ImageOptions::default()
+        }
     }
 }
 
@@ -61,4 +69,13 @@ pub fn speed(text: &str) -> Result<u64, String> {
 /// The text of an error as a failure.
 pub fn failed(error: impl std::fmt::Display) -> Failure {
     Failure::text(error.to_string())
+}
+
+/// Where marks go that their targets cannot carry: as said, or this user's own place.
+pub fn state_dir(said: Option<&std::path::Path>) -> Option<std::path::PathBuf> {
+    let home = |name| std::env::var_os(name);
+    let (state_home, own_home) = (home("XDG_STATE_HOME"), home("HOME"));
+    let is_root = rustix::process::geteuid().is_root();
+    said.map(std::path::Path::to_path_buf)
+        .or_else(|| default_state_dir(is_root, state_home.as_deref(), own_home.as_deref()))
 }

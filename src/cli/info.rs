@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::parse_format;
+use super::image::{parse_format, state_dir};
 use super::{Global, config, stats};
 use crate::base::units::fmt_bytes;
 use crate::engine::{Engine, Format, ImageOptions};
@@ -26,15 +26,13 @@ pub struct InfoArgs {
 
 /// Runs the command.
 pub fn main(global: &Global, args: &InfoArgs) -> Result<Exit, Failure> {
-    let engine = Engine::new(&config(global))?;
+    let engine = std::rc::Rc::new(Engine::new(&config(global))?);
     let options = ImageOptions { format: args.format, lock: false, ..ImageOptions::read_only() };
-    let node = engine.open(&args.image, &options)?;
-    let driver = node.driver().clone();
-    let ring = engine.ring().clone();
-    let state_dir = args.state_dir.clone();
-    let mark = engine.run({
-        let driver = driver.clone();
-        async move { TargetMark::read(&ring, &driver, state_dir.as_deref()).await }
+    let (e, name, marks) = (engine.clone(), args.image.clone(), state_dir(args.state_dir.as_deref()));
+    let (driver, mark) = engine.run(async move {
+        let driver = e.open(&name, &options).await?.driver().clone();
+        let mark = TargetMark::read(e.ring(), &driver, marks.as_deref()).await?;
+        Ok::<_, Failure>((driver, mark))
     })?;
     let limits = driver.limits();
     if global.json {

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{OpenArgs, parse_format, size, speed};
+use super::image::{OpenArgs, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::serve::{Exports, export_uri};
 use super::signals::Signals;
@@ -188,7 +188,9 @@ struct Settings {
 impl Settings {
     fn new(args: &MirrorArgs) -> Result<Settings, Failure> {
         if args.follow && args.export.is_empty() && args.sync as u8 != Sync::None as u8 {
-            tracing::info!("without --export nobody can write through this process: there is nothing to follow");
+            tracing::info!(
+                "without --export nobody can write through this process: there is nothing to follow"
+            );
         }
         let too_large = |name: &str| Failure::text(format!("--{name} is too large"));
         Ok(Settings {
@@ -212,7 +214,10 @@ impl Settings {
             buf_size: i64::try_from(args.buf_size).map_err(|_| too_large("buf-size"))?,
             detect_zeroes: args.detect_zeroes != DetectZeroes::Off,
             allow_larger_target: args.allow_larger_target,
-            policies: ErrorPolicies { source: args.on_source_error.into(), target: args.on_target_error.into() },
+            policies: ErrorPolicies {
+                source: args.on_source_error.into(),
+                target: args.on_target_error.into(),
+            },
             state_dir: args.state_dir.clone(),
             quiet: args.quiet,
             open: args.open.clone(),
@@ -230,7 +235,8 @@ impl Run {
     async fn mirror(&self, settings: &Settings) -> Result<Exit, Failure> {
         let ring = self.engine.ring().clone();
         let read_only = settings.export.is_empty();
-        let source = self.engine.open(&settings.source, &settings.open.image(settings.format, read_only))?;
+        let source =
+            self.engine.open(&settings.source, &settings.open.image(settings.format, read_only)).await?;
         let (target, created) = self.open_target(settings, &source).await?;
         let mut exports = Exports::new(&ring);
         for uri in &settings.export {
@@ -239,8 +245,8 @@ impl Run {
         let marker = TargetMark::new(
             &ring,
             target.driver().clone(),
-            settings.state_dir.clone(),
-            MarkInfo::incomplete("mirror", &settings.source),
+            state_dir(settings.state_dir.as_deref()),
+            MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
         );
         let mut options = MirrorOptions::new("mirror0");
         options.sync = settings.sync;
@@ -252,7 +258,8 @@ impl Run {
         options.allow_larger_target = settings.allow_larger_target;
         options.marker = Some(Box::new(marker));
         let verifier = if settings.verify {
-            let verifier = Verifier::new(&ring, source.driver(), target.driver()).map_err(super::image::failed)?;
+            let verifier =
+                Verifier::new(&ring, source.driver(), target.driver()).map_err(super::image::failed)?;
             options.verifier = Some(verifier.clone());
             Some(verifier)
         } else {
@@ -266,9 +273,10 @@ impl Run {
                 return Err(error.into());
             }
         };
+        let tail = target.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
         drop((source, target));
         let ending = self.follow(settings, &job, verifier.as_ref()).await?;
-        let exit = self.report(settings, &job, &ending, ring.clock() - began, verifier.as_ref());
+        let exit = self.report(settings, &job, &ending, ring.clock() - began, tail, verifier.as_ref());
         if !settings.exit_on_done && exit != Exit::Cancelled {
             exports.serve_until_idle(&self.signals).await;
         }
@@ -298,7 +306,7 @@ impl Run {
             }
         }
         let image = settings.open.image(format, false);
-        match self.engine.open(&settings.target, &image) {
+        match self.engine.open(&settings.target, &image).await {
             Ok(node) => Ok((node, created)),
             Err(error) => {
                 self.undo_create(settings, created);
@@ -354,9 +362,8 @@ impl Run {
                 // A long pass of comparing comes before the end; the job follows meanwhile.
                 if let Some(verifier) = verifier {
                     let verifier = verifier.clone();
-                    let pass = passed.get_or_insert_with(|| {
-                        ring.spawn_with_result(async move { verifier.pass().await })
-                    });
+                    let pass = passed
+                        .get_or_insert_with(|| ring.spawn_with_result(async move { verifier.pass().await }));
                     if !settings.follow && pass.try_take().is_none() {
                         continue;
                     }
@@ -391,6 +398,7 @@ impl Run {
         job: &Job,
         ending: &Ending,
         elapsed_ns: u64,
+        tail: Option<u64>,
         verifier: Option<&Rc<Verifier>>,
     ) -> Exit {
         let details = job.details();
@@ -414,6 +422,7 @@ impl Run {
                     "pivot": settings.pivot,
                     "elapsed-ns": elapsed_ns,
                     "details": details,
+                    "target-tail-bytes": tail,
                     "verify": verified,
                 })
             );
@@ -425,6 +434,13 @@ impl Run {
         match ending {
             Ending::Completed => {
                 let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
+                if let Some(tail) = tail {
+                    eprintln!(
+                        "The target is {} larger than the source: what lies behind the source's end holds what \
+                         it held before",
+                        fmt_bytes(tail)
+                    );
+                }
                 eprintln!(
                     "Completed in {}: {} copied ({}), {} zeroed, {} skipped; '{}' equals '{}'{}",
                     fmt_duration(elapsed_ns),
@@ -479,4 +495,9 @@ fn no_target(path: &Path, errno: blockferry_ring::Errno) -> Failure {
 fn instant(at_ns: u64, now_ns: u64) -> String {
     let ago = std::time::Duration::from_nanos(now_ns.saturating_sub(at_ns));
     humantime::format_rfc3339_millis(std::time::SystemTime::now() - ago).to_string()
+}
+
+fn unix_secs() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
 }

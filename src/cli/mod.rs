@@ -12,7 +12,6 @@ pub mod serve;
 pub mod signals;
 pub mod stats;
 
-
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -65,8 +64,8 @@ enum Command {
     Mirror(Box<mirror::MirrorArgs>),
     Serve(serve::ServeArgs),
     Info(info::InfoArgs),
+    Bench(Box<bench::BenchArgs>),
     Doctor(doctor::DoctorArgs),
-
 }
 
 /// Runs the command that the process was started with.
@@ -78,8 +77,8 @@ pub fn main() -> ExitCode {
         Command::Mirror(args) => mirror::main(global, args),
         Command::Serve(args) => serve::main(global, args),
         Command::Info(args) => info::main(global, args),
+        Command::Bench(args) => bench::main(global, args),
         Command::Doctor(args) => doctor::main(global, args),
-
     };
     match result {
         Ok(exit) => exit.into(),
@@ -102,7 +101,8 @@ fn start_log(verbose: u8) {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_env("BLOCKFERRY_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let log =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     // Timestamps are noise beside a progress bar.
     let result = if verbose > 1 { log.try_init() } else { log.without_time().try_init() };
     // A second start (tests call this more than once) keeps the first log.

@@ -56,7 +56,7 @@ impl Progress {
         let eta_ns = (self.rate > 0.0).then(|| (progress.remaining() as f64 / self.rate * 1e9) as u64);
         if let Some(bar) = &self.bar {
             bar.set_length(progress.len().max(1));
-            bar.set_position(if progress.len() == 0 { 1 } else { progress.offset() });
+            bar.set_position(if progress.is_empty() { 1 } else { progress.offset() });
             bar.set_prefix(details.phase);
             let eta = eta_ns.map_or_else(|| "-".to_owned(), fmt_duration);
             bar.set_message(format!(

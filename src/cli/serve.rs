@@ -60,11 +60,13 @@ pub fn export_uri(text: &str) -> Result<NbdUri, String> {
 pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
     let signals = Signals::new(engine.ring())?;
-    let node = engine.open(&args.image, &args.open.image(args.format, args.read_only))?;
+    let image = args.open.image(args.format, args.read_only);
+    let name = args.image.clone();
     let (global, e) = (global.clone(), engine.clone());
     let (uris, read_only, idle) = (args.export.clone(), args.read_only, args.exit_when_idle);
     let pid_file = args.pid_file.clone();
     engine.run(async move {
+        let node = e.open(&name, &image).await?;
         let mut exports = Exports::new(e.ring());
         for uri in &uris {
             exports.add(&e, &node, uri, read_only, &global).await?;

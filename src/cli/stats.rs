@@ -20,10 +20,18 @@ pub fn print(global: &Global, ring: &Ring) {
     eprintln!("  operations                {:>12}", s.operations);
     eprintln!("  fixed reads and writes    {:>12}  ({:.2} %)", s.transfers_fixed, s.fixed_share() * 100.0);
     eprintln!("  plain reads and writes    {:>12}", s.transfers_plain);
-    eprintln!("  enters                    {:>12}  ({:.1} per 1,000 operations)", s.enters, s.enters_per_1000());
+    eprintln!(
+        "  enters                    {:>12}  ({:.1} per 1,000 operations)",
+        s.enters,
+        s.enters_per_1000()
+    );
     eprintln!("  batch, mean / largest     {:>12.1} / {}", s.batch_mean(), s.batch_max);
     eprintln!("  completions a turn, most  {:>12}", s.completions_a_turn_max);
-    eprintln!("  heap allocations          {:>12}  ({:.3} an operation)", s.heap_allocations, s.allocations_an_operation());
+    eprintln!(
+        "  heap allocations          {:>12}  ({:.3} an operation)",
+        s.heap_allocations,
+        s.allocations_an_operation()
+    );
     eprintln!("  bytes read / written      {:>12} / {}", s.bytes_read, s.bytes_written);
     eprintln!("  short transfers, retries  {:>12} / {}", s.short_transfers, s.retries);
     eprintln!("  offloaded calls           {:>12}", s.offloaded);

@@ -93,9 +93,15 @@ impl Engine {
         &self.ring
     }
 
-    /// Opens an image as a node.
-    pub fn open(&self, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
-        let driver = open::open(&self.ring, name, options)?;
+    /// Opens an image as a node. Its format is the one that was said, or what its header says.
+    pub async fn open(&self, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
+        let driver = open::open(&self.ring, name, options).await?;
+        Ok(Node::new(&self.ring, name, driver))
+    }
+
+    /// Opens an image as a node, from outside a task. Nothing is read: its format has to be said.
+    pub fn open_as_said(&self, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
+        let driver = open::open_as_said(&self.ring, name, options)?;
         Ok(Node::new(&self.ring, name, driver))
     }
 

@@ -1,6 +1,6 @@
 //! What bytes mean. See docs/architecture.md.
 
+pub mod probe;
 pub mod raw;
 
 pub use raw::RawDriver;
-pub mod probe;

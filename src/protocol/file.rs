@@ -13,6 +13,7 @@ use blockferry_ring::backend::OpenHow;
 use blockferry_ring::{Buf, Errno, File, FileKind, Ring, SharedBuf};
 
 use super::leaf::Leaf;
+use super::lock::Locks;
 use super::open::{self, OpenOptions};
 use crate::base::range::ByteRange;
 use crate::block::{
@@ -24,6 +25,8 @@ use crate::block::{
 #[derive(Debug)]
 pub struct FileDriver {
     leaf: Leaf,
+    /// None: asked to do without.
+    locks: Option<Locks>,
     /// Nobody else writes the file: locks see to it.
     alone: Cell<bool>,
 }
@@ -45,7 +48,8 @@ impl FileDriver {
                 .hint("It is a block device: open it with the driver 'host_device'."));
         }
         let leaf = open::open_leaf(ring, path, options, FileKind::Regular)?;
-        Ok(FileDriver { leaf, alone: Cell::new(false) })
+        let locks = options.lock.then(|| Locks::new(ring, leaf.file(), leaf.name().clone()));
+        Ok(FileDriver { leaf, locks, alone: Cell::new(false) })
     }
 
     /// Makes a file of `len` bytes, all of it a hole. It is durable, its name too.
@@ -61,7 +65,13 @@ impl FileDriver {
             Ok(file) => (file, true),
             Err(Errno::EEXIST) if options.overwrite => {
                 let how = OpenHow { write: true, ..OpenHow::default() };
-                (ring.open(path, &how).map_err(fail)?, false)
+                let file = ring.open(path, &how).map_err(fail)?;
+                if !options.no_lock {
+                    // What somebody uses is not emptied under them. The lock ends with the file.
+                    Locks::new(ring, &file, path.display().to_string().into())
+                        .set(Permissions::JOB_TARGET)?;
+                }
+                (file, false)
             }
             Err(Errno::EEXIST) => {
                 return Err(fail(Errno::EEXIST)
@@ -191,7 +201,12 @@ impl Driver for FileDriver {
     }
 
     fn set_permissions(&self, permissions: Permissions) -> IoResult {
-        self.alone.set(!permissions.shares(Permission::Write));
+        if let Some(locks) = &self.locks {
+            locks.set(permissions)?;
+            self.alone.set(!permissions.shares(Permission::Write));
+        }
+        // A hole that is known from a time when others could write is no longer believed.
+        self.leaf.set_known(None);
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::path::Path;
 use blockferry_ring::{Buf, Errno, File, FileKind, Ring, SharedBuf};
 
 use super::leaf::Leaf;
+use super::lock::Locks;
 use super::open::{self, OpenOptions};
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, Resolved,
@@ -22,6 +23,8 @@ const DEVICE_IDENTITY: u64 = 1 << 63;
 #[derive(Debug)]
 pub struct HostDevice {
     leaf: Leaf,
+    /// None: asked to do without.
+    locks: Option<Locks>,
 }
 
 impl HostDevice {
@@ -31,7 +34,9 @@ impl HostDevice {
             return Err(open::fail(Operation::Open, path, Errno::EINVAL)
                 .hint("It is no block device: open it with the driver 'file'."));
         }
-        Ok(HostDevice { leaf: open::open_leaf(ring, path, options, FileKind::Block)? })
+        let leaf = open::open_leaf(ring, path, options, FileKind::Block)?;
+        let locks = options.lock.then(|| Locks::new(ring, leaf.file(), leaf.name().clone()));
+        Ok(HostDevice { leaf, locks })
     }
 }
 
@@ -88,8 +93,11 @@ impl Driver for HostDevice {
         self.leaf.resolve(offset, len)
     }
 
-    fn set_permissions(&self, _permissions: Permissions) -> IoResult {
-        Ok(())
+    fn set_permissions(&self, permissions: Permissions) -> IoResult {
+        match &self.locks {
+            Some(locks) => locks.set(permissions),
+            None => Ok(()),
+        }
     }
 
     fn local_file(&self) -> Option<File> {

@@ -4,16 +4,23 @@
 
 mod align;
 mod bounce;
+pub mod delay;
 pub mod file;
 pub mod host_device;
 mod leaf;
+pub mod lock;
+pub mod mark;
+pub mod mem;
 pub mod nbd;
 pub mod null;
 pub mod open;
-pub mod mark;
 
+pub use delay::DelayDriver;
 pub use file::{CreateOptions, FileDriver};
 pub use host_device::HostDevice;
+pub use mem::MemDriver;
 pub use null::NullDriver;
 pub use open::{Cache, OpenOptions, open};
 
+#[cfg(test)]
+mod tests;

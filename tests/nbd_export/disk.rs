@@ -67,9 +67,8 @@ impl MemoryDisk {
 
     async fn begin(&self) {
         self.in_flight.set(self.in_flight.get() + 1);
-        let mut seen = self.seen.borrow_mut();
-        seen.in_flight_max = seen.in_flight_max.max(self.in_flight.get());
-        drop(seen);
+        let most = self.seen.borrow().in_flight_max.max(self.in_flight.get());
+        self.seen.borrow_mut().in_flight_max = most;
         match self.delay_ns.get() {
             0 => self.ring.yield_now().await,
             delay => self.ring.sleep(delay).await,
@@ -160,13 +159,8 @@ impl Driver for MemoryDisk {
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'_, IoResult> {
         self.ring.boxed(async move {
-            let mut seen = self.seen.borrow_mut();
-            if flags.may_unmap {
-                seen.zeroes_unmapping += 1;
-            } else {
-                seen.zeroes_keeping += 1;
-            }
-            drop(seen);
+            self.seen.borrow_mut().zeroes_unmapping += u64::from(flags.may_unmap);
+            self.seen.borrow_mut().zeroes_keeping += u64::from(!flags.may_unmap);
             self.check(Operation::WriteZeroes, offset, len)?;
             self.zero(offset, len);
             self.mark(offset, len, if flags.may_unmap { Block::Hole } else { Block::Zero });

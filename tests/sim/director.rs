@@ -292,13 +292,18 @@ fn act(rig: &Rc<Rig>, job: &Job, verb: Verb) -> bool {
         }
         drop(venture);
         match verb {
-            Verb::Complete => rig
-                .count_moment("completes asked for", "completes asked for with guests' overlapping writes in flight"),
+            Verb::Complete => rig.count_moment(
+                "completes asked for",
+                "completes asked for with guests' overlapping writes in flight",
+            ),
             Verb::SoftCancel if was_ready => {
                 rig.count_moment("cancels, soft", "cancels, soft, with guests' overlapping writes in flight");
             }
             Verb::ForceCancel | Verb::SoftCancel => {
-                rig.count_moment("cancels, forced", "cancels, forced, with guests' overlapping writes in flight");
+                rig.count_moment(
+                    "cancels, forced",
+                    "cancels, forced, with guests' overlapping writes in flight",
+                );
             }
             Verb::Quit => rig.count("quits"),
             Verb::Pause(_) | Verb::SetSpeed(_) => {}

@@ -22,10 +22,18 @@ use super::counts::Counts;
 pub const MARK: &str = "user.sim.unfinished";
 
 /// What a disk's failures are counted as: read, write, zeroes, flush.
-const SOURCE_FAULTS: [&str; 4] =
-    ["faults of source: read", "faults of source: write", "faults of source: zeroes", "faults of source: flush"];
-const TARGET_FAULTS: [&str; 4] =
-    ["faults of target: read", "faults of target: write", "faults of target: zeroes", "faults of target: flush"];
+const SOURCE_FAULTS: [&str; 4] = [
+    "faults of source: read",
+    "faults of source: write",
+    "faults of source: zeroes",
+    "faults of source: flush",
+];
+const TARGET_FAULTS: [&str; 4] = [
+    "faults of target: read",
+    "faults of target: write",
+    "faults of target: zeroes",
+    "faults of target: flush",
+];
 
 /// What is known of a driver by watching it.
 #[derive(Debug, Default)]

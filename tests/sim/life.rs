@@ -127,7 +127,8 @@ impl Machine {
         drop(rig);
         let used = ring.arena().bytes_used();
         if !is_cut && (tasks > 0 || left > 1 || used > 0) {
-            let what = format!("at the end {tasks} tasks, {left} rigs and {used} bytes of the arena are left");
+            let what =
+                format!("at the end {tasks} tasks, {left} rigs and {used} bytes of the arena are left");
             std::mem::forget(ring);
             return (End::Failed(what), model);
         }

@@ -164,7 +164,9 @@ pub fn judge_power_cut(rig: &Rig, after: &World) {
 fn judge_target(rig: &Rig, venture: &Venture, after: &World) -> Result<(), String> {
     let path = &*venture.target.path;
     if !venture.target.markable || after.get_attribute(path, MARK).is_some() {
-        rig.counts.borrow_mut().add_many("power cuts with an unfinished target", venture.target.markable.into());
+        rig.counts
+            .borrow_mut()
+            .add_many("power cuts with an unfinished target", venture.target.markable.into());
         return Ok(());
     }
     let found = after.read_live(path, 0, rig.len());

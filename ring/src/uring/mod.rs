@@ -5,6 +5,11 @@
 //! then `COOP_TASKRUN | TASKRUN_FLAG`, then none. What was refused is remembered with its reason, and
 //! is one line in the log and in `blockferry doctor`. `NODROP` and `EXT_ARG` are required.
 //!
+//! # The fd to poll
+//! An embedder polls an eventfd that is registered with the ring. The ring's own fd will not do: with
+//! DEFER_TASKRUN it *is* readable when deferred completions wait, but a poller that sleeps already is
+//! not woken by them (measured on Linux 6.18: `poll` slept through to its time-out).
+//!
 //! # Completions
 //! `user_data` below `1 << 32` (sequence 0) is this module's own: the wake-up eventfd and cancel
 //! requests. Everything else is passed on. Offloaded calls end in a list that the eventfd announces.
@@ -98,6 +103,8 @@ pub struct Uring {
     offload: Offload,
     wake: Arc<OwnedFd>,
     wake_armed: bool,
+    /// What an embedder polls; registered with the ring when it is first asked for.
+    event: std::cell::OnceCell<OwnedFd>,
     started: Instant,
 }
 
@@ -161,6 +168,7 @@ impl Uring {
             offload: Offload::new(config.offload, wake.clone()),
             wake,
             wake_armed: false,
+            event: std::cell::OnceCell::new(),
             started: Instant::now(),
         };
         uring.arm_wake();
@@ -243,9 +251,9 @@ fn restrict(ring: &IoUring) -> Result<(), Errno> {
         opcode::Readv::CODE,
         opcode::Writev::CODE,
     ];
-    // io_uring_register operations that are needed later: IORING_REGISTER_FILES_UPDATE and
-    // IORING_REGISTER_BUFFERS_UPDATE.
-    const REGISTER_OPERATIONS: [u8; 2] = [6, 16];
+    // io_uring_register operations that are needed later: IORING_REGISTER_EVENTFD,
+    // IORING_REGISTER_FILES_UPDATE and IORING_REGISTER_BUFFERS_UPDATE.
+    const REGISTER_OPERATIONS: [u8; 3] = [4, 6, 16];
     let mut list: Vec<Restriction> = OPERATIONS.iter().map(|&code| Restriction::sqe_op(code)).collect();
     list.extend(REGISTER_OPERATIONS.iter().map(|&code| Restriction::register_op(code)));
     list.push(Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits()));
@@ -364,6 +372,10 @@ impl Backend for Uring {
     }
 
     fn reap(&mut self, max: usize, out: &mut Vec<(u64, i32)>) {
+        // Before looking: what comes later rings again.
+        if let Some(event) = self.event.get() {
+            sys::drain_eventfd(event);
+        }
         self.offload.take_done(max, out);
         let mut woken = false;
         while out.len() < max {
@@ -409,8 +421,14 @@ impl Backend for Uring {
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {
-        // SAFETY: the descriptor is the ring's own and stays open as long as `self` is borrowed.
-        Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
+        if self.event.get().is_none() {
+            let event = sys::eventfd().ok()?;
+            self.ring.submitter().register_eventfd(event.as_raw_fd()).ok()?;
+            // What came before the registration rings no more: have the first poll return at once.
+            sys::ring_eventfd(&event);
+            let _ = self.event.set(event);
+        }
+        self.event.get().map(|event| event.as_fd())
     }
 
     fn register_memory(&mut self, base: NonNull<u8>, bytes: usize) -> Result<u16, Errno> {

@@ -173,7 +173,7 @@ pub(super) fn lock_holders(identity: (u64, u64), range: LockRange) -> Vec<(u32, 
     holders
 }
 
-/// A line such as `lock:	1: OFDLCK  ADVISORY  READ -1 fd:00:3412 100 101`.
+/// A line such as `lock: 1: OFDLCK  ADVISORY  READ -1 fd:00:3412 100 101`.
 fn is_lock_on(line: &str, identity: (u64, u64), range: LockRange) -> bool {
     let Some(rest) = line.strip_prefix("lock:") else { return false };
     let words: Vec<&str> = rest.split_whitespace().collect();

@@ -138,17 +138,32 @@ impl Model {
 
     /// Blocks to which at least one write was sent, in order.
     pub fn written(&self) -> impl Iterator<Item = u64> + '_ {
-        // Whole leaves are skipped, so that a large disk with few writes is walked quickly.
-        let leaves = (0..self.settled.len()).filter(|&leaf| {
-            let (first, last) = ((leaf * LEAF_BLOCKS) as u64, ((leaf + 1) * LEAF_BLOCKS) as u64);
-            self.settled[leaf].is_some() || self.open.range(first..last).next().is_some()
-        });
-        leaves.flat_map(|leaf| (leaf * LEAF_BLOCKS) as u64..((leaf + 1) * LEAF_BLOCKS) as u64).filter(
-            |block| match self.open.get(block) {
-                Some(open) => open.candidates.iter().any(|candidate| candidate.generation != 0),
-                None => self.settled_generation(*block) != 0,
-            },
-        )
+        std::iter::successors(self.next_written(0), |block| self.next_written(block + 1))
+    }
+
+    /// The first block from `from` on to which at least one write was sent.
+    pub fn next_written(&self, from: u64) -> Option<u64> {
+        let mut block = from;
+        while block < self.blocks {
+            let leaf = block as usize / LEAF_BLOCKS;
+            let leaf_end = (((leaf + 1) * LEAF_BLOCKS) as u64).min(self.blocks);
+            // Whole leaves are skipped, so that a large disk with few writes is walked quickly.
+            if self.settled[leaf].is_some() || self.open.range(block..leaf_end).next().is_some() {
+                let found = (block..leaf_end).find(|block| self.is_written(*block));
+                if found.is_some() {
+                    return found;
+                }
+            }
+            block = leaf_end;
+        }
+        None
+    }
+
+    fn is_written(&self, block: u64) -> bool {
+        match self.open.get(&block) {
+            Some(open) => open.candidates.iter().any(|candidate| candidate.generation != 0),
+            None => self.settled_generation(block) != 0,
+        }
     }
 
     /// A write is sent. Its generation is the next one.

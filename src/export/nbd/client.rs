@@ -9,7 +9,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
-use blockferry_ring::{Buf, Errno, File, Ring};
+use blockferry_ring::{Buf, Errno, File, Nanos, Ring};
 
 use super::output::Output;
 use super::quota::{Quota, QuotaLimits};
@@ -40,6 +40,8 @@ pub(super) struct Client {
     pub(super) spare_extents: RefCell<Vec<StatusExtent>>,
     /// Requests that failed on the disk.
     failures: Cell<u64>,
+    /// Since when the rest of a payload is waited for.
+    payload_since: Cell<Option<Nanos>>,
 }
 
 /// Why a session ended.
@@ -105,6 +107,7 @@ impl Client {
             output: Output::new(ring, stream, reserve),
             spare_extents: RefCell::default(),
             failures: Cell::new(0),
+            payload_since: Cell::new(None),
         })
     }
 
@@ -127,6 +130,14 @@ impl Client {
             // The reader saw only the consequence.
             (Err(errno), End::Vanished { .. } | End::Stream(_)) => End::Stream(errno),
             (_, end) => end,
+        }
+    }
+
+    /// Since when the client has kept the server waiting while it holds memory.
+    pub(super) fn stalled_since(&self) -> Option<Nanos> {
+        match (self.payload_since.get(), self.output.sending_since()) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
         }
     }
 
@@ -251,17 +262,34 @@ impl Reader {
             // The one error that the protocol has for this.
             return request::fail(client, &request, NbdErrno::Overflow, "", ticket).await;
         }
+        if !is_large {
+            let length = request.length as usize;
+            let mut ticket = ticket;
+            ticket.absorb(client.quota.bytes(length).await);
+            let buf = client.ring.alloc(length).await;
+            client.ring.spawn(request::read(client.clone(), Part::all(request, ticket), buf));
+            return;
+        }
         let whole = Whole::new(&request, ticket);
         for (offset, length) in pieces(request.offset, request.length, BLOCK_MAX) {
             let ticket = client.quota.bytes(length).await;
             let buf = client.ring.alloc(length).await;
-            let part = Part { request, offset, ticket, whole: whole.clone() };
+            let part = Part::of(&whole, request, offset, ticket);
             client.ring.spawn(request::read(client.clone(), part, buf));
         }
     }
 
     async fn start_write(&mut self, request: RequestHeader, input: &[u8]) -> Result<usize, End> {
-        let ticket = self.client.quota.request().await;
+        let mut ticket = self.client.quota.request().await;
+        if request.length <= BLOCK_MAX as u64 {
+            let length = request.length as usize;
+            ticket.absorb(self.client.quota.bytes(length).await);
+            let buf = self.client.ring.alloc(length).await;
+            let (buf, taken) = self.fill(buf, input).await?;
+            let part = Part::all(request, ticket);
+            self.client.ring.spawn(request::write(self.client.clone(), part, buf.freeze()));
+            return Ok(taken);
+        }
         let whole = Whole::new(&request, ticket);
         let mut rest = input;
         for (offset, length) in pieces(request.offset, request.length, BLOCK_MAX) {
@@ -269,7 +297,7 @@ impl Reader {
             let buf = self.client.ring.alloc(length).await;
             let (buf, taken) = self.fill(buf, rest).await?;
             rest = &rest[taken..];
-            let part = Part { request, offset, ticket, whole: whole.clone() };
+            let part = Part::of(&whole, request, offset, ticket);
             self.client.ring.spawn(request::write(self.client.clone(), part, buf.freeze()));
         }
         Ok(input.len() - rest.len())
@@ -292,7 +320,9 @@ impl Reader {
         }
         let (left, right) = buf.split_at(taken);
         let wanted = right.len();
+        self.client.payload_since.set(Some(self.client.ring.now()));
         let (right, received) = self.client.ring.recv_all(&self.client.stream, right).await;
+        self.client.payload_since.set(None);
         match received {
             Ok(n) if n as usize == wanted => {}
             Ok(_) => return Err(End::Vanished { mid_request: true }),

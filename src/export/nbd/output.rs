@@ -12,14 +12,14 @@
 //! never waits for memory that only sending would free. A client that does not read its replies stops here: what it
 //! holds is bounded by its quota.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::ops::Deref;
 
 use blockferry_ring::arena::{Arena, BLOCK_MIN};
 use blockferry_ring::limits::SEND_PIECES_MAX;
 use blockferry_ring::sync::Notify;
-use blockferry_ring::{Buf, Errno, File, Ring, SharedBuf};
+use blockferry_ring::{Buf, Errno, File, Nanos, Ring, SharedBuf};
 
 use super::quota::Ticket;
 use crate::base::limits;
@@ -65,6 +65,8 @@ pub(super) struct Output {
     ring: Ring,
     stream: File,
     state: RefCell<State>,
+    /// When the send under way began.
+    sending_since: Cell<Option<Nanos>>,
     /// The sending task waits here.
     work: Notify,
     /// Those who have a reply wait here when there is no room for it.
@@ -144,6 +146,7 @@ impl Output {
             ring: ring.clone(),
             stream: stream.clone(),
             state: RefCell::new(State { reserve: Some(reserve), ..State::default() }),
+            sending_since: Cell::new(None),
             work: ring.notify(),
             room: ring.notify(),
         }
@@ -246,6 +249,7 @@ impl Output {
                 }
             });
             let Some(Batch { first, pieces, ticket }) = batch.await else { return Ok(()) };
+            self.sending_since.set(Some(self.ring.now()));
             let sent = if pieces.is_empty() {
                 self.ring.send(&self.stream, first).await
             } else {
@@ -253,6 +257,7 @@ impl Output {
                 drop(first);
                 self.ring.send_pieces(&self.stream, pieces).await
             };
+            self.sending_since.set(None);
             if let Err(errno) = sent {
                 self.break_off();
                 return Err(errno);
@@ -261,6 +266,11 @@ impl Output {
             self.keep_reserve();
             self.room.notify();
         }
+    }
+
+    /// When the send under way began.
+    pub(super) fn sending_since(&self) -> Option<Nanos> {
+        self.sending_since.get()
     }
 
     /// After a send: what it held is free again, so the reserve can be had before anybody else takes it.

@@ -23,7 +23,7 @@ const HEAD_BYTES_MAX: usize = 48;
 /// Room for the longest answer to a block status request: header, context, and extents of 16 bytes.
 pub(super) const STATUS_BYTES_MAX: usize = 64 + 16 * limits::NBD_EXTENTS_PER_REPLY;
 
-/// A request that is answered when all its parts have ended.
+/// A request in several parts. It is answered when all of them have ended.
 #[derive(Debug)]
 pub(super) struct Whole {
     parts_left: Cell<u64>,
@@ -31,30 +31,66 @@ pub(super) struct Whole {
     ticket: RefCell<Option<Ticket>>,
 }
 
-impl Whole {
-    /// For a read or write of at least one byte; holds the request's ticket.
-    pub(super) fn new(request: &RequestHeader, ticket: Ticket) -> Rc<Whole> {
-        let parts_left = Cell::new(request.length.div_ceil(BLOCK_MAX as u64));
-        Rc::new(Whole { parts_left, failure: Cell::new(None), ticket: RefCell::new(Some(ticket)) })
-    }
-
-    /// One part has ended; true when it was the last.
-    fn end_part(&self, failure: Option<NbdErrno>) -> bool {
-        self.parts_left.set(self.parts_left.get() - 1);
-        self.failure.set(self.failure.get().or(failure));
-        self.parts_left.get() == 0
-    }
-}
-
-/// A part of a read or write.
+/// A part of a read or write: mostly all of it.
 #[derive(Debug)]
 pub(super) struct Part {
     pub(super) request: RequestHeader,
     /// Where the part begins.
     pub(super) offset: u64,
-    /// The part's bytes.
+    /// The part's bytes, and the request itself if this is all of it.
     pub(super) ticket: Ticket,
-    pub(super) whole: Rc<Whole>,
+    whole: Option<Rc<Whole>>,
+}
+
+impl Part {
+    /// All of a request; the ticket is for its bytes as well.
+    pub(super) fn all(request: RequestHeader, ticket: Ticket) -> Part {
+        Part { request, offset: request.offset, ticket, whole: None }
+    }
+
+    /// A part from `offset` on; the ticket is for its bytes.
+    pub(super) fn of(whole: &Rc<Whole>, request: RequestHeader, offset: u64, ticket: Ticket) -> Part {
+        Part { request, offset, ticket, whole: Some(whole.clone()) }
+    }
+}
+
+/// What the end of a part means for its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PartEnd {
+    /// Other parts are under way.
+    Others,
+    /// The request has ended well.
+    Success,
+    /// The request has ended; some part of it failed.
+    Failure(NbdErrno),
+}
+
+impl Whole {
+    /// For a request that is cut into parts of [`BLOCK_MAX`]; the ticket is for the request itself.
+    pub(super) fn new(request: &RequestHeader, ticket: Ticket) -> Rc<Whole> {
+        let parts_left = Cell::new(request.length.div_ceil(BLOCK_MAX as u64));
+        Rc::new(Whole { parts_left, failure: Cell::new(None), ticket: RefCell::new(Some(ticket)) })
+    }
+
+    /// Counts a part that has ended.
+    fn end_part(&self, failure: Option<NbdErrno>) -> PartEnd {
+        self.parts_left.set(self.parts_left.get() - 1);
+        self.failure.set(self.failure.get().or(failure));
+        match (self.parts_left.get(), self.failure.get()) {
+            (0, None) => PartEnd::Success,
+            (0, Some(errno)) => PartEnd::Failure(errno),
+            _ => PartEnd::Others,
+        }
+    }
+}
+
+/// Counts a part that has ended, where there are several.
+fn end_part(whole: Option<&Whole>, failure: Option<NbdErrno>) -> PartEnd {
+    match (whole, failure) {
+        (Some(whole), failure) => whole.end_part(failure),
+        (None, None) => PartEnd::Success,
+        (None, Some(errno)) => PartEnd::Failure(errno),
+    }
 }
 
 /// What to tell a client, and the log. Names and paths stay here: the client may be a stranger.
@@ -109,38 +145,24 @@ async fn answer(client: &Client, request: &RequestHeader, result: Result<(), Blo
 
 /// Reads one part.
 pub(super) async fn read(client: Rc<Client>, part: Part, buf: Buf) {
-    let Part { request, offset, mut ticket, whole } = part;
+    let Part { request, offset, ticket, whole } = part;
     let (buf, result) = client.root.read(offset, buf).await;
+    if let Err(error) = result {
+        drop(buf);
+        return end_failed(&client, &request, whole.as_deref(), ticket, &error).await;
+    }
+    let length = buf.len() as u32;
     let reply = request.reply(client.rules.style);
-    match result {
-        Ok(()) => {
-            let length = buf.len() as u32;
-            if whole.parts_left.get() == 1
-                && whole.failure.get().is_none()
-                && let Some(request_ticket) = whole.ticket.take()
-            {
-                ticket.absorb(request_ticket);
-            }
-            let mut failed = None;
-            let head = || {
-                let is_last = whole.end_part(None);
-                failed = whole.failure.get().filter(|_| is_last);
-                reply.data(offset, length, is_last && failed.is_none())
-            };
-            client.output.push(None, HEAD_BYTES_MAX, head, Some(buf.freeze()), ticket).await;
-            if let (Some(errno), Some(ticket)) = (failed, whole.ticket.take()) {
-                fail(&client, &request, errno, "", ticket).await;
-            }
-        }
-        Err(error) => {
-            drop((buf, ticket));
-            let (errno, message) = explain(&client, &error);
-            if whole.end_part(Some(errno))
-                && let Some(ticket) = whole.ticket.take()
-            {
-                fail(&client, &request, errno, &message, ticket).await;
-            }
-        }
+    let mut end = PartEnd::Others;
+    let head = || {
+        end = end_part(whole.as_deref(), None);
+        reply.data(offset, length, end == PartEnd::Success)
+    };
+    client.output.push(None, HEAD_BYTES_MAX, head, Some(buf.freeze()), ticket).await;
+    if let PartEnd::Failure(errno) = end
+        && let Some(ticket) = whole.and_then(|whole| whole.ticket.take())
+    {
+        fail(&client, &request, errno, "", ticket).await;
     }
 }
 
@@ -148,23 +170,40 @@ pub(super) async fn read(client: Rc<Client>, part: Part, buf: Buf) {
 pub(super) async fn write(client: Rc<Client>, part: Part, buf: SharedBuf) {
     let Part { request, offset, ticket, whole } = part;
     let flags = WriteFlags { fua: request.flags.contains(CommandFlags::FUA) };
-    let result = client.root.write(offset, buf, flags).await;
-    drop(ticket);
-    let (failure, message) = match &result {
-        Ok(()) => (None, String::new()),
-        Err(error) => {
-            let (errno, message) = explain(&client, error);
-            (Some(errno), message)
-        }
+    if let Err(error) = client.root.write(offset, buf, flags).await {
+        return end_failed(&client, &request, whole.as_deref(), ticket, &error).await;
+    }
+    let end = end_part(whole.as_deref(), None);
+    // Of a request in parts, each gives its bytes back at once.
+    let ticket = match whole {
+        Some(whole) => whole.ticket.borrow_mut().take_if(|_| end != PartEnd::Others),
+        None => Some(ticket),
     };
-    if !whole.end_part(failure) {
-        return;
+    match (end, ticket) {
+        (PartEnd::Success, Some(ticket)) => succeed(&client, &request, ticket).await,
+        (PartEnd::Failure(errno), Some(ticket)) => fail(&client, &request, errno, "", ticket).await,
+        _ => {}
     }
-    let Some(ticket) = whole.ticket.take() else { return };
-    match whole.failure.get() {
-        None => succeed(&client, &request, ticket).await,
-        Some(errno) => fail(&client, &request, errno, &message, ticket).await,
-    }
+}
+
+/// Ends a part that failed on the disk; the last one answers for all.
+async fn end_failed(
+    client: &Client,
+    request: &RequestHeader,
+    whole: Option<&Whole>,
+    ticket: Ticket,
+    error: &BlockError,
+) {
+    let (errno, message) = explain(client, error);
+    let PartEnd::Failure(first) = end_part(whole, Some(errno)) else { return };
+    let ticket = match whole {
+        Some(whole) => whole.ticket.take(),
+        None => Some(ticket),
+    };
+    let Some(ticket) = ticket else { return };
+    // The message belongs to this part's error.
+    let message = if first == errno { message.as_str() } else { "" };
+    fail(client, request, first, message, ticket).await;
 }
 
 /// Makes all answered writes durable, those of other connections included: they go to the same node.

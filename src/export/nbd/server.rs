@@ -35,6 +35,8 @@ pub struct ServerConfig {
     pub in_flight_max: usize,
     /// Payload bytes in flight of one client.
     pub bytes_in_flight_max: u64,
+    /// When memory is short, clients that keep the server waiting for this long are disconnected, in nanoseconds.
+    pub stall_ns_max: Nanos,
     /// Largest read or write, in bytes: at most [`limits::NBD_REQUEST_BYTES_MAX`].
     pub request_bytes_max: u32,
 }
@@ -46,6 +48,7 @@ impl Default for ServerConfig {
             handshake_ns_max: limits::NBD_HANDSHAKE_NS_MAX,
             in_flight_max: limits::NBD_IN_FLIGHT_PER_CLIENT,
             bytes_in_flight_max: limits::NBD_BYTES_IN_FLIGHT_PER_CLIENT,
+            stall_ns_max: limits::NBD_STALL_NS_MAX,
             request_bytes_max: limits::NBD_REQUEST_BYTES_MAX,
         }
     }
@@ -103,7 +106,7 @@ pub enum ServerError {
         name: String,
     },
     /// It has clients.
-    #[error("The export '{name}' is in use by {clients} clients.")]
+    #[error("The export '{name}' is in use (clients: {clients}).")]
     InUse {
         /// The name.
         name: String,
@@ -148,6 +151,8 @@ struct Session {
     stream: File,
     /// What it chose, once it has.
     export: Option<Rc<Entry>>,
+    /// What it is in the transmission phase.
+    client: Option<Rc<Client>>,
 }
 
 #[derive(Debug)]
@@ -400,10 +405,41 @@ impl Inner {
         }
     }
 
+    /// Looks after the memory until there are no clients: one that holds some of it and does not move has to go when
+    /// it is needed.
+    async fn watch(&self) {
+        loop {
+            let empty = self.changed.until(|| self.sessions.borrow().is_empty().then_some(()));
+            let span = self.config.stall_ns_max / 4;
+            if let Either::First(()) = either(empty, self.ring.sleep(span.max(1_000_000))).await {
+                return;
+            }
+            let arena = self.ring.arena();
+            let free = arena.bytes().saturating_sub(arena.bytes_used());
+            if free >= arena.bytes() / limits::NBD_STALL_FREE_DIVISOR {
+                continue;
+            }
+            let latest = self.ring.now().saturating_sub(self.config.stall_ns_max);
+            for client in self.sessions.borrow().values().filter_map(|session| session.client.as_ref()) {
+                if client.stalled_since().is_some_and(|since| since <= latest) {
+                    tracing::warn!(
+                        client = client.id,
+                        "an NBD client that does not move is disconnected: memory is short"
+                    );
+                    self.ring.shutdown_stream(&client.stream);
+                }
+            }
+        }
+    }
+
     fn start(self: Rc<Inner>, stream: File) {
         let id = self.session_next.get();
         self.session_next.set(id + 1);
-        self.sessions.borrow_mut().insert(id, Session { stream: stream.clone(), export: None });
+        if self.sessions.borrow().is_empty() {
+            let server = self.clone();
+            self.ring.spawn(async move { server.watch().await });
+        }
+        self.sessions.borrow_mut().insert(id, Session { stream: stream.clone(), export: None, client: None });
         let ring = self.ring.clone();
         ring.spawn(async move {
             tracing::debug!(client = id, "an NBD client connected");
@@ -439,7 +475,8 @@ impl Inner {
             entry.clients.set(entry.clients.get() + 1);
         }
         // Whoever comes in the midst of a drain waits here, so that it sees the disk on which the drain ends.
-        entry.root.admit().await;
+        let root = entry.root.client();
+        root.admit().await;
         if entry.removed.get() || self.stopping.get() {
             return;
         }
@@ -455,8 +492,11 @@ impl Inner {
             bytes_max: self.config.bytes_in_flight_max,
         };
         let reserve = self.ring.alloc(Output::RESERVE_BYTES).await;
-        let client = Client::new(&self.ring, id, stream, entry.root.clone(), &negotiated, quota, reserve);
+        let client = Client::new(&self.ring, id, stream, root, &negotiated, quota, reserve);
         drop((negotiated, answer));
+        if let Some(session) = self.sessions.borrow_mut().get_mut(&id) {
+            session.client = Some(client.clone());
+        }
         let end = client.serve(&early).await;
         tracing::debug!(client = id, export = entry.info.name, %end, "an NBD session ended");
     }

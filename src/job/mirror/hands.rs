@@ -17,6 +17,7 @@ use crate::graph::node::{Drained, Filter, Node, Use, UseKind};
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
 use crate::job::policy::IoOperation;
+use crate::protocol::mark::TargetMark;
 
 /// Says on the target that it is not complete, and takes that back.
 pub trait Marker: std::fmt::Debug {
@@ -24,6 +25,16 @@ pub trait Marker: std::fmt::Debug {
     fn mark(&self) -> IoFuture<'_, IoResult>;
     /// Durable when it returns.
     fn unmark(&self) -> IoFuture<'_, IoResult>;
+}
+
+impl Marker for TargetMark {
+    fn mark(&self) -> IoFuture<'_, IoResult> {
+        self.ring().boxed(self.set())
+    }
+
+    fn unmark(&self) -> IoFuture<'_, IoResult> {
+        self.ring().boxed(self.clear())
+    }
 }
 
 pub(super) struct Parts {

@@ -662,3 +662,7 @@ impl Body for Mirror {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

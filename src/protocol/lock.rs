@@ -1,0 +1,135 @@
+//! Keeping out of each other's way: the lock bytes that programs on one machine agree on.
+//!
+//! QEMU's numbers (block/file-posix.c; see also docs/system/images of its manual): who uses permission
+//! `n` holds a shared lock on byte `100 + n` of the image file, who does not let others use it on byte
+//! `200 + n`. Nobody takes exclusive locks: whether the others' bytes are locked is looked at.
+//!
+//! A change of permissions first takes what is new, then looks whether others object, and gives back
+//! what it has just taken if so; only then it gives back what is no longer needed. At no moment is less
+//! locked than either the old or the new permissions need, and of two programs that start at the same
+//! time at most one wins.
+//!
+//! The locks belong to the open file, not to the process: two nodes of one engine keep each other out too.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use blockferry_ring::{Errno, File, LockRange, Ring};
+
+use crate::block::{BlockError, IoResult, Operation, Permission, Permissions};
+
+const USED: u64 = 100;
+const DENIED: u64 = 200;
+
+/// The lock bytes of one open file.
+#[derive(Debug)]
+pub struct Locks {
+    ring: Ring,
+    file: File,
+    name: Rc<str>,
+    held: Cell<Permissions>,
+}
+
+fn byte(start: u64) -> LockRange {
+    LockRange { start, len: 1 }
+}
+
+/// The bytes that go with `permissions`.
+fn bytes(permissions: Permissions) -> impl Iterator<Item = u64> {
+    Permission::ALL.into_iter().flat_map(move |permission| {
+        let used = permissions.uses(permission).then_some(USED + permission as u64);
+        let denied = (!permissions.shares(permission)).then_some(DENIED + permission as u64);
+        used.into_iter().chain(denied)
+    })
+}
+
+impl Locks {
+    /// No locks yet. `name` is what errors call the file.
+    pub fn new(ring: &Ring, file: &File, name: Rc<str>) -> Locks {
+        Locks { ring: ring.clone(), file: file.clone(), name, held: Cell::new(Permissions::NONE) }
+    }
+
+    /// What is locked.
+    pub fn held(&self) -> Permissions {
+        self.held.get()
+    }
+
+    /// Goes over to `permissions`. On an error the old ones are still held, and nothing else.
+    pub fn set(&self, permissions: Permissions) -> IoResult {
+        let old: Vec<u64> = bytes(self.held.get()).collect();
+        let mut taken = Vec::new();
+        let result = self.take(permissions, &old, &mut taken);
+        let needed: Vec<u64> = match &result {
+            Ok(()) => bytes(permissions).collect(),
+            Err(_) => old.clone(),
+        };
+        for start in old.into_iter().chain(taken) {
+            if !needed.contains(&start)
+                && let Err(errno) = self.ring.unlock(&self.file, byte(start))
+            {
+                // More is locked than need be: safe, and over when the file is closed.
+                tracing::warn!(image = %self.name, %errno, byte = start, "a lock could not be given back");
+            }
+        }
+        if result.is_ok() {
+            self.held.set(permissions);
+        }
+        result
+    }
+
+    fn take(&self, permissions: Permissions, old: &[u64], taken: &mut Vec<u64>) -> IoResult {
+        for start in bytes(permissions) {
+            if old.contains(&start) {
+                continue;
+            }
+            match self.ring.lock_shared(&self.file, byte(start)) {
+                Ok(()) => taken.push(start),
+                // An exclusive lock, which no program that follows the convention takes.
+                Err(Errno::EAGAIN | Errno::EACCES) => return Err(self.refused(start, "the lock is held")),
+                Err(errno) => return Err(self.failed(errno)),
+            }
+        }
+        for permission in Permission::ALL {
+            let n = permission as u64;
+            if permissions.uses(permission) && self.is_locked(DENIED + n)? {
+                let what = format!("the \"{}\" permission is denied", permission.name());
+                return Err(self.refused(DENIED + n, &what));
+            }
+            if !permissions.shares(permission) && self.is_locked(USED + n)? {
+                let what = format!(
+                    "the \"{}\" permission cannot be denied to others: it is used",
+                    permission.name()
+                );
+                return Err(self.refused(USED + n, &what));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_locked(&self, start: u64) -> Result<bool, BlockError> {
+        self.ring.lock_conflict(&self.file, byte(start)).map_err(|errno| self.failed(errno))
+    }
+
+    fn refused(&self, start: u64, what: &str) -> BlockError {
+        let holders = self.ring.lock_holders(&self.file, byte(start));
+        let who = if holders.is_empty() {
+            "a program that cannot be named (another user's, one in a container or on another machine, or \
+             this one itself)"
+                .to_owned()
+        } else {
+            let names: Vec<String> =
+                holders.iter().map(|(pid, name)| format!("{name} (pid {pid})")).collect();
+            names.join(", ")
+        };
+        BlockError::new(Operation::Lock, self.name.clone(), Errno::EBUSY).hint(format!(
+            "The image is in use: {what} by {who}. Stop using it there first. If you know that no harm can \
+             come of it, go on without locks (--no-lock)."
+        ))
+    }
+
+    fn failed(&self, errno: Errno) -> BlockError {
+        BlockError::new(Operation::Lock, self.name.clone(), errno).hint(
+            "The filesystem does not keep locks. If nobody else uses the image, go on without (--no-lock).",
+        )
+    }
+}
