@@ -530,7 +530,9 @@ impl Mirror {
             }
             self.retry_at = None;
         }
-        if cx.orders.hold {
+        // Too late for a pause: the end is a few steps away, and to stand still here would keep guests at the door.
+        let is_ending = matches!(self.stage, Stage::Verifying | Stage::Unmarking | Stage::Settled);
+        if cx.orders.hold && !is_ending {
             return;
         }
         if !self.marked
