@@ -22,7 +22,7 @@ use blockferry::job::mirror::MirrorOptions;
 use blockferry::job::runner::Ending;
 use blockferry_ring::{Config, Ring, SocketAddress};
 
-const DISK_BYTES: u64 = 24 << 20;
+const DISK_BYTES: u64 = 6 << 20;
 const PIVOTS: usize = 50;
 
 /// A loop device, detached at the end.

@@ -31,6 +31,7 @@ pub struct LatencyHistogram {
 
 /// What a person or a metrics reader is told about a histogram. All zero when nothing was recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct LatencySummary {
     /// Latencies recorded.
     pub count: u64,

@@ -30,7 +30,7 @@ impl Bug {
 }
 
 #[cfg(feature = "planted-bugs")]
-mod planted {
+mod in_this_thread {
     use super::Bug;
     use std::cell::Cell;
 
@@ -50,7 +50,7 @@ mod planted {
 }
 
 #[cfg(feature = "planted-bugs")]
-pub use planted::{is_planted, plant};
+pub use in_this_thread::{is_planted, plant};
 
 /// Whether this bug is planted here: never, in a program without the feature.
 #[cfg(not(feature = "planted-bugs"))]

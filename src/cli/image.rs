@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::exit::Failure;
 use crate::engine::{Format, ImageOptions};
+use crate::protocol::mark::default_state_dir;
 use crate::protocol::open::Cache;
 
 /// Whether the page cache is used.
@@ -68,4 +69,13 @@ pub fn speed(text: &str) -> Result<u64, String> {
 /// The text of an error as a failure.
 pub fn failed(error: impl std::fmt::Display) -> Failure {
     Failure::text(error.to_string())
+}
+
+/// Where marks go that their targets cannot carry: as said, or this user's own place.
+pub fn state_dir(said: Option<&std::path::Path>) -> Option<std::path::PathBuf> {
+    let home = |name| std::env::var_os(name);
+    let (state_home, own_home) = (home("XDG_STATE_HOME"), home("HOME"));
+    let is_root = rustix::process::geteuid().is_root();
+    said.map(std::path::Path::to_path_buf)
+        .or_else(|| default_state_dir(is_root, state_home.as_deref(), own_home.as_deref()))
 }

@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::parse_format;
+use super::image::{parse_format, state_dir};
 use super::{Global, config, stats};
 use crate::base::units::fmt_bytes;
 use crate::engine::{Engine, Format, ImageOptions};
@@ -28,10 +28,10 @@ pub struct InfoArgs {
 pub fn main(global: &Global, args: &InfoArgs) -> Result<Exit, Failure> {
     let engine = std::rc::Rc::new(Engine::new(&config(global))?);
     let options = ImageOptions { format: args.format, lock: false, ..ImageOptions::read_only() };
-    let (e, name, state_dir) = (engine.clone(), args.image.clone(), args.state_dir.clone());
+    let (e, name, marks) = (engine.clone(), args.image.clone(), state_dir(args.state_dir.as_deref()));
     let (driver, mark) = engine.run(async move {
         let driver = e.open(&name, &options).await?.driver().clone();
-        let mark = TargetMark::read(e.ring(), &driver, state_dir.as_deref()).await?;
+        let mark = TargetMark::read(e.ring(), &driver, marks.as_deref()).await?;
         Ok::<_, Failure>((driver, mark))
     })?;
     let limits = driver.limits();

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{OpenArgs, parse_format, size, speed};
+use super::image::{OpenArgs, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::serve::{Exports, export_uri};
 use super::signals::Signals;
@@ -245,8 +245,8 @@ impl Run {
         let marker = TargetMark::new(
             &ring,
             target.driver().clone(),
-            settings.state_dir.clone(),
-            MarkInfo::incomplete("mirror", &settings.source),
+            state_dir(settings.state_dir.as_deref()),
+            MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
         );
         let mut options = MirrorOptions::new("mirror0");
         options.sync = settings.sync;
@@ -495,4 +495,9 @@ fn no_target(path: &Path, errno: blockferry_ring::Errno) -> Failure {
 fn instant(at_ns: u64, now_ns: u64) -> String {
     let ago = std::time::Duration::from_nanos(now_ns.saturating_sub(at_ns));
     humantime::format_rfc3339_millis(std::time::SystemTime::now() - ago).to_string()
+}
+
+fn unix_secs() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
 }

@@ -13,7 +13,8 @@
 //!
 //! # Durability
 //! A flush that failed has lost data that nobody can name, and the kernel reports it once. So the
-//! failure sticks: every later flush of this leaf fails as well.
+//! failure sticks: every later flush of this leaf fails as well. Of two flushes at once only one is told;
+//! so a flush that went well waits for those beside it before it says so.
 //!
 //! # Capabilities
 //! What a filesystem or device can do is found out by asking. A refusal takes the capability away, and
@@ -26,7 +27,7 @@ use std::rc::Rc;
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::backend::OpenHow;
 use blockferry_ring::op::Fallocate;
-use blockferry_ring::sync::join;
+use blockferry_ring::sync::{Notify, join};
 use blockferry_ring::{Buf, Errno, File, FileInfo, FileKind, Ring, SharedBuf};
 
 use super::align::{Change, Changes};
@@ -62,6 +63,10 @@ pub(super) struct Leaf {
     changes: Changes,
     bounce: Bounce,
     flush_failed: Cell<Option<Errno>>,
+    /// Calls under way that may be told of a loss, by number; the next number; told when one ends.
+    tellers: RefCell<Vec<u64>>,
+    teller_next: Cell<u64>,
+    teller_ended: Notify,
     /// The extent of the latest look at the file's allocation.
     known: Cell<Option<(ByteRange, Extent)>>,
 }
@@ -118,6 +123,9 @@ impl Leaf {
             changes: Changes::new(ring),
             bounce,
             flush_failed: Cell::new(None),
+            tellers: RefCell::default(),
+            teller_next: Cell::new(0),
+            teller_ended: ring.notify(),
             known: Cell::new(None),
         };
         leaf.open_tail(info.len)
@@ -437,18 +445,18 @@ impl Leaf {
             return self.ring.write(file, offset, buf, false).await.map(drop);
         }
         if self.capabilities.get().fua {
-            match self.ring.write(file, offset, buf.clone(), true).await {
-                Ok(_) => return Ok(()),
+            let write = self.ring.write(file, offset, buf.clone(), true);
+            let result = if self.align() == 1 {
+                // The kernel may tell us here, once, of a page that an earlier write left behind.
+                self.told(write, |errno| errno == Errno::EIO).await
+            } else {
+                write.await
+            };
+            match result {
                 Err(errno) if errno.is_unsupported() => {
                     self.lose("a durable single write", |c| c.fua = false);
                 }
-                Err(errno) => {
-                    if errno == Errno::EIO && self.align() == 1 {
-                        // The kernel may have told us here, once, of a page that an earlier write left behind.
-                        self.flush_failed.set(Some(errno));
-                    }
-                    return Err(errno);
-                }
+                result => return result.map(drop),
             }
         }
         self.ring.write(file, offset, buf, false).await?;
@@ -486,21 +494,44 @@ impl Leaf {
         }
         let tail = self.tail.borrow().clone();
         let main = self.ring.sync(&self.file, true);
-        let result = match tail {
-            Some(tail) => {
-                let (first, second) = join(main, self.ring.sync(&tail, true)).await;
-                first.and(second)
+        let both = async {
+            match tail {
+                Some(tail) => {
+                    let (first, second) = join(main, self.ring.sync(&tail, true)).await;
+                    first.and(second)
+                }
+                None => main.await,
             }
-            None => main.await,
         };
-        match result {
-            // These did not get as far as the disk.
-            Err(errno) if errno == Errno::EAGAIN || errno == Errno::EINTR => return Err(errno),
-            Err(errno) => self.flush_failed.set(Some(errno)),
-            Ok(_) => {}
+        // These did not get as far as the disk.
+        let passes = |errno| errno == Errno::EAGAIN || errno == Errno::EINTR;
+        self.told(both, |errno| !passes(errno)).await.map(drop)
+    }
+
+    /// A call by which the kernel may tell of a loss; `is_loss` says which of its errors do. The kernel tells one
+    /// of those that ask at the same time, and the others hear that all is well. So whoever hears that waits for all
+    /// that were under way by then.
+    async fn told<T>(
+        &self,
+        call: impl Future<Output = Result<T, Errno>>,
+        is_loss: impl Fn(Errno) -> bool,
+    ) -> Result<T, Errno> {
+        let number = self.teller_next.get();
+        self.teller_next.set(number + 1);
+        self.tellers.borrow_mut().push(number);
+        let result = call.await;
+        if let Err(errno) = result
+            && is_loss(errno)
+        {
+            self.flush_failed.set(Some(errno));
         }
-        // Another flush may have been told of a loss meanwhile that this one covers too.
-        self.flush_failed.get().map_or(Ok(()), Err)
+        self.tellers.borrow_mut().retain(|other| *other != number);
+        self.teller_ended.notify();
+        let value = result?;
+        let before = self.teller_next.get();
+        let all_told = || self.tellers.borrow().iter().all(|other| *other >= before).then_some(());
+        self.teller_ended.until(all_told).await;
+        self.flush_failed.get().map_or(Ok(value), Err)
     }
 
     // Zeroes and discards.

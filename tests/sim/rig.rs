@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::OnceLock;
 
 use blockferry::base::rng::Rng;
-use blockferry::graph::node::Root;
+use blockferry::graph::node::{Features, Root};
 use blockferry::job::runner::Job;
 use blockferry_ring::sim::World;
 use blockferry_ring::sync::{Either, Notify, either};
@@ -63,6 +63,8 @@ pub struct Rig {
     pub model: RefCell<Model>,
     pub counts: RefCell<Counts>,
     pub root: RefCell<Option<Root>>,
+    /// What its clients were promised.
+    pub features: Cell<Option<Features>>,
     /// The disk that the root points to.
     pub current: RefCell<Disk>,
     /// The disk that it pointed to before, or was copied to.
@@ -97,6 +99,7 @@ impl Rig {
             model: RefCell::new(model),
             counts: RefCell::default(),
             root: RefCell::default(),
+            features: Cell::default(),
             current: RefCell::new(current),
             other: RefCell::default(),
             venture: RefCell::default(),

@@ -60,7 +60,7 @@ fn completed(rig: &Rc<Rig>, job: &Job) -> Result<(), String> {
     }
     let root = rig.root.borrow();
     let Some(root) = &*root else { return Err("the guests' root is gone".into()) };
-    if root.features().len != rig.plan.len || root.features().read_only {
+    if Some(root.features()) != rig.features.get() {
         return Err("the guests' disk has other features now".into());
     }
     let pivoted = Rc::ptr_eq(&root.node(), &venture.target.node);

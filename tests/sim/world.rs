@@ -18,7 +18,7 @@ pub const FIRST: &str = "/disk-00.img";
 pub fn make(plan: &Plan, rng: &mut Rng) -> (World, Model) {
     let mut config = WorldConfig::new(plan.seed);
     if rig::is_watched() {
-        config.trace_tail_lines = 100;
+        config.trace_tail_lines = 2000;
     }
     let world = World::new(config);
     world.add_file(FIRST, plan.source.clone());
@@ -54,7 +54,7 @@ fn fill(
 }
 
 /// The disk that the next job writes to: a new one, or the one of the job before.
-pub async fn make_target(rig: &Rc<Rig>, index: usize, plan: &JobPlan) -> Result<Disk, String> {
+pub async fn make_target(rig: &Rc<Rig>, plan: &JobPlan) -> Result<Disk, String> {
     let mut rng = rig.fork_rng();
     let len = rig.current.borrow().node.driver().len();
     let again = rig.other.borrow_mut().take();
@@ -67,7 +67,8 @@ pub async fn make_target(rig: &Rc<Rig>, index: usize, plan: &JobPlan) -> Result<
     {
         return Ok(disk);
     }
-    let path = format!("/disk-{:02}.img", index + 1);
+    let free = (1..).map(|n| format!("/disk-{n:02}.img")).find(|path| !rig.world.exists(path));
+    let Some(path) = free else { return Err("no path is free".into()) };
     let mut model = FileModel { len, ..rig.plan.target.clone() };
     if plan.larger_target && model.kind == FileKind::Regular {
         model.len += 4096 * (1 + rng.below(16));

@@ -24,6 +24,7 @@ const TOLD_MAX: usize = 16;
 
 /// A place that holds something else than it may.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Mismatch {
     /// Offset of the sector on the disk, in bytes.
     pub offset: u64,
@@ -41,6 +42,7 @@ impl std::fmt::Display for Mismatch {
 
 /// Mismatches, the first ones in full.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Mismatches {
     /// How many blocks were wrong.
     pub count: u64,
@@ -59,6 +61,7 @@ impl Mismatches {
 
 /// Errors, the first ones in full.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Failures {
     /// How many requests failed.
     pub count: u64,
@@ -77,6 +80,7 @@ impl Failures {
 
 /// What reading back found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct CheckReport {
     /// Blocks that hold what they may.
     pub verified: u64,

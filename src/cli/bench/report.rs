@@ -10,6 +10,7 @@ use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration};
 
 /// Requests of one kind.
 #[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct KindReport {
     /// Those that succeeded.
     pub operations: u64,
@@ -47,6 +48,7 @@ impl KindReport {
 
 /// What was verified.
 #[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct VerifyReport {
     /// Reads during the load of blocks whose content was known, and was right.
     pub reads_verified: u64,
@@ -75,6 +77,7 @@ impl VerifyReport {
 
 /// What a load found out.
 #[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct LoadReport {
     /// What was put under load.
     pub target: String,

@@ -407,7 +407,11 @@ impl Mirror {
         }
         match (cx.on_error)(failed.operation, failed.errno) {
             ErrorAction::Report => self.failure = Some(failure(failed)),
-            ErrorAction::Stop => self.retry_at = None,
+            ErrorAction::Stop => {
+                self.retry_at = None;
+                // Stopped from now on, not from the next step on: this one must not try the range again.
+                cx.orders.hold = true;
+            }
             ErrorAction::Ignore => {
                 self.retry_at = Some(cx.now + self.retry_pause);
                 self.retry_pause = (self.retry_pause * 2).min(limits::ERROR_PAUSE_NANOS_MAX);
@@ -526,7 +530,9 @@ impl Mirror {
             }
             self.retry_at = None;
         }
-        if cx.orders.hold {
+        // Too late for a pause: the end is a few steps away, and to stand still here would keep guests at the door.
+        let is_ending = matches!(self.stage, Stage::Verifying | Stage::Unmarking | Stage::Settled);
+        if cx.orders.hold && !is_ending {
             return;
         }
         if !self.marked

@@ -594,6 +594,10 @@ async fn receive(shared: Rc<Shared>, rest: Vec<u8>) {
         if let Err(reason) = fed {
             return shared.lose(reason);
         }
+        if shared.is_lost() {
+            // It was lost while data still came: requests have ended, and their buffers go back to who waits.
+            return;
+        }
         let direct = replies.take_buf(DIRECT_BYTES_MIN, &mut shared.requests.borrow_mut());
         let received = if let Some((ahead, target)) = direct {
             let (target, received) = receive_into(&shared, target, ahead.at, ahead.left).await;
