@@ -14,8 +14,9 @@ use blockferry::job::mirror::{self, Marker, MirrorOptions, SyncMode};
 use blockferry::job::policy::ErrorAction;
 use blockferry::job::runner::{ErrorPolicies, Job};
 use blockferry::job::status::Status;
+use blockferry::protocol::mark::{MarkInfo, TargetMark};
 
-use super::disk::{Disk, SimMarker};
+use super::disk::{Disk, STATE_DIR, SimMarker};
 use super::guest::{self, Client};
 use super::plan::{Ending, JobPlan, SECOND, Verb, log_range};
 use super::rig::{Rig, Venture};
@@ -73,7 +74,7 @@ async fn run_job(rig: &Rc<Rig>, index: usize, plan: &JobPlan) {
         target_before: rig.live(&target),
         since: 0,
         whole: plan.sync != SyncMode::None,
-        completed: None,
+        settled: None,
         asked_complete: false,
         asked_end: false,
         pivoted: false,
@@ -126,15 +127,12 @@ fn options(rig: &Rc<Rig>, plan: &JobPlan, target: &Disk) -> MirrorOptions {
     options.auto_dismiss = plan.auto_dismiss;
     options.allow_larger_target = true;
     options.policies = ErrorPolicies { source: plan.on_source_error, target: plan.on_target_error };
-    if let Some(file) = target.node.driver().local_file().filter(|_| target.markable) {
-        let (rig2, ambush) = (rig.clone(), plan.ambush);
-        options.marker = Some(Box::new(SimMarker {
-            ring: rig.ring.clone(),
-            file,
-            name: target.path.clone(),
-            before_unmark: Rc::new(move || last_moments(&rig2, ambush)),
-        }) as Box<dyn Marker>);
-    }
+    let (rig2, ambush) = (rig.clone(), plan.ambush);
+    let info = MarkInfo::incomplete("mirror", &rig.current.borrow().path);
+    options.marker = Some(Box::new(SimMarker {
+        mark: TargetMark::new(&rig.ring, target.node.driver().clone(), Some(STATE_DIR.into()), info),
+        before_unmark: Rc::new(move || last_moments(&rig2, ambush)),
+    }) as Box<dyn Marker>);
     if plan.verify && plan.sync != SyncMode::None {
         let source = rig.current.borrow().node.driver().clone();
         match Verifier::new(&rig.ring, &source, target.node.driver()) {
@@ -151,6 +149,7 @@ fn options(rig: &Rc<Rig>, plan: &JobPlan, target: &Disk) -> MirrorOptions {
 /// The door is shut and the mark is about to go: clients come, users change their minds.
 fn last_moments(rig: &Rc<Rig>, ambush: Option<(u64, Verb)>) {
     rig.shut.notify();
+    watch::settle(rig);
     let job = rig.venture.borrow().as_ref().and_then(|venture| venture.job.clone());
     if let (Some((after, verb)), Some(job)) = (ambush, job) {
         let rig2 = rig.clone();

@@ -94,7 +94,7 @@ impl Machine {
             Ok(ring) => ring,
             Err(error) => return (End::Failed(format!("no ring: {error}")), model),
         };
-        let opened = Disk::open(&ring, path, plan.buffered, plan.source.attributes);
+        let opened = Disk::open(&ring, path, plan.buffered);
         let disk = match opened {
             Ok(disk) => disk,
             Err(error) => return (End::Failed(format!("the disk does not open: {error}")), model),

@@ -217,6 +217,7 @@ fn file_model(rng: &mut Rng, len: u64) -> FileModel {
     model.zero_range = !one_in(rng, 5);
     model.zero_range_ends_punch_hole = one_in(rng, 8);
     model.seek &= !one_in(rng, 5);
+    model.attributes &= !one_in(rng, 5);
     model.latency = match rng.below(8) {
         0 => Latency::SLOW_DISK,
         1 => Latency::fixed(1_000),

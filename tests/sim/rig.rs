@@ -40,8 +40,8 @@ pub struct Venture {
     pub since: u64,
     /// Everything is copied, not only what changes.
     pub whole: bool,
-    /// The images when it completed.
-    pub completed: Option<Images>,
+    /// What the target held when its mark was last about to go.
+    pub settled: Option<Vec<u8>>,
     /// Somebody told it to complete.
     pub asked_complete: bool,
     /// Somebody told it to end otherwise.

@@ -6,7 +6,7 @@ use blockferry::base::rng::Rng;
 use blockferry_ring::sim::{Fault as SimFault, FaultRule, FileModel, OpKind, OpKinds, World, WorldConfig};
 use blockferry_ring::{Errno, FileKind};
 
-use super::disk::Disk;
+use super::disk::{Disk, STATE_DIR};
 use super::model::{Model, Words};
 use super::plan::{Fault, JobPlan, Plan, Side, Trouble};
 use super::rig::{self, Rig};
@@ -22,6 +22,7 @@ pub fn make(plan: &Plan, rng: &mut Rng) -> (World, Model) {
     }
     let world = World::new(config);
     world.add_file(FIRST, plan.source.clone());
+    world.add_directory(STATE_DIR);
     let mut model = Model::new(plan.len, plan.cell);
     fill(&world, FIRST, plan, plan.source_run_bytes, rng, |at, bytes| model.prepare(at, bytes));
     (world, model)
@@ -73,15 +74,14 @@ pub async fn make_target(rig: &Rc<Rig>, plan: &JobPlan) -> Result<Disk, String> 
     if plan.larger_target && model.kind == FileKind::Regular {
         model.len += 4096 * (1 + rng.below(16));
     }
-    let (regular, markable) = (model.kind == FileKind::Regular, model.attributes);
-    if regular {
+    if model.kind == FileKind::Regular {
         model.capacity_bytes = plan.target_room;
     }
     rig.world.add_file(&*path, model);
     if plan.target_room.is_none() {
         fill(&rig.world, &path, &rig.plan, rig.plan.target_run_bytes, &mut rng, |_, _| {});
     }
-    let disk = Disk::open(&rig.ring, &path, rig.plan.buffered, markable);
+    let disk = Disk::open(&rig.ring, &path, rig.plan.buffered);
     disk.map_err(|error| format!("a target could not be opened: {error}"))
 }
 
