@@ -54,6 +54,7 @@ pub const EXPECTED: &[&str] = &[
     "resumes",
     "speed changes",
     "stops by an error",
+    "verbs in a job's last moments",
     "verifications",
 ];
 

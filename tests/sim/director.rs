@@ -14,8 +14,9 @@ use blockferry::job::mirror::{self, Marker, MirrorOptions, SyncMode};
 use blockferry::job::policy::ErrorAction;
 use blockferry::job::runner::{ErrorPolicies, Job};
 use blockferry::job::status::Status;
+use blockferry::protocol::mark::{MarkInfo, TargetMark};
 
-use super::disk::{Disk, SimMarker};
+use super::disk::{Disk, STATE_DIR, SimMarker};
 use super::guest::{self, Client};
 use super::plan::{Ending, JobPlan, SECOND, Verb, log_range};
 use super::rig::{Rig, Venture};
@@ -57,7 +58,7 @@ pub async fn direct(rig: Rc<Rig>) {
 async fn run_job(rig: &Rc<Rig>, index: usize, plan: &JobPlan) {
     let source = rig.current.borrow().clone();
     watch::check_retired(rig);
-    let target = match world::make_target(rig, index, plan).await {
+    let target = match world::make_target(rig, plan).await {
         Ok(target) => target,
         Err(what) => return rig.fail(what),
     };
@@ -73,7 +74,7 @@ async fn run_job(rig: &Rc<Rig>, index: usize, plan: &JobPlan) {
         target_before: rig.live(&target),
         since: 0,
         whole: plan.sync != SyncMode::None,
-        completed: None,
+        settled: None,
         asked_complete: false,
         asked_end: false,
         pivoted: false,
@@ -126,15 +127,12 @@ fn options(rig: &Rc<Rig>, plan: &JobPlan, target: &Disk) -> MirrorOptions {
     options.auto_dismiss = plan.auto_dismiss;
     options.allow_larger_target = true;
     options.policies = ErrorPolicies { source: plan.on_source_error, target: plan.on_target_error };
-    if let Some(file) = target.node.driver().local_file().filter(|_| target.markable) {
-        let shut = rig.shut.clone();
-        options.marker = Some(Box::new(SimMarker {
-            ring: rig.ring.clone(),
-            file,
-            name: target.path.clone(),
-            before_unmark: Rc::new(move || shut.notify()),
-        }) as Box<dyn Marker>);
-    }
+    let (rig2, ambush) = (rig.clone(), plan.ambush);
+    let info = MarkInfo::incomplete("mirror", &rig.current.borrow().path);
+    options.marker = Some(Box::new(SimMarker {
+        mark: TargetMark::new(&rig.ring, target.node.driver().clone(), Some(STATE_DIR.into()), info),
+        before_unmark: Rc::new(move || last_moments(&rig2, ambush)),
+    }) as Box<dyn Marker>);
     if plan.verify && plan.sync != SyncMode::None {
         let source = rig.current.borrow().node.driver().clone();
         match Verifier::new(&rig.ring, &source, target.node.driver()) {
@@ -148,9 +146,28 @@ fn options(rig: &Rc<Rig>, plan: &JobPlan, target: &Disk) -> MirrorOptions {
     options
 }
 
+/// The door is shut and the mark is about to go: clients come, users change their minds.
+fn last_moments(rig: &Rc<Rig>, ambush: Option<(u64, Verb)>) {
+    rig.shut.notify();
+    watch::settle(rig);
+    let job = rig.venture.borrow().as_ref().and_then(|venture| venture.job.clone());
+    if let (Some((after, verb)), Some(job)) = (ambush, job) {
+        let rig2 = rig.clone();
+        rig.ring.spawn(async move {
+            rig2.ring.sleep(after).await;
+            if act(&rig2, &job, verb) {
+                rig2.count("verbs in a job's last moments");
+            }
+        });
+    }
+}
+
 /// Waits until the job is ready, lets it be for a while, ends it as planned.
 async fn see_it_through(rig: &Rc<Rig>, plan: &JobPlan, job: &Job, target: &Disk) {
     if rig.within(PATIENCE, job.until_ready()).await.is_none() {
+        if gave_up_on_flush(rig, job, target).await {
+            return;
+        }
         rescue(rig, job, target);
         if rig.within(BOUND, job.until_ready()).await.is_none() && !gave_up_on_flush(rig, job, target).await {
             rig.fail(format!("a job does not become ready in a healthy world: {}", state(job)));
@@ -174,6 +191,9 @@ async fn see_it_through(rig: &Rc<Rig>, plan: &JobPlan, job: &Job, target: &Disk)
     }
     if forced {
         return rig.fail(format!("a job that was given up does not end: {}", state(job)));
+    }
+    if gave_up_on_flush(rig, job, target).await {
+        return;
     }
     rescue(rig, job, target);
     if rig.within(BOUND, job.until_over()).await.is_none() && !gave_up_on_flush(rig, job, target).await {
@@ -295,6 +315,10 @@ fn resume_after(rig: &Rc<Rig>, job: &Job, span: u64) {
     let (rig2, job) = (rig.clone(), job.clone());
     rig.ring.spawn(async move {
         rig2.ring.sleep(span).await;
+        let node = rig2.current.borrow().node.clone();
+        if job.status().is_paused() && node.is_drained() {
+            rig2.fail(format!("a paused job keeps guests at the door: {}", state(&job)));
+        }
         if job.resume().is_ok() {
             rig2.count("resumes");
         }
@@ -310,7 +334,7 @@ fn rescue(rig: &Rc<Rig>, job: &Job, target: &Disk) {
     rig.ring.spawn(async move {
         while job.ending().is_none() {
             let _ = job.resume();
-            rig2.ring.sleep(SECOND / 100).await;
+            rig2.ring.sleep(SECOND / 20).await;
         }
     });
 }
@@ -318,6 +342,7 @@ fn rescue(rig: &Rc<Rig>, job: &Job, target: &Disk) {
 /// Follows a job's events.
 async fn listen(rig: Rc<Rig>, job: Job) {
     let mut rng = rig.fork_rng();
+    let mut stops = 0;
     loop {
         let event = job.next_event().await;
         rig.say(|| format!("{event:?}"));
@@ -334,7 +359,11 @@ async fn listen(rig: Rc<Rig>, job: Job) {
             },
             JobEvent::Error { action: ErrorAction::Stop, .. } => {
                 rig.count("stops by an error");
-                resume_after(&rig, &job, log_range(&mut rng, 1_000, SECOND / 20));
+                stops += 1;
+                // Users lose patience as well; in the end somebody rescues the job.
+                if stops < 20 {
+                    resume_after(&rig, &job, log_range(&mut rng, 1_000, SECOND / 20));
+                }
             }
             _ => {}
         }

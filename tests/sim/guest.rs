@@ -133,6 +133,9 @@ async fn request(rig: &Rig, client: &Client, plan: &Guest, rng: &mut Rng) {
         choice -= plan.mix[kind];
         kind += 1;
     }
+    const NAMES: [&str; 6] = ["read", "write", "durable write", "zeroes", "discard", "flush"];
+    let number = rig.model.borrow_mut().next();
+    rig.say(|| format!("guest {number}: {} at {offset}, {len} bytes", NAMES[kind]));
     match kind {
         0 => read(rig, client, offset, len, rng).await,
         1 | 2 => write(rig, client, offset, len, kind == 2, rng).await,
@@ -169,6 +172,7 @@ async fn request(rig: &Rig, client: &Client, plan: &Guest, rng: &mut Rng) {
             judge(rig, &result);
         }
     }
+    rig.say(|| format!("guest {number}: answered"));
 }
 
 /// Errors need a cause.

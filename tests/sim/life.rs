@@ -19,7 +19,7 @@ use super::watch;
 use super::world;
 
 /// No life takes more turns: one that does runs in circles.
-const TURNS_MAX: u64 = 2_000_000;
+const TURNS_MAX: u64 = 200_000;
 /// Nor more virtual time.
 const NANOS_MAX: u64 = 100_000 * SECOND;
 
@@ -94,7 +94,7 @@ impl Machine {
             Ok(ring) => ring,
             Err(error) => return (End::Failed(format!("no ring: {error}")), model),
         };
-        let opened = Disk::open(&ring, path, plan.buffered, plan.source.attributes);
+        let opened = Disk::open(&ring, path, plan.buffered);
         let disk = match opened {
             Ok(disk) => disk,
             Err(error) => return (End::Failed(format!("the disk does not open: {error}")), model),
@@ -102,7 +102,10 @@ impl Machine {
         let cut_at = plan.power_cut.map(|span| self.world.now() + span);
         let rig = Rig::new(plan, self.world.clone(), ring.clone(), model, disk.clone(), self.rng.fork());
         match Root::new(&disk.node, false) {
-            Ok(root) => *rig.root.borrow_mut() = Some(root),
+            Ok(root) => {
+                rig.features.set(Some(root.features()));
+                *rig.root.borrow_mut() = Some(root);
+            }
             Err(error) => rig.fail(format!("the disk cannot be used: {error}")),
         }
         drop(disk);
@@ -197,7 +200,8 @@ impl Machine {
         plan.faults = Vec::new();
         plan.jobs.truncate(1);
         for job in &mut plan.jobs {
-            (job.verbs, job.ending, job.target_room) = (Vec::new(), Ending::Complete, None);
+            (job.verbs, job.ambush) = (Vec::new(), None);
+            (job.ending, job.target_room) = (Ending::Complete, None);
         }
         for guest in &mut plan.guests {
             guest.join = Join::Start;

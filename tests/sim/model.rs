@@ -322,9 +322,15 @@ impl Model {
             let peace = doubt.under_way.is_empty() && doubt.values.iter().all(|value| value.ended < begun);
             if peace {
                 // One of the values that may be current is the one that is; the others are gone since before the read.
-                let is_it = |v: &Value| v.gone.is_none() && matches(v.word);
-                if let Some(index) = doubt.values.iter().position(is_it) {
-                    doubt.values[index].word = found;
+                let current = |v: &Value, word: Word| v.gone.is_none() && v.word == word;
+                let same = doubt.values.iter().position(|v| current(v, found));
+                let index = same.or_else(|| {
+                    // Of anything it became this; another part of anything may still come back.
+                    let any = *doubt.values.iter().find(|v| current(v, ANY))?;
+                    doubt.values.push(Value { word: found, ..any });
+                    Some(doubt.values.len() - 1)
+                });
+                if let Some(index) = index {
                     let buried = (!doubt.values[index].failed).then_some(now);
                     for (i, value) in doubt.values.iter_mut().enumerate() {
                         if i != index && value.gone.is_none() {

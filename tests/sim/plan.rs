@@ -108,6 +108,8 @@ pub struct JobPlan {
     pub on_target_error: OnError,
     /// What users do, and how long after the start.
     pub verbs: Vec<(u64, Verb)>,
+    /// What a user does in the job's last moments, and how long after its mark begins to go.
+    pub ambush: Option<(u64, Verb)>,
     /// Guests' requests while the job begins, when it is ready, and while it ends.
     pub requests: [u64; 3],
     /// How long it stays ready.
@@ -215,6 +217,7 @@ fn file_model(rng: &mut Rng, len: u64) -> FileModel {
     model.zero_range = !one_in(rng, 5);
     model.zero_range_ends_punch_hole = one_in(rng, 8);
     model.seek &= !one_in(rng, 5);
+    model.attributes &= !one_in(rng, 5);
     model.latency = match rng.below(8) {
         0 => Latency::SLOW_DISK,
         1 => Latency::fixed(1_000),
@@ -298,6 +301,7 @@ fn job(rng: &mut Rng, has_faults: bool) -> JobPlan {
         on_source_error: pick(rng, &policies),
         on_target_error: pick(rng, &policies),
         verbs,
+        ambush: one_in(rng, 6).then(|| (rng.below(60_000), verb(rng))),
         requests: std::array::from_fn(|_| if one_in(rng, 4) { 0 } else { log_range(rng, 4, 96) }),
         ready_nanos: if one_in(rng, 3) { 0 } else { log_range(rng, 1_000, SECOND / 50) },
         ending,

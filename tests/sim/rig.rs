@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::OnceLock;
 
 use blockferry::base::rng::Rng;
-use blockferry::graph::node::Root;
+use blockferry::graph::node::{Features, Root};
 use blockferry::job::runner::Job;
 use blockferry_ring::sim::World;
 use blockferry_ring::sync::{Either, Notify, either};
@@ -40,8 +40,8 @@ pub struct Venture {
     pub since: u64,
     /// Everything is copied, not only what changes.
     pub whole: bool,
-    /// The images when it completed.
-    pub completed: Option<Images>,
+    /// What the target held when its mark was last about to go.
+    pub settled: Option<Vec<u8>>,
     /// Somebody told it to complete.
     pub asked_complete: bool,
     /// Somebody told it to end otherwise.
@@ -63,6 +63,8 @@ pub struct Rig {
     pub model: RefCell<Model>,
     pub counts: RefCell<Counts>,
     pub root: RefCell<Option<Root>>,
+    /// What its clients were promised.
+    pub features: Cell<Option<Features>>,
     /// The disk that the root points to.
     pub current: RefCell<Disk>,
     /// The disk that it pointed to before, or was copied to.
@@ -97,6 +99,7 @@ impl Rig {
             model: RefCell::new(model),
             counts: RefCell::default(),
             root: RefCell::default(),
+            features: Cell::default(),
             current: RefCell::new(current),
             other: RefCell::default(),
             venture: RefCell::default(),

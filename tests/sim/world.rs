@@ -6,7 +6,7 @@ use blockferry::base::rng::Rng;
 use blockferry_ring::sim::{Fault as SimFault, FaultRule, FileModel, OpKind, OpKinds, World, WorldConfig};
 use blockferry_ring::{Errno, FileKind};
 
-use super::disk::Disk;
+use super::disk::{Disk, STATE_DIR};
 use super::model::{Model, Words};
 use super::plan::{Fault, JobPlan, Plan, Side, Trouble};
 use super::rig::{self, Rig};
@@ -18,10 +18,11 @@ pub const FIRST: &str = "/disk-00.img";
 pub fn make(plan: &Plan, rng: &mut Rng) -> (World, Model) {
     let mut config = WorldConfig::new(plan.seed);
     if rig::is_watched() {
-        config.trace_tail_lines = 100;
+        config.trace_tail_lines = 2000;
     }
     let world = World::new(config);
     world.add_file(FIRST, plan.source.clone());
+    world.add_directory(STATE_DIR);
     let mut model = Model::new(plan.len, plan.cell);
     fill(&world, FIRST, plan, plan.source_run_bytes, rng, |at, bytes| model.prepare(at, bytes));
     (world, model)
@@ -54,7 +55,7 @@ fn fill(
 }
 
 /// The disk that the next job writes to: a new one, or the one of the job before.
-pub async fn make_target(rig: &Rc<Rig>, index: usize, plan: &JobPlan) -> Result<Disk, String> {
+pub async fn make_target(rig: &Rc<Rig>, plan: &JobPlan) -> Result<Disk, String> {
     let mut rng = rig.fork_rng();
     let len = rig.current.borrow().node.driver().len();
     let again = rig.other.borrow_mut().take();
@@ -67,20 +68,20 @@ pub async fn make_target(rig: &Rc<Rig>, index: usize, plan: &JobPlan) -> Result<
     {
         return Ok(disk);
     }
-    let path = format!("/disk-{:02}.img", index + 1);
+    let free = (1..).map(|n| format!("/disk-{n:02}.img")).find(|path| !rig.world.exists(path));
+    let Some(path) = free else { return Err("no path is free".into()) };
     let mut model = FileModel { len, ..rig.plan.target.clone() };
     if plan.larger_target && model.kind == FileKind::Regular {
         model.len += 4096 * (1 + rng.below(16));
     }
-    let (regular, markable) = (model.kind == FileKind::Regular, model.attributes);
-    if regular {
+    if model.kind == FileKind::Regular {
         model.capacity_bytes = plan.target_room;
     }
     rig.world.add_file(&*path, model);
     if plan.target_room.is_none() {
         fill(&rig.world, &path, &rig.plan, rig.plan.target_run_bytes, &mut rng, |_, _| {});
     }
-    let disk = Disk::open(&rig.ring, &path, rig.plan.buffered, markable);
+    let disk = Disk::open(&rig.ring, &path, rig.plan.buffered);
     disk.map_err(|error| format!("a target could not be opened: {error}"))
 }
 

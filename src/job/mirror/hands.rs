@@ -45,6 +45,9 @@ pub(super) struct Parts {
     pub target_node: Rc<Node>,
     pub filter: Rc<dyn Filter>,
     pub drained: RefCell<Option<Drained>>,
+    /// A change of the target has failed. What it left can be seen there and yet be durable or not, whatever flush
+    /// follows: from then on nothing is taken for zero because it reads as zero.
+    pub target_failed: Cell<bool>,
     /// The job is over: a drain that succeeds from now on is nobody's.
     pub over: Cell<bool>,
     pub marker: Option<Box<dyn Marker>>,
@@ -159,7 +162,7 @@ impl Parts {
 
     async fn write(&self, offset: u64, buf: SharedBuf, done: &mut Copied) -> Result<(), Failed> {
         let len = buf.len() as u64;
-        self.to().write(offset, buf, WriteFlags::default()).await.map_err(write_failed)?;
+        self.changed(self.to().write(offset, buf, WriteFlags::default()).await)?;
         done.data += len;
         Ok(())
     }
@@ -171,16 +174,23 @@ impl Parts {
             let left = range.end() - at;
             let extent = self.to().block_status(at, left).await.map_err(write_failed)?;
             let len = extent.len.clamp(1, left);
-            if extent.zero {
+            if extent.zero && !self.target_failed.get() {
                 done.skipped += len;
             } else {
                 let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
-                self.to().write_zeroes(at, len, flags).await.map_err(write_failed)?;
+                self.changed(self.to().write_zeroes(at, len, flags).await)?;
                 done.zeroed += len;
             }
             at += len;
         }
         Ok(())
+    }
+
+    fn changed(&self, result: IoResult) -> Result<(), Failed> {
+        result.map_err(|error| {
+            self.target_failed.set(true);
+            write_failed(error)
+        })
     }
 
     async fn zero(&self, range: ByteRange) -> Outcome {

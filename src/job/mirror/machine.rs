@@ -514,7 +514,7 @@ impl Mirror {
         if self.failure.is_some() {
             return;
         }
-        if cx.orders.force_cancel && self.stage.is_closing() {
+        if cx.orders.force_cancel && cx.orders.finalize {
             // Pending and preparing: it can still be given up.
             self.give_up(cx, JobFailure::cancelled());
             return;
@@ -530,7 +530,9 @@ impl Mirror {
             }
             self.retry_at = None;
         }
-        if cx.orders.hold {
+        // Too late for a pause: the end is a few steps away, and to stand still here would keep guests at the door.
+        let is_ending = matches!(self.stage, Stage::Verifying | Stage::Unmarking | Stage::Settled);
+        if cx.orders.hold && !is_ending {
             return;
         }
         if !self.marked
@@ -608,7 +610,8 @@ impl Mirror {
         if self.stage == Stage::Over {
             return;
         }
-        let preparing = self.pending && self.stage.is_closing();
+        // From `finalize` on, whether the stage shows it yet or not.
+        let preparing = self.pending && cx.orders.finalize;
         if self.stage.is_closing() && self.stage != Stage::Draining {
             cx.operations.push(Op::Undrain);
         }

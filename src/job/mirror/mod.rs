@@ -201,6 +201,7 @@ pub async fn start(
         target_node: target.clone(),
         filter,
         drained: RefCell::new(None),
+        target_failed: Cell::new(false),
         over: Cell::new(false),
         marker: options.marker,
         verifier: options.verifier,
