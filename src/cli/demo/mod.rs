@@ -131,7 +131,6 @@ pub fn main(global: &Global, args: &DemoArgs) -> Result<Exit, Failure> {
         }
         outcome
     });
-    stats::print(global, engine.ring());
     // Nothing uses the disks any more when the folder goes.
     drop(engine);
     if args.keep && !global.json {
@@ -185,7 +184,7 @@ impl Demo {
         let target = self.make(&target_path, disk.bytes).await?;
 
         let uri = NbdUri {
-            address: NbdAddress::Unix { path: self.scratch.file("nbd.sock") },
+            address: NbdAddress::Unix { path: self.scratch.socket("nbd.sock")? },
             export: "disk".to_owned(),
         };
         let mut exports = Exports::new(ring);
@@ -211,6 +210,7 @@ impl Demo {
 
         exports.stop().await;
         drop((exports, source, target));
+        stats::print(&self.global, ring);
         self.say("Reading the target without the engine, and comparing every byte");
         let loads = [&before, &during, &after].map(LoadRow::new);
         let logs = [before, during, after].map(|client: ClientReport| client.log);
@@ -332,11 +332,24 @@ impl Demo {
     }
 
     async fn check(&self, path: &Path, expectation: Expectation) -> Result<CheckReport, Failure> {
-        let (path, stop) = (path.to_owned(), self.stop.clone());
-        let report = self.engine.ring().offload(move || check::check(&path, &expectation, &stop)).await;
-        report
-            .map_err(failed)?
-            .map_err(|error| Failure::text(format!("Reading the target for the comparison failed: {error}")))
+        let ring = self.engine.ring();
+        let expectation = Arc::new(expectation);
+        let readers: Vec<_> = (0..check::PARTS)
+            .map(|part| {
+                let (r, path, stop) = (ring.clone(), path.to_owned(), self.stop.clone());
+                let expectation = expectation.clone();
+                ring.spawn_with_result(async move {
+                    r.offload(move || check::check(&path, &expectation, part, &stop)).await
+                })
+            })
+            .collect();
+        let mut report = CheckReport::default();
+        for reader in readers {
+            report.merge(reader.take().await.map_err(failed)?.map_err(|error| {
+                Failure::text(format!("Reading the target for the comparison failed: {error}"))
+            })?);
+        }
+        Ok(report)
     }
 
     fn say(&self, text: &str) {
