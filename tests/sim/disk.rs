@@ -224,9 +224,10 @@ impl Marker for SimMarker {
 pub fn is_marked(world: &World, path: &str) -> bool {
     let note_is_about_it = |note: &PathBuf| {
         let len = world.len(note).unwrap_or(0) as usize;
-        String::from_utf8_lossy(&world.read_live(note, 0, len)).contains(&format!("\"{path}\""))
+        String::from_utf8_lossy(&world.read_live(note, 0, len)).contains(&format!("\"target\":\"{path}\""))
     };
-    let is_note = |note: &&PathBuf| note.starts_with(STATE_DIR) && note.extension().is_some_and(|e| e == "json");
+    let is_note =
+        |note: &&PathBuf| note.starts_with(STATE_DIR) && note.extension().is_some_and(|e| e == "json");
     world.get_attribute(path, ATTRIBUTE).is_some()
         || world.files().iter().filter(is_note).any(note_is_about_it)
 }
