@@ -398,9 +398,9 @@ impl Model {
         self.all_durable();
     }
 
-    /// For each cell: whether a write to it has ended since the event `since`.
-    pub fn touched_since(&self, since: u64) -> impl Iterator<Item = bool> {
-        self.touched.iter().map(move |touched| *touched > since)
+    /// For each cell: whether the last write to it ended in this span of events.
+    pub fn touched(&self, span: Range<u64>) -> impl Iterator<Item = bool> {
+        self.touched.iter().map(move |touched| span.contains(touched) && *touched > span.start)
     }
 }
 

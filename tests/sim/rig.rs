@@ -40,8 +40,8 @@ pub struct Venture {
     pub since: u64,
     /// Everything is copied, not only what changes.
     pub whole: bool,
-    /// What the target held when its mark was last about to go.
-    pub settled: Option<Vec<u8>>,
+    /// What the target held when its mark was last about to go, and the model's time then.
+    pub settled: Option<(Vec<u8>, u64)>,
     /// Somebody told it to complete.
     pub asked_complete: bool,
     /// Somebody told it to end otherwise.
