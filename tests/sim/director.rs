@@ -17,7 +17,8 @@ use blockferry::job::status::Status;
 use blockferry::protocol::mark::{MarkInfo, TargetMark};
 
 use super::disk::{Disk, STATE_DIR, SimMarker};
-use super::guest::{self, Client};
+use super::guest;
+use super::nbd;
 use super::plan::{Ending, JobPlan, SECOND, Verb, log_range};
 use super::rig::{Rig, Venture};
 use super::watch;
@@ -32,6 +33,12 @@ const FORCE_BOUND: u64 = SECOND / 100;
 
 /// The whole life.
 pub async fn direct(rig: Rc<Rig>) {
+    if rig.plan.guests.iter().any(|guest| guest.remote) {
+        match nbd::serve(&rig) {
+            Ok(server) => *rig.server.borrow_mut() = Some(server),
+            Err(what) => rig.fail(format!("no NBD server: {what}")),
+        }
+    }
     guest::start_all(&rig);
     for (index, plan) in rig.plan.jobs.clone().into_iter().enumerate() {
         run_job(&rig, index, &plan).await;
@@ -42,11 +49,18 @@ pub async fn direct(rig: Rc<Rig>) {
     if rig.within(BOUND, all_gone).await.is_none() {
         rig.fail(format!("{} tasks of guests do not end", rig.guests.get()));
     }
+    let server = rig.server.borrow_mut().take();
+    if let Some(server) = server
+        && rig.within(BOUND, server.stop()).await.is_none()
+    {
+        rig.fail(format!("the NBD server does not stop: {} clients", server.clients()));
+    }
+    rig.lost.settle(&rig);
     watch::check_retired(&rig);
     let root = rig.root.borrow().clone();
     if let Some(root) = root {
         if rig.world.fault_counts().errors == 0 {
-            guest::read_all(&rig, &Client::Root(root.clone())).await;
+            guest::read_all(&rig, &root).await;
         }
         if root.parked() > 0 {
             rig.fail("requests still wait at an open door");
@@ -85,7 +99,7 @@ async fn run_job(rig: &Rc<Rig>, index: usize, plan: &JobPlan) {
     };
     if let Some(venture) = &mut *rig.venture.borrow_mut() {
         venture.job = Some(job.clone());
-        // Everything that ended before was there when tracking began.
+        // What begins from now on is tracked for certain.
         venture.since = rig.model.borrow_mut().next();
     }
     let judged = rig.ring.spawn_with_result(watch::watch(rig.clone(), job.clone()));

@@ -71,6 +71,8 @@ pub fn run(plan: Plan, bug: Option<Bug>) -> Outcome {
         ("device: hangs", faults.hangs),
         ("device: no space", faults.no_space),
         ("device: shorts", faults.shorts),
+        ("streams: half closes", faults.half_closes),
+        ("streams: resets", faults.resets),
         ("device: torn writes of power cuts", faults.torn),
     ];
     for (what, n) in device {

@@ -21,6 +21,7 @@ mod disk;
 mod guest;
 mod life;
 mod model;
+mod nbd;
 mod plan;
 mod rig;
 mod watch;

@@ -27,6 +27,8 @@ pub enum Join {
 #[derive(Clone, Debug)]
 pub struct Guest {
     pub join: Join,
+    /// It comes over NBD.
+    pub remote: bool,
     /// Requests at once.
     pub depth: usize,
     /// Mean pause between an answer and the next request.
@@ -58,6 +60,19 @@ pub enum Trouble {
     Agains,
     /// Operations take long.
     Delays,
+}
+
+/// What goes wrong with a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamTrouble {
+    /// It is reset.
+    Resets,
+    /// One direction ends.
+    HalfCloses,
+    /// Sends end short, receives get little.
+    Shorts,
+    /// It stalls.
+    Stalls,
 }
 
 /// Faults on one disk for as long as a job runs.
@@ -136,6 +151,8 @@ pub struct Plan {
     pub hot: (u64, u64),
     pub guests: Vec<Guest>,
     pub faults: Vec<Fault>,
+    /// What goes wrong with the streams of guests that come over NBD, and how often, out of 65536.
+    pub stream: Vec<(StreamTrouble, u32)>,
     pub jobs: Vec<JobPlan>,
     /// Times after a job's start at which somebody looks what a power cut would leave.
     pub looks: Vec<u64>,
@@ -172,6 +189,7 @@ impl Plan {
         let busy = one_in(rng, 4);
         let jobs = pick(rng, &[1, 1, 1, 2, 3]);
         let has_faults = one_in(rng, 2);
+        let remote = one_in(rng, 4);
         Plan {
             seed,
             len,
@@ -182,8 +200,9 @@ impl Plan {
             source_run_bytes: run(rng),
             target_run_bytes: run(rng),
             hot: (hot_start, hot_bytes),
-            guests: (0..1 + rng.below(4)).map(|i| guest(rng, i, busy)).collect(),
+            guests: (0..1 + rng.below(4)).map(|i| guest(rng, i, busy, remote)).collect(),
             faults: if has_faults { faults(rng) } else { Vec::new() },
+            stream: if remote { stream_faults(rng) } else { Vec::new() },
             jobs: (0..jobs).map(|_| job(rng, has_faults)).collect(),
             looks: (0..pick(rng, &[0, 0, 1, 3])).map(|_| log_range(rng, 10_000, SECOND / 10)).collect(),
             power_cut: one_in(rng, 8).then(|| log_range(rng, 20_000, SECOND / 5)),
@@ -227,7 +246,7 @@ fn file_model(rng: &mut Rng, len: u64) -> FileModel {
     model
 }
 
-fn guest(rng: &mut Rng, index: u64, busy: bool) -> Guest {
+fn guest(rng: &mut Rng, index: u64, busy: bool, remote: bool) -> Guest {
     let join = match rng.below(6) {
         _ if index == 0 => Join::Start,
         0..2 => Join::At(log_range(rng, 1_000, SECOND / 50)),
@@ -245,6 +264,7 @@ fn guest(rng: &mut Rng, index: u64, busy: bool) -> Guest {
     ];
     Guest {
         join,
+        remote: remote && !one_in(rng, 4),
         depth: pick(rng, &[1, 2, 4, 8, 16]),
         think_nanos,
         request_bytes_max: pick(rng, &[512, 4096, 16_384, 32_768]),
@@ -267,6 +287,18 @@ fn faults(rng: &mut Rng) -> Vec<Fault> {
             if one_in(rng, rarity) {
                 faults.push(Fault { side, trouble, chance: log_range(rng, 256, 16_384) as u32 });
             }
+        }
+    }
+    faults
+}
+
+fn stream_faults(rng: &mut Rng) -> Vec<(StreamTrouble, u32)> {
+    let all =
+        [StreamTrouble::Resets, StreamTrouble::HalfCloses, StreamTrouble::Shorts, StreamTrouble::Stalls];
+    let mut faults = Vec::new();
+    for trouble in all {
+        if one_in(rng, 4) {
+            faults.push((trouble, log_range(rng, 64, 2048) as u32));
         }
     }
     faults

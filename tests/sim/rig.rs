@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::sync::OnceLock;
 
 use blockferry::base::rng::Rng;
+use blockferry::export::nbd::NbdServer;
 use blockferry::graph::node::{Features, Root};
 use blockferry::job::runner::Job;
 use blockferry_ring::sim::World;
@@ -21,6 +22,7 @@ use blockferry_ring::{Nanos, Ring};
 use super::counts::Counts;
 use super::disk::Disk;
 use super::model::Model;
+use super::nbd::Lost;
 use super::plan::Plan;
 
 /// The images of a job's disks at one instant.
@@ -72,6 +74,9 @@ pub struct Rig {
     pub venture: RefCell<Option<Venture>>,
     /// A disk that guests were moved away from, and what it held then.
     pub retired: RefCell<Option<(Disk, Vec<u8>)>>,
+    pub server: RefCell<Option<NbdServer>>,
+    /// Writes whose answers were lost with a connection.
+    pub lost: Lost,
     pub failure: RefCell<Option<String>>,
     rng: RefCell<Rng>,
     /// Requests that guests may still make.
@@ -104,6 +109,8 @@ impl Rig {
             other: RefCell::default(),
             venture: RefCell::default(),
             retired: RefCell::default(),
+            server: RefCell::default(),
+            lost: Lost::default(),
             failure: RefCell::default(),
             rng: RefCell::new(rng),
             granted: Cell::new(0),

@@ -8,7 +8,8 @@ use blockferry_ring::{Errno, FileKind};
 
 use super::disk::{Disk, STATE_DIR};
 use super::model::{Model, Words};
-use super::plan::{Fault, JobPlan, Plan, Side, Trouble};
+use super::nbd;
+use super::plan::{Fault, JobPlan, Plan, Side, StreamTrouble, Trouble};
 use super::rig::{self, Rig};
 
 /// The path of the disk that guests begin with.
@@ -93,7 +94,22 @@ pub fn set_faults(rig: &Rig, source: &Disk, target: &Disk) {
         let disk = if fault.side == Side::Source { source } else { target };
         rules(fault, &disk.path)
     });
-    rig.world.set_faults(rules.collect());
+    let streams = rig.plan.stream.iter().map(|(trouble, chance)| stream_rule(*trouble, *chance));
+    rig.world.set_faults(rules.chain(streams).collect());
+}
+
+fn stream_rule(trouble: StreamTrouble, chance: u32) -> FaultRule {
+    let fault = match trouble {
+        StreamTrouble::Resets => SimFault::Reset,
+        StreamTrouble::HalfCloses => SimFault::HalfClose,
+        StreamTrouble::Shorts => SimFault::Short,
+        StreamTrouble::Stalls => SimFault::Delay { nanos_min: 100_000, nanos_max: 20_000_000 },
+    };
+    let kinds = match trouble {
+        StreamTrouble::HalfCloses => OpKind::Send.into(),
+        _ => OpKind::Send | OpKind::Recv,
+    };
+    FaultRule::new(kinds, format!("unix:{}", nbd::SOCKET), chance, fault)
 }
 
 fn rules(fault: &Fault, path: &str) -> Vec<FaultRule> {
