@@ -117,6 +117,16 @@ fn planted_bugs_are_found() {
 }
 
 #[test]
+fn fifty_pivots_to_and_fro() {
+    let outcome = life::run(Plan::pendulum(SEED_FIRST, 50), None);
+    println!("{}", outcome.counts);
+    assert_eq!(outcome.failure, None);
+    let counts = &outcome.counts;
+    assert_eq!((counts.get("pivots"), counts.get("pivots back")), (50, 25));
+    assert!(counts.get("guests: requests that waited at the door") > 0);
+}
+
+#[test]
 fn the_same_seed_tells_the_same_story() {
     for seed in SEED_FIRST..SEED_FIRST + 100 {
         let Outcome { hash, .. } = life::run(Plan::draw(seed), None);

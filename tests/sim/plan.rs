@@ -154,6 +154,8 @@ pub struct Plan {
     /// What goes wrong with the streams of guests that come over NBD, and how often, out of 65536.
     pub stream: Vec<(StreamTrouble, u32)>,
     pub jobs: Vec<JobPlan>,
+    /// Jobs go back to the disk of the job before whenever they can.
+    pub to_and_fro: bool,
     /// Times after a job's start at which somebody looks what a power cut would leave.
     pub looks: Vec<u64>,
     /// The power goes at this time after the first job's start.
@@ -204,9 +206,47 @@ impl Plan {
             faults: if has_faults { faults(rng) } else { Vec::new() },
             stream: if remote { stream_faults(rng) } else { Vec::new() },
             jobs: (0..jobs).map(|_| job(rng, has_faults)).collect(),
+            to_and_fro: one_in(rng, 2),
             looks: (0..pick(rng, &[0, 0, 1, 3])).map(|_| log_range(rng, 10_000, SECOND / 10)).collect(),
             power_cut: one_in(rng, 8).then(|| log_range(rng, 20_000, SECOND / 5)),
         }
+    }
+}
+
+impl Plan {
+    /// A disk that is moved to and fro so many times under four busy clients.
+    pub fn pendulum(seed: u64, pivots: usize) -> Plan {
+        let mut plan = Plan::draw(seed);
+        let rng = &mut Rng::new(seed ^ 1);
+        let job = JobPlan {
+            sync: SyncMode::Full,
+            granularity: Some(4096),
+            buf_size: 0,
+            speed: 0,
+            detect_zeroes: true,
+            auto_finalize: true,
+            auto_dismiss: true,
+            verify: false,
+            larger_target: false,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            verbs: Vec::new(),
+            ambush: None,
+            requests: [400, 100, 300],
+            ready_nanos: 100_000,
+            ending: Ending::Complete,
+            target_room: None,
+        };
+        plan.guests = (0..4).map(|i| guest(rng, i, true, false)).collect();
+        for guest in &mut plan.guests {
+            (guest.join, guest.depth, guest.mix) = (Join::Start, 16, [30, 50, 5, 8, 4, 3]);
+        }
+        (plan.len, plan.cell, plan.hot) = (256 << 10, 512, (0, 32 << 10));
+        (plan.source, plan.target) = (FileModel::regular(plan.len), FileModel::regular(plan.len));
+        (plan.faults, plan.stream) = (Vec::new(), Vec::new());
+        (plan.power_cut, plan.looks, plan.to_and_fro) = (None, vec![1_000_000], true);
+        plan.jobs = vec![job; pivots];
+        plan
     }
 }
 

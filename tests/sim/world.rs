@@ -61,7 +61,7 @@ pub async fn make_target(rig: &Rc<Rig>, plan: &JobPlan) -> Result<Disk, String> 
     let len = rig.current.borrow().node.driver().len();
     let again = rig.other.borrow_mut().take();
     if let Some(disk) = again
-        && rng.below(4) > 0
+        && (rig.plan.to_and_fro || rng.below(2) == 0)
         && disk.node.driver().len() >= len
         // What was on it must be durable, or nobody could say what a power cut leaves.
         && disk.node.driver().flush().await.is_ok()
