@@ -219,7 +219,8 @@ fn a_reset_ends_one_session_and_no_other() {
 
 #[test]
 fn stopping_in_the_midst_of_work_leaves_nothing() {
-    let histories = (2000..2000 + SEEDS).map(|seed| history(seed, Ending::Stop));
+    // In history 2214 a connection is lost for sending while the last data still comes.
+    let histories = (2000..2000 + SEEDS).chain([2214]).map(|seed| history(seed, Ending::Stop));
     let cut_short = histories.filter(|outcome| outcome.workers_done < WORKERS).count() as u64;
     assert!(cut_short > SEEDS / 2, "the stops come too late: {cut_short} histories were cut short");
 }

@@ -370,7 +370,7 @@ mod tests {
         let json = serde_json::to_string(&histogram.summary()).expect("plain numbers");
         assert_eq!(
             json,
-            r#"{"count":1,"min_ns":1500,"p50_ns":1500,"p90_ns":1500,"p99_ns":1500,"p99_9_ns":1500,"max_ns":1500,"mean_ns":1500}"#
+            r#"{"count":1,"min-ns":1500,"p50-ns":1500,"p90-ns":1500,"p99-ns":1500,"p99-9-ns":1500,"max-ns":1500,"mean-ns":1500}"#
         );
     }
 }

@@ -242,10 +242,19 @@ impl Run {
         for uri in &settings.export {
             exports.add(&self.engine, &source, uri, false, &self.global).await?;
         }
+        let marks = state_dir(settings.state_dir.as_deref());
+        if let Some(dir) = marks.as_deref().filter(|_| TargetMark::needs_state_dir(&ring, target.driver())) {
+            std::fs::create_dir_all(dir).map_err(|error| {
+                Failure::text(format!(
+                    "Making the state directory '{}' failed: {error}. Name another with --state-dir",
+                    dir.display()
+                ))
+            })?;
+        }
         let marker = TargetMark::new(
             &ring,
             target.driver().clone(),
-            state_dir(settings.state_dir.as_deref()),
+            marks,
             MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
         );
         let mut options = MirrorOptions::new("mirror0");

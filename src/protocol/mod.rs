@@ -24,3 +24,5 @@ pub use open::{Cache, OpenOptions, open};
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_sim;

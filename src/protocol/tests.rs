@@ -36,10 +36,10 @@ fn file_of(dir: &tempfile::TempDir, name: &str, len: u64) -> std::path::PathBuf 
     path
 }
 
-const DIRECT: OpenOptions = OpenOptions { read_only: false, cache: Cache::Direct, lock: true };
-const BUFFERED: OpenOptions = OpenOptions { read_only: false, cache: Cache::Buffered, lock: true };
+pub(super) const DIRECT: OpenOptions = OpenOptions { read_only: false, cache: Cache::Direct, lock: true };
+pub(super) const BUFFERED: OpenOptions = OpenOptions { read_only: false, cache: Cache::Buffered, lock: true };
 
-async fn filled(ring: &Ring, len: usize, tag: u8) -> Buf {
+pub(super) async fn filled(ring: &Ring, len: usize, tag: u8) -> Buf {
     let mut buf = ring.alloc(len).await;
     buf.as_mut_slice().fill(tag);
     buf
@@ -72,7 +72,14 @@ fn a_file_is_written_read_and_flushed() {
 
 /// Requests of any place and size, many at once, overlapping, on little memory. What each byte holds
 /// afterwards must be what one of the requests that cover it says, or, without any, what was there.
-fn storm(driver: Rc<dyn Driver>, ring: &Ring, seed: u64, rounds: usize) {
+/// A discard leaves anything behind where `discard_leaves_anything`, and else zeroes or what was there.
+pub(super) fn storm(
+    driver: Rc<dyn Driver>,
+    ring: &Ring,
+    seed: u64,
+    rounds: usize,
+    discard_leaves_anything: bool,
+) {
     #[derive(Clone, Copy, Debug)]
     enum What {
         Write,
@@ -149,25 +156,21 @@ fn storm(driver: Rc<dyn Driver>, ring: &Ring, seed: u64, rounds: usize) {
             }
         });
         let seen = seen.take();
-        for at in 0..len as usize {
-            let (was, is) = (model[at], seen[at]);
-            let mut covered = false;
-            let mut fine = false;
-            for &(what, offset, size, tag) in &asked {
-                if (offset..offset + size).contains(&(at as u64)) {
-                    let (changes, may) = match what {
-                        What::Write => (true, is == tag),
-                        What::Zeroes => (true, is == 0),
-                        What::Discard => (false, is == 0),
-                        What::Read => (false, false),
-                    };
-                    covered |= changes;
-                    fine |= may;
+        let (mut covered, mut fine) = (vec![false; len as usize], vec![false; len as usize]);
+        for &(what, offset, size, tag) in &asked {
+            for at in offset as usize..(offset + size) as usize {
+                let is = seen[at];
+                match what {
+                    What::Write => (covered[at], fine[at]) = (true, fine[at] | (is == tag)),
+                    What::Zeroes => (covered[at], fine[at]) = (true, fine[at] | (is == 0)),
+                    What::Discard => fine[at] |= is == 0 || discard_leaves_anything,
+                    What::Read => {}
                 }
             }
-            if !covered {
-                fine |= is == was;
-            }
+        }
+        for at in 0..len as usize {
+            let (was, is) = (model[at], seen[at]);
+            let fine = fine[at] || (!covered[at] && is == was);
             assert!(fine, "byte {at} was {was} and is {is} in round {round} of seed {seed}: {asked:?}");
         }
         model = seen;
@@ -183,7 +186,7 @@ fn requests_of_any_place_and_size_agree_with_a_plain_model() {
                 let path = file_of(&dir, "storm", len);
                 let file: Rc<dyn Driver> = Rc::new(FileDriver::open(&ring, &path, &options).unwrap());
                 let seed = (i * 100 + j * 10 + k) as u64;
-                storm(file.clone(), &ring, seed, 12);
+                storm(file.clone(), &ring, seed, 12, false);
                 assert_eq!(std::fs::metadata(&path).unwrap().len(), len, "the length is as it was");
                 let r = ring.clone();
                 ring.block_on(async move {
@@ -403,7 +406,7 @@ fn a_null_disk_reads_zeroes() {
 fn a_disk_in_memory_agrees_with_a_plain_model() {
     let ring = ring(2 << 20);
     let mem = Rc::new(MemDriver::new(&ring, "mem", 400_001, false));
-    storm(mem.clone(), &ring, 77, 20);
+    storm(mem.clone(), &ring, 77, 20, false);
     let r = ring.clone();
     ring.block_on(async move {
         let len = mem.len();
@@ -461,4 +464,102 @@ fn what_is_read_only_is_not_written_in_memory_either() {
         assert_eq!(mem.write(0, buf, WriteFlags::default()).await.unwrap_err().errno, Errno::EROFS);
         assert!(mem.set_len(1).await.is_err() && mem.len() == 4096);
     });
+}
+
+/// A loop device over a file; it is detached when dropped. Needs root: `None`, with a word, without.
+struct LoopDevice(std::path::PathBuf);
+
+impl LoopDevice {
+    fn new(file: &Path, sector_bytes: u32) -> Option<LoopDevice> {
+        let made = std::process::Command::new("losetup")
+            .args(["--find", "--show", "--direct-io=on", "--sector-size", &sector_bytes.to_string()])
+            .arg(file)
+            .output();
+        match made {
+            Ok(made) if made.status.success() => {
+                Some(LoopDevice(String::from_utf8_lossy(&made.stdout).trim().into()))
+            }
+            other => {
+                eprintln!("not tried: no loop device is to be had here ({other:?})");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn block_devices_serve_requests_of_any_place_and_size() {
+    for (i, dir) in places().into_iter().enumerate() {
+        for sector_bytes in [512, 4096] {
+            let path = file_of(&dir, "loop", 192 << 10);
+            let Some(device) = LoopDevice::new(&path, sector_bytes) else { return };
+            let ring = ring(2 << 20);
+            let disk = open(&ring, &device.0, &DIRECT).unwrap();
+            assert_eq!((disk.kind(), disk.len()), ("host_device", 192 << 10));
+            assert_eq!(disk.limits().request_align, sector_bytes);
+            storm(disk.clone(), &ring, i as u64, 6, true);
+
+            let error = open(&ring, &device.0, &DIRECT).unwrap_err();
+            assert!(error.to_string().contains("The device is in use"), "{error}");
+            let reader = open(&ring, &device.0, &OpenOptions { read_only: true, ..DIRECT }).unwrap();
+            assert_eq!(reader.identity(), disk.identity());
+
+            let (r, d) = (ring.clone(), disk.clone());
+            ring.block_on(async move {
+                let unmap = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+                // Twice each, because the first may take a capability away for the second.
+                for flags in [unmap, ZeroFlags::default(), unmap, ZeroFlags::default(), unmap] {
+                    d.write(0, filled(&r, 131_072, 5).await.freeze(), WriteFlags::default()).await.unwrap();
+                    d.write_zeroes(100, 100_000, flags).await.unwrap();
+                    let (buf, result) = d.read(0, r.alloc(131_072).await).await;
+                    result.unwrap();
+                    let wanted = |at: usize| if (100..100_100).contains(&at) { 0 } else { 5 };
+                    assert!(buf.as_slice().iter().enumerate().all(|(at, &b)| b == wanted(at)));
+                }
+                d.discard(0, 131_072).await.unwrap();
+                d.flush().await.unwrap();
+                let mark = mark::TargetMark::new(&r, d, None, mark::MarkInfo::incomplete("mirror", "x"));
+                assert!(mark.set().await.unwrap_err().to_string().contains("--state-dir"));
+            });
+        }
+    }
+}
+
+#[test]
+fn memory_of_a_guest_is_taken_at_any_address() {
+    for dir in places() {
+        let path = file_of(&dir, "a", 200_001);
+        run(async move |r| {
+            let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            rustix::fs::ftruncate(&memory, 1 << 20).unwrap();
+            let region = blockferry_ring::Region::map(&memory, 0, 1 << 20).unwrap();
+            let file = FileDriver::open(&r, &path, &DIRECT).unwrap();
+            for (at, offset, len) in [(0, 0, 8192), (13, 4096, 8192), (1, 100, 77), (511, 190_001, 10_000)] {
+                let tag = at as u8 | 1;
+                region.write(at, &vec![tag; len]);
+                let buf = region.buf(at, len).unwrap().freeze();
+                file.write(offset, buf, WriteFlags::default()).await.unwrap();
+                region.write(at, &vec![0xff; len]);
+                let (buf, result) = file.read(offset, region.buf(at, len).unwrap()).await;
+                result.unwrap();
+                assert!(buf.is_region() && buf.len() == len);
+                let mut seen = vec![0; len];
+                region.read(at, &mut seen);
+                assert!(seen.iter().all(|&b| b == tag), "{len} bytes at {offset}, memory at {at}");
+            }
+            // Beyond the end that somebody else has set there are zeroes, in such memory too.
+            std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
+            region.write(0, &[0xff; 8192]);
+            file.read(4096, region.buf(0, 8192).unwrap()).await.1.unwrap();
+            let mut seen = [1; 8192];
+            region.read(0, &mut seen);
+            assert!(seen.iter().all(|&b| b == 0));
+        });
+    }
 }

@@ -1,9 +1,10 @@
 //! One connection to an NBD server, with many requests in flight.
 //!
 //! Each request gets a slot and a cookie ([`super::in_flight`]), is queued, and waits. One task sends: whatever was
-//! queued in a turn leaves in one call, headers gathered in one piece of memory, payloads from where they lie. One task
-//! receives: it takes whatever has come, and the codec tells to whom it belongs; the rest of a long answer is received
-//! straight into the buffer of its request. Neither task waits for a request, so a slow answer holds up no other.
+//! queued in a turn leaves in one call, headers and short payloads gathered in one piece of memory, long payloads from
+//! where they lie. One task receives: it takes whatever has come, and the codec tells to whom it belongs; the rest of a
+//! long answer is received straight into the buffer of its request. Neither task waits for a request, so a slow answer
+//! holds up no other.
 //!
 //! When the connection is lost, by either side or because the server broke the protocol, everything in flight fails with
 //! one reason, and everything later fails with the same one at once. Connecting anew is the business of whoever owns the
@@ -17,7 +18,6 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::task::Poll;
 
-use blockferry_ring::arena::BLOCK_MIN;
 use blockferry_ring::limits::SEND_PIECES_MAX;
 use blockferry_ring::sync::{Notify, either};
 use blockferry_ring::{Buf, File, Nanos, Ring, SharedBuf};
@@ -32,14 +32,20 @@ use super::meta_context::MetaContext;
 use super::transmission::{RequestHeader, StatusExtent};
 use super::uri::NbdUri;
 use super::wire::{BlockSizes, ExportListing};
-use crate::base::limits::{NBD_FAREWELL_NS_MAX, NBD_HANDSHAKE_NS_MAX, NBD_REQUESTS_IN_FLIGHT_MAX};
+use crate::base::limits::{
+    NBD_FAREWELL_NS_MAX, NBD_HANDSHAKE_NS_MAX, NBD_REPLY_COPY_BYTES, NBD_REQUESTS_IN_FLIGHT_MAX,
+};
 
 /// Bytes received at once.
 const RECEIVE_BYTES: usize = 128 << 10;
 /// From this many bytes on the rest of an answer is received straight into its buffer instead of being copied.
 const DIRECT_BYTES_MIN: usize = 32 << 10;
-/// Bytes of headers sent at once.
-const HEADERS_BYTES: usize = BLOCK_MIN;
+/// Bytes of headers and short payloads that are gathered to be sent at once.
+const GATHER_BYTES: usize = 128 << 10;
+/// Up to this length a payload is copied behind its header: a piece of a vectored send costs more than the copy.
+const COPY_BYTES_MAX: usize = NBD_REPLY_COPY_BYTES;
+// One request always fits.
+const _: () = assert!(COPY_BYTES_MAX + 64 <= GATHER_BYTES);
 
 /// How to connect.
 #[derive(Clone, Debug)]
@@ -501,66 +507,81 @@ impl Shared {
 
 /// Sends what is queued, as long as the connection lasts.
 async fn send(shared: Rc<Shared>) {
-    let mut headers = None;
+    let mut spare = None;
+    let mut plan = Vec::with_capacity(SEND_PIECES_MAX);
     loop {
         let ready = || (shared.is_lost() || !shared.outbox.borrow().is_empty()).then_some(());
         shared.queued.until(ready).await;
         if shared.is_lost() {
             return;
         }
-        let memory = match headers.take() {
+        let memory = match spare.take() {
             Some(memory) => memory,
-            None => shared.ring.alloc(HEADERS_BYTES).await,
+            None => shared.ring.alloc(GATHER_BYTES).await,
         };
-        let (memory, pieces) = gather(memory, &mut shared.outbox.borrow_mut());
         shared.sending.set(true);
-        let sent = match <[SharedBuf; 1]>::try_from(pieces) {
-            Ok([piece]) => shared.ring.send(&shared.stream, piece).await,
-            Err(pieces) => shared.ring.send_pieces(&shared.stream, pieces).await,
+        let memory = gather(memory, &mut shared.outbox.borrow_mut(), &mut plan);
+        let piece = |piece: Piece| match piece {
+            Piece::Gathered { from, to } => memory.slice(from, to - from),
+            Piece::Payload(payload) => payload,
+        };
+        let sent = match plan.len() {
+            // The common case takes no list.
+            1 => match plan.pop().map(piece) {
+                Some(piece) => shared.ring.send(&shared.stream, piece).await,
+                None => Ok(0),
+            },
+            _ => {
+                let pieces = plan.drain(..).map(piece).collect();
+                shared.ring.send_pieces(&shared.stream, pieces).await
+            }
         };
         shared.sending.set(false);
         if let Err(errno) = sent {
             return shared.lose(LostReason::Transport(errno));
         }
-        headers = memory.try_thaw().ok();
+        spare = memory.try_thaw().ok();
         if shared.closing.get() {
             shared.moved.notify();
         }
     }
 }
 
-/// Takes as much off the queue as one call can send: the pieces, in order, and the memory that holds the headers.
-fn gather(mut memory: Buf, outbox: &mut VecDeque<Outgoing>) -> (SharedBuf, Vec<SharedBuf>) {
-    /// A stretch of headers, or a payload.
-    enum Piece {
-        Headers { from: usize, to: usize },
-        Payload(SharedBuf),
-    }
-    let mut plan: Vec<Piece> = Vec::with_capacity(SEND_PIECES_MAX.min(2 * outbox.len()));
+/// A part of what is sent at once.
+enum Piece {
+    /// Headers and short payloads, in the memory in which they were gathered.
+    Gathered { from: usize, to: usize },
+    /// A long payload, where it lies.
+    Payload(SharedBuf),
+}
+
+/// Takes as much off the queue as one call can send: `plan` says what goes out, in order; the memory holds a part of it.
+fn gather(mut memory: Buf, outbox: &mut VecDeque<Outgoing>, plan: &mut Vec<Piece>) -> SharedBuf {
     let mut used = 0;
     while let Some(next) = outbox.front() {
-        // One piece for the header at worst, one for the payload.
-        if plan.len() + 2 > SEND_PIECES_MAX || used + next.head.len() > memory.len() {
+        let copied = next.payload.as_ref().map_or(0, SharedBuf::len);
+        let copied = if copied <= COPY_BYTES_MAX { copied } else { 0 };
+        let end = used + next.head.len() + copied;
+        // One piece for what is gathered at worst, one for the payload.
+        if plan.len() + 2 > SEND_PIECES_MAX || end > memory.len() {
             break;
         }
         let Some(Outgoing { head, payload }) = outbox.pop_front() else { break };
         memory.copy_from(used, &head);
+        let payload = payload.filter(|payload| {
+            if copied > 0 {
+                payload.copy_to(0, &mut memory.as_mut_slice()[used + head.len()..end]);
+            }
+            copied == 0
+        });
         match plan.last_mut() {
-            Some(Piece::Headers { to, .. }) => *to += head.len(),
-            _ => plan.push(Piece::Headers { from: used, to: used + head.len() }),
+            Some(Piece::Gathered { to, .. }) => *to = end,
+            _ => plan.push(Piece::Gathered { from: used, to: end }),
         }
-        used += head.len();
+        used = end;
         plan.extend(payload.map(Piece::Payload));
     }
-    let memory = memory.freeze();
-    let pieces = plan
-        .into_iter()
-        .map(|piece| match piece {
-            Piece::Headers { from, to } => memory.slice(from, to - from),
-            Piece::Payload(payload) => payload,
-        })
-        .collect();
-    (memory, pieces)
+    memory.freeze()
 }
 
 /// Receives answers, as long as the connection lasts. `rest` came with the handshake.
@@ -572,6 +593,10 @@ async fn receive(shared: Rc<Shared>, rest: Vec<u8>) {
         shared.wake();
         if let Err(reason) = fed {
             return shared.lose(reason);
+        }
+        if shared.is_lost() {
+            // It was lost while data still came: requests have ended, and their buffers go back to who waits.
+            return;
         }
         let direct = replies.take_buf(DIRECT_BYTES_MIN, &mut shared.requests.borrow_mut());
         let received = if let Some((ahead, target)) = direct {
