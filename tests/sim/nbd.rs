@@ -74,7 +74,11 @@ impl Remote {
         let options = ConnectOptions {
             structured_replies,
             extended_headers: structured_replies && rng.below(2) == 0,
-            meta_contexts: if structured_replies { ConnectOptions::default().meta_contexts } else { Vec::new() },
+            meta_contexts: if structured_replies {
+                ConnectOptions::default().meta_contexts
+            } else {
+                Vec::new()
+            },
             ..ConnectOptions::default()
         };
         Rc::new(Remote {
