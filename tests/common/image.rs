@@ -106,6 +106,18 @@ pub fn allocated(path: &str) -> u64 {
     std::fs::metadata(path).expect("a file").blocks() * 512
 }
 
+/// Whether a file holds nothing but holes.
+pub fn is_all_hole(path: &str) -> bool {
+    let file = File::open(path).expect("a file");
+    match rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(0)) {
+        Ok(_) => false,
+        Err(errno) => {
+            assert_eq!(errno, rustix::io::Errno::NXIO);
+            true
+        }
+    }
+}
+
 /// Overwrites a part of a file behind everybody's back.
 pub fn scribble(path: &str, offset: u64, bytes: &[u8]) {
     let file = OpenOptions::new().write(true).open(path).expect("a file");
