@@ -225,11 +225,8 @@ async fn request(rig: &Rig, way: &Way, plan: &Guest, rng: &mut Rng) {
 }
 
 async fn zeroes(rig: &Rig, way: &Way, offset: u64, len: u64, rng: &mut Rng) {
-    let flags = ZeroFlags {
-        fua: rng.below(4) == 0,
-        may_unmap: rng.below(2) == 0,
-        no_fallback: rng.below(8) == 0,
-    };
+    let flags =
+        ZeroFlags { fua: rng.below(4) == 0, may_unmap: rng.below(2) == 0, no_fallback: rng.below(8) == 0 };
     let write = rig.model.borrow_mut().begin_write(offset, len, Words::Zero);
     let result = way.write_zeroes(offset, len, flags).await;
     if flags.no_fallback && result.as_ref().is_err_and(|error| error.errno == Errno::EOPNOTSUPP) {
