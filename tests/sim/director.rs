@@ -274,7 +274,7 @@ async fn hang_and_cancel(rig: &Rc<Rig>, job: &Job, target: &Disk) {
             rig.fail("guests wait for a job that was given up");
         }
     }
-    if stream.is_some() && !on_target && rig.within(FORCE_BOUND, is_free(rig, target)).await.is_none() {
+    if stream.is_some() && !on_target && rig.within(BOUND, is_free(rig, target)).await.is_none() {
         // A kernel file holds what is in flight; a connection is cut.
         rig.fail("a dead server holds the target of a job that was given up");
     }
