@@ -59,6 +59,7 @@ pub const EXPECTED: &[&str] = &[
     "streams: resets",
     "speed changes",
     "stops by an error",
+    "targets over NBD",
     "verbs in a job's last moments",
     "verifications",
 ];

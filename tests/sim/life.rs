@@ -199,7 +199,7 @@ impl Machine {
         model.restart(&self.world.read_live(path, 0, plan.len as usize));
         self.world.heal();
         plan.power_cut = None;
-        plan.faults = Vec::new();
+        (plan.faults, plan.target_stream) = (Vec::new(), Vec::new());
         plan.jobs.truncate(1);
         for job in &mut plan.jobs {
             (job.verbs, job.ambush) = (Vec::new(), None);

@@ -15,6 +15,7 @@ use blockferry::protocol::nbd::{ConnectOptions, Connection, NbdDriver};
 use blockferry_ring::SocketAddress;
 use blockferry_ring::sync::Notify;
 
+use super::disk::Disk;
 use super::model::Write;
 use super::plan::SECOND;
 use super::rig::Rig;
@@ -44,7 +45,7 @@ impl Lost {
 }
 
 /// Starts a server for the rig's root.
-pub fn serve(rig: &Rc<Rig>) -> Result<NbdServer, String> {
+pub fn serve(rig: &Rc<Rig>) -> Result<(), String> {
     let Some(root) = rig.root.borrow().as_ref().map(Root::client) else { return Err("no root".into()) };
     let mut rng = rig.fork_rng();
     let config = ServerConfig {
@@ -56,7 +57,24 @@ pub fn serve(rig: &Rc<Rig>) -> Result<NbdServer, String> {
     let export = Export { root, description: String::new(), writable: true, default: rng.below(2) == 0 };
     server.add_export(NAME, export).map_err(|error| error.to_string())?;
     server.listen(&SocketAddress::Unix(SOCKET.into())).map_err(|error| error.to_string())?;
-    Ok(server)
+    rig.servers.borrow_mut().push(server);
+    Ok(())
+}
+
+/// Opens the file at `path` by way of a server and a connection of its own.
+pub async fn open_remote(rig: &Rc<Rig>, path: &str) -> Result<Disk, String> {
+    let file = Disk::open(&rig.ring, path, rig.plan.buffered).map_err(|error| error.to_string())?;
+    let root = Root::new(&file.node, false).map_err(|error| error.to_string())?;
+    let server = NbdServer::new(&rig.ring, ServerConfig::default());
+    let export = Export { root, description: String::new(), writable: true, default: true };
+    server.add_export(NAME, export).map_err(|error| error.to_string())?;
+    let socket: Rc<str> = format!("/target-{}.sock", path.trim_start_matches('/')).into();
+    server.listen(&SocketAddress::Unix((&*socket).into())).map_err(|error| error.to_string())?;
+    rig.servers.borrow_mut().push(server);
+    let uri = format!("nbd+unix:///{NAME}?socket={socket}").parse().map_err(|error| format!("{error}"))?;
+    let connection = Connection::connect(&rig.ring, &uri, &ConnectOptions::default()).await;
+    let driver = NbdDriver::new(&rig.ring, connection.map_err(|error| error.to_string())?);
+    Ok(Disk::new(&rig.ring, path, driver.clone(), Some((socket, driver))))
 }
 
 /// A client that connects again when it is cut off.

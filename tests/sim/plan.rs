@@ -119,6 +119,8 @@ pub struct JobPlan {
     pub auto_dismiss: bool,
     pub verify: bool,
     pub larger_target: bool,
+    /// A new target is reached over NBD.
+    pub remote_target: bool,
     pub on_source_error: OnError,
     pub on_target_error: OnError,
     /// What users do, and how long after the start.
@@ -153,6 +155,8 @@ pub struct Plan {
     pub faults: Vec<Fault>,
     /// What goes wrong with the streams of guests that come over NBD, and how often, out of 65536.
     pub stream: Vec<(StreamTrouble, u32)>,
+    /// The same for the streams to targets.
+    pub target_stream: Vec<(StreamTrouble, u32)>,
     pub jobs: Vec<JobPlan>,
     /// Jobs go back to the disk of the job before whenever they can.
     pub to_and_fro: bool,
@@ -178,6 +182,11 @@ fn pick<T: Copy>(rng: &mut Rng, choices: &[T]) -> T {
 }
 
 impl Plan {
+    /// Some guest comes over NBD.
+    pub fn has_remote_guests(&self) -> bool {
+        self.guests.iter().any(|guest| guest.remote)
+    }
+
     /// The plan of a seed.
     pub fn draw(seed: u64) -> Plan {
         let mut rng = Rng::new(seed);
@@ -205,6 +214,7 @@ impl Plan {
             guests: (0..1 + rng.below(4)).map(|i| guest(rng, i, busy, remote)).collect(),
             faults: if has_faults { faults(rng) } else { Vec::new() },
             stream: if remote { stream_faults(rng) } else { Vec::new() },
+            target_stream: if has_faults { stream_faults(rng) } else { Vec::new() },
             jobs: (0..jobs).map(|_| job(rng, has_faults)).collect(),
             to_and_fro: one_in(rng, 2),
             looks: (0..pick(rng, &[0, 0, 1, 3])).map(|_| log_range(rng, 10_000, SECOND / 10)).collect(),
@@ -228,6 +238,7 @@ impl Plan {
             auto_dismiss: true,
             verify: false,
             larger_target: false,
+            remote_target: false,
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
             verbs: Vec::new(),
@@ -243,7 +254,7 @@ impl Plan {
         }
         (plan.len, plan.cell, plan.hot) = (256 << 10, 512, (0, 32 << 10));
         (plan.source, plan.target) = (FileModel::regular(plan.len), FileModel::regular(plan.len));
-        (plan.faults, plan.stream) = (Vec::new(), Vec::new());
+        (plan.faults, plan.stream, plan.target_stream) = (Vec::new(), Vec::new(), Vec::new());
         (plan.power_cut, plan.looks, plan.to_and_fro) = (None, vec![1_000_000], true);
         plan.jobs = vec![job; pivots];
         plan
@@ -370,6 +381,7 @@ fn job(rng: &mut Rng, has_faults: bool) -> JobPlan {
         auto_dismiss: !one_in(rng, 4),
         verify: one_in(rng, 8),
         larger_target: one_in(rng, 12),
+        remote_target: one_in(rng, 6),
         on_source_error: pick(rng, &policies),
         on_target_error: pick(rng, &policies),
         verbs,

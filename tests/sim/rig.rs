@@ -74,7 +74,7 @@ pub struct Rig {
     pub venture: RefCell<Option<Venture>>,
     /// A disk that guests were moved away from, and what it held then.
     pub retired: RefCell<Option<(Disk, Vec<u8>)>>,
-    pub server: RefCell<Option<NbdServer>>,
+    pub servers: RefCell<Vec<NbdServer>>,
     /// Writes whose answers were lost with a connection.
     pub lost: Lost,
     pub failure: RefCell<Option<String>>,
@@ -109,7 +109,7 @@ impl Rig {
             other: RefCell::default(),
             venture: RefCell::default(),
             retired: RefCell::default(),
-            server: RefCell::default(),
+            servers: RefCell::default(),
             lost: Lost::default(),
             failure: RefCell::default(),
             rng: RefCell::new(rng),
@@ -167,7 +167,9 @@ impl Rig {
 
     /// Guests have to bear errors, because the plan has some.
     pub fn guests_may_fail(&self) -> bool {
-        !self.plan.faults.is_empty() || self.plan.jobs.iter().any(|job| job.target_room.is_some())
+        !self.plan.faults.is_empty()
+            || !self.plan.target_stream.is_empty()
+            || self.plan.jobs.iter().any(|job| job.target_room.is_some())
     }
 
     /// The disk's length as guests see it.

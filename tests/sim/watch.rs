@@ -52,7 +52,7 @@ fn completed(rig: &Rc<Rig>, job: &Job) -> Result<(), String> {
         return Err(format!("the target is not durable at offset {at}"));
     }
     let after = rig.world.fork_after_power_cut(rig.plan.seed);
-    if is_marked(&after, &venture.target.path) {
+    if is_marked(&after, &venture.target) {
         return Err("a completed target is still marked".into());
     }
     let progress = job.progress();
@@ -170,7 +170,7 @@ pub fn judge_power_cut(rig: &Rig, after: &World) {
 
 /// A target without a mark holds what it held before, or the source as it was when the mark went.
 fn judge_target(rig: &Rig, venture: &Venture, after: &World) -> Result<(), String> {
-    if is_marked(after, &venture.target.path) {
+    if is_marked(after, &venture.target) {
         rig.count("power cuts with an unfinished target");
         return Ok(());
     }

@@ -82,6 +82,10 @@ pub async fn make_target(rig: &Rc<Rig>, plan: &JobPlan) -> Result<Disk, String> 
     if plan.target_room.is_none() {
         fill(&rig.world, &path, &rig.plan, rig.plan.target_run_bytes, &mut rng, |_, _| {});
     }
+    if plan.remote_target {
+        rig.count("targets over NBD");
+        return nbd::open_remote(rig, &path).await.map_err(|what| format!("a target over NBD: {what}"));
+    }
     let disk = Disk::open(&rig.ring, &path, rig.plan.buffered);
     disk.map_err(|error| format!("a target could not be opened: {error}"))
 }
@@ -94,11 +98,16 @@ pub fn set_faults(rig: &Rig, source: &Disk, target: &Disk) {
         let disk = if fault.side == Side::Source { source } else { target };
         rules(fault, &disk.path)
     });
-    let streams = rig.plan.stream.iter().map(|(trouble, chance)| stream_rule(*trouble, *chance));
-    rig.world.set_faults(rules.chain(streams).collect());
+    let guests = rig.plan.stream.iter().map(|(trouble, chance)| stream_rule(*trouble, *chance, nbd::SOCKET));
+    let socket = target.remote.as_ref().map(|(socket, _)| socket);
+    let targets = socket.into_iter().flat_map(|socket| {
+        let faults = rig.plan.target_stream.iter();
+        faults.map(move |(trouble, chance)| stream_rule(*trouble, *chance, socket))
+    });
+    rig.world.set_faults(rules.chain(guests).chain(targets).collect());
 }
 
-fn stream_rule(trouble: StreamTrouble, chance: u32) -> FaultRule {
+fn stream_rule(trouble: StreamTrouble, chance: u32, socket: &str) -> FaultRule {
     let fault = match trouble {
         StreamTrouble::Resets => SimFault::Reset,
         StreamTrouble::HalfCloses => SimFault::HalfClose,
@@ -109,7 +118,7 @@ fn stream_rule(trouble: StreamTrouble, chance: u32) -> FaultRule {
         StreamTrouble::HalfCloses => OpKind::Send.into(),
         _ => OpKind::Send | OpKind::Recv,
     };
-    FaultRule::new(kinds, format!("unix:{}", nbd::SOCKET), chance, fault)
+    FaultRule::new(kinds, format!("unix:{socket}"), chance, fault)
 }
 
 fn rules(fault: &Fault, path: &str) -> Vec<FaultRule> {
