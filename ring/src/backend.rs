@@ -217,8 +217,8 @@ pub trait Backend {
     /// Removes a directory entry; durable after [`Backend::sync_directory`].
     fn unlink(&mut self, path: &Path) -> Result<(), Errno>;
 
-    /// Renames, replacing what is there.
-    fn rename(&mut self, from: &Path, to: &Path) -> Result<(), Errno>;
+    /// Renames. With `replace` whatever is there goes; without, what is there is EEXIST.
+    fn rename(&mut self, from: &Path, to: &Path, replace: bool) -> Result<(), Errno>;
 
     /// Makes the entries of a directory durable.
     fn sync_directory(&mut self, path: &Path) -> Result<(), Errno>;

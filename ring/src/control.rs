@@ -73,7 +73,12 @@ impl Ring {
 
     /// Renames, replacing what is there.
     pub fn rename(&self, from: &Path, to: &Path) -> Result<(), Errno> {
-        self.0.backend.borrow_mut().rename(from, to)
+        self.0.backend.borrow_mut().rename(from, to, true)
+    }
+
+    /// Renames, unless the new name is taken (EEXIST).
+    pub fn rename_new(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        self.0.backend.borrow_mut().rename(from, to, false)
     }
 
     /// Makes the entries of a directory durable.

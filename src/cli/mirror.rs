@@ -1,8 +1,9 @@
 //! `blockferry mirror`: copies a disk to a new image, at rest or while it is in use.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 
+use blockferry_ring::Nanos;
 use blockferry_ring::sync::{Either, either};
 use clap::{Args, ValueEnum};
 use serde_json::json;
@@ -12,9 +13,9 @@ use super::image::{OpenArgs, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::serve::{Exports, export_uri};
 use super::signals::Signals;
+use super::target::{Target, TargetOptions};
 use super::{Global, config, stats};
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
-use crate::engine::open::local_path;
 use crate::engine::{Engine, Format};
 use crate::graph::node::Node;
 use crate::job::event::JobEvent;
@@ -22,8 +23,7 @@ use crate::job::mirror::verify::{Report, Verifier};
 use crate::job::mirror::{MirrorOptions, SyncMode};
 use crate::job::policy::OnError;
 use crate::job::runner::{Ending, ErrorPolicies, Job};
-use crate::protocol::file::{CreateOptions, FileDriver};
-use crate::protocol::mark::{MarkInfo, TargetMark};
+use crate::protocol::mark::MarkInfo;
 use crate::protocol::nbd::NbdUri;
 
 const AFTER: &str = "\
@@ -225,6 +225,14 @@ impl Settings {
     }
 }
 
+/// What runs once everything is opened.
+struct Started {
+    exports: Exports,
+    job: Job,
+    verifier: Option<Rc<Verifier>>,
+    began: Nanos,
+}
+
 struct Run {
     global: Global,
     engine: Rc<Engine>,
@@ -237,26 +245,52 @@ impl Run {
         let read_only = settings.export.is_empty();
         let source =
             self.engine.open(&settings.source, &settings.open.image(settings.format, read_only)).await?;
-        let (target, created) = self.open_target(settings, &source).await?;
-        let mut exports = Exports::new(&ring);
+        let options = TargetOptions {
+            name: &settings.target,
+            format: settings.target_format,
+            force: settings.force,
+            len: source.driver().len(),
+            open: &settings.open,
+            state_dir: state_dir(settings.state_dir.as_deref()),
+            mark: MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
+        };
+        let target = Target::open(&self.engine, options).await?;
+        let started = self.start(settings, &source, &target).await;
+        let Started { exports, job, verifier, began } = match started {
+            Ok(started) => started,
+            Err(failure) => {
+                target.undo(&self.engine).await;
+                return Err(failure);
+            }
+        };
+        let tail = target.node.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
+        let mark = target.marker(&self.engine);
+        drop((source, target));
+        let ending = self.follow(settings, &job, verifier.as_ref()).await?;
+        let exit = self.report(settings, &job, &ending, ring.clock() - began, tail, verifier.as_ref());
+        // What cannot be told is not said.
+        let is_marked = mark.is_set().await.unwrap_or(false);
+        drop(mark);
+        if !settings.exit_on_done && exit != Exit::Cancelled {
+            exports.serve_until_idle(&self.signals).await;
+        }
+        exports.stop().await;
+        stats::print(&self.global, &ring);
+        exit_of(exit, ending, is_marked)
+    }
+
+    /// Opens the exports and starts the job.
+    async fn start(
+        &self,
+        settings: &Settings,
+        source: &Rc<Node>,
+        target: &Target,
+    ) -> Result<Started, Failure> {
+        let ring = self.engine.ring();
+        let mut exports = Exports::new(ring);
         for uri in &settings.export {
-            exports.add(&self.engine, &source, uri, false, &self.global).await?;
+            exports.add(&self.engine, source, uri, false, &self.global).await?;
         }
-        let marks = state_dir(settings.state_dir.as_deref());
-        if let Some(dir) = marks.as_deref().filter(|_| TargetMark::needs_state_dir(&ring, target.driver())) {
-            std::fs::create_dir_all(dir).map_err(|error| {
-                Failure::text(format!(
-                    "Making the state directory '{}' failed: {error}. Name another with --state-dir",
-                    dir.display()
-                ))
-            })?;
-        }
-        let marker = TargetMark::new(
-            &ring,
-            target.driver().clone(),
-            marks,
-            MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
-        );
         let mut options = MirrorOptions::new("mirror0");
         options.sync = settings.sync;
         options.granularity = settings.granularity;
@@ -265,70 +299,17 @@ impl Run {
         options.policies = settings.policies;
         options.detect_zeroes = settings.detect_zeroes;
         options.allow_larger_target = settings.allow_larger_target;
-        options.marker = Some(Box::new(marker));
+        options.marker = Some(Box::new(target.marker(&self.engine)));
         let verifier = if settings.verify {
-            let verifier =
-                Verifier::new(&ring, source.driver(), target.driver()).map_err(super::image::failed)?;
-            options.verifier = Some(verifier.clone());
-            Some(verifier)
+            let verifier = Verifier::new(ring, source.driver(), target.node.driver());
+            Some(verifier.map_err(super::image::failed)?)
         } else {
             None
         };
+        options.verifier = verifier.clone();
         let began = ring.clock();
-        let job = match self.engine.mirror(&source, &target, options).await {
-            Ok(job) => job,
-            Err(error) => {
-                self.undo_create(settings, created);
-                return Err(error.into());
-            }
-        };
-        let tail = target.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
-        drop((source, target));
-        let ending = self.follow(settings, &job, verifier.as_ref()).await?;
-        let exit = self.report(settings, &job, &ending, ring.clock() - began, tail, verifier.as_ref());
-        if !settings.exit_on_done && exit != Exit::Cancelled {
-            exports.serve_until_idle(&self.signals).await;
-        }
-        exports.stop().await;
-        stats::print(&self.global, &ring);
-        exit_of(exit, ending)
-    }
-
-    /// The target's node, and whether it was made here.
-    async fn open_target(&self, settings: &Settings, source: &Rc<Node>) -> Result<(Rc<Node>, bool), Failure> {
-        let ring = self.engine.ring();
-        let len = source.driver().len();
-        let mut created = false;
-        let mut format = settings.target_format;
-        if let Some(path) = local_path(&settings.target) {
-            let exists = ring.lookup(&path).map_err(|errno| no_target(&path, errno))?.is_some();
-            if exists && !settings.force {
-                return Err(Failure::text(format!(
-                    "The target '{}' exists and is left alone. Name a new file, or say --force to overwrite it",
-                    path.display()
-                )));
-            }
-            if !exists {
-                FileDriver::create(ring, &path, len, CreateOptions::default()).await?;
-                created = true;
-                format = format.or(Some(Format::Raw));
-            }
-        }
-        let image = settings.open.image(format, false);
-        match self.engine.open(&settings.target, &image).await {
-            Ok(node) => Ok((node, created)),
-            Err(error) => {
-                self.undo_create(settings, created);
-                Err(error.into())
-            }
-        }
-    }
-
-    /// An image that was made for a job which then could not start is removed again.
-    fn undo_create(&self, settings: &Settings, created: bool) {
-        if let (true, Some(path)) = (created, local_path(&settings.target)) {
-            let _ = self.engine.ring().unlink(&path);
-        }
+        let job = self.engine.mirror(source, &target.node, options).await?;
+        Ok(Started { exports, job, verifier, began })
     }
 
     /// Watches the job to its end and gives the orders that the options imply.
@@ -487,17 +468,14 @@ fn say_verified(report: &Report, now_ns: u64) {
     }
 }
 
-fn exit_of(exit: Exit, ending: Ending) -> Result<Exit, Failure> {
+fn exit_of(exit: Exit, ending: Ending, is_marked: bool) -> Result<Exit, Failure> {
     match ending {
         Ending::Failed(text) if exit == Exit::Failed => {
-            Err(Failure::text(format!("The mirror failed: {text}. The target is incomplete and marked so")))
+            let rest = if is_marked { ". The target is incomplete and marked so" } else { "" };
+            Err(Failure::text(format!("The mirror failed: {text}{rest}")))
         }
         _ => Ok(exit),
     }
-}
-
-fn no_target(path: &Path, errno: blockferry_ring::Errno) -> Failure {
-    Failure::text(format!("The target '{}' cannot be looked at: {errno}", path.display()))
 }
 
 /// A moment of the ring's clock as people write it.

@@ -11,6 +11,7 @@ pub mod progress;
 pub mod serve;
 pub mod signals;
 pub mod stats;
+pub mod target;
 
 use std::process::ExitCode;
 

@@ -66,10 +66,13 @@ impl ImageOptions {
     }
 }
 
-/// The path of a name that is one.
+/// The path that a name leads to, through `delay:` too; `None` if it leads to none.
 pub fn local_path(name: &str) -> Option<PathBuf> {
     if let Some(path) = name.strip_prefix("file:") {
         return Some(PathBuf::from(path));
+    }
+    if let Some(rest) = name.strip_prefix("delay:") {
+        return local_path(rest.split_once(':')?.1);
     }
     let special = ["mem:", "null:", "delay:", "nbd:", "nbd+", "nbds", "gluster", "json:"];
     (!special.iter().any(|prefix| name.starts_with(prefix))).then(|| PathBuf::from(name))

@@ -256,6 +256,11 @@ impl TargetMark {
         }
     }
 
+    /// Whether the target is marked, by this mark or another.
+    pub async fn is_set(&self) -> Result<bool, BlockError> {
+        Ok(TargetMark::read(&self.ring, &self.driver, self.state_dir.as_deref()).await?.is_some())
+    }
+
     /// The mark of a disk, if it has one.
     pub async fn read(
         ring: &Ring,

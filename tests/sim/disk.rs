@@ -14,6 +14,7 @@ use blockferry::block::{
 use blockferry::graph::node::Node;
 use blockferry::job::mirror::Marker;
 use blockferry::protocol::mark::TargetMark;
+use blockferry::protocol::nbd::NbdDriver;
 use blockferry::protocol::open::{Cache, OpenOptions, open};
 use blockferry_ring::sim::World;
 use blockferry_ring::{Buf, File, Ring, SharedBuf};
@@ -174,8 +175,12 @@ impl Driver for Watched {
 #[derive(Clone, Debug)]
 pub struct Disk {
     pub path: Rc<str>,
+    /// What the engine calls it.
+    pub name: Rc<str>,
     pub node: Rc<Node>,
     pub seam: Rc<Seam>,
+    /// It is reached over NBD: the socket, and the connection.
+    pub remote: Option<(Rc<str>, Rc<NbdDriver>)>,
 }
 
 impl Disk {
@@ -183,11 +188,28 @@ impl Disk {
     pub fn open(ring: &Ring, path: &str, buffered: bool) -> Result<Disk, BlockError> {
         let cache = if buffered { Cache::Buffered } else { Cache::Direct };
         let options = OpenOptions { cache, ..OpenOptions::default() };
-        let inner = open(ring, Path::new(path), &options)?;
+        Ok(Disk::new(ring, path, open(ring, Path::new(path), &options)?, None))
+    }
+
+    /// The file at `path`, by way of a driver.
+    pub fn new(
+        ring: &Ring,
+        path: &str,
+        inner: Rc<dyn Driver>,
+        remote: Option<(Rc<str>, Rc<NbdDriver>)>,
+    ) -> Disk {
         let seam = Rc::new(Seam::default());
+        let name = inner.name().into();
         let watched = Watched { ring: ring.clone(), inner, seam: seam.clone() };
         let node = Node::new(ring, path, Rc::new(watched));
-        Ok(Disk { path: path.into(), node, seam })
+        Disk { path: path.into(), name, node, seam, remote }
+    }
+
+    /// Nothing will ever go well on it again, though the world be healed: a flush has failed, or the connection is
+    /// lost.
+    pub fn is_beyond_help(&self) -> bool {
+        let is_cut = self.remote.as_ref().is_some_and(|(_, driver)| driver.connection().lost().is_some());
+        is_cut || self.seam.flushes_failed.get() > 0
     }
 
     /// Takes out what was counted.
@@ -221,13 +243,14 @@ impl Marker for SimMarker {
 }
 
 /// Whether a disk is marked as unfinished: on itself, or by a note in the state directory.
-pub fn is_marked(world: &World, path: &str) -> bool {
+pub fn is_marked(world: &World, disk: &Disk) -> bool {
+    let Disk { path, name, .. } = disk;
     let note_is_about_it = |note: &PathBuf| {
         let len = world.len(note).unwrap_or(0) as usize;
-        String::from_utf8_lossy(&world.read_live(note, 0, len)).contains(&format!("\"{path}\""))
+        String::from_utf8_lossy(&world.read_live(note, 0, len)).contains(&format!("\"target\":\"{name}\""))
     };
     let is_note =
         |note: &&PathBuf| note.starts_with(STATE_DIR) && note.extension().is_some_and(|e| e == "json");
-    world.get_attribute(path, ATTRIBUTE).is_some()
+    world.get_attribute(&**path, ATTRIBUTE).is_some()
         || world.files().iter().filter(is_note).any(note_is_about_it)
 }

@@ -52,7 +52,7 @@ fn completed(rig: &Rc<Rig>, job: &Job) -> Result<(), String> {
         return Err(format!("the target is not durable at offset {at}"));
     }
     let after = rig.world.fork_after_power_cut(rig.plan.seed);
-    if is_marked(&after, &venture.target.path) {
+    if is_marked(&after, &venture.target) {
         return Err("a completed target is still marked".into());
     }
     let progress = job.progress();
@@ -88,10 +88,11 @@ pub fn settle(rig: &Rig) {
     let mut venture = rig.venture.borrow_mut();
     let Some(venture) = &mut *venture else { return };
     let images = Images { source: rig.live(&venture.source), target: rig.live(&venture.target) };
+    venture.settled = None;
     if let Err(what) = compare(rig, venture, &images) {
         rig.fail(format!("when the mark is about to go: {what}"));
     }
-    venture.settled = Some(images.target);
+    venture.settled = Some((images.target, rig.model.borrow_mut().next()));
 }
 
 /// The target equals the source; where only changes are copied, in every chunk that was changed.
@@ -103,7 +104,9 @@ fn compare(rig: &Rig, venture: &Venture, images: &Images) -> Result<(), String> 
         };
     }
     let cell = rig.plan.cell;
-    let touched = rig.model.borrow().touched_since(venture.since).collect::<Vec<_>>();
+    // A discard that is refused ends without the ring: it may have come in by the door that was just opened.
+    let until = venture.settled.as_ref().map_or(u64::MAX, |(_, at)| *at);
+    let touched = rig.model.borrow().touched(venture.since..until).collect::<Vec<_>>();
     for (index, touched) in touched.into_iter().enumerate() {
         let part = index * cell..(index + 1) * cell;
         let (source, target) = (&images.source[part.clone()], &images.target[part.clone()]);
@@ -167,12 +170,12 @@ pub fn judge_power_cut(rig: &Rig, after: &World) {
 
 /// A target without a mark holds what it held before, or the source as it was when the mark went.
 fn judge_target(rig: &Rig, venture: &Venture, after: &World) -> Result<(), String> {
-    if is_marked(after, &venture.target.path) {
+    if is_marked(after, &venture.target) {
         rig.count("power cuts with an unfinished target");
         return Ok(());
     }
     let found = after.read_live(&*venture.target.path, 0, rig.len());
-    if found == venture.target_before || venture.settled.as_ref() == Some(&found) {
+    if found == venture.target_before || venture.settled.as_ref().is_some_and(|(image, _)| *image == found) {
         return Ok(());
     }
     Err("the target says that it is complete, and is not".into())

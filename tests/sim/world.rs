@@ -8,7 +8,8 @@ use blockferry_ring::{Errno, FileKind};
 
 use super::disk::{Disk, STATE_DIR};
 use super::model::{Model, Words};
-use super::plan::{Fault, JobPlan, Plan, Side, Trouble};
+use super::nbd;
+use super::plan::{Fault, JobPlan, Plan, Side, StreamTrouble, Trouble};
 use super::rig::{self, Rig};
 
 /// The path of the disk that guests begin with.
@@ -60,7 +61,7 @@ pub async fn make_target(rig: &Rc<Rig>, plan: &JobPlan) -> Result<Disk, String> 
     let len = rig.current.borrow().node.driver().len();
     let again = rig.other.borrow_mut().take();
     if let Some(disk) = again
-        && rng.below(4) > 0
+        && (rig.plan.to_and_fro || rng.below(2) == 0)
         && disk.node.driver().len() >= len
         // What was on it must be durable, or nobody could say what a power cut leaves.
         && disk.node.driver().flush().await.is_ok()
@@ -81,6 +82,10 @@ pub async fn make_target(rig: &Rc<Rig>, plan: &JobPlan) -> Result<Disk, String> 
     if plan.target_room.is_none() {
         fill(&rig.world, &path, &rig.plan, rig.plan.target_run_bytes, &mut rng, |_, _| {});
     }
+    if plan.remote_target {
+        rig.count("targets over NBD");
+        return nbd::open_remote(rig, &path).await.map_err(|what| format!("a target over NBD: {what}"));
+    }
     let disk = Disk::open(&rig.ring, &path, rig.plan.buffered);
     disk.map_err(|error| format!("a target could not be opened: {error}"))
 }
@@ -93,7 +98,27 @@ pub fn set_faults(rig: &Rig, source: &Disk, target: &Disk) {
         let disk = if fault.side == Side::Source { source } else { target };
         rules(fault, &disk.path)
     });
-    rig.world.set_faults(rules.collect());
+    let guests = rig.plan.stream.iter().map(|(trouble, chance)| stream_rule(*trouble, *chance, nbd::SOCKET));
+    let socket = target.remote.as_ref().map(|(socket, _)| socket);
+    let targets = socket.into_iter().flat_map(|socket| {
+        let faults = rig.plan.target_stream.iter();
+        faults.map(move |(trouble, chance)| stream_rule(*trouble, *chance, socket))
+    });
+    rig.world.set_faults(rules.chain(guests).chain(targets).collect());
+}
+
+fn stream_rule(trouble: StreamTrouble, chance: u32, socket: &str) -> FaultRule {
+    let fault = match trouble {
+        StreamTrouble::Resets => SimFault::Reset,
+        StreamTrouble::HalfCloses => SimFault::HalfClose,
+        StreamTrouble::Shorts => SimFault::Short,
+        StreamTrouble::Stalls => SimFault::Delay { nanos_min: 100_000, nanos_max: 20_000_000 },
+    };
+    let kinds = match trouble {
+        StreamTrouble::HalfCloses => OpKind::Send.into(),
+        _ => OpKind::Send | OpKind::Recv,
+    };
+    FaultRule::new(kinds, format!("unix:{socket}"), chance, fault)
 }
 
 fn rules(fault: &Fault, path: &str) -> Vec<FaultRule> {

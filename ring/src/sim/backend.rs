@@ -372,7 +372,7 @@ impl Backend for SimBackend {
         )
     }
 
-    fn rename(&mut self, from: &Path, to: &Path) -> Result<(), Errno> {
+    fn rename(&mut self, from: &Path, to: &Path, replace: bool) -> Result<(), Errno> {
         self.control(
             OpKind::Rename,
             |_| shown(from),
@@ -380,6 +380,9 @@ impl Backend for SimBackend {
                 let number = inner.fs.find(from).ok_or(Errno::ENOENT)?;
                 if !inner.fs.has_directory(to.parent().unwrap_or(Path::new(""))) {
                     return Err(Errno::ENOENT);
+                }
+                if !replace && inner.fs.find(to).is_some() {
+                    return Err(Errno::EEXIST);
                 }
                 if inner.fs.find(to) != Some(number) {
                     let now = inner.next();

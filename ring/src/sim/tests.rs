@@ -210,6 +210,7 @@ fn entries_and_attributes_are_durable_only_after_their_sync() {
         r.sync(&file, false).await.unwrap();
         assert_eq!(w.get_durable_attribute("/new", "user.state"), Some(b"one".to_vec()));
         assert_eq!(r.get_attribute(&file, "user.state"), Ok(Some(b"one".to_vec())));
+        assert_eq!(r.rename_new(Path::new("/new"), Path::new("/disk")), Err(Errno::EEXIST));
         r.rename(Path::new("/new"), Path::new("/disk")).unwrap();
         assert!(!w.exists("/new") && w.exists_durably("/new"));
         r.sync_directory(Path::new("/")).unwrap();

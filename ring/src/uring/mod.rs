@@ -519,8 +519,8 @@ impl Backend for Uring {
         Ok(rustix::fs::unlink(path)?)
     }
 
-    fn rename(&mut self, from: &Path, to: &Path) -> Result<(), Errno> {
-        Ok(rustix::fs::rename(from, to)?)
+    fn rename(&mut self, from: &Path, to: &Path, replace: bool) -> Result<(), Errno> {
+        sys::rename(from, to, replace)
     }
 
     fn sync_directory(&mut self, path: &Path) -> Result<(), Errno> {

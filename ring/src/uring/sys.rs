@@ -90,6 +90,21 @@ pub(super) fn open(path: &Path, how: &OpenHow) -> Result<OwnedFd, Errno> {
     Ok(rustix::fs::open(path, flags | OFlags::NONBLOCK | OFlags::NOCTTY, mode)?)
 }
 
+pub(super) fn rename(from: &Path, to: &Path, replace: bool) -> Result<(), Errno> {
+    use rustix::fs::{CWD, RenameFlags, link, renameat_with, unlink};
+    if replace {
+        return Ok(rustix::fs::rename(from, to)?);
+    }
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // Some filesystems cannot; but a second name is refused, too, where there is one already.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP) => {
+            link(from, to)?;
+            Ok(unlink(from)?)
+        }
+        result => Ok(result?),
+    }
+}
+
 pub(super) fn info(fd: &OwnedFd) -> Result<FileInfo, Errno> {
     let want = StatxFlags::BASIC_STATS | StatxFlags::DIOALIGN;
     let stat = rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, want)?;
