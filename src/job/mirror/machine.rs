@@ -642,7 +642,10 @@ impl Body for Mirror {
         if cx.report.is_none() && self.stage != Stage::Over {
             self.upkeep(cx);
         }
-        cx.progress.set_remaining(self.tracker.dirty_bytes() + self.tracker.copying_bytes());
+        // Ready tells of the instant at which they were alike; what guests did during the flush is told next.
+        let is_ready = matches!(cx.report, Some(Report::Ready));
+        let left = self.tracker.dirty_bytes() + self.tracker.copying_bytes();
+        cx.progress.set_remaining(if is_ready { 0 } else { left });
     }
 
     fn in_flight(&self) -> usize {
