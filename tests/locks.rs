@@ -56,8 +56,15 @@ impl QemuNbd {
             .expect("qemu-nbd runs");
         let nbd = QemuNbd(child);
         let start = Instant::now();
-        while !socket.exists() {
-            assert!(start.elapsed() < Duration::from_secs(20), "qemu-nbd does not get ready");
+        // The socket is there before the image is open: only an answer says that the locks are taken.
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        let answers = || {
+            let mut info = Command::new("nbdinfo");
+            info.arg("--size").arg(&uri).stdout(Stdio::null()).stderr(Stdio::null());
+            info.status().is_ok_and(|status| status.success())
+        };
+        while !answers() {
+            assert!(start.elapsed() < Duration::from_secs(60), "qemu-nbd does not get ready");
             std::thread::sleep(Duration::from_millis(10));
         }
         nbd

@@ -96,15 +96,40 @@ fn the_map_shows_holes_data_and_zeroes() {
     assert_eq!(rows, expected, "{map}");
 }
 
-#[test]
-fn a_fio_run_verifies() {
-    let lab = Lab::new(64 * MIB);
+/// Writes all over the disk, in all sizes and at any offset, and reads it back.
+fn verify_with_fio(lab: &Lab) {
     let uri = format!("--uri={}", lab.uri("disk"));
-    let common = ["--name=job", "--ioengine=nbd", &uri, "--size=64M", "--verify=crc32c", "--verify_fatal=1"];
-    let work = ["--rw=randwrite", "--bs=4k", "--iodepth=16", "--numjobs=1", "--number_ios=20000"];
-    run("fio", &[&common[..], &work[..]].concat());
-    let work = ["--rw=randwrite", "--bsrange=512-256k", "--iodepth=32", "--numjobs=1", "--bsrange=4k-300k"];
-    run("fio", &[&common[..], &work[..]].concat());
+    let common = ["--name=job", "--ioengine=nbd", &uri, "--size=64M", "--rw=randwrite", "--numjobs=1"];
+    let check = ["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"];
+    for sizes in [
+        ["--bs=4k", "--iodepth=16", "--number_ios=16000"],
+        ["--bsrange=4k-300k", "--iodepth=32", "--number_ios=2000"],
+        ["--bsrange=512-70k", "--bs_unaligned=1", "--iodepth=8"],
+    ] {
+        run("fio", &[&common[..], &check[..], &sizes[..]].concat());
+    }
+}
+
+#[test]
+fn a_disk_in_memory_verifies() {
+    verify_with_fio(&Lab::new(64 * MIB));
+}
+
+#[test]
+fn a_disk_in_a_file_verifies_and_is_copied() {
+    let lab = Lab::on_file(64 * MIB);
+    verify_with_fio(&lab);
+    let image = lab.pattern_file("in.raw", 64 * MIB);
+    run("nbdcopy", &["--flush", "-C4", &image, &lab.uri("disk")]);
+    run("cmp", &[&image, &lab.path("disk.raw")]);
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &image, &lab.uri("readonly")]);
+    lab.qemu_io(&[
+        "write -z -u 1M 1M",
+        "read -P 0 1M 1M",
+        "discard 4M 4M",
+        "write -f -P 5 4097 3",
+        "read -P 5 4097 3",
+    ]);
 }
 
 #[test]
@@ -146,6 +171,10 @@ fn garbage_hurts_only_its_sender() {
     // The greeting, then the end (or a reset, because much was left unread).
     let _ = rubbish.read_to_end(&mut sink);
     assert_eq!(&sink[..8], b"NBDMAGIC");
+    // Good requests, then rubbish, from somebody who reads nothing and stays.
+    let mut raw = Raw::structured(lab.connect(), "disk");
+    (0..3).for_each(|cookie| raw.send(0, READ, cookie, 0, 1 << 20));
+    raw.stream.write_all(&[0x55; 64]).unwrap();
     lab.qemu_io(&["write -P 1 0 4k", "read -P 1 0 4k"]);
     lab.wait_for_clients(0);
 }

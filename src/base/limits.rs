@@ -136,8 +136,8 @@ pub const ERROR_PAUSE_NANOS_MIN: u64 = 10_000_000;
 pub const ERROR_PAUSE_NANOS_MAX: u64 = 2_000_000_000;
 /// How long a drain may take before it is given up.
 pub const DRAIN_NANOS_MAX: u64 = 60_000_000_000;
-/// So much may still differ when a mirror that was told to end shuts the door and copies the rest.
-pub const MIRROR_CLOSING_BYTES_MAX: u64 = 4 << 20;
+/// So much may still differ when a mirror shuts the door for a moment and copies the rest, to become ready or to end.
+pub const MIRROR_CLOSING_BYTES_MAX: u64 = 8 << 20;
 /// So much may be left to compare when a verifying pass beside the guests is content: the rest is compared
 /// while they wait.
 pub const VERIFY_LEFT_BYTES: u64 = 32 << 20;

@@ -1,7 +1,7 @@
 //! The command line: one file a subcommand, and what they share.
 
 pub mod bench;
-
+pub mod demo;
 pub mod doctor;
 pub mod exit;
 pub mod image;
@@ -62,6 +62,7 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Demo(demo::DemoArgs),
     Mirror(Box<mirror::MirrorArgs>),
     Serve(serve::ServeArgs),
     Info(info::InfoArgs),
@@ -75,6 +76,7 @@ pub fn main() -> ExitCode {
     start_log(cli.global.verbose);
     let global = &cli.global;
     let result = match &cli.command {
+        Command::Demo(args) => demo::main(global, args),
         Command::Mirror(args) => mirror::main(global, args),
         Command::Serve(args) => serve::main(global, args),
         Command::Info(args) => info::main(global, args),

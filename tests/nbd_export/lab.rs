@@ -9,8 +9,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use blockferry::block::Driver;
 use blockferry::export::nbd::{Export, NbdServer, ServerConfig};
 use blockferry::graph::node::{Node, Root};
+use blockferry::protocol::open::{OpenOptions, open};
 use blockferry_ring::backend::RemoteWaker;
 use blockferry_ring::{Config, Ring, SocketAddress};
 
@@ -37,16 +39,30 @@ fn config() -> ServerConfig {
     ServerConfig { handshake_ns_max: 1_000_000_000, ..ServerConfig::default() }
 }
 
+/// Where the exported bytes live.
+enum Backing {
+    Memory(u64),
+    File(PathBuf),
+}
+
 fn live(
     calls: &Receiver<Call>,
     ready: &Sender<RemoteWaker>,
     socket: PathBuf,
-    len: u64,
+    backing: Backing,
     config: ServerConfig,
 ) {
     let ring = Ring::new(&Config::default()).expect("these tests need io_uring");
+    let (len, file) = match backing {
+        Backing::Memory(len) => (len, None),
+        Backing::File(path) => (0, Some(path)),
+    };
     let disk = MemoryDisk::new(&ring, len);
-    let node = Node::new(&ring, "disk", disk.clone());
+    let driver: Rc<dyn Driver> = match file {
+        Some(path) => open(&ring, &path, &OpenOptions::default()).unwrap(),
+        None => disk.clone(),
+    };
+    let node = Node::new(&ring, "disk", driver);
     let server = NbdServer::new(&ring, config);
     for (name, read_only) in [("disk", false), ("readonly", true)] {
         let root = Root::new(&node, read_only).unwrap();
@@ -69,6 +85,8 @@ fn live(
     let server = inside.server.clone();
     ring.block_on(async move { server.stop().await });
     assert_eq!(inside.server.clients(), 0);
+    // What the disk keeps for itself goes with it.
+    drop(inside);
     assert_eq!(ring.task_count(), 0, "tasks are left behind");
     assert_eq!(ring.arena().bytes_used(), 0, "memory is left behind");
     assert_eq!(ring.shutdown(1_000_000_000).leaked, 0);
@@ -80,11 +98,22 @@ impl Lab {
     }
 
     pub fn with(len: u64, config: ServerConfig) -> Lab {
-        let directory = tempfile::tempdir().unwrap();
+        Lab::start(tempfile::tempdir().unwrap(), Backing::Memory(len), config)
+    }
+
+    /// A disk in a file, past the page cache where the filesystem lets it.
+    pub fn on_file(len: u64) -> Lab {
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let path = directory.path().join("disk.raw");
+        std::fs::File::create(&path).unwrap().set_len(len).unwrap();
+        Lab::start(directory, Backing::File(path), config())
+    }
+
+    fn start(directory: tempfile::TempDir, backing: Backing, config: ServerConfig) -> Lab {
         let socket = directory.path().join("nbd.sock");
         let (calls, inbox) = channel();
         let (ready, is_ready) = channel();
-        let thread = std::thread::spawn(move || live(&inbox, &ready, socket, len, config));
+        let thread = std::thread::spawn(move || live(&inbox, &ready, socket, backing, config));
         let waker = is_ready.recv().expect("the server starts");
         Lab { calls: Some(calls), waker, thread: Some(thread), directory }
     }

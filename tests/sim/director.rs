@@ -7,6 +7,7 @@
 
 use std::rc::Rc;
 
+use blockferry::export::nbd::NbdServer;
 use blockferry::graph::node::UseKind;
 use blockferry::job::event::JobEvent;
 use blockferry::job::mirror::verify::Verifier;
@@ -14,9 +15,11 @@ use blockferry::job::mirror::{self, Marker, MirrorOptions, SyncMode};
 use blockferry::job::policy::ErrorAction;
 use blockferry::job::runner::{ErrorPolicies, Job};
 use blockferry::job::status::Status;
+use blockferry::protocol::mark::{MarkInfo, TargetMark};
 
-use super::disk::{Disk, SimMarker};
-use super::guest::{self, Client};
+use super::disk::{Disk, STATE_DIR, SimMarker};
+use super::guest;
+use super::nbd;
 use super::plan::{Ending, JobPlan, SECOND, Verb, log_range};
 use super::rig::{Rig, Venture};
 use super::watch;
@@ -31,6 +34,11 @@ const FORCE_BOUND: u64 = SECOND / 100;
 
 /// The whole life.
 pub async fn direct(rig: Rc<Rig>) {
+    if rig.plan.has_remote_guests()
+        && let Err(what) = nbd::serve(&rig)
+    {
+        rig.fail(format!("no NBD server: {what}"));
+    }
     guest::start_all(&rig);
     for (index, plan) in rig.plan.jobs.clone().into_iter().enumerate() {
         run_job(&rig, index, &plan).await;
@@ -41,17 +49,31 @@ pub async fn direct(rig: Rc<Rig>) {
     if rig.within(BOUND, all_gone).await.is_none() {
         rig.fail(format!("{} tasks of guests do not end", rig.guests.get()));
     }
+    // The guests' server is the first one, if there is one; the others serve targets, perhaps the one in use.
+    let servers = rig.servers.take();
+    let (guests, targets) = servers.split_at(servers.len().min(rig.plan.has_remote_guests().into()));
+    stop(&rig, guests).await;
+    rig.lost.settle(&rig);
     watch::check_retired(&rig);
     let root = rig.root.borrow().clone();
     if let Some(root) = root {
         if rig.world.fault_counts().errors == 0 {
-            guest::read_all(&rig, &Client::Root(root.clone())).await;
+            guest::read_all(&rig, &root).await;
         }
         if root.parked() > 0 {
             rig.fail("requests still wait at an open door");
         }
     }
+    stop(&rig, targets).await;
     rig.done.set(true);
+}
+
+async fn stop(rig: &Rig, servers: &[NbdServer]) {
+    for server in servers {
+        if rig.within(BOUND, server.stop()).await.is_none() {
+            rig.fail(format!("an NBD server does not stop: {} clients", server.clients()));
+        }
+    }
 }
 
 async fn run_job(rig: &Rc<Rig>, index: usize, plan: &JobPlan) {
@@ -73,7 +95,7 @@ async fn run_job(rig: &Rc<Rig>, index: usize, plan: &JobPlan) {
         target_before: rig.live(&target),
         since: 0,
         whole: plan.sync != SyncMode::None,
-        completed: None,
+        settled: None,
         asked_complete: false,
         asked_end: false,
         pivoted: false,
@@ -84,7 +106,7 @@ async fn run_job(rig: &Rc<Rig>, index: usize, plan: &JobPlan) {
     };
     if let Some(venture) = &mut *rig.venture.borrow_mut() {
         venture.job = Some(job.clone());
-        // Everything that ended before was there when tracking began.
+        // What begins from now on is tracked for certain.
         venture.since = rig.model.borrow_mut().next();
     }
     let judged = rig.ring.spawn_with_result(watch::watch(rig.clone(), job.clone()));
@@ -126,15 +148,12 @@ fn options(rig: &Rc<Rig>, plan: &JobPlan, target: &Disk) -> MirrorOptions {
     options.auto_dismiss = plan.auto_dismiss;
     options.allow_larger_target = true;
     options.policies = ErrorPolicies { source: plan.on_source_error, target: plan.on_target_error };
-    if let Some(file) = target.node.driver().local_file().filter(|_| target.markable) {
-        let (rig2, ambush) = (rig.clone(), plan.ambush);
-        options.marker = Some(Box::new(SimMarker {
-            ring: rig.ring.clone(),
-            file,
-            name: target.path.clone(),
-            before_unmark: Rc::new(move || last_moments(&rig2, ambush)),
-        }) as Box<dyn Marker>);
-    }
+    let (rig2, ambush) = (rig.clone(), plan.ambush);
+    let info = MarkInfo::incomplete("mirror", &rig.current.borrow().path);
+    options.marker = Some(Box::new(SimMarker {
+        mark: TargetMark::new(&rig.ring, target.node.driver().clone(), Some(STATE_DIR.into()), info),
+        before_unmark: Rc::new(move || last_moments(&rig2, ambush)),
+    }) as Box<dyn Marker>);
     if plan.verify && plan.sync != SyncMode::None {
         let source = rig.current.borrow().node.driver().clone();
         match Verifier::new(&rig.ring, &source, target.node.driver()) {
@@ -151,6 +170,7 @@ fn options(rig: &Rc<Rig>, plan: &JobPlan, target: &Disk) -> MirrorOptions {
 /// The door is shut and the mark is about to go: clients come, users change their minds.
 fn last_moments(rig: &Rc<Rig>, ambush: Option<(u64, Verb)>) {
     rig.shut.notify();
+    watch::settle(rig);
     let job = rig.venture.borrow().as_ref().and_then(|venture| venture.job.clone());
     if let (Some((after, verb)), Some(job)) = (ambush, job) {
         let rig2 = rig.clone();
@@ -166,11 +186,11 @@ fn last_moments(rig: &Rc<Rig>, ambush: Option<(u64, Verb)>) {
 /// Waits until the job is ready, lets it be for a while, ends it as planned.
 async fn see_it_through(rig: &Rc<Rig>, plan: &JobPlan, job: &Job, target: &Disk) {
     if rig.within(PATIENCE, job.until_ready()).await.is_none() {
-        if gave_up_on_flush(rig, job, target).await {
+        if gave_up(rig, job, target).await {
             return;
         }
         rescue(rig, job, target);
-        if rig.within(BOUND, job.until_ready()).await.is_none() && !gave_up_on_flush(rig, job, target).await {
+        if rig.within(BOUND, job.until_ready()).await.is_none() && !gave_up(rig, job, target).await {
             rig.fail(format!("a job does not become ready in a healthy world: {}", state(job)));
             return;
         }
@@ -193,11 +213,11 @@ async fn see_it_through(rig: &Rc<Rig>, plan: &JobPlan, job: &Job, target: &Disk)
     if forced {
         return rig.fail(format!("a job that was given up does not end: {}", state(job)));
     }
-    if gave_up_on_flush(rig, job, target).await {
+    if gave_up(rig, job, target).await {
         return;
     }
     rescue(rig, job, target);
-    if rig.within(BOUND, job.until_over()).await.is_none() && !gave_up_on_flush(rig, job, target).await {
+    if rig.within(BOUND, job.until_over()).await.is_none() && !gave_up(rig, job, target).await {
         rig.fail(format!("a job does not end in a healthy world: {}", state(job)));
     }
 }
@@ -217,9 +237,9 @@ async fn ask(rig: &Rc<Rig>, job: &Job, verb: Verb) {
     }
 }
 
-/// The target's flushes fail for good once one has failed: then there is no end but the force-cancel.
-async fn gave_up_on_flush(rig: &Rc<Rig>, job: &Job, target: &Disk) -> bool {
-    if target.seam.flushes_failed.get() == 0 {
+/// A target that no healing helps leaves no end but the force-cancel.
+async fn gave_up(rig: &Rc<Rig>, job: &Job, target: &Disk) -> bool {
+    if !target.is_beyond_help() {
         return false;
     }
     act(rig, job, Verb::ForceCancel);
@@ -233,6 +253,10 @@ async fn hang_and_cancel(rig: &Rc<Rig>, job: &Job, target: &Disk) {
         act(rig, job, Verb::Complete);
     }
     rig.world.hang(&target.path);
+    let stream = target.remote.as_ref().map(|(socket, _)| format!("unix:{socket}"));
+    if let Some(stream) = &stream {
+        rig.world.hang(stream);
+    }
     let wait = log_range(&mut rig.fork_rng(), 1_000, SECOND / 20);
     rig.ring.sleep(wait).await;
     act(rig, job, Verb::ForceCancel);
@@ -250,7 +274,22 @@ async fn hang_and_cancel(rig: &Rc<Rig>, job: &Job, target: &Disk) {
             rig.fail("guests wait for a job that was given up");
         }
     }
-    rig.world.release(&target.path);
+    if stream.is_some() && !on_target && rig.within(BOUND, is_free(rig, target)).await.is_none() {
+        // A kernel file holds what is in flight; a connection is cut.
+        rig.fail("a dead server holds the target of a job that was given up");
+    }
+    rig.world.release("");
+}
+
+/// Waits until nobody uses the disk.
+async fn is_free(rig: &Rig, disk: &Disk) {
+    loop {
+        if let Ok(using) = disk.node.attach(UseKind::JobTarget("probe")) {
+            drop(using);
+            return;
+        }
+        rig.ring.sleep(SECOND / 1000).await;
+    }
 }
 
 /// What users do. True when it was not refused.
@@ -401,16 +440,7 @@ async fn clear_up(rig: &Rc<Rig>, plan: &JobPlan, job: &Job, source: &Disk, targe
     }
     let (old, new) = if rig.pivoted() { (source, target) } else { (target, source) };
     // What was in flight holds the locks until it has ended, and not longer.
-    let free = async {
-        loop {
-            if let Ok(using) = old.node.attach(UseKind::JobTarget("probe")) {
-                drop(using);
-                return;
-            }
-            rig.ring.sleep(SECOND / 1000).await;
-        }
-    };
-    if rig.within(BOUND, free).await.is_none() {
+    if rig.within(BOUND, is_free(rig, old)).await.is_none() {
         rig.fail(format!("the disk {} is still in use after the job", old.path));
     }
     match new.node.attach(UseKind::JobSource("probe")) {

@@ -4,7 +4,7 @@
 //! tells when a job flushes its target behind a shut door: that is the moment for a client to come.
 
 use std::cell::{Cell, RefCell};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use blockferry::block::{
@@ -13,13 +13,18 @@ use blockferry::block::{
 };
 use blockferry::graph::node::Node;
 use blockferry::job::mirror::Marker;
-use blockferry::protocol::{Cache, OpenOptions, open};
-use blockferry_ring::{Buf, Errno, File, Ring, SharedBuf};
+use blockferry::protocol::mark::TargetMark;
+use blockferry::protocol::nbd::NbdDriver;
+use blockferry::protocol::open::{Cache, OpenOptions, open};
+use blockferry_ring::sim::World;
+use blockferry_ring::{Buf, File, Ring, SharedBuf};
 
 use super::counts::Counts;
 
 /// The attribute that says that a target is not complete.
-pub const MARK: &str = "user.sim.unfinished";
+const ATTRIBUTE: &str = "user.blockferry.state";
+/// Where the notes about those go that take no attribute.
+pub const STATE_DIR: &str = "/state";
 
 /// What a disk's failures are counted as: read, write, zeroes, flush.
 const SOURCE_FAULTS: [&str; 4] = [
@@ -170,22 +175,41 @@ impl Driver for Watched {
 #[derive(Clone, Debug)]
 pub struct Disk {
     pub path: Rc<str>,
+    /// What the engine calls it.
+    pub name: Rc<str>,
     pub node: Rc<Node>,
     pub seam: Rc<Seam>,
-    /// Attributes are to be had: it can be marked.
-    pub markable: bool,
+    /// It is reached over NBD: the socket, and the connection.
+    pub remote: Option<(Rc<str>, Rc<NbdDriver>)>,
 }
 
 impl Disk {
     /// Opens the file at `path`.
-    pub fn open(ring: &Ring, path: &str, buffered: bool, markable: bool) -> Result<Disk, BlockError> {
+    pub fn open(ring: &Ring, path: &str, buffered: bool) -> Result<Disk, BlockError> {
         let cache = if buffered { Cache::Buffered } else { Cache::Direct };
         let options = OpenOptions { cache, ..OpenOptions::default() };
-        let inner = open(ring, Path::new(path), &options)?;
+        Ok(Disk::new(ring, path, open(ring, Path::new(path), &options)?, None))
+    }
+
+    /// The file at `path`, by way of a driver.
+    pub fn new(
+        ring: &Ring,
+        path: &str,
+        inner: Rc<dyn Driver>,
+        remote: Option<(Rc<str>, Rc<NbdDriver>)>,
+    ) -> Disk {
         let seam = Rc::new(Seam::default());
+        let name = inner.name().into();
         let watched = Watched { ring: ring.clone(), inner, seam: seam.clone() };
         let node = Node::new(ring, path, Rc::new(watched));
-        Ok(Disk { path: path.into(), node, seam, markable })
+        Disk { path: path.into(), name, node, seam, remote }
+    }
+
+    /// Nothing will ever go well on it again, though the world be healed: a flush has failed, or the connection is
+    /// lost.
+    pub fn is_beyond_help(&self) -> bool {
+        let is_cut = self.remote.as_ref().is_some_and(|(_, driver)| driver.connection().lost().is_some());
+        is_cut || self.seam.flushes_failed.get() > 0
     }
 
     /// Takes out what was counted.
@@ -194,36 +218,39 @@ impl Disk {
     }
 }
 
-/// Marks an unfinished target with an attribute.
+/// The engine's own mark, with a hook.
 pub struct SimMarker {
-    pub ring: Ring,
-    pub file: File,
-    pub name: Rc<str>,
+    pub mark: TargetMark,
     /// Called when the mark is about to be removed: the door is shut then.
     pub before_unmark: Rc<dyn Fn()>,
 }
 
 impl std::fmt::Debug for SimMarker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SimMarker").field("name", &self.name).finish_non_exhaustive()
-    }
-}
-
-impl SimMarker {
-    async fn set(&self, value: Option<&[u8]>) -> IoResult {
-        let fail = |errno: Errno| BlockError::new(Operation::Write, self.name.clone(), errno);
-        self.ring.set_attribute(&self.file, MARK, value).map_err(fail)?;
-        self.ring.sync(&self.file, false).await.map(drop).map_err(fail)
+        f.debug_struct("SimMarker").field("mark", &self.mark).finish_non_exhaustive()
     }
 }
 
 impl Marker for SimMarker {
     fn mark(&self) -> IoFuture<'_, IoResult> {
-        self.ring.boxed(self.set(Some(b"1")))
+        self.mark.mark()
     }
 
     fn unmark(&self) -> IoFuture<'_, IoResult> {
         (self.before_unmark)();
-        self.ring.boxed(self.set(None))
+        self.mark.unmark()
     }
+}
+
+/// Whether a disk is marked as unfinished: on itself, or by a note in the state directory.
+pub fn is_marked(world: &World, disk: &Disk) -> bool {
+    let Disk { path, name, .. } = disk;
+    let note_is_about_it = |note: &PathBuf| {
+        let len = world.len(note).unwrap_or(0) as usize;
+        String::from_utf8_lossy(&world.read_live(note, 0, len)).contains(&format!("\"target\":\"{name}\""))
+    };
+    let is_note =
+        |note: &&PathBuf| note.starts_with(STATE_DIR) && note.extension().is_some_and(|e| e == "json");
+    world.get_attribute(&**path, ATTRIBUTE).is_some()
+        || world.files().iter().filter(is_note).any(note_is_about_it)
 }

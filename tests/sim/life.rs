@@ -71,6 +71,8 @@ pub fn run(plan: Plan, bug: Option<Bug>) -> Outcome {
         ("device: hangs", faults.hangs),
         ("device: no space", faults.no_space),
         ("device: shorts", faults.shorts),
+        ("streams: half closes", faults.half_closes),
+        ("streams: resets", faults.resets),
         ("device: torn writes of power cuts", faults.torn),
     ];
     for (what, n) in device {
@@ -94,7 +96,7 @@ impl Machine {
             Ok(ring) => ring,
             Err(error) => return (End::Failed(format!("no ring: {error}")), model),
         };
-        let opened = Disk::open(&ring, path, plan.buffered, plan.source.attributes);
+        let opened = Disk::open(&ring, path, plan.buffered);
         let disk = match opened {
             Ok(disk) => disk,
             Err(error) => return (End::Failed(format!("the disk does not open: {error}")), model),
@@ -197,7 +199,7 @@ impl Machine {
         model.restart(&self.world.read_live(path, 0, plan.len as usize));
         self.world.heal();
         plan.power_cut = None;
-        plan.faults = Vec::new();
+        (plan.faults, plan.target_stream) = (Vec::new(), Vec::new());
         plan.jobs.truncate(1);
         for job in &mut plan.jobs {
             (job.verbs, job.ambush) = (Vec::new(), None);

@@ -21,6 +21,7 @@ mod disk;
 mod guest;
 mod life;
 mod model;
+mod nbd;
 mod plan;
 mod rig;
 mod watch;
@@ -113,6 +114,16 @@ fn planted_bugs_are_found() {
             None => panic!("{bug:?} was not found in {} seeds", seeds()),
         }
     }
+}
+
+#[test]
+fn fifty_pivots_to_and_fro() {
+    let outcome = life::run(Plan::pendulum(SEED_FIRST, 50), None);
+    println!("{}", outcome.counts);
+    assert_eq!(outcome.failure, None);
+    let counts = &outcome.counts;
+    assert_eq!((counts.get("pivots"), counts.get("pivots back")), (50, 25));
+    assert!(counts.get("guests: requests that waited at the door") > 0);
 }
 
 #[test]

@@ -150,8 +150,8 @@ pub struct Model {
     reads: BTreeMap<u64, u32>,
     /// What ended before this is durable.
     flushed: u64,
-    /// When the last write to a cell ended.
-    touched: Vec<u64>,
+    /// When the last write to a cell began and ended.
+    touched: Vec<(u64, u64)>,
 }
 
 impl Model {
@@ -165,13 +165,8 @@ impl Model {
             sequence: 1,
             reads: BTreeMap::new(),
             flushed: 0,
-            touched: vec![0; n],
+            touched: vec![(0, 0); n],
         }
-    }
-
-    /// Bytes of a cell.
-    pub fn cell(&self) -> usize {
-        self.cell
     }
 
     /// Numbers what happens next.
@@ -230,14 +225,9 @@ impl Model {
                 }
             }
             doubt.values.push(Value { ended: now, failed: !well, ..Value::settled(word) });
-            self.touched[at] = now;
+            self.touched[at] = (write.begun, now);
             self.tidy(at);
         }
-    }
-
-    /// A write's end will never be told; it may still happen.
-    pub fn lose_write(&mut self, write: Write) {
-        drop(write);
     }
 
     /// Forgets what can no longer matter in a cell.
@@ -398,9 +388,9 @@ impl Model {
         self.all_durable();
     }
 
-    /// For each cell: whether a write to it has ended since the event `since`.
-    pub fn touched_since(&self, since: u64) -> impl Iterator<Item = bool> {
-        self.touched.iter().map(move |touched| *touched > since)
+    /// For each cell: whether the last write to it began and ended in this span of events.
+    pub fn touched(&self, span: Range<u64>) -> impl Iterator<Item = bool> {
+        self.touched.iter().map(move |(begun, ended)| *begun > span.start && *ended < span.end)
     }
 }
 

@@ -27,6 +27,8 @@ pub enum Join {
 #[derive(Clone, Debug)]
 pub struct Guest {
     pub join: Join,
+    /// It comes over NBD.
+    pub remote: bool,
     /// Requests at once.
     pub depth: usize,
     /// Mean pause between an answer and the next request.
@@ -58,6 +60,19 @@ pub enum Trouble {
     Agains,
     /// Operations take long.
     Delays,
+}
+
+/// What goes wrong with a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamTrouble {
+    /// It is reset.
+    Resets,
+    /// One direction ends.
+    HalfCloses,
+    /// Sends end short, receives get little.
+    Shorts,
+    /// It stalls.
+    Stalls,
 }
 
 /// Faults on one disk for as long as a job runs.
@@ -104,6 +119,8 @@ pub struct JobPlan {
     pub auto_dismiss: bool,
     pub verify: bool,
     pub larger_target: bool,
+    /// A new target is reached over NBD.
+    pub remote_target: bool,
     pub on_source_error: OnError,
     pub on_target_error: OnError,
     /// What users do, and how long after the start.
@@ -136,7 +153,13 @@ pub struct Plan {
     pub hot: (u64, u64),
     pub guests: Vec<Guest>,
     pub faults: Vec<Fault>,
+    /// What goes wrong with the streams of guests that come over NBD, and how often, out of 65536.
+    pub stream: Vec<(StreamTrouble, u32)>,
+    /// The same for the streams to targets.
+    pub target_stream: Vec<(StreamTrouble, u32)>,
     pub jobs: Vec<JobPlan>,
+    /// Jobs go back to the disk of the job before whenever they can.
+    pub to_and_fro: bool,
     /// Times after a job's start at which somebody looks what a power cut would leave.
     pub looks: Vec<u64>,
     /// The power goes at this time after the first job's start.
@@ -159,6 +182,11 @@ fn pick<T: Copy>(rng: &mut Rng, choices: &[T]) -> T {
 }
 
 impl Plan {
+    /// Some guest comes over NBD.
+    pub fn has_remote_guests(&self) -> bool {
+        self.guests.iter().any(|guest| guest.remote)
+    }
+
     /// The plan of a seed.
     pub fn draw(seed: u64) -> Plan {
         let mut rng = Rng::new(seed);
@@ -172,6 +200,7 @@ impl Plan {
         let busy = one_in(rng, 4);
         let jobs = pick(rng, &[1, 1, 1, 2, 3]);
         let has_faults = one_in(rng, 2);
+        let remote = one_in(rng, 4);
         Plan {
             seed,
             len,
@@ -182,12 +211,53 @@ impl Plan {
             source_run_bytes: run(rng),
             target_run_bytes: run(rng),
             hot: (hot_start, hot_bytes),
-            guests: (0..1 + rng.below(4)).map(|i| guest(rng, i, busy)).collect(),
+            guests: (0..1 + rng.below(4)).map(|i| guest(rng, i, busy, remote)).collect(),
             faults: if has_faults { faults(rng) } else { Vec::new() },
+            stream: if remote { stream_faults(rng) } else { Vec::new() },
+            target_stream: if has_faults { stream_faults(rng) } else { Vec::new() },
             jobs: (0..jobs).map(|_| job(rng, has_faults)).collect(),
+            to_and_fro: one_in(rng, 2),
             looks: (0..pick(rng, &[0, 0, 1, 3])).map(|_| log_range(rng, 10_000, SECOND / 10)).collect(),
             power_cut: one_in(rng, 8).then(|| log_range(rng, 20_000, SECOND / 5)),
         }
+    }
+}
+
+impl Plan {
+    /// A disk that is moved to and fro so many times under four busy clients.
+    pub fn pendulum(seed: u64, pivots: usize) -> Plan {
+        let mut plan = Plan::draw(seed);
+        let rng = &mut Rng::new(seed ^ 1);
+        let job = JobPlan {
+            sync: SyncMode::Full,
+            granularity: Some(4096),
+            buf_size: 0,
+            speed: 0,
+            detect_zeroes: true,
+            auto_finalize: true,
+            auto_dismiss: true,
+            verify: false,
+            larger_target: false,
+            remote_target: false,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            verbs: Vec::new(),
+            ambush: None,
+            requests: [400, 100, 300],
+            ready_nanos: 100_000,
+            ending: Ending::Complete,
+            target_room: None,
+        };
+        plan.guests = (0..4).map(|i| guest(rng, i, true, false)).collect();
+        for guest in &mut plan.guests {
+            (guest.join, guest.depth, guest.mix) = (Join::Start, 16, [30, 50, 5, 8, 4, 3]);
+        }
+        (plan.len, plan.cell, plan.hot) = (256 << 10, 512, (0, 32 << 10));
+        (plan.source, plan.target) = (FileModel::regular(plan.len), FileModel::regular(plan.len));
+        (plan.faults, plan.stream, plan.target_stream) = (Vec::new(), Vec::new(), Vec::new());
+        (plan.power_cut, plan.looks, plan.to_and_fro) = (None, vec![1_000_000], true);
+        plan.jobs = vec![job; pivots];
+        plan
     }
 }
 
@@ -217,6 +287,7 @@ fn file_model(rng: &mut Rng, len: u64) -> FileModel {
     model.zero_range = !one_in(rng, 5);
     model.zero_range_ends_punch_hole = one_in(rng, 8);
     model.seek &= !one_in(rng, 5);
+    model.attributes &= !one_in(rng, 5);
     model.latency = match rng.below(8) {
         0 => Latency::SLOW_DISK,
         1 => Latency::fixed(1_000),
@@ -226,7 +297,7 @@ fn file_model(rng: &mut Rng, len: u64) -> FileModel {
     model
 }
 
-fn guest(rng: &mut Rng, index: u64, busy: bool) -> Guest {
+fn guest(rng: &mut Rng, index: u64, busy: bool, remote: bool) -> Guest {
     let join = match rng.below(6) {
         _ if index == 0 => Join::Start,
         0..2 => Join::At(log_range(rng, 1_000, SECOND / 50)),
@@ -244,6 +315,7 @@ fn guest(rng: &mut Rng, index: u64, busy: bool) -> Guest {
     ];
     Guest {
         join,
+        remote: remote && !one_in(rng, 4),
         depth: pick(rng, &[1, 2, 4, 8, 16]),
         think_nanos,
         request_bytes_max: pick(rng, &[512, 4096, 16_384, 32_768]),
@@ -266,6 +338,18 @@ fn faults(rng: &mut Rng) -> Vec<Fault> {
             if one_in(rng, rarity) {
                 faults.push(Fault { side, trouble, chance: log_range(rng, 256, 16_384) as u32 });
             }
+        }
+    }
+    faults
+}
+
+fn stream_faults(rng: &mut Rng) -> Vec<(StreamTrouble, u32)> {
+    let all =
+        [StreamTrouble::Resets, StreamTrouble::HalfCloses, StreamTrouble::Shorts, StreamTrouble::Stalls];
+    let mut faults = Vec::new();
+    for trouble in all {
+        if one_in(rng, 4) {
+            faults.push((trouble, log_range(rng, 64, 2048) as u32));
         }
     }
     faults
@@ -297,6 +381,7 @@ fn job(rng: &mut Rng, has_faults: bool) -> JobPlan {
         auto_dismiss: !one_in(rng, 4),
         verify: one_in(rng, 8),
         larger_target: one_in(rng, 12),
+        remote_target: one_in(rng, 6),
         on_source_error: pick(rng, &policies),
         on_target_error: pick(rng, &policies),
         verbs,

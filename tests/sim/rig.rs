@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::sync::OnceLock;
 
 use blockferry::base::rng::Rng;
+use blockferry::export::nbd::NbdServer;
 use blockferry::graph::node::{Features, Root};
 use blockferry::job::runner::Job;
 use blockferry_ring::sim::World;
@@ -21,6 +22,7 @@ use blockferry_ring::{Nanos, Ring};
 use super::counts::Counts;
 use super::disk::Disk;
 use super::model::Model;
+use super::nbd::Lost;
 use super::plan::Plan;
 
 /// The images of a job's disks at one instant.
@@ -40,8 +42,8 @@ pub struct Venture {
     pub since: u64,
     /// Everything is copied, not only what changes.
     pub whole: bool,
-    /// The images when it completed.
-    pub completed: Option<Images>,
+    /// What the target held when its mark was last about to go, and the model's time then.
+    pub settled: Option<(Vec<u8>, u64)>,
     /// Somebody told it to complete.
     pub asked_complete: bool,
     /// Somebody told it to end otherwise.
@@ -72,6 +74,9 @@ pub struct Rig {
     pub venture: RefCell<Option<Venture>>,
     /// A disk that guests were moved away from, and what it held then.
     pub retired: RefCell<Option<(Disk, Vec<u8>)>>,
+    pub servers: RefCell<Vec<NbdServer>>,
+    /// Writes whose answers were lost with a connection.
+    pub lost: Lost,
     pub failure: RefCell<Option<String>>,
     rng: RefCell<Rng>,
     /// Requests that guests may still make.
@@ -104,6 +109,8 @@ impl Rig {
             other: RefCell::default(),
             venture: RefCell::default(),
             retired: RefCell::default(),
+            servers: RefCell::default(),
+            lost: Lost::default(),
             failure: RefCell::default(),
             rng: RefCell::new(rng),
             granted: Cell::new(0),
@@ -160,7 +167,9 @@ impl Rig {
 
     /// Guests have to bear errors, because the plan has some.
     pub fn guests_may_fail(&self) -> bool {
-        !self.plan.faults.is_empty() || self.plan.jobs.iter().any(|job| job.target_room.is_some())
+        !self.plan.faults.is_empty()
+            || !self.plan.target_stream.is_empty()
+            || self.plan.jobs.iter().any(|job| job.target_room.is_some())
     }
 
     /// The disk's length as guests see it.

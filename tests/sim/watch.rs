@@ -12,7 +12,7 @@ use std::rc::Rc;
 use blockferry::job::runner::{Ending, Job};
 use blockferry_ring::sim::World;
 
-use super::disk::MARK;
+use super::disk::is_marked;
 use super::rig::{Images, Rig, Venture};
 
 /// Waits for the end of a job and compares.
@@ -51,7 +51,8 @@ fn completed(rig: &Rc<Rig>, job: &Job) -> Result<(), String> {
     if let Some(at) = first_difference(&images.target, &rig.durable(&venture.target)) {
         return Err(format!("the target is not durable at offset {at}"));
     }
-    if venture.target.markable && rig.world.get_durable_attribute(&*venture.target.path, MARK).is_some() {
+    let after = rig.world.fork_after_power_cut(rig.plan.seed);
+    if is_marked(&after, &venture.target) {
         return Err("a completed target is still marked".into());
     }
     let progress = job.progress();
@@ -79,8 +80,19 @@ fn completed(rig: &Rc<Rig>, job: &Job) -> Result<(), String> {
         return Err("the guests' root points to neither disk".into());
     }
     venture.pivoted = pivoted;
-    venture.completed = Some(images);
     Ok(())
+}
+
+/// The mark is about to go: source and target must be alike by now, and the target durable.
+pub fn settle(rig: &Rig) {
+    let mut venture = rig.venture.borrow_mut();
+    let Some(venture) = &mut *venture else { return };
+    let images = Images { source: rig.live(&venture.source), target: rig.live(&venture.target) };
+    venture.settled = None;
+    if let Err(what) = compare(rig, venture, &images) {
+        rig.fail(format!("when the mark is about to go: {what}"));
+    }
+    venture.settled = Some((images.target, rig.model.borrow_mut().next()));
 }
 
 /// The target equals the source; where only changes are copied, in every chunk that was changed.
@@ -92,7 +104,9 @@ fn compare(rig: &Rig, venture: &Venture, images: &Images) -> Result<(), String> 
         };
     }
     let cell = rig.plan.cell;
-    let touched = rig.model.borrow().touched_since(venture.since).collect::<Vec<_>>();
+    // A discard that is refused ends without the ring: it may have come in by the door that was just opened.
+    let until = venture.settled.as_ref().map_or(u64::MAX, |(_, at)| *at);
+    let touched = rig.model.borrow().touched(venture.since..until).collect::<Vec<_>>();
     for (index, touched) in touched.into_iter().enumerate() {
         let part = index * cell..(index + 1) * cell;
         let (source, target) = (&images.source[part.clone()], &images.target[part.clone()]);
@@ -113,20 +127,14 @@ fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
 
 /// A job that did not complete leaves guests where they are, and a target that does not claim anything.
 fn not_completed(rig: &Rig) -> Result<(), String> {
-    let mut venture = rig.venture.borrow_mut();
-    let Some(venture) = &mut *venture else { return Err("nothing is known of it".into()) };
+    let venture = rig.venture.borrow();
+    let Some(venture) = &*venture else { return Err("nothing is known of it".into()) };
     let root = rig.root.borrow();
     if root.as_ref().is_none_or(|root| !Rc::ptr_eq(&root.node(), &venture.source.node)) {
         return Err("the guests' root does not point to the source any more".into());
     }
     drop(root);
     judge_target(rig, venture, &rig.world.fork_after_power_cut(rig.plan.seed))?;
-    let source = rig.live(&venture.source);
-    let is_marked = rig.world.get_attribute(&*venture.target.path, MARK).is_some();
-    if venture.target.markable && !is_marked && source == rig.live(&venture.target) {
-        // Given up in its very last moment: the target is a complete copy all the same.
-        venture.completed = Some(Images { target: source.clone(), source });
-    }
     Ok(())
 }
 
@@ -160,25 +168,14 @@ pub fn judge_power_cut(rig: &Rig, after: &World) {
     }
 }
 
-/// A target without a mark holds what it held before, or the source as it was at the end.
+/// A target without a mark holds what it held before, or the source as it was when the mark went.
 fn judge_target(rig: &Rig, venture: &Venture, after: &World) -> Result<(), String> {
-    let path = &*venture.target.path;
-    if !venture.target.markable || after.get_attribute(path, MARK).is_some() {
-        rig.counts
-            .borrow_mut()
-            .add_many("power cuts with an unfinished target", venture.target.markable.into());
+    if is_marked(after, &venture.target) {
+        rig.count("power cuts with an unfinished target");
         return Ok(());
     }
-    let found = after.read_live(path, 0, rig.len());
-    if found == venture.target_before {
-        return Ok(());
-    }
-    let alike = |images: &Images| found == images.target;
-    if venture.completed.as_ref().is_some_and(alike) {
-        return Ok(());
-    }
-    let drained = Images { source: rig.live(&venture.source), target: rig.live(&venture.target) };
-    if alike(&drained) && compare(rig, venture, &drained).is_ok() {
+    let found = after.read_live(&*venture.target.path, 0, rig.len());
+    if found == venture.target_before || venture.settled.as_ref().is_some_and(|(image, _)| *image == found) {
         return Ok(());
     }
     Err("the target says that it is complete, and is not".into())

@@ -6,9 +6,10 @@ use blockferry::base::rng::Rng;
 use blockferry_ring::sim::{Fault as SimFault, FaultRule, FileModel, OpKind, OpKinds, World, WorldConfig};
 use blockferry_ring::{Errno, FileKind};
 
-use super::disk::Disk;
+use super::disk::{Disk, STATE_DIR};
 use super::model::{Model, Words};
-use super::plan::{Fault, JobPlan, Plan, Side, Trouble};
+use super::nbd;
+use super::plan::{Fault, JobPlan, Plan, Side, StreamTrouble, Trouble};
 use super::rig::{self, Rig};
 
 /// The path of the disk that guests begin with.
@@ -22,6 +23,7 @@ pub fn make(plan: &Plan, rng: &mut Rng) -> (World, Model) {
     }
     let world = World::new(config);
     world.add_file(FIRST, plan.source.clone());
+    world.add_directory(STATE_DIR);
     let mut model = Model::new(plan.len, plan.cell);
     fill(&world, FIRST, plan, plan.source_run_bytes, rng, |at, bytes| model.prepare(at, bytes));
     (world, model)
@@ -59,7 +61,7 @@ pub async fn make_target(rig: &Rc<Rig>, plan: &JobPlan) -> Result<Disk, String> 
     let len = rig.current.borrow().node.driver().len();
     let again = rig.other.borrow_mut().take();
     if let Some(disk) = again
-        && rng.below(4) > 0
+        && (rig.plan.to_and_fro || rng.below(2) == 0)
         && disk.node.driver().len() >= len
         // What was on it must be durable, or nobody could say what a power cut leaves.
         && disk.node.driver().flush().await.is_ok()
@@ -73,15 +75,18 @@ pub async fn make_target(rig: &Rc<Rig>, plan: &JobPlan) -> Result<Disk, String> 
     if plan.larger_target && model.kind == FileKind::Regular {
         model.len += 4096 * (1 + rng.below(16));
     }
-    let (regular, markable) = (model.kind == FileKind::Regular, model.attributes);
-    if regular {
+    if model.kind == FileKind::Regular {
         model.capacity_bytes = plan.target_room;
     }
     rig.world.add_file(&*path, model);
     if plan.target_room.is_none() {
         fill(&rig.world, &path, &rig.plan, rig.plan.target_run_bytes, &mut rng, |_, _| {});
     }
-    let disk = Disk::open(&rig.ring, &path, rig.plan.buffered, markable);
+    if plan.remote_target {
+        rig.count("targets over NBD");
+        return nbd::open_remote(rig, &path).await.map_err(|what| format!("a target over NBD: {what}"));
+    }
+    let disk = Disk::open(&rig.ring, &path, rig.plan.buffered);
     disk.map_err(|error| format!("a target could not be opened: {error}"))
 }
 
@@ -93,7 +98,27 @@ pub fn set_faults(rig: &Rig, source: &Disk, target: &Disk) {
         let disk = if fault.side == Side::Source { source } else { target };
         rules(fault, &disk.path)
     });
-    rig.world.set_faults(rules.collect());
+    let guests = rig.plan.stream.iter().map(|(trouble, chance)| stream_rule(*trouble, *chance, nbd::SOCKET));
+    let socket = target.remote.as_ref().map(|(socket, _)| socket);
+    let targets = socket.into_iter().flat_map(|socket| {
+        let faults = rig.plan.target_stream.iter();
+        faults.map(move |(trouble, chance)| stream_rule(*trouble, *chance, socket))
+    });
+    rig.world.set_faults(rules.chain(guests).chain(targets).collect());
+}
+
+fn stream_rule(trouble: StreamTrouble, chance: u32, socket: &str) -> FaultRule {
+    let fault = match trouble {
+        StreamTrouble::Resets => SimFault::Reset,
+        StreamTrouble::HalfCloses => SimFault::HalfClose,
+        StreamTrouble::Shorts => SimFault::Short,
+        StreamTrouble::Stalls => SimFault::Delay { nanos_min: 100_000, nanos_max: 20_000_000 },
+    };
+    let kinds = match trouble {
+        StreamTrouble::HalfCloses => OpKind::Send.into(),
+        _ => OpKind::Send | OpKind::Recv,
+    };
+    FaultRule::new(kinds, format!("unix:{socket}"), chance, fault)
 }
 
 fn rules(fault: &Fault, path: &str) -> Vec<FaultRule> {

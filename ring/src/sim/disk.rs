@@ -184,12 +184,14 @@ impl Disk {
     }
 
     /// A sync that fails. Reads go on to see what was to become durable, a later sync may succeed, and
-    /// some of it is lost all the same: the kernel forgets pages whose write-back failed. Gives the
-    /// number of changes lost.
-    pub(super) fn sync_failed(&mut self, rand: &mut Rand) -> u64 {
+    /// some of it is lost all the same: the kernel forgets pages whose write-back failed. What is in
+    /// `apart` makes itself durable or fails for itself. Gives the number of changes lost.
+    pub(super) fn sync_failed(&mut self, apart: &[u64], rand: &mut Rand) -> u64 {
         self.settle(|_| rand.chance(16_384));
         let before = self.pending.len();
-        self.pending.retain(|m| matches!(m.change, Change::SetLen(_)) || rand.chance(32_768));
+        self.pending.retain(|m| {
+            matches!(m.change, Change::SetLen(_)) || apart.contains(&m.id) || rand.chance(32_768)
+        });
         (before - self.pending.len()) as u64
     }
 

@@ -187,7 +187,13 @@ impl Inner {
     fn sync(&mut self, flight: &Flight, number: u64, data_only: bool) -> Result<u64, Errno> {
         let inode = self.fs.inodes.get_mut(&number).ok_or(Errno::EBADF)?;
         if let Some(errno) = flight.verdict.error {
-            self.faults.counts.lost += inode.disk.sync_failed(&mut self.rand);
+            // A direct write with FUA does not go through the page cache.
+            let apart = self
+                .flights
+                .values()
+                .filter(|f| f.direct && matches!(f.op(), Some(Op::Write { fua: true, .. })));
+            let apart: Vec<u64> = apart.flat_map(|f| f.changes.iter().copied()).collect();
+            self.faults.counts.lost += inode.disk.sync_failed(&apart, &mut self.rand);
             return Err(errno);
         }
         inode.disk.sync(flight.id, &mut self.rand);

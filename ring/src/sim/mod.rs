@@ -45,7 +45,7 @@ mod tests_faults;
 mod trace;
 
 use std::cell::RefCell;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 pub use backend::SimBackend;
@@ -237,6 +237,11 @@ impl World {
     /// There is such a file.
     pub fn exists(&self, path: impl AsRef<Path>) -> bool {
         self.with(path.as_ref(), |_| ()).is_some()
+    }
+
+    /// The paths of all files, in order.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.0.borrow().fs.names.live().keys().cloned().collect()
     }
 
     /// The entry is durable.

@@ -123,6 +123,10 @@ impl Client {
         };
         let end = reader.read_all(early).await;
         drop(reader);
+        if let End::Protocol(_) = end {
+            // Whoever sends rubbish is not waited for to read its replies.
+            self.output.break_off();
+        }
         // What is in flight ends as it would have, and is answered if somebody listens still.
         self.quota.empty().await;
         self.output.finish();

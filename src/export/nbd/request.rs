@@ -95,7 +95,10 @@ fn end_part(whole: Option<&Whole>, failure: Option<NbdErrno>) -> PartEnd {
 
 /// What to tell a client, and the log. Names and paths stay here: the client may be a stranger.
 fn explain(client: &Client, error: &BlockError) -> (NbdErrno, String) {
-    client.note_failure(error);
+    // That something cannot be had is an answer, not a failure: zeroing that would not be fast, say.
+    if !error.errno.is_unsupported() {
+        client.note_failure(error);
+    }
     // Error numbers of the system are below 4096.
     let known = (1..4096).contains(&error.errno.0);
     let errno = if known {

@@ -167,6 +167,8 @@ struct Inner {
     /// Accept loops of an earlier generation end.
     generation: Cell<u64>,
     stopping: Cell<bool>,
+    /// The task that looks after the memory is there.
+    watching: Cell<bool>,
     /// Told when a session comes or goes, a listener goes, or the server stops.
     changed: Notify,
 }
@@ -187,6 +189,7 @@ impl NbdServer {
             listeners: Cell::new(0),
             generation: Cell::new(0),
             stopping: Cell::new(false),
+            watching: Cell::new(false),
             changed: ring.notify(),
         }))
     }
@@ -241,7 +244,8 @@ impl NbdServer {
     pub async fn export_released(&self, name: &str) {
         let gone = || {
             let sessions = self.0.sessions.borrow();
-            let uses = |session: &Session| session.export.as_ref().is_some_and(|e| e.info.name == name);
+            let is_it = |entry: &Rc<Entry>| entry.info.name == name && entry.removed.get();
+            let uses = |session: &Session| session.export.as_ref().is_some_and(is_it);
             (!sessions.values().any(uses)).then_some(())
         };
         self.0.changed.until(gone).await;
@@ -352,7 +356,9 @@ fn describe(name: &str, export: &Export, config: &ServerConfig) -> ExportInfo {
     }
     let maximum_bytes =
         config.request_bytes_max.clamp(limits::NBD_RECV_BYTES_MIN as u32, limits::NBD_REQUEST_BYTES_MAX);
-    let preferred_bytes = features.preferred_block.next_power_of_two().clamp(512, 1 << 20).min(maximum_bytes);
+    // Both are powers of two.
+    let preferred_max = 1 << maximum_bytes.ilog2();
+    let preferred_bytes = features.preferred_block.next_power_of_two().clamp(512, 1 << 20).min(preferred_max);
     ExportInfo {
         name: name.to_owned(),
         description: export.description.clone(),
@@ -412,6 +418,7 @@ impl Inner {
             let empty = self.changed.until(|| self.sessions.borrow().is_empty().then_some(()));
             let span = self.config.stall_ns_max / 4;
             if let Either::First(()) = either(empty, self.ring.sleep(span.max(1_000_000))).await {
+                self.watching.set(false);
                 return;
             }
             let arena = self.ring.arena();
@@ -435,7 +442,7 @@ impl Inner {
     fn start(self: Rc<Inner>, stream: File) {
         let id = self.session_next.get();
         self.session_next.set(id + 1);
-        if self.sessions.borrow().is_empty() {
+        if !self.watching.replace(true) {
             let server = self.clone();
             self.ring.spawn(async move { server.watch().await });
         }

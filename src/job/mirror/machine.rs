@@ -14,7 +14,9 @@
 //! ```
 //! *Copying* takes dirty pieces in order from a cursor that wraps. Before a piece is taken the source is
 //! asked for holes; the answer is a hint that decides between a copy and a zeroing, and is verified by
-//! whoever zeroes. When nothing is dirty and nothing in flight, the target is flushed and the job is ready.
+//! whoever zeroes. When all has been dealt with once and little is left, the target is flushed; the job is
+//! ready at the first moment at which nothing differs. Guests that never leave such a moment are made to
+//! wait while the little that is left is copied (*Draining*, *Closing*, and back).
 //! *Following* copies what guests dirty. To end, the source is drained, what is still dirty is copied
 //! (*Closing*: no guest can add to it), the target is flushed, the mark on it removed. Then, still
 //! drained, the job is [settled](Stage::Settled): the runner pivots or not, and opens the door.
@@ -219,6 +221,8 @@ pub struct Mirror {
     bytes_in_flight: u64,
     others: usize,
     ready_told: bool,
+    /// The door is shut to become ready, not to end.
+    for_ready: bool,
     /// The body has returned; it follows until it is finalized.
     pending: bool,
     failure: Option<JobFailure>,
@@ -245,6 +249,7 @@ impl Mirror {
             bytes_in_flight: 0,
             others: 0,
             ready_told: false,
+            for_ready: false,
             pending: false,
             failure: None,
             retry_at: None,
@@ -301,9 +306,8 @@ impl Mirror {
                 self.others -= 1;
                 match result {
                     Ok(()) => {
-                        if self.advance(Stage::FlushingForReady, Stage::Following) && !self.ready_told {
-                            self.ready_told = true;
-                            *cx.report = Some(Report::Ready);
+                        if self.stage == Stage::FlushingForReady {
+                            self.flushed_for_ready(cx);
                         } else if self.settings.verify && self.advance(Stage::FlushingLast, Stage::Verifying)
                         {
                             self.ask(cx, Op::Verify);
@@ -429,7 +433,33 @@ impl Mirror {
         if self.stage != Stage::Draining {
             cx.operations.push(Op::Undrain);
         }
+        self.for_ready = false;
+        self.stage = if self.ready_told { Stage::Following } else { Stage::Copying };
+    }
+
+    /// The target is flushed; guests may have gone on meanwhile. Ready means alike at one moment: if that
+    /// does not come by itself, the door is shut until the little that is left has been copied.
+    fn flushed_for_ready(&mut self, cx: &mut Context<'_, Op>) {
+        if self.tracker.is_clean() {
+            self.tell_ready(cx);
+        } else if self.left() <= limits::MIRROR_CLOSING_BYTES_MAX && !cx.orders.hold {
+            self.for_ready = true;
+            self.shut(cx);
+        } else {
+            self.stage = Stage::Copying;
+        }
+    }
+
+    fn tell_ready(&mut self, cx: &mut Context<'_, Op>) {
         self.stage = Stage::Following;
+        self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN;
+        self.ready_told = true;
+        *cx.report = Some(Report::Ready);
+    }
+
+    /// Bytes that differ, or are being copied.
+    fn left(&self) -> u64 {
+        self.tracker.dirty_bytes() + self.tracker.copying_bytes()
     }
 
     /// Whether a hint still holds. That a range is data may always be believed: copying zeroes is no
@@ -514,7 +544,7 @@ impl Mirror {
         if self.failure.is_some() {
             return;
         }
-        if cx.orders.force_cancel && self.stage.is_closing() {
+        if cx.orders.force_cancel && cx.orders.finalize {
             // Pending and preparing: it can still be given up.
             self.give_up(cx, JobFailure::cancelled());
             return;
@@ -556,15 +586,18 @@ impl Mirror {
     /// Goes towards the end as far as the state allows.
     fn end_on(&mut self, cx: &mut Context<'_, Op>) {
         let ending = cx.orders.complete || cx.orders.soft_cancel;
-        let left = self.tracker.dirty_bytes() + self.tracker.copying_bytes();
+        let left = self.left();
+        // All of the disk has been dealt with once: what is left is what guests changed since.
+        let passed = cx.progress.offset() >= self.settings.len;
+        let little = left <= limits::MIRROR_CLOSING_BYTES_MAX;
         let alike = left == 0 && self.pieces == 0 && self.others == 0 && !self.asking;
         match self.stage {
-            Stage::Copying if alike => {
+            Stage::Copying if alike || passed && little && self.others == 0 => {
                 self.stage = Stage::FlushingForReady;
                 self.ask(cx, Op::Flush);
             }
             // So little is left that the guests can wait for it.
-            Stage::Following if left <= limits::MIRROR_CLOSING_BYTES_MAX && self.others == 0 => {
+            Stage::Following if little && self.others == 0 => {
                 if self.pending && cx.orders.finalize
                     || !self.pending && ending && self.settings.auto_finalize
                 {
@@ -573,6 +606,11 @@ impl Mirror {
                     self.pending = true;
                     *cx.report = Some(Report::Returned(Ok(())));
                 }
+            }
+            Stage::Closing if alike && self.for_ready => {
+                self.for_ready = false;
+                cx.operations.push(Op::Undrain);
+                self.tell_ready(cx);
             }
             Stage::Closing if alike && is_planted(Bug::FlushSkipped) => {
                 self.stage = Stage::Unmarking;
@@ -598,7 +636,7 @@ impl Mirror {
     }
 
     fn shut(&mut self, cx: &mut Context<'_, Op>) {
-        if is_planted(Bug::NoDrainBeforePivot) {
+        if is_planted(Bug::NoDrainBeforePivot) && !self.for_ready {
             self.stage = Stage::Closing;
             return;
         }
@@ -610,7 +648,8 @@ impl Mirror {
         if self.stage == Stage::Over {
             return;
         }
-        let preparing = self.pending && self.stage.is_closing();
+        // From `finalize` on, whether the stage shows it yet or not.
+        let preparing = self.pending && cx.orders.finalize;
         if self.stage.is_closing() && self.stage != Stage::Draining {
             cx.operations.push(Op::Undrain);
         }
@@ -642,10 +681,7 @@ impl Body for Mirror {
         if cx.report.is_none() && self.stage != Stage::Over {
             self.upkeep(cx);
         }
-        // Ready tells of the instant at which they were alike; what guests did during the flush is told next.
-        let is_ready = matches!(cx.report, Some(Report::Ready));
-        let left = self.tracker.dirty_bytes() + self.tracker.copying_bytes();
-        cx.progress.set_remaining(if is_ready { 0 } else { left });
+        cx.progress.set_remaining(self.left());
     }
 
     fn in_flight(&self) -> usize {
@@ -658,7 +694,7 @@ impl Body for Mirror {
             bytes_copied: self.done.data,
             bytes_zeroed: self.done.zeroed,
             bytes_skipped: self.done.skipped,
-            bytes_dirty: self.tracker.dirty_bytes() + self.tracker.copying_bytes(),
+            bytes_dirty: self.left(),
             bytes_guest: self.tracker.guest_bytes(),
             errors: self.errors,
             in_sync: self.tracker.is_clean(),
