@@ -216,6 +216,15 @@ impl History {
         }
     }
 
+    /// Applies every acknowledged write to an image in a file.
+    pub fn apply_to_file(&self, path: &str) {
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::OpenOptions::new().write(true).open(path).expect("a model");
+        for write in self.lanes.iter().flat_map(|lane| &lane.acked) {
+            file.write_all_at(&of(*write), write.offset).expect("a write to a model");
+        }
+    }
+
     /// Whether `image` is `base` with every acknowledged write, and with those of unknown fate wholly, partly
     /// or not at all.
     pub fn check(&self, base: &[u8], image: &[u8]) -> Result<(), String> {
