@@ -21,6 +21,7 @@ pub const EXPECTED: &[&str] = &[
     "device: shorts",
     "device: torn writes of power cuts",
     "dismissals",
+    "drains that timed out",
     "endings: cancelled",
     "endings: completed",
     "endings: failed",

@@ -55,8 +55,7 @@ pub async fn direct(rig: Rc<Rig>) {
     stop(&rig, guests).await;
     rig.lost.settle(&rig);
     watch::check_retired(&rig);
-    let root = rig.root.borrow().clone();
-    if let Some(root) = root {
+    for root in rig.roots() {
         if rig.world.fault_counts().errors == 0 {
             guest::read_all(&rig, &root).await;
         }
@@ -98,9 +97,14 @@ async fn run_job(rig: &Rc<Rig>, index: usize, plan: &JobPlan) {
         settled: None,
         asked_complete: false,
         asked_end: false,
+        verifier: None,
         pivoted: false,
     });
-    let job = match mirror::start(&rig.ring, &source.node, &target.node, options(rig, plan, &target)).await {
+    let options = options(rig, plan, &target);
+    if let Some(venture) = &mut *rig.venture.borrow_mut() {
+        venture.verifier = options.verifier.clone();
+    }
+    let job = match mirror::start(&rig.ring, &source.node, &target.node, options).await {
         Ok(job) => job,
         Err(error) => return rig.fail(format!("a mirror did not start: {error}")),
     };
@@ -198,15 +202,28 @@ async fn see_it_through(rig: &Rc<Rig>, plan: &JobPlan, job: &Job, target: &Disk)
     rig.grant(plan.requests[1]);
     rig.ring.sleep(plan.ready_nanos).await;
     rig.grant(plan.requests[2]);
+    // The end comes into the midst of these.
+    let wait = rig.fork_rng().below(200_000);
+    rig.ring.sleep(wait).await;
     match plan.ending {
         Ending::Complete if plan.sync != SyncMode::None => ask(rig, job, Verb::Complete).await,
         Ending::Complete | Ending::SoftCancel => ask(rig, job, Verb::SoftCancel).await,
         Ending::ForceCancel => ask(rig, job, Verb::ForceCancel).await,
         Ending::Quit => ask(rig, job, Verb::Quit).await,
         Ending::HangAndForceCancel => return hang_and_cancel(rig, job, target).await,
+        Ending::HangSourceAndComplete(span) => {
+            hang_source(rig, span);
+            let whole = plan.sync != SyncMode::None;
+            ask(rig, job, if whole { Verb::Complete } else { Verb::SoftCancel }).await;
+        }
     }
     let forced = matches!(plan.ending, Ending::ForceCancel | Ending::Quit);
-    let patience = if forced { FORCE_BOUND } else { PATIENCE };
+    let patience = match plan.ending {
+        _ if forced => FORCE_BOUND,
+        // The drain is given up after a minute, and tried again or not.
+        Ending::HangSourceAndComplete(span) => PATIENCE + span,
+        _ => PATIENCE,
+    };
     if rig.within(patience, job.until_over()).await.is_some() {
         return;
     }
@@ -244,6 +261,18 @@ async fn gave_up(rig: &Rc<Rig>, job: &Job, target: &Disk) -> bool {
     }
     act(rig, job, Verb::ForceCancel);
     rig.within(FORCE_BOUND, job.until_over()).await.is_some()
+}
+
+/// The source's device stops answering for a while, then a user wants to complete. The drain must give up in time.
+fn hang_source(rig: &Rc<Rig>, span: u64) {
+    rig.has_hung.set(true);
+    let path = rig.current.borrow().path.clone();
+    rig.world.hang(&path);
+    let rig2 = rig.clone();
+    rig.ring.spawn(async move {
+        rig2.ring.sleep(span).await;
+        rig2.world.release(&path);
+    });
 }
 
 /// The target's device dies. The job must go at once; guests must not notice, before it goes and after.
@@ -388,6 +417,7 @@ async fn listen(rig: Rc<Rig>, job: Job) {
         rig.say(|| format!("{event:?}"));
         match event {
             JobEvent::Ready(_) => {
+                compare_ahead(&rig);
                 rig.count_moment("ready", "ready with guests' overlapping writes in flight");
             }
             JobEvent::StatusChange { status, .. } => match status {
@@ -407,6 +437,15 @@ async fn listen(rig: Rc<Rig>, job: Job) {
             }
             _ => {}
         }
+    }
+}
+
+/// The verifier begins while guests go on.
+fn compare_ahead(rig: &Rc<Rig>) {
+    let verifier = rig.venture.borrow().as_ref().and_then(|venture| venture.verifier.clone());
+    if let Some(verifier) = verifier {
+        // What it could not read is read again in the end.
+        rig.ring.spawn(async move { drop(verifier.pass().await) });
     }
 }
 

@@ -104,15 +104,15 @@ impl Way {
 
 /// Starts the clients that the plan has.
 pub fn start_all(rig: &Rc<Rig>) {
-    for plan in rig.plan.guests.clone() {
+    for (index, plan) in rig.plan.guests.clone().into_iter().enumerate() {
         let rng = rig.fork_rng();
         rig.guests.set(rig.guests.get() + 1);
-        rig.ring.spawn(connect(rig.clone(), plan, rng));
+        rig.ring.spawn(connect(rig.clone(), index, plan, rng));
     }
 }
 
 /// A client connects when its time has come, works, and goes.
-async fn connect(rig: Rc<Rig>, plan: Guest, mut rng: Rng) {
+async fn connect(rig: Rc<Rig>, index: usize, plan: Guest, mut rng: Rng) {
     match plan.join {
         Join::Start => {}
         Join::At(nanos) => {
@@ -130,11 +130,13 @@ async fn connect(rig: Rc<Rig>, plan: Guest, mut rng: Rng) {
             }
         }
     }
-    let client = match rig.root.borrow().as_ref() {
+    let roots = rig.roots();
+    let client = match roots.get(index % roots.len().max(1)) {
         Some(_) if plan.remote => Client::Remote(Remote::new(&rig, &mut rng)),
         Some(root) => Client::Root(root.client()),
         None => return leave(&rig),
     };
+    drop(roots);
     for _ in 0..plan.depth {
         rig.guests.set(rig.guests.get() + 1);
         rig.ring.spawn(work(rig.clone(), client.clone(), plan.clone(), rng.fork()));

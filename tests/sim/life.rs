@@ -106,6 +106,9 @@ impl Machine {
         match Root::new(&disk.node, false) {
             Ok(root) => {
                 rig.features.set(Some(root.features()));
+                if rig.plan.two_roots {
+                    *rig.second_root.borrow_mut() = Root::new(&disk.node, false).ok();
+                }
                 *rig.root.borrow_mut() = Some(root);
             }
             Err(error) => rig.fail(format!("the disk cannot be used: {error}")),

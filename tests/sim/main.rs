@@ -8,7 +8,7 @@
 //! what a power cut would leave; and each job, each request and each life has to come to its end.
 //!
 //! ```text
-//! SIM_SEEDS=100000 cargo test --test sim seeds            more seeds
+//! SIM_SEEDS=100000 SIM_FIRST=20000 cargo test --test sim no_update    more seeds, others
 //! BLOCKFERRY_SEED=1234 cargo test --test sim one_seed -- --nocapture     one of them
 //! ```
 //!
@@ -36,15 +36,25 @@ use counts::Counts;
 use life::Outcome;
 use plan::Plan;
 
-/// The first seed of every run.
+/// The first seed of a run when none is named.
 const SEED_FIRST: u64 = 1;
 /// How many are run.
 const SEEDS: u64 = 10_000;
+/// How many are run twice, to see that they do not differ.
+const SEEDS_TWICE: u64 = 200;
 /// Threads that share them.
 const THREADS: u64 = 2;
 
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
 fn seeds() -> u64 {
-    std::env::var("SIM_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(SEEDS)
+    number("SIM_SEEDS").unwrap_or(SEEDS)
+}
+
+fn seed_first() -> u64 {
+    number("SIM_FIRST").unwrap_or(SEED_FIRST)
 }
 
 fn command(seed: u64) -> String {
@@ -65,7 +75,7 @@ fn run_seeds(count: u64, bug: Option<Bug>) -> (Counts, u64, Option<(u64, String)
                 if index >= stop_before.load(Ordering::Relaxed) {
                     return (counts, turns, failed);
                 }
-                let seed = SEED_FIRST + index;
+                let seed = seed_first() + index;
                 let outcome = life::run(Plan::draw(seed), bug);
                 counts.merge(&outcome.counts);
                 turns += outcome.turns;
@@ -128,7 +138,7 @@ fn fifty_pivots_to_and_fro() {
 
 #[test]
 fn the_same_seed_tells_the_same_story() {
-    for seed in SEED_FIRST..SEED_FIRST + 100 {
+    for seed in seed_first()..seed_first() + SEEDS_TWICE {
         let Outcome { hash, .. } = life::run(Plan::draw(seed), None);
         let again = life::run(Plan::draw(seed), None).hash;
         assert_eq!(hash, again, "two runs differ\n  {}", command(seed));
@@ -138,7 +148,7 @@ fn the_same_seed_tells_the_same_story() {
 /// Runs the seed in `BLOCKFERRY_SEED`; without one there is nothing to do.
 #[test]
 fn one_seed() {
-    let Some(seed) = std::env::var("BLOCKFERRY_SEED").ok().and_then(|seed| seed.parse().ok()) else { return };
+    let Some(seed) = number("BLOCKFERRY_SEED") else { return };
     let plan = Plan::draw(seed);
     println!("{plan:#?}");
     let outcome = life::run(plan, None);

@@ -139,10 +139,12 @@ impl Remote {
         if self.driver.borrow().is_some() {
             rig.count("connections made again");
         }
+        // Behind a shut door nobody answers, and a hung disk keeps the door shut for long.
+        let may_fail = || !rig.plan.stream.is_empty() || rig.has_hung.get();
         for attempt in 0..ATTEMPTS {
             match Connection::connect(&rig.ring, &uri, &self.options).await {
                 Ok(connection) => return Some(NbdDriver::new(&rig.ring, connection)),
-                Err(error) if rig.is_stopped() || rig.plan.stream.is_empty() || attempt + 1 == ATTEMPTS => {
+                Err(error) if rig.is_stopped() || !may_fail() || attempt + 1 == ATTEMPTS => {
                     if !rig.is_stopped() {
                         rig.fail(format!("a client cannot connect: {error}"));
                     }

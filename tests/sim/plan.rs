@@ -44,6 +44,8 @@ pub struct Guest {
 pub enum Side {
     Source,
     Target,
+    /// The directory of the notes about unfinished targets.
+    Notes,
 }
 
 /// What goes wrong.
@@ -105,6 +107,8 @@ pub enum Ending {
     Quit,
     /// The target's device stops answering; the job is given up.
     HangAndForceCancel,
+    /// The source's device stops answering for so long while the job is told to complete.
+    HangSourceAndComplete(u64),
 }
 
 /// One job.
@@ -160,6 +164,8 @@ pub struct Plan {
     /// The same for the streams to targets.
     pub target_stream: Vec<(StreamTrouble, u32)>,
     pub jobs: Vec<JobPlan>,
+    /// Every other client uses a second root of the disk.
+    pub two_roots: bool,
     /// Jobs go back to the disk of the job before whenever they can.
     pub to_and_fro: bool,
     /// Times after a job's start at which somebody looks what a power cut would leave.
@@ -219,6 +225,7 @@ impl Plan {
             stream: if remote { stream_faults(rng) } else { Vec::new() },
             target_stream: if has_faults { stream_faults(rng) } else { Vec::new() },
             jobs: (0..jobs).map(|_| job(rng, has_faults)).collect(),
+            two_roots: one_in(rng, 4),
             to_and_fro: one_in(rng, 2),
             looks: (0..pick(rng, &[0, 0, 1, 3])).map(|_| log_range(rng, 10_000, SECOND / 10)).collect(),
             power_cut: one_in(rng, 8).then(|| log_range(rng, 20_000, SECOND / 5)),
@@ -335,7 +342,7 @@ fn guest(rng: &mut Rng, index: u64, busy: bool, remote: bool) -> Guest {
 
 fn faults(rng: &mut Rng) -> Vec<Fault> {
     let mut faults = Vec::new();
-    for side in [Side::Source, Side::Target] {
+    for side in [Side::Source, Side::Target, Side::Notes] {
         for (trouble, rarity) in [
             (Trouble::Reads, 4),
             (Trouble::Writes, 4),
@@ -375,7 +382,8 @@ fn job(rng: &mut Rng, has_faults: bool) -> JobPlan {
         }
     }
     let ending = match rng.below(16) {
-        0..8 => Ending::Complete,
+        0 => Ending::HangSourceAndComplete(log_range(rng, SECOND / 1000, 200 * SECOND)),
+        1..8 => Ending::Complete,
         8..12 => Ending::SoftCancel,
         12..14 => Ending::ForceCancel,
         14 => Ending::Quit,
@@ -396,7 +404,7 @@ fn job(rng: &mut Rng, has_faults: bool) -> JobPlan {
         on_target_error: pick(rng, &policies),
         verbs,
         ambush: one_in(rng, 6).then(|| (rng.below(60_000), verb(rng))),
-        requests: std::array::from_fn(|_| if one_in(rng, 4) { 0 } else { log_range(rng, 4, 96) }),
+        requests: std::array::from_fn(|_| if one_in(rng, 4) { 0 } else { log_range(rng, 8, 128) }),
         ready_nanos: if one_in(rng, 3) { 0 } else { log_range(rng, 1_000, SECOND / 50) },
         ending,
         target_room: (has_faults && one_in(rng, 6)).then(|| log_range(rng, 4096, 512 << 10)),

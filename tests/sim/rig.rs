@@ -14,6 +14,7 @@ use std::sync::OnceLock;
 use blockferry::base::rng::Rng;
 use blockferry::export::nbd::NbdServer;
 use blockferry::graph::node::{Features, Root};
+use blockferry::job::mirror::verify::Verifier;
 use blockferry::job::runner::Job;
 use blockferry_ring::sim::World;
 use blockferry_ring::sync::{Either, Notify, either};
@@ -49,6 +50,7 @@ pub struct Venture {
     /// Somebody told it to end otherwise.
     pub asked_end: bool,
     pub pivoted: bool,
+    pub verifier: Option<Rc<Verifier>>,
 }
 
 /// Somebody looks at one seed.
@@ -65,6 +67,8 @@ pub struct Rig {
     pub model: RefCell<Model>,
     pub counts: RefCell<Counts>,
     pub root: RefCell<Option<Root>>,
+    /// A second root of the same disk.
+    pub second_root: RefCell<Option<Root>>,
     /// What its clients were promised.
     pub features: Cell<Option<Features>>,
     /// The disk that the root points to.
@@ -79,6 +83,8 @@ pub struct Rig {
     pub lost: Lost,
     pub failure: RefCell<Option<String>>,
     rng: RefCell<Rng>,
+    /// A disk hung for a while: what waited for it may have failed.
+    pub has_hung: Cell<bool>,
     /// Requests that guests may still make.
     granted: Cell<u64>,
     stopped: Cell<bool>,
@@ -104,6 +110,7 @@ impl Rig {
             model: RefCell::new(model),
             counts: RefCell::default(),
             root: RefCell::default(),
+            second_root: RefCell::default(),
             features: Cell::default(),
             current: RefCell::new(current),
             other: RefCell::default(),
@@ -113,6 +120,7 @@ impl Rig {
             lost: Lost::default(),
             failure: RefCell::default(),
             rng: RefCell::new(rng),
+            has_hung: Cell::new(false),
             granted: Cell::new(0),
             stopped: Cell::new(false),
             go: ring.notify(),
@@ -158,6 +166,12 @@ impl Rig {
         if self.world.in_flight_overlapping_writes(&*path) > 0 {
             self.count(with_overlaps);
         }
+    }
+
+    /// The roots that guests use.
+    pub fn roots(&self) -> Vec<Root> {
+        let (first, second) = (self.root.borrow(), self.second_root.borrow());
+        first.iter().chain(second.iter()).cloned().collect()
     }
 
     /// The last job moved the guests to its target.

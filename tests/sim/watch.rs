@@ -9,6 +9,7 @@
 
 use std::rc::Rc;
 
+use blockferry::graph::node::Root;
 use blockferry::job::runner::{Ending, Job};
 use blockferry_ring::sim::World;
 
@@ -18,7 +19,7 @@ use super::rig::{Images, Rig, Venture};
 /// Waits for the end of a job and compares.
 pub async fn watch(rig: Rc<Rig>, job: Job) {
     let ending = job.until(|| job.ending()).await;
-    let parked = rig.root.borrow().as_ref().map_or(0, |root| root.parked());
+    let parked: u32 = rig.roots().iter().map(Root::parked).sum();
     rig.counts.borrow_mut().add_many("guests: requests that waited at the door", parked.into());
     let result = match &ending {
         Ending::Completed => completed(&rig, &job),
@@ -28,7 +29,10 @@ pub async fn watch(rig: Rc<Rig>, job: Job) {
         }
         Ending::Failed(why) => {
             rig.count("endings: failed");
-            if !rig.guests_may_fail() {
+            if why.contains("Draining the source timed out") {
+                rig.count("drains that timed out");
+            }
+            if !rig.guests_may_fail() && !rig.has_hung.get() {
                 rig.fail(format!("a job failed in a healthy world: {why}"));
             }
             not_completed(&rig)
@@ -59,12 +63,11 @@ fn completed(rig: &Rc<Rig>, job: &Job) -> Result<(), String> {
     if progress.offset() != progress.len() {
         return Err(format!("its progress is {} of {}", progress.offset(), progress.len()));
     }
-    let root = rig.root.borrow();
-    let Some(root) = &*root else { return Err("the guests' root is gone".into()) };
-    if Some(root.features()) != rig.features.get() {
+    let roots = rig.roots();
+    if roots.iter().any(|root| Some(root.features()) != rig.features.get()) {
         return Err("the guests' disk has other features now".into());
     }
-    let pivoted = Rc::ptr_eq(&root.node(), &venture.target.node);
+    let pivoted = roots.iter().all(|root| Rc::ptr_eq(&root.node(), &venture.target.node));
     if pivoted != (venture.asked_complete && !venture.asked_end) {
         return Err(format!("pivoted: {pivoted}; told to: {}", venture.asked_complete));
     }
@@ -76,8 +79,8 @@ fn completed(rig: &Rc<Rig>, job: &Job) -> Result<(), String> {
         rig.model.borrow_mut().all_durable();
         *rig.current.borrow_mut() = venture.target.clone();
         *rig.retired.borrow_mut() = Some((venture.source.clone(), images.source.clone()));
-    } else if !Rc::ptr_eq(&root.node(), &venture.source.node) {
-        return Err("the guests' root points to neither disk".into());
+    } else if !roots.iter().all(|root| Rc::ptr_eq(&root.node(), &venture.source.node)) {
+        return Err("the guests' roots point to different disks, or to none".into());
     }
     venture.pivoted = pivoted;
     Ok(())
@@ -129,11 +132,9 @@ fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
 fn not_completed(rig: &Rig) -> Result<(), String> {
     let venture = rig.venture.borrow();
     let Some(venture) = &*venture else { return Err("nothing is known of it".into()) };
-    let root = rig.root.borrow();
-    if root.as_ref().is_none_or(|root| !Rc::ptr_eq(&root.node(), &venture.source.node)) {
-        return Err("the guests' root does not point to the source any more".into());
+    if rig.roots().iter().any(|root| !Rc::ptr_eq(&root.node(), &venture.source.node)) {
+        return Err("a root of the guests does not point to the source any more".into());
     }
-    drop(root);
     judge_target(rig, venture, &rig.world.fork_after_power_cut(rig.plan.seed))?;
     Ok(())
 }

@@ -95,8 +95,12 @@ pub fn set_faults(rig: &Rig, source: &Disk, target: &Disk) {
     source.seam.is_target.set(false);
     target.seam.is_target.set(true);
     let rules = rig.plan.faults.iter().flat_map(|fault| {
-        let disk = if fault.side == Side::Source { source } else { target };
-        rules(fault, &disk.path)
+        let path = match fault.side {
+            Side::Source => &*source.path,
+            Side::Target => &*target.path,
+            Side::Notes => STATE_DIR,
+        };
+        rules(fault, path)
     });
     let guests = rig.plan.stream.iter().map(|(trouble, chance)| stream_rule(*trouble, *chance, nbd::SOCKET));
     let socket = target.remote.as_ref().map(|(socket, _)| socket);

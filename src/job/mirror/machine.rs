@@ -533,7 +533,9 @@ impl Mirror {
     /// What follows from the state as it now is.
     fn upkeep(&mut self, cx: &mut Context<'_, Op>) {
         let idle = self.pieces == 0 && self.others == 0 && !self.asking;
-        if cx.orders.force_cancel && !self.pending {
+        // Before the body has returned, and while it prepares; between the two the life cycle ends it by itself. This
+        // comes before a failure that waits for what is in flight: that may be stuck.
+        if cx.orders.force_cancel && (!self.pending || cx.orders.finalize) {
             self.give_up(cx, JobFailure::cancelled());
             return;
         }
@@ -542,11 +544,6 @@ impl Mirror {
             return;
         }
         if self.failure.is_some() {
-            return;
-        }
-        if cx.orders.force_cancel && cx.orders.finalize {
-            // Pending and preparing: it can still be given up.
-            self.give_up(cx, JobFailure::cancelled());
             return;
         }
         if cx.orders.hold && !self.pending && self.stage.may_reopen() {
