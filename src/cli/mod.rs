@@ -104,8 +104,9 @@ fn start_log(verbose: u8) {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_env("BLOCKFERRY_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let log =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = log.with_ansi(colours).with_target(false);
     // Timestamps are noise beside a progress bar.
     let result = if verbose > 1 { log.try_init() } else { log.without_time().try_init() };
     // A second start (tests call this more than once) keeps the first log.
