@@ -120,6 +120,8 @@ pub const HISTOGRAM_BYTES_MAX: usize = 512 << 10;
 
 /// Events of one job that nobody has taken; the oldest go first.
 pub const JOB_EVENTS_KEPT_MAX: usize = 1024;
+/// Memory that a job sets aside for when guests hold all the rest.
+pub const JOB_RESERVE_BYTES: usize = 64 << 10;
 /// Copies of one mirror in flight.
 pub const MIRROR_OPERATIONS_MAX: usize = 16;
 /// Bytes of one copy of a mirror, unless its granularity is larger.

@@ -264,7 +264,7 @@ async fn read(rig: &Rig, way: &Way, offset: u64, len: u64, rng: &mut Rng) {
 pub async fn read_all(rig: &Rig, root: &Root) {
     let mut at = 0;
     while at < rig.plan.len {
-        let len = (rig.plan.len - at).min(256 << 10);
+        let len = (rig.plan.len - at).min(64 << 10);
         let buf = rig.ring.alloc(len as usize).await;
         let begun = rig.model.borrow_mut().begin_read();
         let (buf, result) = root.read(at, buf).await;

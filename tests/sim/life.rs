@@ -91,7 +91,7 @@ pub fn run(plan: Plan, bug: Option<Bug>) -> Outcome {
 impl Machine {
     /// A life from opening the disk at `path` on.
     fn live(&mut self, plan: Plan, model: Model, path: &str) -> (End, Model) {
-        let config = Config { arena_bytes: 8 << 20, ..Config::default() };
+        let config = Config { arena_bytes: plan.arena_bytes, ..Config::default() };
         let ring = match Ring::with_backend(self.world.backend(), &config) {
             Ok(ring) => ring,
             Err(error) => return (End::Failed(format!("no ring: {error}")), model),

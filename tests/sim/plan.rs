@@ -144,6 +144,8 @@ pub struct Plan {
     /// Bytes of a cell of the model.
     pub cell: usize,
     pub buffered: bool,
+    /// The engine's memory for I/O: guests can use up the smaller ones.
+    pub arena_bytes: usize,
     pub source: FileModel,
     pub target: FileModel,
     /// The disks are not empty at the start: mean length of a run, 0 for empty.
@@ -201,11 +203,12 @@ impl Plan {
         let jobs = pick(rng, &[1, 1, 1, 2, 3]);
         let has_faults = one_in(rng, 2);
         let remote = one_in(rng, 4);
-        Plan {
+        let mut plan = Plan {
             seed,
             len,
             cell,
             buffered: one_in(rng, 4),
+            arena_bytes: (if one_in(rng, 4) { 2 } else { 8 }) << 20,
             source: file_model(rng, len),
             target: file_model(rng, len),
             source_run_bytes: run(rng),
@@ -219,7 +222,14 @@ impl Plan {
             to_and_fro: one_in(rng, 2),
             looks: (0..pick(rng, &[0, 0, 1, 3])).map(|_| log_range(rng, 10_000, SECOND / 10)).collect(),
             power_cut: one_in(rng, 8).then(|| log_range(rng, 20_000, SECOND / 5)),
+        };
+        // Both ends of a connection in one engine: what one holds while it waits, the other must not need.
+        if plan.jobs.iter().any(|job| job.remote_target) {
+            plan.arena_bytes = 16 << 20;
+        } else if plan.has_remote_guests() {
+            plan.arena_bytes = plan.arena_bytes.max(4 << 20);
         }
+        plan
     }
 }
 

@@ -10,11 +10,13 @@
 //! 5. Service and engine let go of both disks, and every byte of the target is read with plain file reads and compared
 //!    with what was there at first and what was acknowledged since ([`check`]).
 //!
-//! Before the disk is made, a probe tells how fast the place is, so that a slow one gets a smaller disk.
+//! Before the disk is made, a probe tells how fast the place is ([`probe`]): a slow one gets a smaller disk and a client
+//! with more patience, or the job would run after that client for ever.
 
 mod check;
 mod client;
 mod disk;
+mod probe;
 mod report;
 mod scratch;
 
@@ -60,10 +62,8 @@ const AFTER_NS: Nanos = 2 * NS_PER_SEC;
 const CONNECT_NS_MAX: Nanos = 10 * NS_PER_SEC;
 /// A look at whether it has.
 const LOOK_NS: Nanos = 2_000_000;
-/// Bytes that the probe writes.
-const PROBE_BYTES: u64 = 48 << 20;
-/// Filling the disk should not take longer than this.
-const FILL_NS_MAX: Nanos = 8 * NS_PER_SEC;
+/// How long a job may take to become ready, if nobody asked for something that takes longer.
+const READY_NS_MAX: Nanos = 60 * NS_PER_SEC;
 
 const AFTER: &str = "\
 It needs nothing but io_uring and room for two disks, as any user. Exit code 4 means that a byte of the copy is
@@ -79,10 +79,9 @@ pub struct DemoArgs {
     /// Where to make the disks, in a folder that is removed again [default: the folder for temporary files]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// Writes of 4 KiB a second that the client makes
-    #[arg(long, value_name = "IOPS", default_value_t = 2000,
-        value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
-    rate: u64,
+    /// Writes of 4 KiB a second that the client makes [default: 2000, or what the place can take beside a job]
+    #[arg(long, value_name = "IOPS", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    rate: Option<u64>,
     /// Limit the copying, such as 200MiB (a second); 0 or `unlimited` for no limit
     #[arg(long, value_name = "RATE", value_parser = speed, default_value = "0")]
     speed: u64,
@@ -132,7 +131,6 @@ pub fn main(global: &Global, args: &DemoArgs) -> Result<Exit, Failure> {
         }
         outcome
     });
-    stats::print(global, engine.ring());
     // Nothing uses the disks any more when the folder goes.
     drop(engine);
     if args.keep && !global.json {
@@ -156,7 +154,7 @@ struct Demo {
     engine: Rc<Engine>,
     scratch: Rc<Scratch>,
     size: Option<u64>,
-    rate: u64,
+    rate: Option<u64>,
     speed: i64,
     seed: u64,
     /// The client that runs now.
@@ -177,7 +175,8 @@ impl Demo {
         let ring = self.engine.ring();
         let began = ring.clock();
         let mut rng = Rng::new(self.seed);
-        let disk = Disk { bytes: self.disk_bytes().await?, seed: rng.next_u64() };
+        let (bytes, rate) = self.choose().await?;
+        let disk = Disk { bytes, seed: rng.next_u64() };
         self.say(&format!("Making a disk of {} in {}", fmt_bytes(disk.bytes), self.scratch.path().display()));
         let (source_path, target_path) = (self.scratch.file("source.raw"), self.scratch.file("target.raw"));
         let source = self.make(&source_path, disk.bytes).await?;
@@ -185,24 +184,20 @@ impl Demo {
         let target = self.make(&target_path, disk.bytes).await?;
 
         let uri = NbdUri {
-            address: NbdAddress::Unix { path: self.scratch.file("nbd.sock") },
+            address: NbdAddress::Unix { path: self.scratch.socket("nbd.sock")? },
             export: "disk".to_owned(),
         };
         let mut exports = Exports::new(ring);
         exports.add(&self.engine, &source, &uri, false, &self.global).await?;
         let uri = uri.to_string();
 
-        self.say(&format!(
-            "A client writes to it, {} times a second, for {}",
-            self.rate,
-            fmt_duration(BEFORE_NS)
-        ));
+        self.say(&format!("A client writes to it, {rate} times a second, for {}", fmt_duration(BEFORE_NS)));
         let (cpu, then) = (cpu_ns(), ring.clock());
-        let before = self.client("before", &uri, rng.next_u64(), Some(BEFORE_NS))?.finish().await?;
+        let before = self.client("before", &uri, rate, rng.next_u64(), Some(BEFORE_NS))?.finish().await?;
         let serving = (cpu_ns() - cpu) as f64 / (ring.clock() - then).max(1) as f64;
 
         self.say("A client writes to it while it is mirrored and pivoted");
-        let during = self.client("during", &uri, rng.next_u64(), None)?;
+        let during = self.client("during", &uri, rate, rng.next_u64(), None)?;
         self.connected(&exports, &during).await?;
         let mut job = self.mirror(&source, &target).await?;
         job.cpu_serving_ns = (serving * job.elapsed_ns as f64) as u64;
@@ -210,11 +205,12 @@ impl Demo {
         let during = during.stop().await?;
 
         self.say(&format!("A client writes to the target for {}", fmt_duration(AFTER_NS)));
-        let after = self.client("after", &uri, rng.next_u64(), Some(AFTER_NS))?.finish().await?;
+        let after = self.client("after", &uri, rate, rng.next_u64(), Some(AFTER_NS))?.finish().await?;
         self.client.borrow_mut().take();
 
         exports.stop().await;
         drop((exports, source, target));
+        stats::print(&self.global, ring);
         self.say("Reading the target without the engine, and comparing every byte");
         let loads = [&before, &during, &after].map(LoadRow::new);
         let logs = [before, during, after].map(|client: ClientReport| client.log);
@@ -224,7 +220,7 @@ impl Demo {
             folder: self.scratch.path().display().to_string(),
             disk_bytes: disk.bytes,
             data_bytes: disk.data_bytes(),
-            rate_per_sec: self.rate,
+            rate_per_sec: rate,
             seed: self.seed,
             job,
             loads: loads.into(),
@@ -235,24 +231,20 @@ impl Demo {
         })
     }
 
-    /// As asked for; otherwise what there is room for, and what can be filled in good time.
-    async fn disk_bytes(&self) -> Result<u64, Failure> {
-        let bytes = self.scratch.disk_bytes(self.size)?;
-        if self.size.is_some() {
-            return Ok(bytes);
+    /// The disk's size and the client's rate: as asked for, otherwise what the place allows.
+    async fn choose(&self) -> Result<(u64, u64), Failure> {
+        let room = self.scratch.disk_bytes(self.size)?;
+        if let (Some(bytes), Some(rate)) = (self.size, self.rate) {
+            return Ok((bytes, rate));
         }
-        let ring = self.engine.ring();
         let path = self.scratch.file("probe.raw");
-        let probe = Disk { bytes: PROBE_BYTES.min(bytes), seed: 0 };
-        let node = self.make(&path, probe.bytes).await?;
-        let began = ring.clock();
-        probe.fill(ring, node.driver(), probe.bytes).await?;
-        let took_ns = (ring.clock() - began).max(1);
+        let node = self.make(&path, probe::bytes(room)).await?;
+        let ring = self.engine.ring();
+        let speed = probe::measure(ring, node.driver()).await?;
         drop(node);
         let _ = ring.unlink(&path);
-        let possible = u128::from(probe.bytes) * u128::from(FILL_NS_MAX) / u128::from(took_ns);
-        let steps = u64::try_from(possible).unwrap_or(u64::MAX) / scratch::DISK_BYTES_MIN;
-        Ok(bytes.min(steps.max(1) * scratch::DISK_BYTES_MIN))
+        tracing::debug!(?speed, "probed");
+        Ok((self.size.unwrap_or_else(|| speed.disk_bytes(room)), self.rate.unwrap_or_else(|| speed.rate())))
     }
 
     async fn make(&self, path: &Path, bytes: u64) -> Result<Rc<Node>, Failure> {
@@ -264,10 +256,11 @@ impl Demo {
         &self,
         name: &'static str,
         uri: &str,
+        rate: u64,
         seed: u64,
         duration_ns: Option<Nanos>,
     ) -> Result<Client, Failure> {
-        let plan = Plan { name, uri, rate: self.rate, seed, duration_ns, folder: self.scratch.path() };
+        let plan = Plan { name, uri, rate, seed, duration_ns, folder: self.scratch.path() };
         let client = Client::start(self.engine.ring(), &plan)?;
         self.client.replace(Some(client.clone()));
         Ok(client)
@@ -296,7 +289,18 @@ impl Demo {
         options.marker = Some(Box::new(TargetMark::new(ring, target.driver().clone(), state, info)));
         let (cpu, began) = (cpu_ns(), ring.clock());
         let job = self.engine.mirror(source, target, options).await?;
-        job.until_ready().await;
+        let patience = match (self.size, self.rate, self.speed) {
+            (None, None, 0) => READY_NS_MAX,
+            _ => Nanos::MAX,
+        };
+        let end = ring.clock().saturating_add(patience);
+        if let Either::Second(()) = either(job.until_ready(), ring.sleep_until(end)).await {
+            return Err(Failure::text(format!(
+                "The copy does not catch up with the client here ({} differ after {}); try a lower --rate",
+                fmt_bytes(job.details().bytes_dirty),
+                fmt_duration(patience)
+            )));
+        }
         let ready = ring.clock();
         if job.ending().is_none() {
             job.complete()?;
@@ -328,11 +332,24 @@ impl Demo {
     }
 
     async fn check(&self, path: &Path, expectation: Expectation) -> Result<CheckReport, Failure> {
-        let (path, stop) = (path.to_owned(), self.stop.clone());
-        let report = self.engine.ring().offload(move || check::check(&path, &expectation, &stop)).await;
-        report
-            .map_err(failed)?
-            .map_err(|error| Failure::text(format!("Reading the target for the comparison failed: {error}")))
+        let ring = self.engine.ring();
+        let expectation = Arc::new(expectation);
+        let readers: Vec<_> = (0..check::PARTS)
+            .map(|part| {
+                let (r, path, stop) = (ring.clone(), path.to_owned(), self.stop.clone());
+                let expectation = expectation.clone();
+                ring.spawn_with_result(async move {
+                    r.offload(move || check::check(&path, &expectation, part, &stop)).await
+                })
+            })
+            .collect();
+        let mut report = CheckReport::default();
+        for reader in readers {
+            report.merge(reader.take().await.map_err(failed)?.map_err(|error| {
+                Failure::text(format!("Reading the target for the comparison failed: {error}"))
+            })?);
+        }
+        Ok(report)
     }
 
     fn say(&self, text: &str) {

@@ -196,7 +196,7 @@ impl DemoReport {
                 load.writes
             );
             if load.unsent > 0 {
-                let _ = writeln!(text, "{:<12}{} more were due and not sent", "", load.unsent);
+                let _ = writeln!(text, "{:<12}due and not sent: {}", "", load.unsent);
             }
         }
     }
@@ -262,7 +262,7 @@ mod tests {
             "1 GiB copied in 2 s: 512 MiB/s (ready after 1 s)",
             "0.500 s per GiB",
             "before            1 s      2000    100 us    200 us    300 us      4 ms",
-            "7 more were due",
+            "due and not sent: 7",
             "Verified: 262144 blocks (1 GiB)",
         ] {
             assert!(text.contains(part), "{part}\n{text}");

@@ -17,6 +17,8 @@ pub const DISK_BYTES_MIN: u64 = 16 << 20;
 const DISK_STEP_BYTES: u64 = 16 << 20;
 /// Room that source and target leave to others, in bytes.
 const ROOM_BYTES: u64 = 64 << 20;
+/// Bytes of a socket's path at most, as Linux has it.
+const SOCKET_BYTES_MAX: usize = 107;
 /// Names that are tried for the folder.
 const NAMES_MAX: u32 = 16;
 
@@ -58,6 +60,18 @@ impl Scratch {
     /// A file in it.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
+    }
+
+    /// A socket in it.
+    pub fn socket(&self, name: &str) -> Result<PathBuf, Failure> {
+        let path = self.file(name);
+        if path.as_os_str().len() > SOCKET_BYTES_MAX {
+            return Err(Failure::text(format!(
+                "The path '{}' is too long for a socket. Choose a shorter one with --dir.",
+                path.display()
+            )));
+        }
+        Ok(path)
     }
 
     /// The size of the demo's disk: as asked for if there is room for two of it, otherwise what the place allows.
@@ -130,6 +144,7 @@ mod tests {
         assert_ne!(first.path(), second.path());
         std::fs::write(first.file("disk"), "data").unwrap();
         let (gone, kept) = (first.path().to_owned(), second.path().to_owned());
+        assert!(first.socket("s").is_ok() && first.socket(&"s".repeat(100)).is_err());
         drop((first, second));
         assert!(!gone.exists() && kept.exists());
         let nowhere = Scratch::new(&gone, false, || 0).unwrap_err().to_string();

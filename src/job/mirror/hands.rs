@@ -4,9 +4,10 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
-use blockferry_ring::{PooledFuture, Ring, SharedBuf};
+use blockferry_ring::{Buf, PooledFuture, Ring, SharedBuf};
 
 use super::machine::{Copied, Failed, Op, Outcome};
+use super::memory::{Lease, Memory};
 use super::verify::Verifier;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
@@ -39,6 +40,7 @@ impl Marker for TargetMark {
 
 pub(super) struct Parts {
     pub ring: Ring,
+    pub memory: Memory,
     pub source: Use,
     /// The target's node, for as long as the job uses it.
     pub target: RefCell<Option<Use>>,
@@ -132,16 +134,22 @@ impl Parts {
 
     async fn copy(&self, range: ByteRange) -> Outcome {
         let mut done = Copied::default();
-        for piece in range.chunks(BLOCK_MAX as u64) {
-            if let Err(failed) = self.copy_piece(piece, &mut done).await {
-                return Outcome::Piece(range, done, Some((piece.start(), Some(failed))));
+        let mut at = range.start();
+        while at < range.end() {
+            let wanted = (range.end() - at).min(BLOCK_MAX as u64) as usize;
+            let Lease { buf, of_reserve } = self.memory.take(wanted).await;
+            let piece = ByteRange::at_saturating(at, buf.len() as u64);
+            let result = self.copy_piece(piece, buf, &mut done).await;
+            self.memory.done(of_reserve).await;
+            if let Err(failed) = result {
+                return Outcome::Piece(range, done, Some((at, Some(failed))));
             }
+            at = piece.end();
         }
         Outcome::Piece(range, done, None)
     }
 
-    async fn copy_piece(&self, piece: ByteRange, done: &mut Copied) -> Result<(), Failed> {
-        let buf = self.ring.alloc(piece.len() as usize).await;
+    async fn copy_piece(&self, piece: ByteRange, buf: Buf, done: &mut Copied) -> Result<(), Failed> {
         let (buf, result) = self.from().read(piece.start(), buf).await;
         result.map_err(read_failed)?;
         let buf = buf.freeze();

@@ -15,6 +15,7 @@
 
 mod hands;
 pub mod machine;
+mod memory;
 pub mod verify;
 
 use std::cell::{Cell, RefCell};
@@ -32,6 +33,7 @@ use crate::graph::tracker::Tracker;
 pub use hands::Marker;
 use hands::{MirrorHands, Parts};
 use machine::{Mirror, Settings};
+use memory::Memory;
 use verify::Verifier;
 
 /// What is copied.
@@ -164,6 +166,11 @@ pub async fn start(
     job_options.auto_finalize = options.auto_finalize;
     job_options.auto_dismiss = options.auto_dismiss;
 
+    let memory = Memory::without_reserve(ring);
+    memory.reserve().await;
+    if let Some(verifier) = &options.verifier {
+        verifier.reserve().await;
+    }
     let source_use = source.attach(UseKind::JobSource("mirror"))?;
     let target_use = target.attach(UseKind::JobTarget("mirror"))?;
     let job = Job::new(ring, job_options, options.policies);
@@ -196,6 +203,7 @@ pub async fn start(
     };
     let hands = MirrorHands(Rc::new(Parts {
         ring: ring.clone(),
+        memory,
         source: source_use,
         target: RefCell::new(Some(target_use)),
         target_node: target.clone(),

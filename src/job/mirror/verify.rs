@@ -13,12 +13,12 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::sync::join;
-use blockferry_ring::{Nanos, Ring};
+use blockferry_ring::{Buf, Nanos, Ring};
 
 use super::machine::Failed;
+use super::memory::Memory;
 use crate::base::limits;
 use crate::base::range::ByteRange;
-use crate::base::zero::is_zero;
 use crate::block::{BlockError, Driver};
 use crate::graph::dirty::DirtyMapError;
 use crate::graph::node::Filter;
@@ -57,6 +57,7 @@ pub struct Verifier {
     instant_ns: Cell<Nanos>,
     checksum: RefCell<String>,
     mismatch: Cell<Option<u64>>,
+    memory: [Memory; 2],
 }
 
 impl std::fmt::Debug for Verifier {
@@ -87,7 +88,15 @@ impl Verifier {
             instant_ns: Cell::new(0),
             checksum: RefCell::default(),
             mismatch: Cell::new(None),
+            memory: [Memory::without_reserve(ring), Memory::without_reserve(ring)],
         }))
+    }
+
+    /// Sets memory aside. A verifier without it may have to wait for guests in the end.
+    pub(super) async fn reserve(&self) {
+        for memory in &self.memory {
+            memory.reserve().await;
+        }
     }
 
     /// The filter that makes due what guests write.
@@ -172,19 +181,44 @@ impl Verifier {
             self.note(piece, zeroes);
             return Ok(None);
         }
-        let (a, b) = (self.ring.alloc(len).await, self.ring.alloc(len).await);
-        let ((a, from), (b, to)) =
-            join(self.source.read(piece.start(), a), self.target.read(piece.start(), b)).await;
+        let mut hasher = blake3::Hasher::new();
+        let mut at = piece.start();
+        while at < piece.end() {
+            // Always in this order, so that nobody who has the one waits for somebody who has the other.
+            let a = self.memory[0].take((piece.end() - at) as usize).await;
+            let b = self.memory[1].take(a.buf.len()).await;
+            let of_reserve = (a.of_reserve, b.of_reserve);
+            let step = b.buf.len() as u64;
+            let result = self.compare_step(at, a.buf.split_at(step as usize).0, b.buf, &mut hasher).await;
+            self.memory[1].done(of_reserve.1).await;
+            self.memory[0].done(of_reserve.0).await;
+            if let Some(different) = result? {
+                return Ok(Some(different));
+            }
+            at += step;
+        }
+        self.note(piece, hasher.finalize());
+        Ok(None)
+    }
+
+    /// Compares what fits the buffers.
+    async fn compare_step(
+        &self,
+        at: u64,
+        a: Buf,
+        b: Buf,
+        hasher: &mut blake3::Hasher,
+    ) -> Result<Option<u64>, BlockError> {
+        let ((a, from), (b, to)) = join(self.source.read(at, a), self.target.read(at, b)).await;
         from?;
         to?;
         let (a, b) = (a.as_slice(), b.as_slice());
-        if a != b {
-            let at = a.iter().zip(b).position(|(x, y)| x != y).unwrap_or(0);
-            return Ok(Some(piece.start() + at as u64));
+        hasher.update(a);
+        if a == b {
+            return Ok(None);
         }
-        let hash = if is_zero(a) { blake3::hash(&ZEROES[..len]) } else { blake3::hash(a) };
-        self.note(piece, hash);
-        Ok(None)
+        let different = a.iter().zip(b).position(|(x, y)| x != y).unwrap_or(0);
+        Ok(Some(at + different as u64))
     }
 
     async fn is_hole(&self, driver: &Rc<dyn Driver>, piece: ByteRange) -> Result<bool, BlockError> {
