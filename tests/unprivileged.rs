@@ -20,14 +20,17 @@ const MEMLOCK: u64 = 8 << 20;
 static LIMIT: Mutex<()> = Mutex::new(());
 
 /// A folder of an ordinary user, with the program in it.
-struct Home(Scratch, MutexGuard<'static, ()>);
+struct Home {
+    scratch: Scratch,
+    _alone: MutexGuard<'static, ()>,
+}
 
 impl Home {
     fn new() -> Home {
         let scratch = Scratch::new();
         std::fs::copy(env!("CARGO_BIN_EXE_blockferry"), scratch.path("blockferry")).unwrap();
         // A test that failed while it held the lock has left nothing behind.
-        Home(scratch, LIMIT.lock().unwrap_or_else(PoisonError::into_inner))
+        Home { scratch, _alone: LIMIT.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
     /// Everything in it belongs to the user.
@@ -35,8 +38,8 @@ impl Home {
         if !is_root() {
             return;
         }
-        let entries = std::fs::read_dir(self.0.dir()).unwrap().map(|entry| entry.unwrap().path());
-        for path in entries.chain([self.0.dir().to_owned()]) {
+        let entries = std::fs::read_dir(self.scratch.dir()).unwrap().map(|entry| entry.unwrap().path());
+        for path in entries.chain([self.scratch.dir().to_owned()]) {
             std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
         }
     }
@@ -50,7 +53,11 @@ impl Home {
             command.args(["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups"]);
         }
         // HOME stays what it was, as with setpriv, su and many supervisors: perhaps closed to this user.
-        command.arg("./blockferry").args(arguments).current_dir(self.0.dir()).env_remove("BLOCKFERRY_LOG");
+        command
+            .arg("./blockferry")
+            .args(arguments)
+            .current_dir(self.scratch.dir())
+            .env_remove("BLOCKFERRY_LOG");
         Process::spawn(command).end()
     }
 }
@@ -58,11 +65,11 @@ impl Home {
 #[test]
 fn a_copy_under_a_small_limit_is_right_and_says_what_it_lacks() {
     let home = Home::new();
-    let source = home.0.full("source", 24 * MIB);
+    let source = home.scratch.full("source", 24 * MIB);
     home.give_away();
     let ended = home.run(MEMLOCK, &["--json", "mirror", "--verify", "--stats", "source", "target"]);
     assert_eq!(ended.code, Some(0), "{ended}");
-    assert_equal(&source, &home.0.path("target"));
+    assert_equal(&source, &home.scratch.path("target"));
     for text in ["the kernel registers no more memory", "RLIMIT_MEMLOCK", "plain buffers are used"] {
         assert_eq!(ended.err.matches(text).count(), 1, "`{text}`, once: {ended}");
     }
@@ -80,12 +87,12 @@ fn a_copy_under_a_small_limit_is_right_and_says_what_it_lacks() {
 #[test]
 fn with_next_to_nothing_it_copies_by_plain_operations_or_says_why_not() {
     let home = Home::new();
-    let source = home.0.full("source", 4 * MIB);
+    let source = home.scratch.full("source", 4 * MIB);
     home.give_away();
     // Kernels differ in what a ring itself is charged; what is left is less than the arena wants in any case.
     let ended = home.run(1 << 20, &["--json", "mirror", "--stats", "source", "target"]);
     if ended.code == Some(0) {
-        assert_equal(&source, &home.0.path("target"));
+        assert_equal(&source, &home.scratch.path("target"));
         let events = ended.events();
         let counters = stats(&events);
         assert!(counters["transfers-plain"].as_u64() > Some(0), "{counters}");
@@ -93,7 +100,7 @@ fn with_next_to_nothing_it_copies_by_plain_operations_or_says_why_not() {
     } else {
         assert_eq!(ended.code, Some(1), "{ended}");
         assert!(ended.err.contains("Raise RLIMIT_MEMLOCK"), "{ended}");
-        assert!(!std::fs::exists(home.0.path("target")).unwrap());
+        assert!(!std::fs::exists(home.scratch.path("target")).unwrap());
     }
 }
 
@@ -115,7 +122,7 @@ fn the_doctor_tells_an_ordinary_user_what_was_chosen() {
     assert!(ended.err.contains("RLIMIT_MEMLOCK"), "{ended}");
     // It leaves nothing behind.
     let names: Vec<_> =
-        std::fs::read_dir(home.0.dir()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        std::fs::read_dir(home.scratch.dir()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["blockferry"]);
 }
 
@@ -127,7 +134,7 @@ fn what_the_user_may_not_do_is_said() {
         return;
     }
     home.give_away();
-    let theirs = home.0.full("theirs", MIB);
+    let theirs = home.scratch.full("theirs", MIB);
     let ended =
         home.run(MEMLOCK, &["serve", "-f", "raw", "--export", "nbd+unix:///?socket=socket", "theirs"]);
     assert_eq!(ended.code, Some(1), "{ended}");
@@ -135,5 +142,5 @@ fn what_the_user_may_not_do_is_said() {
     // Reading it is allowed.
     let ended = home.run(MEMLOCK, &["mirror", "theirs", "copy"]);
     assert_eq!(ended.code, Some(0), "{ended}");
-    assert_equal(&theirs, &home.0.path("copy"));
+    assert_equal(&theirs, &home.scratch.path("copy"));
 }
