@@ -443,6 +443,10 @@ fn clients_go_on_after_the_job_unless_told_otherwise() {
 
 #[test]
 fn loop_devices_are_sources_and_targets() {
+    if !common::is_root() {
+        println!("left out: loop devices need root");
+        return;
+    }
     let scratch = Scratch::new();
     let len = 16 * MIB;
     let source = scratch.holey("source", len, &[(0, 70_000), (3 * MIB, 2 * MIB), (len - 4096, 4096)]);
@@ -468,6 +472,10 @@ fn loop_devices_are_sources_and_targets() {
 
 #[test]
 fn an_unfinished_copy_to_a_device_is_noted() {
+    if !common::is_root() {
+        println!("left out: loop devices need root");
+        return;
+    }
     let scratch = Scratch::new();
     let source = scratch.full("source", 8 * MIB);
     let file = scratch.full("file", 8 * MIB);

@@ -155,6 +155,12 @@ fn is_no_attribute(errno: Errno) -> bool {
         || matches!(errno, Errno::EPERM | Errno::EACCES | Errno::ENOSPC | Errno::EDQUOT | Errno::ERANGE)
 }
 
+/// Whether a state directory is closed to this user: one who took another's place (`setpriv`, `su`) often
+/// has the other's HOME. A target that carries marks itself has none there.
+fn is_no_entry(errno: Errno) -> bool {
+    matches!(errno, Errno::EACCES | Errno::EPERM)
+}
+
 impl TargetMark {
     /// The mark of `driver`, with what it will say. Nothing happens yet.
     pub fn new(
@@ -236,22 +242,23 @@ impl TargetMark {
         let fail = |errno| {
             self.fail(errno, "The mark could not be taken away: the target still counts as unfinished")
         };
-        let name = match carrier(&self.ring, &self.driver).map_err(fail)? {
+        let (name, carries) = match carrier(&self.ring, &self.driver).map_err(fail)? {
             Carrier::Nothing => return Ok(()),
-            Carrier::File(file, name) => {
-                match self.ring.set_attribute(&file, ATTRIBUTE, None) {
-                    Ok(()) => drop(self.ring.sync(&file, false).await.map_err(fail)?),
-                    Err(errno) if is_no_attribute(errno) => {}
-                    Err(errno) => return Err(fail(errno)),
+            Carrier::File(file, name) => match self.ring.set_attribute(&file, ATTRIBUTE, None) {
+                Ok(()) => {
+                    self.ring.sync(&file, false).await.map_err(fail)?;
+                    (name, true)
                 }
-                name
-            }
-            Carrier::Note(name) => name,
+                Err(errno) if is_no_attribute(errno) => (name, false),
+                Err(errno) => return Err(fail(errno)),
+            },
+            Carrier::Note(name) => (name, false),
         };
         let Some(dir) = &self.state_dir else { return Ok(()) };
         match self.ring.unlink(&dir.join(name)) {
             Ok(()) => self.ring.sync_directory(dir).map_err(fail),
-            Err(Errno::ENOENT) => Ok(()),
+            Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(()),
+            Err(errno) if carries && is_no_entry(errno) => Ok(()),
             Err(errno) => Err(fail(errno)),
         }
     }
@@ -271,22 +278,23 @@ impl TargetMark {
             BlockError::new(Operation::Read, driver.name(), errno)
                 .hint("Whether it is marked as unfinished cannot be told.")
         };
-        let name = match carrier(ring, driver).map_err(fail)? {
+        let (name, carries) = match carrier(ring, driver).map_err(fail)? {
             Carrier::Nothing => return Ok(None),
             Carrier::File(file, name) => match ring.get_attribute(&file, ATTRIBUTE) {
                 Ok(Some(bytes)) => return Ok(Some(MarkInfo::from_bytes(&bytes))),
                 // There is one, and it is none of ours.
                 Err(Errno::ERANGE) => return Ok(Some(MarkInfo::from_bytes(b""))),
-                Ok(None) => name,
-                Err(errno) if is_no_attribute(errno) => name,
+                Ok(None) => (name, true),
+                Err(errno) if is_no_attribute(errno) => (name, false),
                 Err(errno) => return Err(fail(errno)),
             },
-            Carrier::Note(name) => name,
+            Carrier::Note(name) => (name, false),
         };
         let Some(dir) = state_dir else { return Ok(None) };
         let file = match ring.open(&dir.join(name), &OpenHow::default()) {
             Ok(file) => file,
             Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(None),
+            Err(errno) if carries && is_no_entry(errno) => return Ok(None),
             Err(errno) => return Err(fail(errno)),
         };
         let (buf, n) = ring.read(&file, 0, ring.alloc(MARK_BYTES_MAX).await).await;

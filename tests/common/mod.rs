@@ -243,6 +243,11 @@ impl Drop for Process {
     }
 }
 
+/// Whether loop devices can be made and other users be played.
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
 /// A loop device on a file, with direct I/O. Detached when it goes.
 pub struct LoopDevice(pub String);
 

@@ -130,6 +130,8 @@ impl Uring {
         notes.push(format!("minimum wait (MIN_TIMEOUT): {}", if min_wait { "yes" } else { "no" }));
 
         let submitter = ring.submitter();
+        // A filter may let the set-up through and stop this: nothing would ever be submitted or complete.
+        submitter.submit().map_err(|error| forbidden("io_uring_enter", &error))?;
         let fixed_files = match submitter.register_files_sparse(limits::FIXED_FILES) {
             Ok(()) => true,
             Err(error) => {
@@ -228,8 +230,12 @@ fn build(restrict: bool, notes: &mut Vec<String>) -> Result<IoUring, SetupError>
         }
     }
     let error = last.unwrap_or_else(|| std::io::Error::from_raw_os_error(libc::ENOSYS));
-    let (reason, cure) = sys::why_forbidden(&error);
-    Err(SetupError::Forbidden { reason, cure })
+    Err(forbidden(sys::SETUP_CALL, &error))
+}
+
+fn forbidden(call: &str, error: &std::io::Error) -> SetupError {
+    let (reason, cure) = sys::why_forbidden(call, error);
+    SetupError::Forbidden { reason, cure }
 }
 
 /// Restricts a disabled ring to the operations in use, and enables it.

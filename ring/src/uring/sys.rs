@@ -13,6 +13,8 @@ use crate::errno::Errno;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
+/// The call that makes a ring, as [`why_forbidden`] names it.
+pub(super) const SETUP_CALL: &str = "io_uring_setup";
 
 pub(super) fn eventfd() -> Result<OwnedFd, Errno> {
     use rustix::event::EventfdFlags;
@@ -47,17 +49,17 @@ pub(super) fn random() -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-pub(super) fn why_forbidden(error: &std::io::Error) -> (String, String) {
+pub(super) fn why_forbidden(call: &str, error: &std::io::Error) -> (String, String) {
     let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
     match error.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) if matches!(sysctl.trim(), "1" | "2") => (
+        Some(libc::EPERM | libc::EACCES) if call == SETUP_CALL && matches!(sysctl.trim(), "1" | "2") => (
             format!("the sysctl kernel.io_uring_disabled is {}", sysctl.trim()),
             "Set it to 0 (`sysctl kernel.io_uring_disabled=0`), or, where it is 1, run as a member of the \
              group in kernel.io_uring_group or with CAP_SYS_ADMIN."
                 .into(),
         ),
         Some(libc::EPERM | libc::EACCES | libc::ENOSYS) => (
-            format!("io_uring_setup was refused ({error})"),
+            format!("{call} was refused ({error})"),
             "A seccomp filter forbids it, as the default profiles of Docker, Podman and systemd services \
              with SystemCallFilter do: allow io_uring_setup, io_uring_enter and io_uring_register (for \
              Docker: --security-opt seccomp=PROFILE.json with these added, or seccomp=unconfined). A kernel \
@@ -65,13 +67,10 @@ pub(super) fn why_forbidden(error: &std::io::Error) -> (String, String) {
                 .into(),
         ),
         Some(libc::ENOMEM) => (
-            format!("io_uring_setup found no memory ({error})"),
+            format!("{call} found no memory ({error})"),
             "Raise RLIMIT_MEMLOCK (`ulimit -l`) or the memory limit of the control group.".into(),
         ),
-        _ => (
-            format!("io_uring_setup failed ({error})"),
-            "`blockferry doctor` tells what the kernel offers.".into(),
-        ),
+        _ => (format!("{call} failed ({error})"), "`blockferry doctor` tells what the kernel offers.".into()),
     }
 }
 
