@@ -77,9 +77,7 @@ impl Attempt<'_> {
 
     fn writer(&mut self, mirror: &mut Process) -> Writer {
         self.follow(mirror, |line| line["event"] == "listening");
-        // Guests that write faster than the target takes it would keep a mirror from ever being ready.
-        let plan = Plan::anywhere(&self.socket, DISK_BYTES, self.dice.next());
-        Writer::start(&plan.thinking(Duration::from_millis(1)), true)
+        Writer::start(&Plan::anywhere(&self.socket, DISK_BYTES, self.dice.next()), true)
     }
 
     /// Runs a mirror and kills it at about that moment: what the clients have done.

@@ -9,7 +9,6 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use common::image::{Dice, MIB, Scratch, content, difference, pattern};
 use common::writer::{Plan, Writer};
@@ -106,7 +105,6 @@ impl Lab {
             blocks: self.blocks.clone(),
             lanes: 4,
             seed: 11,
-            think: Duration::from_millis(1),
         };
         let writer = Writer::start(&plan, false);
         Move { source, target, model, socket, mirror, writer }

@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use super::PATIENCE;
 use super::image::{Dice, difference, pattern};
@@ -87,27 +86,13 @@ pub struct Plan {
     pub lanes: usize,
     /// For the choice of blocks.
     pub seed: u64,
-    /// How long each connection thinks between two requests.
-    pub think: Duration,
 }
 
 impl Plan {
     /// Four connections that write anywhere in the first `len` bytes.
     pub fn anywhere(socket: &Path, len: u64, seed: u64) -> Plan {
         let blocks = (0..len / BLOCK_BYTES as u64).map(|block| block * BLOCK_BYTES as u64).collect();
-        Plan {
-            socket: socket.to_owned(),
-            export: "disk".into(),
-            blocks,
-            lanes: 4,
-            seed,
-            think: Duration::ZERO,
-        }
-    }
-
-    /// With that much thought between two requests of a connection.
-    pub fn thinking(self, think: Duration) -> Plan {
-        Plan { think, ..self }
+        Plan { socket: socket.to_owned(), export: "disk".into(), blocks, lanes: 4, seed }
     }
 }
 
@@ -120,8 +105,8 @@ impl Writer {
                 let client = Client::connect(&plan.socket, &plan.export).expect("a connection");
                 let blocks: Vec<u64> = plan.blocks.iter().copied().skip(lane).step_by(plan.lanes).collect();
                 let dice = Dice::new(plan.seed.wrapping_mul(31) + lane as u64);
-                let (shared, think) = (shared.clone(), plan.think);
-                std::thread::spawn(move || write_on(client, &blocks, dice, think, &shared))
+                let shared = shared.clone();
+                std::thread::spawn(move || write_on(client, &blocks, dice, &shared))
             })
             .collect();
         Writer { shared, lanes }
@@ -150,7 +135,7 @@ impl Writer {
     }
 }
 
-fn write_on(mut client: Client, blocks: &[u64], mut dice: Dice, think: Duration, shared: &Shared) -> Lane {
+fn write_on(mut client: Client, blocks: &[u64], mut dice: Dice, shared: &Shared) -> Lane {
     let mut lane = Lane::default();
     let mut last = std::collections::BTreeMap::new();
     let mut version = 0;
@@ -162,9 +147,6 @@ fn write_on(mut client: Client, blocks: &[u64], mut dice: Dice, think: Duration,
         assert!(cut && shared.may_lose.load(Ordering::SeqCst), "{doing}: {error}");
     };
     while !shared.stop.load(Ordering::SeqCst) {
-        if !think.is_zero() {
-            std::thread::sleep(think);
-        }
         let offset = blocks[dice.below(blocks.len() as u64) as usize];
         if dice.below(4) == 0 {
             let Some(version) = last.get(&offset) else { continue };
