@@ -82,8 +82,16 @@ impl Drop for QemuNbd {
     }
 }
 
+/// One test at a time: until a child that another test starts has become its program, it holds this
+/// process's descriptors, and with them its locks.
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 #[test]
 fn nobody_else_writes_what_is_in_use_here() {
+    let _alone = alone();
     let (image, ring) = (image(), ring());
     let file = open(&ring, &image.path);
     assert!(qemu_io(&image.path, false, "write 0 512").status.success(), "an open file alone locks nothing");
@@ -115,6 +123,7 @@ fn nobody_else_writes_what_is_in_use_here() {
 
 #[test]
 fn the_target_of_a_job_is_not_even_read() {
+    let _alone = alone();
     let (image, ring) = (image(), ring());
     let file = open(&ring, &image.path);
     file.set_permissions(Permissions::JOB_TARGET).unwrap();
@@ -127,6 +136,7 @@ fn the_target_of_a_job_is_not_even_read() {
 
 #[test]
 fn what_a_qemu_program_writes_is_refused_by_name() {
+    let _alone = alone();
     let (image, ring) = (image(), ring());
     let nbd = QemuNbd::start(&image, "raw", &image.path);
     let file = open(&ring, &image.path);
@@ -165,6 +175,7 @@ fn what_a_qemu_program_writes_is_refused_by_name() {
 
 #[test]
 fn what_a_qemu_program_denies_is_named() {
+    let _alone = alone();
     let (image, ring) = (image(), ring());
     let qcow2 = image.path.with_extension("qcow2");
     let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&qcow2).arg("1M").status();
@@ -178,6 +189,7 @@ fn what_a_qemu_program_denies_is_named() {
 
 #[test]
 fn two_nodes_of_one_program_keep_each_other_out() {
+    let _alone = alone();
     let (image, ring) = (image(), ring());
     let (first, second) = (open(&ring, &image.path), open(&ring, &image.path));
     first.set_permissions(Permissions::USER).unwrap();

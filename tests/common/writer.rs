@@ -227,26 +227,24 @@ impl History {
         let mut model = base.to_vec();
         for lane in &self.lanes {
             let writes: Vec<Write> = lane.acked.iter().copied().chain(lane.unanswered).collect();
-            let is_there = |write: &Write| !is_zeroes(*write) && get(image, write.offset) == of(*write);
-            // Zeroes look like any other zeroes: the last write that can be told, and the zeroes after it.
-            let seen = writes.iter().rposition(is_there).map_or(0, |last| last + 1);
-            for write in &writes[..seen] {
-                put(&mut model, *write);
-            }
-            for write in writes[seen..].iter().take_while(|write| is_zeroes(**write)) {
-                if get(image, write.offset) == of(*write) {
-                    put(&mut model, *write);
-                } else {
+            // Connections write to blocks of their own, so each can be looked at alone: the model goes through
+            // its writes one by one until no block of them differs from the image.
+            let mut offsets: Vec<u64> = writes.iter().map(|write| write.offset).collect();
+            offsets.sort_unstable();
+            offsets.dedup();
+            let differs = |model: &[u8], offset| get(model, offset) != get(image, offset);
+            let mut different = offsets.iter().filter(|offset| differs(&model, **offset)).count();
+            for write in &writes {
+                if different == 0 {
                     break;
                 }
+                different -= usize::from(differs(&model, write.offset));
+                put(&mut model, *write);
+                different += usize::from(differs(&model, write.offset));
             }
         }
         same(&model, image)
     }
-}
-
-fn is_zeroes(write: Write) -> bool {
-    write.version.is_multiple_of(ZEROES_EVERY)
 }
 
 fn of(write: Write) -> Vec<u8> {

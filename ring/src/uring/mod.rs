@@ -130,8 +130,6 @@ impl Uring {
         notes.push(format!("minimum wait (MIN_TIMEOUT): {}", if min_wait { "yes" } else { "no" }));
 
         let submitter = ring.submitter();
-        // A filter may let the set-up through and stop this: nothing would ever be submitted or complete.
-        submitter.submit().map_err(|error| forbidden("io_uring_enter", &error))?;
         let fixed_files = match submitter.register_files_sparse(limits::FIXED_FILES) {
             Ok(()) => true,
             Err(error) => {
@@ -154,6 +152,8 @@ impl Uring {
             restrict(&ring).map_err(|errno| SetupError::Failed { doing: "restricting it", errno })?;
             notes.push("restricted to the operations in use".into());
         }
+        // A filter may let the set-up through and stop this: nothing would ever be submitted or complete.
+        submitter.submit().map_err(|error| forbidden("io_uring_enter", &error))?;
         let wake =
             sys::eventfd().map_err(|errno| SetupError::Failed { doing: "making its eventfd", errno })?;
         let wake = Arc::new(wake);
