@@ -71,7 +71,8 @@ pub struct Tracker {
     /// Copies, and changes to both sides.
     locks: RefCell<RangeLocks>,
     copying: RefCell<Vec<(ByteRange, LockId)>>,
-    peer: Option<Rc<Peer>>,
+    /// Where changes to both sides go; gone when all is over.
+    peer: RefCell<Option<Rc<Peer>>>,
     /// A change of the target has failed.
     has_target_failed: Cell<bool>,
     blocking: Cell<bool>,
@@ -115,7 +116,7 @@ impl Tracker {
             dirty: RefCell::new(DirtyMap::new(len, granularity)?),
             locks: RefCell::new(RangeLocks::new(limits::RANGE_LOCKS_MAX)),
             copying: RefCell::new(Vec::with_capacity(64)),
-            peer,
+            peer: RefCell::new(peer),
             has_target_failed: Cell::new(false),
             blocking: Cell::new(false),
             passing: Cell::new(0),
@@ -165,7 +166,7 @@ impl Tracker {
 
     /// From now on changes go to both sides, or only to the source again. Those under way end as they began.
     pub fn set_blocking(&self, blocking: bool) {
-        self.blocking.set(blocking && self.peer.is_some());
+        self.blocking.set(blocking && self.peer.borrow().is_some());
     }
 
     /// Whether new changes go to both sides.
@@ -210,6 +211,7 @@ impl Tracker {
     /// Nobody follows any longer: no guest waits for the target, or for its turn.
     pub fn end(&self) {
         self.over.set(true);
+        self.peer.borrow_mut().take();
         self.blocking.set(false);
         self.set_pace(self.ring.now(), 0);
         self.moved.notify();

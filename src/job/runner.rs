@@ -28,6 +28,7 @@ use super::policy::{CopyMode, ErrorAction, IoOperation, OnError};
 use super::progress::Progress;
 use super::status::Status;
 use crate::base::bucket::Limiter;
+use crate::graph::tracker::Tracker;
 
 /// Error policies of a job's two sides.
 #[derive(Clone, Copy, Debug, Default)]
@@ -55,6 +56,8 @@ struct Shared {
     /// Preparing has been asked for.
     finalizing: Cell<bool>,
     copy_mode: Cell<CopyMode>,
+    /// What knows of guests' changes, for a job that has it.
+    tracker: RefCell<Option<Rc<Tracker>>>,
 }
 
 /// A handle of a job; clones are the same job.
@@ -97,6 +100,7 @@ impl Job {
             told: ring.notify(),
             finalizing: Cell::new(false),
             copy_mode: Cell::default(),
+            tracker: RefCell::default(),
         }));
         job.0.publish();
         job
@@ -151,8 +155,8 @@ impl Job {
         let life = self.0.life.borrow();
         let busy =
             life.status().has_running_body() && !life.status().is_paused() && self.0.in_flight.get() > 0;
-        let synced = life.job_type() == JobType::Mirror;
-        life.info(self.0.progress.get(), busy, synced.then(|| self.0.details.borrow().actively_synced))
+        let synced = (life.job_type() == JobType::Mirror).then(|| self.is_actively_synced());
+        life.info(self.0.progress.get(), busy, synced)
     }
 
     /// The next event that nobody has taken.
@@ -220,9 +224,16 @@ impl Job {
         Ok(())
     }
 
+    /// Every change by a guest that is acknowledged is on both sides by then, from now on and until this is false
+    /// again.
+    pub fn is_actively_synced(&self) -> bool {
+        self.0.tracker.borrow().as_ref().is_some_and(|tracker| tracker.is_actively_synced())
+    }
+
     /// How a mirror begins.
-    pub(super) fn set_copy_mode(&self, mode: CopyMode) {
+    pub(super) fn follows_guests(&self, mode: CopyMode, tracker: &Rc<Tracker>) {
         self.0.copy_mode.set(mode);
+        *self.0.tracker.borrow_mut() = Some(tracker.clone());
     }
 
     /// Verb `complete`: pivot as soon as source and target are alike.

@@ -60,7 +60,7 @@ impl Tracker {
         }
         let _locked = self.lock(range).await;
         // What was true before the wait need not be true any more.
-        let (Some(peer), true) = (self.peer.clone(), self.blocking.get()) else {
+        let (Some(peer), true) = (self.peer.borrow().clone(), self.blocking.get()) else {
             return self.pass_on(below, mutation).await;
         };
         match mutation {
@@ -91,13 +91,14 @@ impl Tracker {
         }
     }
 
-    /// Waits for whatever older is under way on the range.
+    /// Waits for whatever older is under way on the range, unless all is over: copies that were given up never end.
     async fn lock(&self, range: ByteRange) -> Locked<'_> {
         let enqueue = || self.locks.borrow_mut().enqueue(range, LockKind::Exclusive).ok();
         let lock = self.moved.until(enqueue).await;
         let locked = Locked { tracker: self, lock };
         if !is_planted(Bug::WriteNotOrdered) {
-            self.moved.until(|| self.locks.borrow().is_granted(lock).then_some(())).await;
+            let may_go = || self.over.get() || self.locks.borrow().is_granted(lock);
+            self.moved.until(|| may_go().then_some(())).await;
         }
         locked
     }

@@ -195,11 +195,11 @@ pub async fn start(
     let source_use = source.attach(UseKind::JobSource("mirror"))?;
     let target_use = target.attach(UseKind::JobTarget("mirror"))?;
     let job = Job::new(ring, job_options, options.policies);
-    job.set_copy_mode(options.copy_mode);
     let len = from.len();
     let target_use = Rc::new(RefCell::new(Some(target_use)));
     let peer = Rc::new(Peer { driver: to.clone(), keep: target_use.clone() });
     let tracker = Tracker::new(ring, len, granularity, Some(peer), job.waker())?;
+    job.follows_guests(options.copy_mode, &tracker);
     if options.sync != SyncMode::None {
         tracker.set_all();
     }
