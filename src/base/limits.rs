@@ -141,6 +141,10 @@ pub const ERROR_PAUSE_NANOS_MAX: u64 = 2_000_000_000;
 pub const TRACKER_FAILURES_MAX: usize = 16;
 /// How long a drain may take before it is given up.
 pub const DRAIN_NANOS_MAX: u64 = 60_000_000_000;
+/// So much may differ when a mirror shuts the door at its first opportunity; doubled after each step of waiting.
+pub const CLOSING_BYTES_FIRST: u64 = 128 << 10;
+/// Such a step.
+pub const CLOSING_STEP_NANOS: u64 = 20_000_000;
 /// The longest pause between two attempts to shut the door for no longer than guests are to wait.
 pub const DOWNTIME_PAUSE_NANOS_MAX: u64 = 10_000_000_000;
 /// The longest time for which a mirror's guests stand at a shut door, unless something else is said.
