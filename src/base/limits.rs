@@ -75,6 +75,8 @@ pub const NBD_OPTION_BYTES_MAX: u32 = 64 * KIB as u32;
 pub const NBD_OPTIONS_PER_HANDSHAKE: usize = 64;
 /// Time in which an NBD handshake has to end, in nanoseconds.
 pub const NBD_HANDSHAKE_NS_MAX: u64 = 10_000_000_000;
+/// What stands for "for ever" where a user wants no time limit, in nanoseconds: a year.
+pub const NBD_PATIENCE_NS: u64 = 365 * 24 * 3600 * 1_000_000_000;
 /// Meta contexts that one NBD client selects.
 pub const NBD_META_CONTEXTS_MAX: usize = 16;
 /// Extents in one NBD block status reply, a context. With its header such a reply fills one block of memory.
@@ -85,8 +87,12 @@ pub const NBD_STATUS_QUESTIONS_PER_REQUEST: usize = 4096;
 pub const NBD_EXPORTS_PER_SERVER: usize = 1024;
 /// Clients connected to one NBD server, those in the handshake included. Further ones wait to be accepted.
 pub const NBD_CLIENTS_PER_SERVER: usize = 128;
+/// The same, as many as a user may allow: silent ones hold 8 KiB of memory each, a third of it together.
+pub const NBD_CLIENTS_PER_SERVER_MAX: usize = 1024;
 /// Requests in flight of one NBD client, until their replies are sent. Further ones stay unread in its socket.
 pub const NBD_IN_FLIGHT_PER_CLIENT: usize = 128;
+/// The same, as many as a user may allow.
+pub const NBD_IN_FLIGHT_PER_CLIENT_MAX: usize = 4096;
 /// Payload bytes that one NBD client holds in flight. Further requests stay unread in its socket. When memory is short
 /// the bound is lower: no client holds more than what it leaves free.
 pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 16 * MIB;

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
-use super::serve::{Exports, export_uri};
+use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::Signals;
 use super::target::{Target, TargetOptions};
 use super::{Global, config, stats};
@@ -107,6 +107,8 @@ pub struct MirrorArgs {
     quiet: bool,
     #[command(flatten)]
     open: OpenArgs,
+    #[command(flatten)]
+    clients: ClientArgs,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -183,6 +185,7 @@ struct Settings {
     state_dir: Option<PathBuf>,
     quiet: bool,
     open: OpenArgs,
+    clients: ClientArgs,
 }
 
 impl Settings {
@@ -221,6 +224,7 @@ impl Settings {
             state_dir: args.state_dir.clone(),
             quiet: args.quiet,
             open: args.open.clone(),
+            clients: args.clients.clone(),
         })
     }
 }
@@ -287,7 +291,7 @@ impl Run {
         target: &Target,
     ) -> Result<Started, Failure> {
         let ring = self.engine.ring();
-        let mut exports = Exports::new(ring);
+        let mut exports = Exports::with_limits(ring, &settings.clients);
         for uri in &settings.export {
             exports.add(&self.engine, source, uri, false, &self.global).await?;
         }

@@ -397,7 +397,7 @@ impl Backend for Uring {
                         self.accepts.swap_remove(at);
                         if result >= 0 {
                             let fd = sys::own(result);
-                            sys::set_nodelay(&fd);
+                            sys::set_stream_options(&fd);
                             result = self.add_file(fd).0 as i32;
                         }
                     }
@@ -544,7 +544,7 @@ impl Backend for Uring {
 
     fn connect(&mut self, address: &SocketAddress) -> Result<FileId, Errno> {
         let fd = sys::connect(address)?;
-        sys::set_nodelay(&fd);
+        sys::set_stream_options(&fd);
         Ok(self.add_file(fd))
     }
 
