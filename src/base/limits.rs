@@ -116,6 +116,24 @@ pub const NBD_STALL_FREE_DIVISOR: usize = 4;
 pub const NBD_ACCEPT_PAUSE_NS: u64 = 100_000_000;
 /// Requests that one NBD client connection keeps in flight. Further ones wait on this side.
 pub const NBD_REQUESTS_IN_FLIGHT_MAX: usize = 1024;
+/// Connections of one NBD disk, where the server allows several and nothing else is said.
+pub const NBD_CONNECTIONS: usize = 4;
+/// The same, as many as a user may ask for.
+pub const NBD_CONNECTIONS_MAX: usize = 16;
+/// A connection with so many requests in flight is reason for another one.
+pub const NBD_GROW_DEPTH: usize = 4;
+/// After an attempt at another connection failed, none is made for so long, in nanoseconds.
+pub const NBD_GROW_PAUSE_NS: u64 = 30_000_000_000;
+/// How long requests wait for a lost NBD connection to come back when nothing else is said, in nanoseconds.
+pub const NBD_RECONNECT_DELAY_NS: u64 = 10_000_000_000;
+/// The first pause between two attempts at connecting, in nanoseconds; doubled with every further one.
+pub const NBD_RECONNECT_PAUSE_NS_MIN: u64 = 50_000_000;
+/// The longest such pause.
+pub const NBD_RECONNECT_PAUSE_NS_MAX: u64 = 1_000_000_000;
+/// How often a request is sent again after its connection was lost.
+pub const NBD_RESENDS_MAX: u32 = 16;
+/// How long extents that an NBD server told of are believed, in nanoseconds: others may write there.
+pub const NBD_STATUS_AGE_NS_MAX: u64 = 1_000_000_000;
 /// Time in which a server has to take a client's farewell, in nanoseconds; then the connection is cut.
 pub const NBD_FAREWELL_NS_MAX: u64 = 5_000_000_000;
 

@@ -45,10 +45,10 @@ cancelled before that.";
 #[derive(Debug, Args)]
 #[command(after_help = AFTER)]
 pub struct MirrorArgs {
-    /// The disk to copy: a file, a block device, mem:SIZE, null:SIZE or delay:TIME:NAME
+    /// The disk to copy: a file, a block device, nbd://HOST/EXPORT, mem:SIZE, null:SIZE or delay:TIME:NAME
     #[arg(value_name = "SRC")]
     source: String,
-    /// Where to: a new file (created with the source's size), or an existing image with --force
+    /// Where to: a new file (created with the source's size), or an existing image or NBD export with --force
     #[arg(value_name = "DST")]
     target: String,
     /// Format of the source. Must be said (raw) when clients may write to it

@@ -9,11 +9,10 @@ use clap::{Args, value_parser};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{OpenArgs, failed, parse_format, size, speed};
+use super::image::{OpenArgs, duration, failed, parse_format, size, speed};
 use super::signals::Signals;
 use super::{Global, config, stats};
 use crate::base::limits;
-use crate::base::units::parse_duration;
 use crate::engine::{Engine, Format};
 use crate::export::nbd::{Export, NbdServer, PaceLimits, ServerConfig};
 use crate::graph::node::{Node, Root};
@@ -31,7 +30,7 @@ Clients may be many, with several connections each. The server ends with SIGINT 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER)]
 pub struct ServeArgs {
-    /// The disk: a file, a block device, mem:SIZE, null:SIZE or delay:TIME:NAME
+    /// The disk: a file, a block device, nbd://HOST/EXPORT, mem:SIZE, null:SIZE or delay:TIME:NAME
     #[arg(value_name = "IMAGE")]
     image: String,
     /// Where clients connect (may be said more than once; port 0 takes a free one)
@@ -96,10 +95,6 @@ impl ClientArgs {
             ..ServerConfig::default()
         }
     }
-}
-
-fn duration(text: &str) -> Result<u64, String> {
-    parse_duration(text).map_err(|error| error.to_string())
 }
 
 /// An NBD URI of the command line.

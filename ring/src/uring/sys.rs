@@ -305,6 +305,14 @@ pub(super) fn listen(address: &SocketAddress) -> Result<(OwnedFd, SocketAddress)
     Ok((fd, address))
 }
 
+/// A socket, and the address that it is to be connected to.
+pub(super) fn socket_for(address: &SocketAddress) -> Result<(OwnedFd, rustix::net::SocketAddrAny), Errno> {
+    match address {
+        SocketAddress::Unix(path) => Ok((socket(AddressFamily::UNIX)?, unix_address(path)?.into())),
+        SocketAddress::Tcp(tcp) => Ok((socket(family(tcp))?, (*tcp).into())),
+    }
+}
+
 pub(super) fn connect(address: &SocketAddress) -> Result<OwnedFd, Errno> {
     match address {
         SocketAddress::Unix(path) => {

@@ -87,7 +87,6 @@ impl Client {
         root: Root,
         negotiated: &Negotiated,
         quota: QuotaLimits,
-        pace: Option<Pace>,
         reserve: Buf,
     ) -> Rc<Client> {
         let contexts = &negotiated.meta_contexts;
@@ -108,7 +107,7 @@ impl Client {
             rules,
             allocation_context: allocation.map(|(number, _)| *number),
             quota: Quota::new(ring, quota),
-            pace,
+            pace: Pace::new(ring, quota.pace),
             output: Output::new(ring, stream, reserve),
             spare_extents: RefCell::default(),
             failures: Cell::new(0),

@@ -16,7 +16,7 @@ use blockferry_ring::{Errno, File, FileKind, Nanos, Ring, SocketAddress};
 use super::client::Client;
 use super::handshake::{Chosen, negotiate, send};
 use super::output::Output;
-use super::pace::{Pace, PaceLimits};
+use super::pace::PaceLimits;
 use super::quota::QuotaLimits;
 use crate::base::limits;
 use crate::graph::node::Root;
@@ -511,10 +511,10 @@ impl Inner {
         let quota = QuotaLimits {
             requests_max: self.config.in_flight_max.max(1),
             bytes_max: self.config.bytes_in_flight_max,
+            pace: self.config.pace,
         };
         let reserve = self.ring.alloc(Output::RESERVE_BYTES).await;
-        let pace = Pace::new(&self.ring, self.config.pace);
-        let client = Client::new(&self.ring, id, stream, root, &negotiated, quota, pace, reserve);
+        let client = Client::new(&self.ring, id, stream, root, &negotiated, quota, reserve);
         drop((negotiated, answer));
         if let Some(session) = self.sessions.borrow_mut().get_mut(&id) {
             session.client = Some(client.clone());

@@ -54,7 +54,7 @@ pub(super) async fn dial(
 async fn connect(ring: &Ring, uri: &NbdUri, name: &Rc<str>) -> Result<File, NbdClientError> {
     let mut errno = Errno::EADDRNOTAVAIL;
     for address in addresses(ring, uri, name).await? {
-        match ring.connect(&address) {
+        match ring.dial(&address).await {
             Ok(stream) => return Ok(stream),
             Err(error) => errno = error,
         }
