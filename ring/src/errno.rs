@@ -59,6 +59,7 @@ errnos!(
     EADDRNOTAVAIL,
     ECONNABORTED,
     ESHUTDOWN,
+    ESTALE,
     ENOTTY,
     ELOOP,
     ENAMETOOLONG

@@ -24,7 +24,7 @@ use slab::Slab;
 
 use crate::Nanos;
 use crate::arena::{Arena, BLOCK_MAX, Segment};
-use crate::backend::{Backend, RemoteWaker};
+use crate::backend::{Backend, RemoteWaker, SocketAddress};
 use crate::config::{Config, SetupError, Shutdown, Turn};
 use crate::core::{Core, Slot, State, user_data};
 use crate::errno::Errno;
@@ -299,6 +299,14 @@ impl Ring {
         let id =
             self.submit::<PlainKind>(Op::Accept { file: listener.id() }, Held::None, Some(listener)).await?;
         Ok(self.wrap(FileId(id)))
+    }
+
+    /// Connects, however long the way is. Dropping the future gives the attempt up.
+    pub async fn dial(&self, address: &SocketAddress) -> Result<File, Errno> {
+        let id = self.0.backend.borrow_mut().socket(address)?;
+        let stream = self.wrap(id);
+        self.submit::<PlainKind>(Op::Connect { file: stream.id() }, Held::None, Some(&stream)).await?;
+        Ok(stream)
     }
 
     /// Receives what has come, up to `buf.len()` bytes; 0 is the end of the stream.

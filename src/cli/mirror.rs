@@ -11,7 +11,7 @@ use serde_json::json;
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
-use super::serve::{Exports, export_uri};
+use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::{Signal, Signals};
 use super::target::{Target, TargetOptions};
 use super::{Global, config, stats};
@@ -47,10 +47,10 @@ cancelled before that.";
 #[derive(Debug, Args)]
 #[command(after_help = AFTER)]
 pub struct MirrorArgs {
-    /// The disk to copy: a file, a block device, mem:SIZE, null:SIZE or delay:TIME:NAME
+    /// The disk to copy: a file, a block device, nbd://HOST/EXPORT, mem:SIZE, null:SIZE or delay:TIME:NAME
     #[arg(value_name = "SRC")]
     source: String,
-    /// Where to: a new file (created with the source's size), or an existing image with --force
+    /// Where to: a new file (created with the source's size), or an existing image or NBD export with --force
     #[arg(value_name = "DST")]
     target: String,
     /// Format of the source. Must be said (raw) when clients may write to it
@@ -126,6 +126,8 @@ pub struct MirrorArgs {
     quiet: bool,
     #[command(flatten)]
     open: OpenArgs,
+    #[command(flatten)]
+    clients: ClientArgs,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -237,6 +239,7 @@ struct Settings {
     state_dir: Option<PathBuf>,
     quiet: bool,
     open: OpenArgs,
+    clients: ClientArgs,
 }
 
 impl Settings {
@@ -287,6 +290,7 @@ impl Settings {
             state_dir: args.state_dir.clone(),
             quiet: args.quiet,
             open: args.open.clone(),
+            clients: args.clients.clone(),
         })
     }
 }
@@ -353,7 +357,7 @@ impl Run {
         target: &Target,
     ) -> Result<Started, Failure> {
         let ring = self.engine.ring();
-        let mut exports = Exports::new(ring);
+        let mut exports = Exports::with_limits(ring, &settings.clients);
         for uri in &settings.export {
             exports.add(&self.engine, source, uri, false, &self.global).await?;
         }

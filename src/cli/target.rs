@@ -12,6 +12,7 @@ use super::exit::Failure;
 use super::image::OpenArgs;
 use crate::block::Driver;
 use crate::engine::open::local_path;
+use crate::engine::remote::is_remote;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::Node;
 use crate::protocol::file::{CreateOptions, FileDriver};
@@ -65,6 +66,12 @@ impl Target {
                 made = Some(path);
                 format = format.or(Some(Format::Raw));
             }
+        }
+        if is_remote(options.name) && !options.force {
+            return Err(Failure::text(format!(
+                "The target '{}' is a disk of a server, which is left alone. Say --force to overwrite it",
+                options.name
+            )));
         }
         let opened = engine.open(options.name, &options.open.image(format, false)).await;
         let node = match opened {

@@ -9,6 +9,7 @@
 
 pub mod guest;
 pub mod open;
+pub mod remote;
 
 use std::cell::RefCell;
 use std::os::fd::BorrowedFd;
