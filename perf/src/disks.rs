@@ -248,10 +248,12 @@ impl Loop {
     fn detach(&self) {
         let device = self.device.display().to_string();
         patiently(&device, || command("losetup", &["-d", &device]).map(drop));
-        // The device is given up in the background when something still has it open.
-        let backing = format!("/sys/block/{}/loop", device.trim_start_matches("/dev/"));
-        let gone = || if Path::new(&backing).exists() { Err("busy".into()) } else { Ok(()) };
-        patiently(&device, gone);
+        // The device is given up in the background when something still has it open, and may then be somebody else's.
+        let backing = format!("/sys/block/{}/loop/backing_file", device.trim_start_matches("/dev/"));
+        patiently(&device, || {
+            let file = std::fs::read_to_string(&backing).unwrap_or_default();
+            if Path::new(file.trim()) == self.file { Err("busy".into()) } else { Ok(()) }
+        });
     }
 
     /// The device.

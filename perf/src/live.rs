@@ -184,7 +184,7 @@ pub fn run(cx: &mut Context, scenario: &str, place: Place) -> Fallible<()> {
                 }),
             }
         });
-        let limits = (cx.rounds_or(5), cx.seconds_max, cx.only.as_slice());
+        let limits = (cx.rounds_or(3), cx.seconds_max, cx.only.as_slice());
         interleave(&mut cx.sink, limits, (scenario, case), entries.collect())?;
     }
     Ok(())

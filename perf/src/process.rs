@@ -153,9 +153,18 @@ impl Daemon {
         connection.map(drop).ok_or_else(|| format!("nobody listens at {}", socket.display()).into())
     }
 
-    /// Asks it to end and waits until it has.
+    /// Asks it to end and waits until it has; an error if it has to be killed.
     pub fn end(mut self, signal: Signal) -> Fallible<(Usage, String)> {
-        let (_, usage) = self.finish(signal)?;
+        use std::os::unix::process::ExitStatusExt;
+        let (status, usage) = self.finish(signal)?;
+        stop::check()?;
+        if status.signal() == Some(Signal::KILL.as_raw()) {
+            return Err(format!(
+                "a process did not end when asked to, and was killed: {}",
+                complaint(&self.out)
+            )
+            .into());
+        }
         Ok((usage, self.output()))
     }
 

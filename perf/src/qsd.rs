@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -16,13 +16,16 @@ pub struct Monitor {
     stream: UnixStream,
     buffer: Vec<u8>,
     events: Vec<Value>,
+    /// The daemon's standard error.
+    complaints: PathBuf,
 }
 
 impl Monitor {
-    fn connect(socket: &Path) -> Fallible<Monitor> {
+    fn connect(socket: &Path, complaints: &Path) -> Fallible<Monitor> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(Duration::from_millis(100)))?;
-        let mut monitor = Monitor { stream, buffer: Vec::new(), events: Vec::new() };
+        let mut monitor =
+            Monitor { stream, buffer: Vec::new(), events: Vec::new(), complaints: complaints.to_owned() };
         let deadline = Instant::now() + Duration::from_secs(5);
         monitor.next(deadline)?.ok_or("no greeting from the monitor")?;
         monitor.execute("qmp_capabilities", json!({}))?;
@@ -42,7 +45,12 @@ impl Monitor {
             }
             let mut bytes = [0; 4096];
             match self.stream.read(&mut bytes) {
-                Ok(0) => return Err("the monitor's connection was closed".into()),
+                Ok(0) => {
+                    // It says why on standard error, but perhaps a little later than it closes the socket.
+                    std::thread::sleep(Duration::from_millis(50));
+                    let said = std::fs::read_to_string(&self.complaints).unwrap_or_default();
+                    return Err(format!("qemu-storage-daemon has crashed: {}", said.trim()).into());
+                }
                 Ok(n) => self.buffer.extend_from_slice(&bytes[..n]),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
@@ -124,7 +132,8 @@ impl Qsd {
         line.extend(["--monitor".to_owned(), "chardev=c".into()]);
         line.extend_from_slice(after);
         let daemon = Daemon::start(&line, &folder.join("qsd.out"))?;
-        let connect = || Ok(Monitor::connect(&socket).ok());
+        let complaints = folder.join("qsd.err");
+        let connect = || Ok(Monitor::connect(&socket, &complaints).ok());
         let monitor = daemon.until(Duration::from_secs(5), Duration::from_millis(2), connect)?;
         Ok(Qsd { monitor: monitor.ok_or("no monitor of qemu-storage-daemon")?, daemon })
     }

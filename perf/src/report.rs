@@ -123,6 +123,9 @@ fn report(results: &Results) -> Report {
             let rows = rows(&samples, case);
             let heading = if case.is_empty() { String::new() } else { format!("#### {}\n\n", capital(case)) };
             let mut text = heading + &table(scenario, &rows);
+            if let Kind::Live(_) = scenario.kind {
+                text += &live_verdicts(&rows, &self::rows(&samples, "no client"));
+            }
             // Command lines differ from case to case only in what the heading says.
             if *case == cases[cases.len() - 1] {
                 text += &commands(&rows);
@@ -134,6 +137,7 @@ fn report(results: &Results) -> Report {
             report.parts.push((text, chart));
         }
     }
+    verdicts += &memory_verdict(&results.samples);
     if !verdicts.is_empty() {
         let header = "| scenario | goal | ours against the best of the others, pair by pair | with | |\n|---|---|---|---|---|\n";
         let _ = write!(report.head, "### Goals\n\n{header}{verdicts}\n");
@@ -394,6 +398,88 @@ fn goals(scenario: &Scenario, samples: &[&Sample]) -> String {
     text
 }
 
+/// Most memory that ours ever had, of all that was measured.
+fn memory_verdict(samples: &[Sample]) -> String {
+    const RSS_MIB_MAX: f64 = 64.0;
+    let ours = samples.iter().filter(|sample| sample.role == Role::Ours);
+    let peaks = ours.filter_map(|sample| Some((*sample.values.get("rss-mib")?, sample)));
+    let Some((peak, sample)) = peaks.max_by(|a, b| a.0.total_cmp(&b.0)) else { return String::new() };
+    format!(
+        "| all | peak resident memory, arena included: ≤ {RSS_MIB_MAX} MiB | {} MiB | most in {}, {} | {} |\n",
+        number(peak),
+        sample.scenario,
+        cell(&sample.contender),
+        if peak <= RSS_MIB_MAX { "reached" } else { "missed" }
+    )
+}
+
+/// What a client beside a mirror has to say, setting by setting, in medians.
+fn live_verdicts(rows: &[Row], unhindered: &[Row]) -> String {
+    let median = |row: &Row, metric: &str| Some(row.spread(metric)?.median);
+    let ready = |row: &&Row| median(row, "is-ready").is_some_and(|ready| ready > 0.5);
+    let of = |role: Role| rows.iter().filter(move |row| row.role == role);
+    let mut text = String::new();
+    let default = of(Role::Ours).find(|row| row.name.ends_with("default"));
+    if let Some(default) = default {
+        let idle = of(Role::Baseline).filter_map(|row| median(row, "p99-ms")).fold(f64::MAX, f64::min);
+        if let Some(p99) = median(default, "p99-ms").filter(|_| idle < f64::MAX) {
+            let _ = writeln!(
+                text,
+                "- our default's p99 is {} times the smaller idle one (goal: 2)",
+                number(p99 / idle)
+            );
+        }
+        let same = unhindered.iter().find(|row| row.name == default.name);
+        let alone = same.and_then(|row| median(row, "ready-secs"));
+        if let (Some(alone), Some(beside), true) =
+            (alone, median(default, "ready-secs"), median(default, "p99-ms").is_some())
+        {
+            let speed = if ready(&default) {
+                number(alone / beside)
+            } else {
+                "no part (it was not ready in time)".into()
+            };
+            let _ = writeln!(
+                text,
+                "- our default keeps {speed} of the speed that it has without a client (goal: 0.75)"
+            );
+        }
+        let peers = of(Role::Peer).filter(ready).filter_map(|row| Some((median(row, "ready-secs")?, row)));
+        if let (Some((secs, row)), Some(ours)) =
+            (peers.min_by(|a, b| a.0.total_cmp(&b.0)), median(default, "ready-secs"))
+        {
+            let _ = writeln!(
+                text,
+                "- our default is ready after {} times the time of the fastest peer ({})",
+                number(ours / secs),
+                row.name
+            );
+        }
+    }
+    let point = |row: &Row| Some((median(row, "p99-ms")?, median(row, "ready-secs")?));
+    let mut open: Vec<&str> = Vec::new();
+    let mut beaten = 0;
+    for peer in of(Role::Peer).filter(ready) {
+        let Some((p99, secs)) = point(peer) else { continue };
+        let better = |row: &Row| point(row).is_some_and(|ours| ours.0 <= p99 && ours.1 <= secs);
+        if of(Role::Ours).filter(ready).any(better) { beaten += 1 } else { open.push(peer.name) }
+    }
+    if beaten + open.len() > 0 {
+        let _ = writeln!(
+            text,
+            "- of {} settings of the peer that became ready, {beaten} have one of ours with no larger p99 that is ready no \
+             later{}{}",
+            beaten + open.len(),
+            if open.is_empty() { "" } else { "; not so: " },
+            open.join(", ")
+        );
+    }
+    if !text.is_empty() {
+        text.push('\n');
+    }
+    text
+}
+
 /// Whether a goal is reached. An interval that holds the goal decides by its median, and says so.
 fn verdict(goal: &Goal, ratio: &Ratio) -> &'static str {
     let (reached, clear) = match goal.better {
@@ -560,6 +646,39 @@ mod tests {
         assert!(text.contains("![performance-copy-zram](figures/performance-copy-zram.svg)"));
         assert_eq!(report.charts.len(), 1);
         assert!(text.contains("QSD mirror, slow SRC DST"));
+    }
+
+    #[test]
+    fn live_settings_are_judged_on_both_axes() {
+        let live = |contender: &str, role, values: &[(&str, f64)]| Sample {
+            values: values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
+            ..sample(contender, role, 1, 0.0)
+        };
+        let all = [
+            live("idle", Role::Baseline, &[("p99-ms", 0.2)]),
+            live(
+                "blockferry, default",
+                Role::Ours,
+                &[("p99-ms", 0.3), ("ready-secs", 1.0), ("is-ready", 1.0)],
+            ),
+            live("QSD, a", Role::Peer, &[("p99-ms", 7.0), ("ready-secs", 1.5), ("is-ready", 1.0)]),
+            live("QSD, b", Role::Peer, &[("p99-ms", 0.2), ("ready-secs", 2.0), ("is-ready", 1.0)]),
+            live("QSD, never", Role::Peer, &[("p99-ms", 0.1), ("ready-secs", 15.0), ("is-ready", 0.0)]),
+        ];
+        let samples: Vec<&Sample> = all.iter().collect();
+        let alone = live("blockferry, default", Role::Ours, &[("ready-secs", 0.8)]);
+        let text = live_verdicts(&rows(&samples, ""), &rows(&[&alone], ""));
+        for part in [
+            "1.50 times the smaller idle",
+            "keeps 0.800",
+            "0.667 times the time",
+            "of 2 settings",
+            "1 have",
+            "not so: QSD, b",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert_eq!(live_verdicts(&[], &[]), "");
     }
 
     #[test]

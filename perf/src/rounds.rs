@@ -1,6 +1,6 @@
 //! Contenders in turn: round after round, one round of warming up first.
 //!
-//! A contender that fails is reported and left out from then on; the others go on. A contender whose time is used up is
+//! A contender that fails is told of, and left out when it has failed twice; the others go on. A contender whose time is used up is
 //! left out of the rounds that follow, so that no row takes longer than it may.
 
 use std::collections::BTreeMap;
@@ -9,6 +9,9 @@ use std::time::Instant;
 
 use crate::result::{Role, Sample, Sink};
 use crate::{Fallible, stop};
+
+/// So many failures, and a contender is left out.
+const FAILURES_MAX: u32 = 2;
 
 /// What was measured once, by name.
 pub type Values = BTreeMap<String, f64>;
@@ -71,9 +74,9 @@ pub fn interleave(
     let ((rounds, seconds_max, only), (scenario, case)) = (limits, place);
     let wanted = |name: &str| only.is_empty() || only.iter().any(|part| name.contains(part.as_str()));
     let mut contenders: Vec<_> =
-        contenders.into_iter().filter(|c| wanted(&c.name)).map(|c| (c, 0.0, true)).collect();
+        contenders.into_iter().filter(|c| wanted(&c.name)).map(|c| (c, 0.0, 0)).collect();
     for round in 0..=rounds {
-        for (contender, used_secs, fit) in contenders.iter_mut().filter(|(_, _, fit)| *fit) {
+        for (contender, used_secs, failures) in contenders.iter_mut().filter(|c| c.2 < FAILURES_MAX) {
             stop::check()?;
             // The warming up is not part of the row, or slow ones would have none.
             let average = *used_secs / (round.max(2) - 1) as f64;
@@ -85,8 +88,8 @@ pub fn interleave(
                 Ok(values) => values,
                 Err(error) => {
                     stop::check()?;
-                    eprintln!("{scenario} {case}: {} is left out: {error}", contender.name);
-                    *fit = false;
+                    eprintln!("{scenario} {case}: {} failed: {error}", contender.name);
+                    *failures += 1;
                     continue;
                 }
             };
