@@ -68,13 +68,12 @@ fn own_settings(cx: &Context) -> Vec<(String, Vec<String>)> {
     let candidates = [
         ("default", ""),
         ("guest-first off", "--guest-first off"),
+        ("guest-first 300us", "--guest-first 300us"),
+        ("guest-first 2ms", "--guest-first 2ms"),
         ("write-blocking", "--copy-mode write-blocking"),
-        ("background", "--copy-mode background"),
-        ("latency-target 200us", "--latency-target 200us"),
-        ("latency-target 1ms", "--latency-target 1ms"),
-        ("buf-size 4M", "--buf-size 4MiB"),
-        ("buf-size 1M", "--buf-size 1MiB"),
-        ("buf-size 256k", "--buf-size 256KiB"),
+        ("write-blocking, guest-first off", "--copy-mode write-blocking --guest-first off"),
+        ("buf-size 1M, guest-first off", "--buf-size 1MiB --guest-first off"),
+        ("buf-size 256k, guest-first off", "--buf-size 256KiB --guest-first off"),
     ];
     let has = |options: &str| {
         let mut flags = options.split_whitespace().filter(|word| word.starts_with("--"));
