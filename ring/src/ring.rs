@@ -25,7 +25,7 @@ use slab::Slab;
 use crate::Nanos;
 use crate::arena::{Arena, BLOCK_MAX, Segment};
 use crate::backend::{Backend, RemoteWaker, SocketAddress};
-use crate::config::{Config, SetupError, Shutdown, Turn};
+use crate::config::{Config, Patience, SetupError, Shutdown, Turn};
 use crate::core::{Core, Slot, State, user_data};
 use crate::errno::Errno;
 use crate::exec::{Exec, TaskId};
@@ -84,6 +84,7 @@ impl Ring {
             this: this.clone(),
             budget: config.budget,
             fixed_allowed: Cell::new(true),
+            patience: Cell::new(None),
         });
         let ring = Ring(core);
         ring.grow_arena(config.arena_bytes)
@@ -151,6 +152,11 @@ impl Ring {
     /// The memory for I/O.
     pub fn arena(&self) -> &Arena {
         &self.0.arena
+    }
+
+    /// From now on the ring waits for several completions at once, where more are in flight; `None` for one.
+    pub fn set_patience(&self, patience: Option<Patience>) {
+        self.0.patience.set(patience);
     }
 
     /// The counters.
