@@ -21,9 +21,11 @@
 
 pub mod error;
 pub mod permission;
+pub mod pin;
 
 pub use error::{BlockError, Operation};
 pub use permission::{Permission, Permissions};
+pub use pin::Pin;
 
 use blockferry_ring::{Buf, CopyHow, Errno, File, PooledFuture, SharedBuf};
 
@@ -226,6 +228,11 @@ pub trait Driver: std::fmt::Debug {
     /// Takes and gives back the locks that these permissions need, on this driver and those below.
     /// On an error nothing has changed.
     fn set_permissions(&self, permissions: Permissions) -> IoResult;
+
+    /// The driver itself, for those who know what is special about its kind: `downcast_ref` it.
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        None
+    }
 
     /// The file that holds the image, where it is one on this machine: marks are put on it.
     fn local_file(&self) -> Option<File> {
