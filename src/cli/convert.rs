@@ -143,7 +143,7 @@ impl Run {
         let (args, engine, ring) = (&self.args, &*self.engine, self.engine.ring());
         let options = read_options(args.source_format, args.source_cache, args.force_share);
         let source = engine.open(&args.source, &options).await?;
-        let open = OpenArgs { cache: args.target_cache.unwrap_or_default(), no_lock: false };
+        let open = OpenArgs { cache: args.target_cache.unwrap_or_default(), ..OpenArgs::default() };
         let (target, target_state) = self.open_target(&source, &open).await?;
         let began = ring.clock();
         let started = self.start(&source, &target, target_state).await;
