@@ -195,6 +195,8 @@ pub const DOWNTIME_PAUSE_NANOS_MAX: u64 = 10_000_000_000;
 pub const DOWNTIME_NANOS_DEFAULT: u64 = 300_000_000;
 /// The largest range that one zeroing operation of a mirror covers while guests' writes have to wait for it.
 pub const MIRROR_ZERO_BYTES_MAX_BLOCKING: u64 = 32 << 20;
+/// Bytes of one copy of a mirror while source and target share blocks: nothing is read or written.
+pub const MIRROR_SHARED_BYTES: u64 = 64 << 20;
 /// So much may still differ when a mirror shuts the door for a moment and copies the rest, to become ready or to end.
 pub const MIRROR_CLOSING_BYTES_MAX: u64 = 8 << 20;
 /// So much may be left to compare when a verifying pass beside the guests is content: the rest is compared
