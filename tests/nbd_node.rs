@@ -342,6 +342,25 @@ fn mirrors_to_and_from_every_server() {
     server.interrupt();
     assert_eq!(server.end().code, Some(0));
     assert_equal(&source, &served);
+    // The same over TCP, by names and addresses, on rings that may do no more than they have to.
+    let served = image();
+    let exports = ["--export", "nbd://[::1]:0/disk", "--export", "nbd://127.0.0.1:0/disk"];
+    let mut server = Process::json(&[&["serve", "-f", "raw"][..], &exports, &[&served]].concat());
+    let mut listening = || server.wait_event("listening")["uri"].as_str().unwrap().to_owned();
+    let (six, four) = (listening(), listening());
+    ferry(&scratch, &six, &["--restrict"]);
+    let port = four.trim_start_matches("nbd://127.0.0.1:").trim_end_matches("/disk").to_owned();
+    for name in [
+        format!("nbd+tcp://localhost:{port}/disk"),
+        format!("nbd:localhost:{port}:exportname=disk"),
+        format!("delay:1ms:{four}"),
+        format!("driver=nbd,host=127.0.0.1,port={port},export=disk"),
+    ] {
+        assert_eq!(info(&name)["virtual-size"], len, "{name}");
+    }
+    server.interrupt();
+    assert_eq!(server.end().code, Some(0));
+    assert_equal(&source, &served);
     // Nothing is overwritten that was not meant to be.
     let peer = Peer::nbdkit(&["memory", "8M"]);
     let ended = run(&["mirror", "-F", "raw", &source, &peer.uri()]);
