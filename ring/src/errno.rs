@@ -33,6 +33,7 @@ errnos!(
     EFAULT,
     EBUSY,
     EEXIST,
+    EXDEV,
     ENODEV,
     ENOTDIR,
     EISDIR,

@@ -59,6 +59,15 @@ pub enum Fallocate {
     Allocate,
 }
 
+/// How a range gets from one file to another without passing through this program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CopyHow {
+    /// The files share the blocks from then on (FICLONERANGE): all of the range, or none of it.
+    Reflink,
+    /// By whatever means the kernel or the other machine has (copy_file_range).
+    Offload,
+}
+
 /// One operation.
 #[derive(Clone, Copy, Debug)]
 pub enum Op {

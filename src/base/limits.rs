@@ -156,6 +156,26 @@ pub const MIRROR_BUF_SIZE: u64 = 16 << 20;
 pub const MIRROR_ZERO_BYTES_MAX: u64 = 1 << 30;
 /// How far ahead a mirror asks for holes and data at once.
 pub const MIRROR_STATUS_BYTES_MAX: u64 = 1 << 40;
+/// Copies of one conversion in flight when nothing is said: what fills a device's queue on two processors.
+pub const CONVERT_OPERATIONS: usize = 8;
+/// Copies of one conversion in flight at most (`-m`): each holds a buffer of [`CONVERT_CHUNK_BYTES`].
+pub const CONVERT_OPERATIONS_MAX: usize = 16;
+/// Bytes of one copy of a conversion.
+pub const CONVERT_CHUNK_BYTES: u64 = MIB;
+/// The largest range that one zeroing operation of a conversion covers.
+pub const CONVERT_ZERO_BYTES_MAX: u64 = 1 << 30;
+/// The largest range whose blocks are shared by one call: a cancelled conversion waits for it.
+pub const CONVERT_SHARE_BYTES_MAX: u64 = 256 * MIB;
+/// Extents that one question about the source's holes gives at most.
+pub const CONVERT_EXTENTS_PER_QUESTION: usize = 64;
+/// Pieces known and not yet begun from which on a conversion asks no further.
+pub const CONVERT_EXTENTS_AHEAD_MAX: usize = 64;
+/// Bytes of one step of a comparison.
+pub const COMPARE_CHUNK_BYTES: u64 = MIB;
+/// Steps of one comparison at once; each holds two buffers.
+pub const COMPARE_WORKERS: usize = 8;
+/// Bytes that are read one by one when a damaged disk is salvaged: what is lost around a bad place.
+pub const SALVAGE_BYTES: u64 = 4 * KIB;
 /// The first pause of a job that ignores errors; doubled with every further one.
 pub const ERROR_PAUSE_NANOS_MIN: u64 = 10_000_000;
 /// The longest such pause.
@@ -165,6 +185,10 @@ pub const ERROR_PAUSE_NANOS_MAX: u64 = 2_000_000_000;
 pub const TRACKER_FAILURES_MAX: usize = 16;
 /// How long a drain may take before it is given up.
 pub const DRAIN_NANOS_MAX: u64 = 60_000_000_000;
+/// So much may differ when a mirror shuts the door at its first opportunity; doubled after each step of waiting.
+pub const CLOSING_BYTES_FIRST: u64 = 128 << 10;
+/// Such a step.
+pub const CLOSING_STEP_NANOS: u64 = 20_000_000;
 /// The longest pause between two attempts to shut the door for no longer than guests are to wait.
 pub const DOWNTIME_PAUSE_NANOS_MAX: u64 = 10_000_000_000;
 /// The longest time for which a mirror's guests stand at a shut door, unless something else is said.

@@ -29,7 +29,7 @@ impl From<CacheMode> for Cache {
 }
 
 /// Options for opening.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct OpenArgs {
     /// Past the page cache or through it
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
@@ -54,6 +54,17 @@ pub struct ServerArgs {
     #[arg(long, value_name = "N", default_value_t = limits::NBD_CONNECTIONS as u64,
         value_parser = value_parser!(u64).range(1..=limits::NBD_CONNECTIONS_MAX as u64))]
     pub server_connections: u64,
+}
+
+impl Default for ServerArgs {
+    fn default() -> ServerArgs {
+        let options = ServerOptions::default();
+        ServerArgs {
+            reconnect_delay: options.reconnect_delay_ns,
+            open_timeout: options.open_timeout_ns,
+            server_connections: options.connections_max as u64,
+        }
+    }
 }
 
 impl ServerArgs {

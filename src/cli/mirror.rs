@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use blockferry_ring::Nanos;
 use blockferry_ring::sync::{Either, either};
+use blockferry_ring::{Nanos, Patience};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
@@ -295,6 +295,9 @@ impl Settings {
     }
 }
 
+/// As many completions as a job has copies in flight; the time is about what a device with 2 GB/s takes for them.
+const BULK: Patience = Patience { completions: crate::base::limits::MIRROR_OPERATIONS_MAX, wait_usec: 2_000 };
+
 /// What runs once everything is opened.
 struct Started {
     exports: Exports,
@@ -333,6 +336,11 @@ impl Run {
                 return Err(failure);
             }
         };
+        // With clients, what one of them waits for must not wait for other things.
+        let alone = settings.export.is_empty();
+        if alone && (is_synchronous(&settings.source) || is_synchronous(&settings.target)) {
+            ring.set_patience(Some(BULK));
+        }
         let tail = target.node.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
         let mark = target.marker(&self.engine);
         drop((source, target));
@@ -540,6 +548,22 @@ impl Run {
         }
         exit
     }
+}
+
+/// Whether a file or device does its I/O in the call that asks for it: such a one refuses requests that must not wait.
+/// io_uring hands its requests to worker threads (zram, tmpfs).
+fn is_synchronous(name: &str) -> bool {
+    use rustix::fs::{Mode, OFlags};
+    let Ok(file) = rustix::fs::open(name, OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())
+    else {
+        return false;
+    };
+    let mut memory = vec![0; 2 * 4096];
+    let start = memory.as_ptr().align_offset(4096);
+    let Some(block) = memory.get_mut(start..start + 4096) else { return false };
+    let mut parts = [std::io::IoSliceMut::new(block)];
+    let result = rustix::io::preadv2(&file, &mut parts, 0, rustix::io::ReadWriteFlags::NOWAIT);
+    matches!(result, Err(rustix::io::Errno::OPNOTSUPP))
 }
 
 fn say_verified(report: &Report, now_ns: u64) {

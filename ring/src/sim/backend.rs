@@ -16,10 +16,11 @@ use super::inner::Inner;
 use super::trace::{Entry, Hash};
 use crate::Nanos;
 use crate::backend::{
-    Backend, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait, Work,
+    Backend, CopyRange, CopyWork, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait,
+    Work,
 };
 use crate::errno::Errno;
-use crate::op::{FileId, Op};
+use crate::op::{CopyHow, FileId, Op};
 
 /// What looking at the clock costs.
 const LOOK_NANOS: Nanos = 1_000;
@@ -234,6 +235,10 @@ impl Backend for SimBackend {
         }
         inner.offload(self.port, user_data, work);
         Ok(())
+    }
+
+    fn copy_work(&mut self, _: FileId, _: FileId, _: CopyRange, _: CopyHow) -> Result<CopyWork, Errno> {
+        Err(Errno::EOPNOTSUPP)
     }
 
     fn offload_threads(&self) -> usize {

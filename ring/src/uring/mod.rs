@@ -32,12 +32,13 @@ use slab::Slab;
 
 use crate::Nanos;
 use crate::backend::{
-    Backend, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait, Work,
+    Backend, CopyRange, CopyWork, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait,
+    Work,
 };
 use crate::config::{Config, SetupError};
 use crate::errno::Errno;
 use crate::limits;
-use crate::op::{FileId, Op};
+use crate::op::{CopyHow, FileId, Op};
 use encode::Messages;
 use offload::Offload;
 
@@ -418,6 +419,18 @@ impl Backend for Uring {
 
     fn offload(&mut self, user_data: u64, work: Work) -> Result<(), Errno> {
         self.offload.start(user_data, work)
+    }
+
+    fn copy_work(
+        &mut self,
+        from: FileId,
+        to: FileId,
+        range: CopyRange,
+        how: CopyHow,
+    ) -> Result<CopyWork, Errno> {
+        // Descriptors of its own: the call may outlive what the ring holds open.
+        let (from, to) = (sys::duplicate(self.fd(from)?)?, sys::duplicate(self.fd(to)?)?);
+        Ok(Box::new(move || sys::copy_range(&from, &to, range, how)))
     }
 
     fn offload_threads(&self) -> usize {

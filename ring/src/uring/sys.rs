@@ -9,12 +9,15 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use crate::backend::{FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
+use crate::backend::{CopyRange, FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
 use crate::errno::Errno;
 use crate::limits::{KEEPALIVE_IDLE_SECS, KEEPALIVE_INTERVAL_SECS, KEEPALIVE_PROBES};
+use crate::op::CopyHow;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
+/// Bytes that one call of `copy_file_range` is asked for: the kernel takes no more than 2 GiB.
+const COPY_CALL_BYTES_MAX: usize = 1 << 30;
 /// The call that makes a ring, as [`why_forbidden`] names it.
 pub(super) const SETUP_CALL: &str = "io_uring_setup";
 
@@ -136,6 +139,47 @@ pub(super) fn info(fd: &OwnedFd) -> Result<FileInfo, Errno> {
     }
     let identity = (u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor), stat.stx_ino);
     Ok(FileInfo { kind, len, allocated, mem_align, offset_align, identity, device })
+}
+
+pub(super) fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
+    Ok(rustix::io::fcntl_dupfd_cloexec(fd, 0)?)
+}
+
+/// Blocks. A reflink is done whole or not at all; an offloaded copy may end early, where the file that is read ends.
+pub(super) fn copy_range(from: &OwnedFd, to: &OwnedFd, range: CopyRange, how: CopyHow) -> Result<u64, Errno> {
+    match how {
+        CopyHow::Reflink => {
+            let clone = libc::file_clone_range {
+                src_fd: from.as_raw_fd().into(),
+                src_offset: range.from_offset,
+                src_length: range.len,
+                dest_offset: range.to_offset,
+            };
+            // SAFETY: both descriptors are open, and the structure is only read, during the call.
+            let result = unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONERANGE, &raw const clone) };
+            if result < 0 { Err(Errno::from_io(&std::io::Error::last_os_error())) } else { Ok(range.len) }
+        }
+        CopyHow::Offload => {
+            let (mut from_offset, mut to_offset) = (range.from_offset, range.to_offset);
+            let mut left = range.len;
+            while left > 0 {
+                let most = usize::try_from(left).unwrap_or(usize::MAX).min(COPY_CALL_BYTES_MAX);
+                match rustix::fs::copy_file_range(
+                    from,
+                    Some(&mut from_offset),
+                    to,
+                    Some(&mut to_offset),
+                    most,
+                ) {
+                    Ok(0) => break,
+                    Ok(n) => left -= (n as u64).min(left),
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            Ok(range.len - left)
+        }
+    }
 }
 
 fn flock(range: LockRange, kind: libc::c_int) -> libc::flock {
