@@ -342,6 +342,25 @@ fn mirrors_to_and_from_every_server() {
     server.interrupt();
     assert_eq!(server.end().code, Some(0));
     assert_equal(&source, &served);
+    // The same over TCP, by names and addresses, on rings that may do no more than they have to.
+    let served = image();
+    let exports = ["--export", "nbd://[::1]:0/disk", "--export", "nbd://127.0.0.1:0/disk"];
+    let mut server = Process::json(&[&["serve", "-f", "raw"][..], &exports, &[&served]].concat());
+    let mut listening = || server.wait_event("listening")["uri"].as_str().unwrap().to_owned();
+    let (six, four) = (listening(), listening());
+    ferry(&scratch, &six, &["--restrict"]);
+    let port = four.trim_start_matches("nbd://127.0.0.1:").trim_end_matches("/disk").to_owned();
+    for name in [
+        format!("nbd+tcp://localhost:{port}/disk"),
+        format!("nbd:localhost:{port}:exportname=disk"),
+        format!("delay:1ms:{four}"),
+        format!("driver=nbd,host=127.0.0.1,port={port},export=disk"),
+    ] {
+        assert_eq!(info(&name)["virtual-size"], len, "{name}");
+    }
+    server.interrupt();
+    assert_eq!(server.end().code, Some(0));
+    assert_equal(&source, &served);
     // Nothing is overwritten that was not meant to be.
     let peer = Peer::nbdkit(&["memory", "8M"]);
     let ended = run(&["mirror", "-F", "raw", &source, &peer.uri()]);
@@ -437,6 +456,64 @@ fn an_outside_program_is_shown_every_write() {
         let is_covered = seen.iter().any(|(at, len)| at <= block && at + len >= block + 4096);
         assert!(is_covered, "the write at {block} was not shown: {seen:?}");
     }
+}
+
+/// A mirror of new writes to `uri`, ready, and the socket of its own export.
+fn shadow(scratch: &Scratch, uri: &str, options: &[&str]) -> (Process, std::path::PathBuf) {
+    let (source, notes) = (scratch.full("source", 4 * MIB), scratch.path("notes"));
+    let socket = scratch.dir().join("sock");
+    let export = format!("nbd+unix:///disk?socket={}", socket.display());
+    let mirror = ["mirror", "--sync", "none", "--follow", "--force", "-f", "raw", "-F", "raw"];
+    let rest = ["--state-dir", &notes, "--export", &export, &source, uri];
+    let mut mirror = Process::json(&[&mirror[..], options, &rest].concat());
+    mirror.wait_for(|event| event["event"] == "BLOCK_JOB_READY");
+    (mirror, socket)
+}
+
+#[test]
+fn the_loss_of_the_outside_program_does_not_stop_the_guest() {
+    let scratch = Scratch::new();
+    let mut peer = Peer::nbdkit(&["memory", "4M"]);
+    let (mut mirror, socket) = shadow(&scratch, &peer.uri(), &["--reconnect-delay", "1s"]);
+    let mut client = Client::connect(&socket, "disk").unwrap();
+    let mut longest = Duration::ZERO;
+    for i in 0..400u64 {
+        if i == 30 {
+            peer.kill();
+        }
+        let begin = Instant::now();
+        client.write(i % 60 * 64 * KIB, &[i as u8; 4096]).unwrap();
+        longest = longest.max(begin.elapsed());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(longest < Duration::from_millis(900), "a guest waited {longest:?}");
+    let end = mirror.wait_event("end");
+    assert_eq!(end["ending"], "failed");
+    // The guest has its disk still.
+    client.write(0, &[9; 4096]).unwrap();
+    let mut bytes = [0; 4096];
+    client.read(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [9; 4096]);
+    client.disconnect().unwrap();
+    assert_eq!(mirror.end().code, Some(1));
+}
+
+#[test]
+fn who_asks_twice_is_not_kept_by_a_server_that_hangs() {
+    let scratch = Scratch::new();
+    let peer = Peer::nbdkit(&["--filter=delay", "memory", "4M", "delay-write=3600"]);
+    let (mut mirror, socket) = shadow(&scratch, &peer.uri(), &["--exit-on-done"]);
+    let mut client = Client::connect(&socket, "disk").unwrap();
+    client.write(0, &[1; 4096]).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    mirror.interrupt();
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(!mirror.has_ended(), "it ends complete, and is not complete");
+    let begin = Instant::now();
+    mirror.interrupt();
+    let ended = mirror.end();
+    assert_eq!(ended.code, Some(3), "{ended}");
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! A remote disk in the simulated world: connections that break under it, servers that are dead, hung or hostile at
 //! every byte, and how long anything may take, in virtual time.
 
+#[path = "nbd_node_sim/jobs.rs"]
+mod jobs;
 #[path = "nbd_node_sim/link.rs"]
 mod link;
 

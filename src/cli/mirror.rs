@@ -448,6 +448,7 @@ impl Run {
         let mut progress = Progress::new(&self.global, settings.quiet, ring.clock());
         let mut passed = None;
         let mut ordered = false;
+        let mut asked = false;
         loop {
             let something = either(job.next_event(), self.signals.next());
             match either(something, ring.sleep(INTERVAL_NANOS)).await {
@@ -457,16 +458,18 @@ impl Run {
                     Err(error) => progress.say(&error.to_string()),
                 },
                 Either::First(Either::Second(_)) => {
-                    progress.say(if job.status().is_ready() {
-                        "Finishing: the target becomes complete"
-                    } else {
+                    // Before ready this gives the job up; from then on it ends complete, unless somebody who has
+                    // waited for that in vain (a server may hang) says it again.
+                    let gives_up = !job.status().is_ready() || asked;
+                    progress.say(if gives_up {
                         "Cancelling: the target stays incomplete"
+                    } else {
+                        "Finishing: the target becomes complete; once more gives up"
                     });
-                    // Before ready this gives the job up; from then on it ends complete.
-                    if let Err(error) = job.cancel(!job.status().is_ready()) {
+                    if let Err(error) = job.cancel(gives_up) {
                         progress.say(&error.to_string());
                     }
-                    ordered = true;
+                    (ordered, asked) = (true, true);
                 }
                 Either::Second(()) => progress.update(job, ring.clock()),
             }
