@@ -350,10 +350,8 @@ impl Core {
             if let Some(patience) = patience {
                 wait.want = patience.completions;
                 wait.min_wait_usec = patience.wait_usec;
-            } else if in_flight >= limits::DEEP_QUEUE {
-                wait.want = in_flight.min(limits::DEEP_WANT);
-                wait.min_wait_usec = limits::DEEP_MIN_WAIT_USEC;
             } else {
+                // Asking for more at once, with a wait of a microsecond, costs a timer an enter: see `docs/architecture.md`.
                 wait.want = 1;
             }
         }
