@@ -1,0 +1,178 @@
+//! qcow2: thin disks with backing files and snapshots, as QEMU writes them.
+//!
+//! The format is described in QEMU's documentation (docs/interop/qcow2); limits and defaults are those of
+//! QEMU 10. What is where:
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `header`, `entry`, `geometry` | bytes to meaning and back; no I/O |
+//! | `options`, `info` | what can be asked for, what can be told |
+//! | `gate` | which other files an image may have opened |
+
+pub mod check;
+pub mod entry;
+pub mod gate;
+pub mod geometry;
+pub mod header;
+pub mod info;
+pub mod options;
+
+use std::rc::Rc;
+
+use blockferry_ring::{Errno, Ring, SharedBuf};
+
+pub use gate::{Gate, OpenFiles, Role, Wanted};
+pub use info::{BitmapInfo, CheckReport, Info, MapExtent, Measured, Repair, SnapshotInfo};
+pub use options::{Compat, CompressionType, CreateOptions, Preallocation};
+
+use crate::block::{BlockError, Driver, IoResult, Operation};
+
+/// What becomes of the backing file when an image is opened.
+#[derive(Clone, Debug, Default)]
+pub enum Backing {
+    /// The one that the image names is opened.
+    #[default]
+    Named,
+    /// None is opened. What the image does not hold reads as zeroes.
+    None,
+    /// This one stands in for it.
+    Given(Rc<dyn Driver>),
+}
+
+/// How to open an image.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Without write access. Nothing is repaired then.
+    pub read_only: bool,
+    /// The layer below.
+    pub backing: Backing,
+    /// The file that holds the data, instead of the one that the image names.
+    pub data_file: Option<Rc<dyn Driver>>,
+    /// To be checked or repaired: damage is no reason not to open it, and nothing is repaired yet.
+    /// Guest writes are refused.
+    pub for_check: bool,
+}
+
+/// An open image. It is a [`Driver`]; what follows here is what is special about the format.
+#[derive(Debug)]
+pub struct Qcow2 {
+    file: Rc<dyn Driver>,
+}
+
+fn not_yet(operation: Operation, name: &str) -> BlockError {
+    BlockError::new(operation, name, Errno::EOPNOTSUPP)
+}
+
+impl Qcow2 {
+    /// Makes an image in `file`, which is empty or whose contents are lost; it is durable afterwards.
+    /// `data_file` has to be there if and only if the options name one; it gets the length of the disk.
+    ///
+    /// The backing file is only written down: it is not opened, and `options.size` must be said.
+    ///
+    /// # Errors
+    /// `EINVAL` with a hint for options that do not go together; what the file says.
+    pub async fn create(
+        _ring: &Ring,
+        file: &Rc<dyn Driver>,
+        _data_file: Option<&Rc<dyn Driver>>,
+        options: &CreateOptions,
+    ) -> IoResult {
+        options.check(file.name())?;
+        Err(not_yet(Operation::Create, file.name()))
+    }
+
+    /// How large an image with these options would become, where `data_clusters` clusters hold data
+    /// (`qemu-img measure`).
+    pub fn measure(options: &CreateOptions, data_clusters: u64) -> Measured {
+        let _ = data_clusters;
+        Measured { required: 0, fully_allocated: options.size }
+    }
+
+    /// Opens the image in `file`. Other files that it names are opened through `files`.
+    ///
+    /// # Errors
+    /// `EINVAL` with a hint for what is no image, damaged, encrypted, or uses unknown features;
+    /// `EROFS` for a corrupt image that is to be written.
+    pub async fn open(
+        ring: &Ring,
+        file: Rc<dyn Driver>,
+        files: &dyn OpenFiles,
+        options: OpenOptions,
+    ) -> Result<Rc<Qcow2>, BlockError> {
+        let _ = (ring, files, options);
+        Err(not_yet(Operation::Open, file.name()))
+    }
+
+    /// The file that holds the image.
+    pub fn file(&self) -> &Rc<dyn Driver> {
+        &self.file
+    }
+
+    /// The layer below, where one is open.
+    pub fn backing(&self) -> Option<Rc<dyn Driver>> {
+        None
+    }
+
+    /// Facts about it, as they are now.
+    pub async fn info(&self) -> Result<Info, BlockError> {
+        Err(not_yet(Operation::Open, self.file.name()))
+    }
+
+    /// The extent at `offset` (within the disk), at most `len` bytes: which layer has it, and where.
+    pub async fn map(&self, offset: u64, len: u64) -> Result<MapExtent, BlockError> {
+        Err(BlockError::at(Operation::BlockStatus, self.file.name(), offset, len, Errno::EOPNOTSUPP))
+    }
+
+    /// Looks at all metadata, and repairs what `repair` says. Nobody may write meanwhile.
+    pub async fn check(&self, repair: Repair) -> Result<CheckReport, BlockError> {
+        let _ = repair;
+        Err(not_yet(Operation::Open, self.file.name()))
+    }
+
+    /// Changes the length of the disk. Shrinking loses what lies beyond. The room of new clusters is set
+    /// aside as `preallocation` says. `ENOTSUP` with a hint where snapshots or bitmaps stand against it.
+    pub async fn resize(&self, len: u64, preallocation: Preallocation) -> IoResult {
+        let _ = (len, preallocation);
+        Err(not_yet(Operation::Resize, self.file.name()))
+    }
+
+    /// Writes another backing file (and format) into the image, in one step as far as a power cut can tell,
+    /// and durably. `None`: no backing file. Nothing is opened or copied: what `rebase -u` does.
+    pub async fn set_backing(&self, backing: Option<(&str, Option<&str>)>) -> IoResult {
+        let _ = backing;
+        Err(not_yet(Operation::Write, self.file.name()))
+    }
+
+    /// Replaces the open layer below, without a word to the image. Nobody may use the image meanwhile.
+    pub fn replace_backing(&self, backing: Option<Rc<dyn Driver>>) {
+        let _ = backing;
+    }
+
+    /// Compresses one cluster and writes it. `offset` is a multiple of the cluster size, and `buf` a whole
+    /// cluster, or what there is up to the end of the disk. What does not become smaller is written as it is.
+    /// Several may be under way at once; the work is done on the ring's offload threads.
+    /// The cluster has to be unallocated; else `EIO`, as in QEMU.
+    pub async fn write_compressed(&self, offset: u64, buf: SharedBuf) -> IoResult {
+        Err(BlockError::at(Operation::Write, self.file.name(), offset, buf.len() as u64, Errno::EOPNOTSUPP))
+    }
+
+    /// Takes a snapshot named `name`; its id comes back. `date` is (seconds, nanoseconds) since the Epoch.
+    /// Nobody may write meanwhile; it is durable afterwards.
+    pub async fn snapshot_create(&self, name: &str, date: (u32, u32)) -> Result<String, BlockError> {
+        let _ = (name, date);
+        Err(not_yet(Operation::Write, self.file.name()))
+    }
+
+    /// Makes the disk what it was (`name_or_id`: an id if there is such a one, else a name, as in `qemu-img`).
+    /// `ENOENT` if there is no such snapshot.
+    pub async fn snapshot_apply(&self, name_or_id: &str) -> IoResult {
+        let _ = name_or_id;
+        Err(not_yet(Operation::Write, self.file.name()))
+    }
+
+    /// Deletes a snapshot.
+    pub async fn snapshot_delete(&self, name_or_id: &str) -> IoResult {
+        let _ = name_or_id;
+        Err(not_yet(Operation::Write, self.file.name()))
+    }
+}
