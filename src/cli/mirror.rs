@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Nanos, Patience};
 use clap::{Args, ValueEnum};
@@ -15,6 +16,7 @@ use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::{Signal, Signals};
 use super::target::{Target, TargetOptions};
 use super::{Global, config, stats};
+use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate, parse_duration};
 use crate::engine::{Engine, Format};
 use crate::graph::node::Node;
@@ -218,13 +220,24 @@ impl From<Policy> for OnError {
 
 /// Runs the command.
 pub fn main(global: &Global, args: &MirrorArgs) -> Result<Exit, Failure> {
-    let engine = Engine::new(&config(global))?;
+    let mut config = config(global);
+    if args.export.is_empty() && !args.verify {
+        config.arena_bytes = arena_bytes(args.granularity);
+    }
+    let engine = Engine::new(&config)?;
     let signals = Signals::new(engine.ring())?.with_continue(engine.ring())?;
     let (global, engine) = (global.clone(), Rc::new(engine));
     let run = Run { global, engine: engine.clone(), signals };
     // The arguments outlive the future in the process; the future must own them all the same.
     let args = Rc::new(Settings::new(args)?);
     engine.run(async move { run.mirror(&args).await })
+}
+
+/// Memory for a job that shares it with nobody: for all copies that it may have in flight, and something to spare. More
+/// would be zeroed and pinned for nothing, which is a good part of the CPU time of a short copy.
+fn arena_bytes(granularity: Option<u64>) -> usize {
+    let chunk = limits::MIRROR_CHUNK_BYTES.max(granularity.unwrap_or(0)).min(BLOCK_MAX as u64) as usize;
+    limits::MIRROR_OPERATIONS_MAX * chunk + (4 << 20)
 }
 
 /// What is reported at the end.
@@ -330,7 +343,7 @@ impl Settings {
 }
 
 /// As many completions as a job has copies in flight; the time is about what a device with 2 GB/s takes for them.
-const BULK: Patience = Patience { completions: crate::base::limits::MIRROR_OPERATIONS_MAX, wait_usec: 2_000 };
+const BULK: Patience = Patience { completions: limits::MIRROR_OPERATIONS_MAX, wait_usec: 2_000 };
 
 /// What runs once everything is opened.
 struct Started {
