@@ -583,7 +583,23 @@ fn a_hung_server_does_not_keep_the_user() {
 }
 
 #[test]
-fn bench_verifies_through_a_served_remote_disk() {
+fn converts_to_and_from_servers() {
+    let scratch = Scratch::new();
+    let source = scratch.holey("source", 8 * MIB, &[(0, MIB), (3 * MIB + 512, 2 * MIB)]);
+    let served = scratch.holey("served", 8 * MIB, &[(7 * MIB, 100)]);
+    let (peer, back) = (Peer::qemu_nbd(served.as_ref(), &["--cache=writeback"]), scratch.path("back"));
+    run_json(&["convert", "-n", "-f", "raw", &source, &peer.uri()]);
+    run_json(&["convert", "-f", "raw", &peer.uri(), &back]);
+    drop(peer);
+    assert_equal(&source, &served);
+    assert_equal(&source, &back);
+    let bad = Peer::nbdkit(&["--filter=error", "pattern", "8M", "error-pread=EIO", "error-pread-rate=100%"]);
+    let ended = run(&["convert", "-f", "raw", &bad.uri(), &scratch.path("broken")]);
+    assert!(ended.code == Some(1) && ended.err.contains("Input/output error"), "{ended}");
+}
+
+#[test]
+fn a_remote_disk_is_served_again() {
     let scratch = Scratch::new();
     let peer = Peer::nbdkit(&["memory", "16M"]);
     let export = format!("nbd+unix:///disk?socket={}", scratch.path("sock"));
