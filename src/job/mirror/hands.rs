@@ -68,8 +68,15 @@ pub(super) struct MirrorHands(pub Rc<Parts>);
 impl Hands<Op, Outcome> for MirrorHands {
     fn perform(&self, op: Op) -> PooledFuture<'static, Outcome> {
         let parts = self.0.clone();
-        let ring = self.0.ring.clone();
-        ring.boxed(async move { parts.perform(op).await })
+        let ring = &self.0.ring;
+        // What there are many of must not have futures as large as the largest of the others: that one is many KiB,
+        // more than the pool keeps, and is moved into place each time.
+        match op {
+            Op::Copy(range) => ring.boxed(async move { parts.copy(range).await }),
+            Op::Zero(range) => ring.boxed(async move { parts.zero(range).await }),
+            Op::Status(range) => ring.boxed(async move { parts.status(range).await }),
+            op => ring.boxed(async move { parts.perform(op).await }),
+        }
     }
 
     fn commit(&self, pivot: bool) -> Result<(), JobFailure> {
@@ -109,10 +116,7 @@ impl Parts {
                 Some(marker) => marker.unmark().await.map_err(write_failed),
                 None => Ok(()),
             }),
-            Op::Status(range) => {
-                let status = self.from().block_status(range.start(), range.len()).await;
-                Outcome::Status(range, status.map(|extent| (extent.len, extent.zero)).map_err(read_failed))
-            }
+            Op::Status(range) => self.status(range).await,
             Op::Copy(range) => self.copy(range).await,
             Op::Zero(range) => self.zero(range).await,
             Op::Flush => Outcome::Flushed(self.to().flush().await.map_err(write_failed)),
@@ -135,6 +139,11 @@ impl Parts {
                 Outcome::Undrained
             }
         }
+    }
+
+    async fn status(&self, range: ByteRange) -> Outcome {
+        let status = self.from().block_status(range.start(), range.len()).await;
+        Outcome::Status(range, status.map(|extent| (extent.len, extent.zero)).map_err(read_failed))
     }
 
     async fn copy(&self, range: ByteRange) -> Outcome {
