@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::exit::Failure;
 use crate::engine::{Format, ImageOptions};
+use crate::format::qcow2::Gate;
 use crate::protocol::mark::default_state_dir;
 use crate::protocol::open::Cache;
 
@@ -35,12 +36,37 @@ pub struct OpenArgs {
     /// Take no locks and heed none: for those who know that nobody else writes these images
     #[arg(long)]
     pub no_lock: bool,
+    #[command(flatten)]
+    pub gate: GateArgs,
+}
+
+/// Which other files images may have opened for them.
+#[derive(Clone, Debug, Default, Args)]
+pub struct GateArgs {
+    /// Let images name backing and data files in this directory, too, not only in their own (may be said more than
+    /// once)
+    #[arg(long, value_name = "DIR")]
+    pub allow_dir: Vec<std::path::PathBuf>,
+    /// Let images name any file of this machine: for images that you trust
+    #[arg(long)]
+    pub allow_any_file: bool,
+}
+
+impl GateArgs {
+    /// What they mean.
+    pub fn gate(&self) -> Gate {
+        match (self.allow_any_file, self.allow_dir.is_empty()) {
+            (true, _) => Gate::Anything,
+            (false, true) => Gate::OwnDirectory,
+            (false, false) => Gate::Directories(self.allow_dir.clone()),
+        }
+    }
 }
 
 /// A format as the user says it.
 pub fn parse_format(text: &str) -> Result<Format, String> {
     Format::parse(text)
-        .ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw"))
+        .ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw, qcow2"))
 }
 
 impl OpenArgs {
@@ -51,6 +77,7 @@ impl OpenArgs {
             read_only,
             cache: self.cache.into(),
             lock: !self.no_lock,
+            gate: self.gate.gate(),
             ..ImageOptions::default()
         }
     }

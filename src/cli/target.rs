@@ -15,7 +15,7 @@ use super::image::OpenArgs;
 use crate::block::Driver;
 use crate::engine::create::{NewImage, RawPreallocation};
 use crate::engine::open::local_path;
-use crate::engine::{Engine, Format, ImageOptions};
+use crate::engine::{Engine, Format, Image, ImageOptions};
 use crate::graph::node::{Node, UseKind};
 use crate::protocol::file::{CreateOptions, FileDriver};
 use crate::protocol::mark::{MarkInfo, TargetMark};
@@ -44,6 +44,8 @@ pub struct TargetOptions<'a> {
 pub struct Target {
     /// To copy to.
     pub node: Rc<Node>,
+    /// What is special about its format.
+    pub image: Image,
     state_dir: Option<PathBuf>,
     mark: MarkInfo,
     /// It was made here, under this path.
@@ -81,7 +83,7 @@ impl Target {
             let (driver, state_dir) = (file.driver().clone(), options.state_dir.clone());
             TargetMark::new(ring, driver, state_dir, options.mark.clone()).set().await?;
             file.driver().set_len(0).await?;
-            new.write(ring, file.driver()).await?;
+            new.write(ring, file.driver(), path).await?;
             drop(lock);
         }
         let target = Target::open_or_make(engine, options, new).await?;
@@ -114,9 +116,9 @@ impl Target {
                 format = format.or(Some(new.format()));
             }
         }
-        let opened = engine.open(options.name, &options.open.image(format, false)).await;
-        let node = match opened {
-            Ok(node) => node,
+        let opened = engine.open_image(options.name, &options.open.image(format, false)).await;
+        let (node, image) = match opened {
+            Ok(opened) => opened,
             Err(error) => {
                 if let Some(path) = &made {
                     // The error that made it useless is the one to tell.
@@ -125,7 +127,8 @@ impl Target {
                 return Err(error.into());
             }
         };
-        let target = Target { node, state_dir: options.state_dir, mark: options.mark, made, remade: false };
+        let target =
+            Target { node, image, state_dir: options.state_dir, mark: options.mark, made, remade: false };
         make_state_dir(engine, target.node.driver(), target.state_dir.as_deref())?;
         Ok(target)
     }
@@ -183,7 +186,7 @@ pub async fn make_file(
     let result = async {
         let image = ImageOptions { lock: false, ..ImageOptions::raw() };
         let node = engine.open(&format!("file:{}", hidden.display()), &image).await?;
-        new.write(ring, node.driver()).await?;
+        new.write(ring, node.driver(), path).await?;
         last(node.driver()).await?;
         let failed = |errno| match errno {
             blockferry_ring::Errno::EEXIST => exists(path),

@@ -3,16 +3,23 @@
 //! A new image is made in a file that is there already and empty; who made the file (under a hidden name, marked or
 //! not) is not known here. Everything that is written is durable afterwards.
 
+use std::path::Path;
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::op::Fallocate;
-use blockferry_ring::{Errno, Ring};
+use blockferry_ring::{Errno, Ring, SharedBuf};
 
-use super::Format;
+use super::{Format, ImageOptions};
 use crate::base::range::ByteRange;
 use crate::base::units::parse_size;
-use crate::block::{BlockError, Driver, IoResult, Operation, WriteFlags};
+use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation, WriteFlags};
+use crate::format::qcow2::gate::understand;
+use crate::format::qcow2::{CreateOptions, Qcow2};
+use crate::job::convert::Compressor;
+use crate::protocol::file::{CreateOptions as FileOptions, FileDriver};
+
+const NO_SIZE: &str = "How large is the image to be? Say a size";
 
 /// What is allocated of a new raw image, or of the part that is added to one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,6 +55,8 @@ pub enum NewImage {
         /// What is allocated.
         preallocation: RawPreallocation,
     },
+    /// QEMU's thin disks.
+    Qcow2(Box<CreateOptions>),
 }
 
 impl NewImage {
@@ -67,8 +76,20 @@ impl NewImage {
                         }
                     }
                 }
-                let len = len.ok_or("How large is the image to be? Say a size")?;
+                let len = len.ok_or(NO_SIZE)?;
                 Ok(NewImage::Raw { len, preallocation })
+            }
+            Format::Qcow2 => {
+                let mut all = CreateOptions { size: u64::MAX, ..CreateOptions::default() };
+                for (name, value) in options {
+                    all.set(name, value)?;
+                }
+                all.size = match (all.size, len) {
+                    (u64::MAX, Some(len)) => len,
+                    (u64::MAX, None) => return Err(NO_SIZE.into()),
+                    (said, _) => said,
+                };
+                Ok(NewImage::Qcow2(Box::new(all)))
             }
         }
     }
@@ -77,6 +98,7 @@ impl NewImage {
     pub fn format(&self) -> Format {
         match self {
             NewImage::Raw { .. } => Format::Raw,
+            NewImage::Qcow2(_) => Format::Qcow2,
         }
     }
 
@@ -84,6 +106,7 @@ impl NewImage {
     pub fn len(&self) -> u64 {
         match self {
             NewImage::Raw { len, .. } => *len,
+            NewImage::Qcow2(options) => options.size,
         }
     }
 
@@ -96,12 +119,21 @@ impl NewImage {
     pub fn has_backing(&self) -> bool {
         match self {
             NewImage::Raw { .. } => false,
+            NewImage::Qcow2(options) => options.backing_file.is_some(),
         }
     }
 
-    /// Makes it in `file`, which is open for writing and empty.
-    pub async fn write(&self, ring: &Ring, file: &Rc<dyn Driver>) -> IoResult {
+    /// Makes it in `file`, which is open for writing and empty. `path` is the name that the image will have: names of
+    /// other files are relative to it.
+    pub async fn write(&self, ring: &Ring, file: &Rc<dyn Driver>, path: &Path) -> IoResult {
         match self {
+            NewImage::Qcow2(options) => {
+                let data_file = match &options.data_file {
+                    Some(name) => Some(make_data_file(ring, path, name).await?),
+                    None => None,
+                };
+                Qcow2::create(ring, file, data_file.as_ref(), options).await
+            }
             NewImage::Raw { len, preallocation } => {
                 file.set_len(*len).await?;
                 preallocate(ring, file, ByteRange::first(*len), *preallocation).await?;
@@ -109,6 +141,17 @@ impl NewImage {
             }
         }
     }
+}
+
+/// The external data file of a new image, which is made if it is not there. What is in it is lost.
+async fn make_data_file(ring: &Ring, image: &Path, name: &str) -> Result<Rc<dyn Driver>, BlockError> {
+    let reference = understand(image, name)
+        .map_err(|error| BlockError::new(Operation::Create, name, Errno::EINVAL).hint(error.to_string()))?;
+    if matches!(ring.lookup(&reference.path), Ok(None)) {
+        FileDriver::create(ring, &reference.path, 0, FileOptions::default()).await?;
+    }
+    let file = format!("file:{}", reference.path.display());
+    super::open::open(ring, &file, &ImageOptions::raw()).await
 }
 
 /// Sets room aside in a range of a raw image that holds nothing yet.
@@ -138,4 +181,23 @@ pub async fn preallocate(
         file.write(piece.start(), buf, WriteFlags::default()).await?;
     }
     Ok(())
+}
+
+/// Compresses the clusters of a qcow2 image.
+#[derive(Debug)]
+pub struct Qcow2Compressor {
+    /// For futures.
+    pub ring: Ring,
+    /// The image.
+    pub image: Rc<Qcow2>,
+}
+
+impl Compressor for Qcow2Compressor {
+    fn cluster_bytes(&self) -> u64 {
+        self.image.limits().cluster_size.map_or(BLOCK_MAX as u64, u64::from)
+    }
+
+    fn write(&self, offset: u64, buf: SharedBuf) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(self.image.write_compressed(offset, buf))
+    }
 }

@@ -12,8 +12,10 @@ use std::rc::Rc;
 
 use blockferry_ring::{Errno, Ring};
 
+use super::chain::Files;
 use crate::base::units::{parse_duration, parse_size};
 use crate::block::{BlockError, Driver, Operation};
+use crate::format::qcow2::{self, Backing, Gate, Qcow2};
 use crate::format::raw::RawDriver;
 use crate::protocol::delay::DelayDriver;
 use crate::protocol::mem::MemDriver;
@@ -39,6 +41,15 @@ pub struct ImageOptions {
     pub offset: u64,
     /// Raw only: bytes of the disk.
     pub size: Option<u64>,
+    /// Which other files the image may have opened for it.
+    pub gate: Gate,
+    /// The backing file is not opened: what the image does not hold reads as zeroes.
+    pub no_backing: bool,
+    /// To be checked or repaired: damage is no reason not to open it.
+    pub for_check: bool,
+    /// An image that has no header is raw even if it will be written: only for layers whose format another image
+    /// should have recorded.
+    pub guess_raw: bool,
 }
 
 impl Default for ImageOptions {
@@ -50,8 +61,23 @@ impl Default for ImageOptions {
             lock: true,
             offset: 0,
             size: None,
+            gate: Gate::OwnDirectory,
+            no_backing: false,
+            for_check: false,
+            guess_raw: false,
         }
     }
+}
+
+/// An open image, and what is special about its format.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// To read and write.
+    pub driver: Rc<dyn Driver>,
+    /// Its format.
+    pub format: Format,
+    /// The same image, where its format is qcow2.
+    pub qcow2: Option<Rc<Qcow2>>,
 }
 
 impl ImageOptions {
@@ -81,22 +107,59 @@ pub fn local_path(name: &str) -> Option<PathBuf> {
 /// Opens what `name` means. The format is the one that was said, or what the image's own header says by
 /// the safe rule.
 pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
+    Ok(open_image(ring, name, options).await?.driver)
+}
+
+/// The same, with what is special about the format.
+pub async fn open_image(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Image, BlockError> {
+    open_layer(ring, name, options, &Files::new(ring, options)).await
+}
+
+/// Opens one layer of a chain; what it names is opened by `files`.
+pub(super) async fn open_layer(
+    ring: &Ring,
+    name: &str,
+    options: &ImageOptions,
+    files: &Files,
+) -> Result<Image, BlockError> {
     let child = open_protocol(ring, name, options)?;
     let format = match options.format {
         Some(format) => format,
         None if is_fresh(name) => Format::Raw,
         None => {
-            let len = child.len().min(HEAD_BYTES as u64) as usize;
-            let mut head = vec![0u8; HEAD_BYTES];
-            if len > 0 {
-                let (buf, result) = child.read(0, ring.alloc(len).await).await;
-                result?;
-                buf.copy_to(0, &mut head[..len]);
-            }
-            choose_format(None, &head, !options.read_only).map_err(|error| error.of(name))?
+            let head = head(ring, &child).await?;
+            let will_write = !options.read_only && !options.guess_raw;
+            choose_format(None, &head, will_write).map_err(|error| error.of(name))?
         }
     };
-    with_format(ring, child, format, options)
+    match format {
+        Format::Raw => {
+            let driver = with_format(ring, child, format, options)?;
+            Ok(Image { driver, format, qcow2: None })
+        }
+        Format::Qcow2 => {
+            let files = files.enter(&child)?;
+            let open = qcow2::OpenOptions {
+                read_only: options.read_only,
+                backing: if options.no_backing { Backing::None } else { Backing::Named },
+                data_file: None,
+                for_check: options.for_check,
+            };
+            let qcow2 = Qcow2::open(ring, child, &files, open).await?;
+            Ok(Image { driver: qcow2.clone(), format, qcow2: Some(qcow2) })
+        }
+    }
+}
+
+async fn head(ring: &Ring, child: &Rc<dyn Driver>) -> Result<Vec<u8>, BlockError> {
+    let len = child.len().min(HEAD_BYTES as u64) as usize;
+    let mut head = vec![0u8; HEAD_BYTES];
+    if len > 0 {
+        let (buf, result) = child.read(0, ring.alloc(len).await).await;
+        result?;
+        buf.copy_to(0, &mut head[..len]);
+    }
+    Ok(head)
 }
 
 /// Opens what `name` means, without looking into it: the format has to be said.
@@ -122,6 +185,8 @@ fn with_format(
         // Nothing of the raw format is needed to take all bytes as they are.
         Format::Raw if options.offset == 0 && options.size.is_none() => Ok(child),
         Format::Raw => Ok(Rc::new(RawDriver::open(ring, child, options.offset, options.size)?)),
+        Format::Qcow2 => Err(BlockError::new(Operation::Open, child.name(), Errno::EINVAL)
+            .hint("A qcow2 image has to be looked into to be opened: open it from within a task.")),
     }
 }
 
