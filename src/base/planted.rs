@@ -16,16 +16,22 @@ pub enum Bug {
     CompletionLost,
     /// A client that connects during a drain is let in.
     NewClientNotDrained,
+    /// Of two overlapping writes to both sides the younger one does not wait.
+    WriteNotOrdered,
+    /// A write to both sides is acknowledged when the source has it.
+    TargetNotAwaited,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 5] = [
+    pub const ALL: [Bug; 7] = [
         Bug::BitClearedAfterRead,
         Bug::NoDrainBeforePivot,
         Bug::FlushSkipped,
         Bug::CompletionLost,
         Bug::NewClientNotDrained,
+        Bug::WriteNotOrdered,
+        Bug::TargetNotAwaited,
     ];
 }
 

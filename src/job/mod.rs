@@ -16,6 +16,7 @@ pub mod compare;
 /// Copies a disk that nobody writes.
 pub mod convert;
 /// Copies a disk while it is in use.
+pub mod governor;
 pub mod mirror;
 /// Copying without reading.
 pub mod offload;
