@@ -4,6 +4,7 @@
 mod common;
 
 mod convert;
+mod qcow2;
 mod raw;
 mod share;
 

@@ -35,6 +35,9 @@ use machine::{Convert, Settings};
 
 pub use hands::Tally;
 
+#[cfg(test)]
+mod tests_sim;
+
 /// What is known of the target before anything is written to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TargetState {
