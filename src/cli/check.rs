@@ -9,6 +9,7 @@ use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format};
 use super::tool::OutputArgs;
 use super::{Global, config};
+use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::{CheckReport, Repair};
 use crate::graph::node::UseKind;
@@ -83,28 +84,34 @@ async fn check(engine: &Engine, args: &CheckArgs) -> Result<Option<(Format, Chec
         Some(What::Leaks) => Repair::Leaks,
         Some(What::All) => Repair::All,
     };
-    let options = ImageOptions {
+    let look = ImageOptions {
         format: args.format,
-        read_only: repair == Repair::None,
         lock: !args.force_share,
-        gate: args.gate.gate(),
         no_backing: true,
         for_check: true,
-        // Raw images cannot be checked; that is to be said, and not that their format has to be.
-        guess_raw: true,
-        ..ImageOptions::default()
+        gate: args.gate.gate(),
+        ..ImageOptions::read_only()
     };
-    let (node, image) = engine.open_image(&args.file, &options).await?;
-    let Some(qcow2) = &image.qcow2 else { return Ok(None) };
+    // Read-only first: that a raw image cannot be checked is to be said, and not that its format has to be.
+    let mut node = engine.open(&args.file, &look).await?;
+    if qcow2(node.driver()).is_none() {
+        return Ok(None);
+    }
+    if repair != Repair::None {
+        drop(node);
+        let options = ImageOptions { format: Some(Format::Qcow2), read_only: false, ..look };
+        node = engine.open(&args.file, &options).await?;
+    }
+    let Some(image) = qcow2(node.driver()) else { return Ok(None) };
     let kind = match repair {
         Repair::None => UseKind::JobSource("check"),
         _ => UseKind::JobTarget("check"),
     };
     let _lock = node.attach(kind)?;
-    let mut report = qcow2.check(repair).await?;
+    let mut report = image.check(repair).await?;
     if report.leaks_fixed > 0 || report.corruptions_fixed > 0 {
         // What is left after a repair is what a second look finds.
-        let again = qcow2.check(Repair::None).await?;
+        let again = image.check(Repair::None).await?;
         report = CheckReport {
             leaks_fixed: report.leaks_fixed,
             corruptions_fixed: report.corruptions_fixed,
@@ -112,7 +119,7 @@ async fn check(engine: &Engine, args: &CheckArgs) -> Result<Option<(Format, Chec
             ..again
         };
     }
-    Ok(Some((image.format, report)))
+    Ok(Some((Format::Qcow2, report)))
 }
 
 /// What is 0 is left out, as qemu-img does it.

@@ -21,8 +21,9 @@ use super::tool::{OutputArgs, cache, option_pairs, read_options};
 use super::{Global, config, stats};
 use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
-use crate::engine::create::{NewImage, Qcow2Compressor};
-use crate::engine::{Engine, Format, Image};
+use crate::engine::create::NewImage;
+use crate::engine::qcow2::{Qcow2Compressor, qcow2};
+use crate::engine::{Engine, Format};
 use crate::graph::node::Node;
 use crate::job::convert::{ConvertOptions, Tally, TargetState};
 use crate::job::event::JobEvent;
@@ -161,13 +162,13 @@ impl Run {
     async fn convert(&self) -> Result<Exit, Failure> {
         let (args, engine, ring) = (&self.args, &*self.engine, self.engine.ring());
         let options = read_options(args.source_format, args.source_cache, args.force_share, &args.gate);
-        let (source, image) = engine.open_image(&args.source, &options).await?;
+        let source = engine.open(&args.source, &options).await?;
         let open = OpenArgs {
             cache: args.target_cache.unwrap_or_default(),
             no_lock: false,
             gate: args.gate.clone(),
         };
-        let (target, target_state) = self.open_target(&source, &image, &open).await?;
+        let (target, target_state) = self.open_target(&source, &open).await?;
         let began = ring.clock();
         let started = self.start(&source, &target, target_state).await;
         let (job, tally) = match started {
@@ -196,7 +197,6 @@ impl Run {
     async fn open_target(
         &self,
         source: &Rc<Node>,
-        image: &Image,
         open: &OpenArgs,
     ) -> Result<(Target, TargetState), Failure> {
         let args = &self.args;
@@ -227,7 +227,7 @@ impl Run {
         backing_len(&self.engine, &args.target, &pairs).await?;
         let target = Target::make_anew(&self.engine, options, &new).await?;
         let state = match () {
-            () if new.has_backing() => match image.qcow2.as_ref().and_then(|image| image.backing()) {
+            () if new.has_backing() => match qcow2(source.driver()).and_then(|image| image.backing()) {
                 Some(backing) => TargetState::Backed { source_backing_len: backing.len() },
                 None => TargetState::Unknown,
             },
@@ -255,11 +255,12 @@ impl Run {
             (Reflink::Auto, true) => OffloadPolicy::Any,
         };
         if args.compress {
-            let Some(image) = target.image.qcow2.clone() else {
-                let text = format!("Images of the format '{}' cannot be compressed", target.image.format);
+            let driver = target.node.driver();
+            let Some(compressor) = Qcow2Compressor::new(self.engine.ring(), driver).await? else {
+                let text = format!("Images of the format '{}' cannot be compressed", args.target_format);
                 return Err(Failure::text(text));
             };
-            options.compressor = Some(Rc::new(Qcow2Compressor { ring: self.engine.ring().clone(), image }));
+            options.compressor = Some(Rc::new(compressor));
         }
         options.salvage = args.salvage;
         options.verify = args.verify;

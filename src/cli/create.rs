@@ -11,11 +11,10 @@ use super::image::{parse_format, size};
 use super::target::make_file;
 use super::tool::{OutputArgs, option_pairs};
 use super::{Global, config};
-use crate::engine::chain::{open_backing, recorded_format};
 use crate::engine::create::NewImage;
 use crate::engine::open::local_path;
+use crate::engine::qcow2::{open_backing, recorded_format};
 use crate::engine::{Engine, Format, ImageOptions};
-use crate::format::qcow2::Gate;
 use crate::graph::node::UseKind;
 
 /// Make a new image
@@ -108,10 +107,10 @@ pub async fn backing_len(
         )));
     };
     let format = recorded_format(Some(format), name)?;
-    let options = ImageOptions { gate: Gate::Anything, ..ImageOptions::read_only() };
+    let options = ImageOptions::read_only();
     let path = local_path(image).unwrap_or_default();
-    let backing = open_backing(engine.ring(), &path.display().to_string(), name, format, &options).await?;
-    Ok(Some(backing.driver.len()))
+    let backing = open_backing(engine.ring(), &path, name, format, &options).await?;
+    Ok(Some(backing.len()))
 }
 
 async fn create(engine: &Engine, path: &Path, new: &NewImage, force: bool) -> Result<(), Failure> {

@@ -50,6 +50,9 @@ pub struct GateArgs {
     /// Let images name any file of this machine: for images that you trust
     #[arg(long)]
     pub allow_any_file: bool,
+    /// Guess the format of backing files that the image does not tell: never where a guest wrote a raw one
+    #[arg(long)]
+    pub probe_backing: bool,
 }
 
 impl GateArgs {
@@ -78,6 +81,7 @@ impl OpenArgs {
             cache: self.cache.into(),
             lock: !self.no_lock,
             gate: self.gate.gate(),
+            probe_backing: self.gate.probe_backing,
             ..ImageOptions::default()
         }
     }

@@ -14,8 +14,8 @@ use super::tool::{OutputArgs, human_size};
 use super::{Global, config, snapshot, stats};
 use crate::base::limits::BACKING_CHAIN_MAX;
 use crate::block::Driver;
-use crate::engine::chain::recorded_format;
-use crate::engine::{Engine, Format, Image, ImageOptions};
+use crate::engine::qcow2::{format, qcow2, recorded_format};
+use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::Info;
 use crate::format::qcow2::gate::resolve;
 use crate::protocol::mark::{MarkInfo, TargetMark};
@@ -47,7 +47,7 @@ pub struct InfoArgs {
 /// One layer.
 struct Layer {
     name: String,
-    image: Image,
+    driver: Rc<dyn Driver>,
     info: Option<Info>,
     mark: Option<MarkInfo>,
 }
@@ -84,45 +84,42 @@ async fn look(engine: &Engine, args: &InfoArgs) -> Result<Vec<Layer>, Failure> {
     };
     let (mut name, mut layers) = (args.image.clone(), Vec::<Layer>::new());
     loop {
-        let (_, image) = engine.open_image(&name, &options).await?;
-        let info = match &image.qcow2 {
-            Some(qcow2) => Some(qcow2.info().await?),
+        let driver = engine.open(&name, &options).await?.driver().clone();
+        let info = match qcow2(&driver) {
+            Some(image) => Some(image.info().await?),
             None => None,
         };
-        let identity = image.driver.identity();
+        let identity = driver.identity();
         if layers.len() > BACKING_CHAIN_MAX
-            || layers.iter().any(|above| identity.is_some() && above.image.driver.identity() == identity)
+            || layers.iter().any(|above| identity.is_some() && above.driver.identity() == identity)
         {
             return Err(Failure::text(format!(
                 "The backing file '{name}' is in the chain of backing files twice"
             )));
         }
-        let mark = TargetMark::read(engine.ring(), &image.driver, marks.as_deref()).await?;
+        let mark = TargetMark::read(engine.ring(), &driver, marks.as_deref()).await?;
         let below = info.as_ref().filter(|_| args.backing_chain).and_then(|info| {
             let backing = info.backing_filename.clone()?;
             Some((backing, info.backing_format.clone()))
         });
-        let above = image.driver.name().to_owned();
-        layers.push(Layer { name, image, info, mark });
-        let Some((backing, format)) = below else { return Ok(layers) };
+        let above = driver.name().to_owned();
+        layers.push(Layer { name, driver, info, mark });
+        let Some((backing, recorded)) = below else { return Ok(layers) };
         let reference = resolve(&gate, std::path::Path::new(&above), &backing)
             .map_err(|error| Failure::text(error.to_string()))?;
         name = reference.path.display().to_string();
-        options.format = recorded_format(reference.format.as_deref().or(format.as_deref()), &name)?;
+        options.format = recorded_format(reference.format.as_deref().or(recorded.as_deref()), &name)?;
     }
 }
 
 /// The driver at the bottom.
-fn file_of(image: &Image) -> Rc<dyn Driver> {
-    match &image.qcow2 {
-        Some(qcow2) => qcow2.file().clone(),
-        None => image.driver.children().first().cloned().unwrap_or_else(|| image.driver.clone()),
-    }
+fn file_of(driver: &Rc<dyn Driver>) -> Rc<dyn Driver> {
+    driver.children().first().cloned().unwrap_or_else(|| driver.clone())
 }
 
 fn to_json(layer: &Layer) -> Value {
-    let Layer { name, image, info, mark } = layer;
-    let (driver, file) = (&image.driver, file_of(image));
+    let Layer { name, driver, info, mark } = layer;
+    let file = file_of(driver);
     let mut value = json!({
         "children": [{
             "name": "file",
@@ -138,7 +135,7 @@ fn to_json(layer: &Layer) -> Value {
         }],
         "virtual-size": driver.len(),
         "filename": name,
-        "format": image.format.name(),
+        "format": format(driver).name(),
         "actual-size": file.allocated_bytes(),
         "dirty-flag": info.as_ref().is_some_and(|info| info.dirty),
         "driver": driver.kind(),
@@ -199,11 +196,11 @@ fn add_qcow2(object: &mut Map<String, Value>, info: &Info) {
 }
 
 fn to_text(layer: &Layer, chain: bool) -> String {
-    let Layer { name, image, info, mark } = layer;
-    let (driver, file) = (&image.driver, file_of(image));
+    let Layer { name, driver, info, mark } = layer;
+    let file = file_of(driver);
     let mut lines = vec![
         format!("image: {name}"),
-        format!("file format: {}", image.format),
+        format!("file format: {}", format(driver)),
         format!("virtual size: {} ({} bytes)", human_size(driver.len()), driver.len()),
     ];
     if let Some(allocated) = file.allocated_bytes() {

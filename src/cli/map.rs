@@ -9,8 +9,9 @@ use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format, size};
 use super::tool::{OutputArgs, read_options};
 use super::{Global, config};
-use crate::block::BlockError;
-use crate::engine::{Engine, Format, Image};
+use crate::block::{BlockError, Driver};
+use crate::engine::qcow2::qcow2;
+use crate::engine::{Engine, Format};
 use crate::format::qcow2::MapExtent;
 
 /// Tell where the bytes of an image, and of its backing files, lie
@@ -84,8 +85,8 @@ pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
     let (e, a) = (engine.clone(), args.clone());
     let lines = engine.run(async move {
         let options = read_options(a.format, None, true, &a.gate);
-        let (_, image) = e.open_image(&a.file, &options).await?;
-        Ok::<_, Failure>(map(&image, &a.file, a.start_offset, a.max_length).await?)
+        let node = e.open(&a.file, &options).await?;
+        Ok::<_, Failure>(map(node.driver(), &a.file, a.start_offset, a.max_length).await?)
     })?;
     if args.output.is_json(global) {
         // One extent a line, as qemu-img prints it.
@@ -108,16 +109,21 @@ pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-async fn map(image: &Image, name: &str, start: u64, len: Option<u64>) -> Result<Vec<Line>, BlockError> {
-    let disk = image.driver.len();
+async fn map(
+    driver: &Rc<dyn Driver>,
+    name: &str,
+    start: u64,
+    len: Option<u64>,
+) -> Result<Vec<Line>, BlockError> {
+    let disk = driver.len();
     let end = len.map_or(disk, |len| start.saturating_add(len)).min(disk);
     let mut lines: Vec<Line> = Vec::new();
     let mut at = start;
     while at < end {
-        let extent = match &image.qcow2 {
-            Some(qcow2) => qcow2.map(at, end - at).await?,
+        let extent = match qcow2(driver) {
+            Some(image) => image.map(at, end - at).await?,
             None => {
-                let extent = image.driver.block_status(at, end - at).await?;
+                let extent = driver.block_status(at, end - at).await?;
                 MapExtent {
                     len: extent.len,
                     depth: 0,

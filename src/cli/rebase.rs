@@ -22,9 +22,9 @@ use super::{Global, config};
 use crate::base::range::ByteRange;
 use crate::base::zero::is_zero;
 use crate::block::{BlockError, Driver, WriteFlags, ZeroFlags};
-use crate::engine::chain::open_backing;
+use crate::engine::open::local_path;
+use crate::engine::qcow2::{open_backing, qcow2};
 use crate::engine::{Engine, Format, ImageOptions};
-use crate::format::qcow2::{Gate, Qcow2};
 use crate::graph::node::UseKind;
 
 /// Give an image another backing file
@@ -95,10 +95,9 @@ async fn rebase(
         no_backing: args.name_only,
         ..ImageOptions::default()
     };
-    let (node, image) = engine.open_image(&args.file, &options).await?;
-    let Some(qcow2) = image.qcow2.clone() else {
-        let text = format!("'{}' has the format '{}', which has no backing files", args.file, image.format);
-        return Err(Failure::text(text));
+    let node = engine.open(&args.file, &options).await?;
+    let Some(image) = qcow2(node.driver()) else {
+        return Err(Failure::text(format!("'{}' is a raw image, which has no backing files", args.file)));
     };
     let lock = node.attach(UseKind::JobTarget("rebase"))?;
     if !args.backing.is_empty() && args.backing_format.is_none() {
@@ -109,16 +108,15 @@ async fn rebase(
         let new = match args.backing.as_str() {
             "" => None,
             name => {
-                let options = ImageOptions { gate: Gate::Anything, read_only: true, ..options.clone() };
-                let path = image.driver.name().to_owned();
-                let new = open_backing(engine.ring(), &path, name, args.backing_format, &options).await?;
-                Some(new.driver)
+                let path = local_path(&args.file).unwrap_or_default();
+                Some(open_backing(engine.ring(), &path, name, args.backing_format, &options).await?)
             }
         };
-        let copy = Copy { ring: engine.ring().clone(), image: qcow2.clone(), old: qcow2.backing(), new };
+        let copy =
+            Copy { ring: engine.ring().clone(), image: node.driver().clone(), old: image.backing(), new };
         let mut progress = Progress::new(global, args.quiet, engine.ring().clock());
         let mut shown_at = 0;
-        let (mut at, len) = (0, image.driver.len());
+        let (mut at, len) = (0, image.len());
         while at < len {
             if signals.try_next().is_some() {
                 progress.finish();
@@ -133,10 +131,10 @@ async fn rebase(
             }
         }
         progress.finish();
-        image.driver.flush().await?;
+        image.flush().await?;
     }
     let name = Some(args.backing.as_str()).filter(|name| !name.is_empty());
-    qcow2.set_backing(name.map(|name| (name, args.backing_format.map(Format::name)))).await?;
+    image.set_backing(name.map(|name| (name, args.backing_format.map(Format::name)))).await?;
     drop(lock);
     Ok(Some(written))
 }
@@ -144,7 +142,7 @@ async fn rebase(
 /// What is needed to make up for the difference of two backing files.
 struct Copy {
     ring: Ring,
-    image: Rc<Qcow2>,
+    image: Rc<dyn Driver>,
     old: Option<Rc<dyn Driver>>,
     new: Option<Rc<dyn Driver>>,
 }

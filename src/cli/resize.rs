@@ -11,6 +11,7 @@ use super::tool::OutputArgs;
 use super::{Global, config};
 use crate::base::range::ByteRange;
 use crate::engine::create::{RawPreallocation, preallocate};
+use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::CreateOptions;
 use crate::graph::node::UseKind;
@@ -84,7 +85,7 @@ pub fn main(global: &Global, args: ResizeArgs) -> Result<Exit, Failure> {
 
 async fn resize(engine: &Engine, args: &ResizeArgs) -> Result<(u64, u64), Failure> {
     let options = ImageOptions { format: args.format, gate: args.gate.gate(), ..ImageOptions::default() };
-    let (node, image) = engine.open_image(&args.file, &options).await?;
+    let node = engine.open(&args.file, &options).await?;
     let _lock = node.attach(UseKind::JobTarget("resize"))?;
     let driver = node.driver();
     let old = driver.len();
@@ -101,11 +102,11 @@ async fn resize(engine: &Engine, args: &ResizeArgs) -> Result<(u64, u64), Failur
     if new < old && args.preallocation != "off" {
         return Err(Failure::text("Preallocation can only be used for growing images"));
     }
-    match &image.qcow2 {
-        Some(qcow2) => {
+    match qcow2(driver) {
+        Some(image) => {
             let mut mode = CreateOptions::default();
             mode.set("preallocation", &args.preallocation).map_err(Failure::text)?;
-            qcow2.resize(new, mode.preallocation).await?;
+            image.resize(new, mode.preallocation).await?;
         }
         None => {
             let mode = RawPreallocation::parse(&args.preallocation).map_err(Failure::text)?;

@@ -9,6 +9,7 @@ use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format};
 use super::tool::{OutputArgs, human_size};
 use super::{Global, config};
+use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::{Qcow2, SnapshotInfo};
 use crate::graph::node::UseKind;
@@ -64,32 +65,41 @@ pub fn main(global: &Global, args: SnapshotArgs) -> Result<Exit, Failure> {
 /// The list, where that was asked for.
 async fn snapshot(engine: &Engine, args: &SnapshotArgs) -> Result<Option<Vec<SnapshotInfo>>, Failure> {
     let lists = args.create.is_none() && args.apply.is_none() && args.delete.is_none();
-    let options = ImageOptions {
+    let look = ImageOptions {
         format: args.format,
-        read_only: lists,
-        lock: !args.force_share && !lists,
+        lock: false,
         gate: args.gate.gate(),
-        no_backing: lists,
-        guess_raw: true,
-        ..ImageOptions::default()
+        no_backing: true,
+        ..ImageOptions::read_only()
     };
-    let (node, image) = engine.open_image(&args.file, &options).await?;
-    let Some(qcow2) = &image.qcow2 else {
+    let node = engine.open(&args.file, &look).await?;
+    let Some(image) = qcow2(node.driver()) else {
         if lists {
             return Ok(Some(Vec::new()));
         }
-        let text = format!("'{}' has the format '{}', which has no snapshots", args.file, image.format);
+        let text = format!("'{}' is a raw image, which has no snapshots", args.file);
         return Err(Failure::text(text));
     };
     if lists {
-        return Ok(Some(qcow2.info().await?.snapshots));
+        return Ok(Some(image.info().await?.snapshots));
     }
+    drop(node);
+    let options = ImageOptions {
+        format: Some(Format::Qcow2),
+        read_only: false,
+        lock: !args.force_share,
+        no_backing: false,
+        ..look
+    };
+    let node = engine.open(&args.file, &options).await?;
     let _lock = node.attach(UseKind::JobTarget("snapshot"))?;
-    change(args, qcow2).await?;
+    if let Some(image) = qcow2(node.driver()) {
+        change(args, image).await?;
+    }
     Ok(None)
 }
 
-async fn change(args: &SnapshotArgs, image: &Rc<Qcow2>) -> Result<(), Failure> {
+async fn change(args: &SnapshotArgs, image: &Qcow2) -> Result<(), Failure> {
     if let Some(name) = &args.create {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let date = (u32::try_from(now.as_secs()).unwrap_or(u32::MAX), now.subsec_nanos());

@@ -15,7 +15,7 @@ use super::image::OpenArgs;
 use crate::block::Driver;
 use crate::engine::create::{NewImage, RawPreallocation};
 use crate::engine::open::local_path;
-use crate::engine::{Engine, Format, Image, ImageOptions};
+use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::{Node, UseKind};
 use crate::protocol::file::{CreateOptions, FileDriver};
 use crate::protocol::mark::{MarkInfo, TargetMark};
@@ -44,8 +44,6 @@ pub struct TargetOptions<'a> {
 pub struct Target {
     /// To copy to.
     pub node: Rc<Node>,
-    /// What is special about its format.
-    pub image: Image,
     state_dir: Option<PathBuf>,
     mark: MarkInfo,
     /// It was made here, under this path.
@@ -116,9 +114,9 @@ impl Target {
                 format = format.or(Some(new.format()));
             }
         }
-        let opened = engine.open_image(options.name, &options.open.image(format, false)).await;
-        let (node, image) = match opened {
-            Ok(opened) => opened,
+        let opened = engine.open(options.name, &options.open.image(format, false)).await;
+        let node = match opened {
+            Ok(node) => node,
             Err(error) => {
                 if let Some(path) = &made {
                     // The error that made it useless is the one to tell.
@@ -127,8 +125,7 @@ impl Target {
                 return Err(error.into());
             }
         };
-        let target =
-            Target { node, image, state_dir: options.state_dir, mark: options.mark, made, remade: false };
+        let target = Target { node, state_dir: options.state_dir, mark: options.mark, made, remade: false };
         make_state_dir(engine, target.node.driver(), target.state_dir.as_deref())?;
         Ok(target)
     }

@@ -66,6 +66,7 @@ pub fn read_options(
     ImageOptions {
         format,
         gate: gate.gate(),
+        probe_backing: gate.probe_backing,
         cache: cache.unwrap_or_default().into(),
         lock: !force_share,
         ..ImageOptions::read_only()

@@ -8,15 +8,14 @@ use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::op::Fallocate;
-use blockferry_ring::{Errno, Ring, SharedBuf};
+use blockferry_ring::{Errno, Ring};
 
+use super::qcow2::named_by_user;
 use super::{Format, ImageOptions};
 use crate::base::range::ByteRange;
 use crate::base::units::parse_size;
-use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation, WriteFlags};
-use crate::format::qcow2::gate::understand;
+use crate::block::{BlockError, Driver, IoResult, Operation, WriteFlags};
 use crate::format::qcow2::{CreateOptions, Qcow2};
-use crate::job::convert::Compressor;
 use crate::protocol::file::{CreateOptions as FileOptions, FileDriver};
 
 const NO_SIZE: &str = "How large is the image to be? Say a size";
@@ -145,8 +144,7 @@ impl NewImage {
 
 /// The external data file of a new image, which is made if it is not there. What is in it is lost.
 async fn make_data_file(ring: &Ring, image: &Path, name: &str) -> Result<Rc<dyn Driver>, BlockError> {
-    let reference = understand(image, name)
-        .map_err(|error| BlockError::new(Operation::Create, name, Errno::EINVAL).hint(error.to_string()))?;
+    let reference = named_by_user(image, name)?;
     if matches!(ring.lookup(&reference.path), Ok(None)) {
         FileDriver::create(ring, &reference.path, 0, FileOptions::default()).await?;
     }
@@ -181,23 +179,4 @@ pub async fn preallocate(
         file.write(piece.start(), buf, WriteFlags::default()).await?;
     }
     Ok(())
-}
-
-/// Compresses the clusters of a qcow2 image.
-#[derive(Debug)]
-pub struct Qcow2Compressor {
-    /// For futures.
-    pub ring: Ring,
-    /// The image.
-    pub image: Rc<Qcow2>,
-}
-
-impl Compressor for Qcow2Compressor {
-    fn cluster_bytes(&self) -> u64 {
-        self.image.limits().cluster_size.map_or(BLOCK_MAX as u64, u64::from)
-    }
-
-    fn write(&self, offset: u64, buf: SharedBuf) -> IoFuture<'_, IoResult> {
-        self.ring.boxed(self.image.write_compressed(offset, buf))
-    }
 }

@@ -7,11 +7,11 @@
 //!   through a [`guest::Guest`] and takes completions and job events from queues. Nothing blocks, and
 //!   with [`OffloadMode::Inline`] no thread is started.
 
-pub mod chain;
 pub mod create;
 pub mod guest;
 pub mod open;
 mod q_stub;
+pub mod qcow2;
 
 use std::cell::RefCell;
 use std::os::fd::BorrowedFd;
@@ -30,7 +30,7 @@ use crate::job::runner::Job;
 use crate::job::status::Status;
 use guest::Guest;
 
-pub use open::{Format, Image, ImageOptions};
+pub use open::{Format, ImageOptions};
 
 /// How long the end of an engine waits for operations in flight.
 const SHUTDOWN_NANOS: Nanos = 10_000_000_000;
@@ -114,16 +114,6 @@ impl Engine {
     pub async fn open(&self, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
         let driver = open::open(&self.ring, name, options).await?;
         Ok(Node::new(&self.ring, name, driver))
-    }
-
-    /// Opens an image as a node, and gives what is special about its format, too.
-    pub async fn open_image(
-        &self,
-        name: &str,
-        options: &ImageOptions,
-    ) -> Result<(Rc<Node>, Image), BlockError> {
-        let image = open::open_image(&self.ring, name, options).await?;
-        Ok((Node::new(&self.ring, name, image.driver.clone()), image))
     }
 
     /// Opens an image as a node, from outside a task. Nothing is read: its format has to be said.

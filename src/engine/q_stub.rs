@@ -42,6 +42,9 @@ impl Driver for Qcow2 {
     fn set_permissions(&self, _: Permissions) -> IoResult {
         unreachable!()
     }
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
+    }
     fn set_len(&self, _: u64) -> IoFuture<'_, IoResult> {
         unreachable!()
     }

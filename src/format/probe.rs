@@ -17,7 +17,7 @@ pub const HEAD_BYTES: usize = 512;
 pub enum Format {
     /// The guest's bytes as they are.
     Raw,
-    /// QEMU's thin disks.
+    /// qcow2, versions 2 and 3.
     Qcow2,
 }
 
@@ -205,14 +205,15 @@ mod tests {
     #[test]
     fn a_format_is_never_guessed_for_an_image_that_will_be_written() {
         let (empty, qcow2) = (head(0, b""), head(0, b"QFI\xfb\0\0\0\x03"));
+        let vdi = head(64, b"\x7f\x10\xda\xbe");
         for will_write in [false, true] {
             // What is said counts, whatever the header looks like.
             assert_eq!(choose_format(Some("raw"), &qcow2, will_write), Ok(Format::Raw));
-            assert_eq!(choose_format(None, &qcow2, will_write), Ok(Format::Qcow2));
             assert_eq!(choose_format(Some("raw"), &[], will_write), Ok(Format::Raw));
             assert!(choose_format(Some("rwa"), &empty, will_write).is_err());
-            let error = choose_format(None, &head(0, b"KDMV\x01"), will_write).unwrap_err();
-            assert_eq!(error, FormatError::Unsupported { found: "vmdk" });
+            assert_eq!(choose_format(None, &qcow2, will_write), Ok(Format::Qcow2));
+            let error = choose_format(None, &vdi, will_write).unwrap_err();
+            assert_eq!(error, FormatError::Unsupported { found: "vdi" });
             assert!(error.to_string().contains("not supported yet"));
         }
         assert_eq!(choose_format(None, &empty, false), Ok(Format::Raw));
