@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::exit::Failure;
 use crate::engine::{Format, ImageOptions};
+use crate::format::qcow2::Gate;
 use crate::protocol::mark::default_state_dir;
 use crate::protocol::open::Cache;
 
@@ -35,15 +36,34 @@ pub struct OpenArgs {
     /// Take no locks and heed none: for those who know that nobody else writes these images
     #[arg(long)]
     pub no_lock: bool,
+    /// A directory in which images may have other files opened (backing and data files), besides their own
+    #[arg(long, value_name = "DIR")]
+    pub allow_dir: Vec<std::path::PathBuf>,
+    /// Images may have any file opened: for images that you trust
+    #[arg(long)]
+    pub allow_any_file: bool,
+    /// Guess the format of backing files that the image does not tell: never where a guest wrote a raw one
+    #[arg(long)]
+    pub probe_backing: bool,
 }
 
 /// A format as the user says it.
 pub fn parse_format(text: &str) -> Result<Format, String> {
     Format::parse(text)
-        .ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw"))
+        .ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw, qcow2"))
 }
 
 impl OpenArgs {
+    fn gate(&self) -> Gate {
+        if self.allow_any_file {
+            Gate::Anything
+        } else if self.allow_dir.is_empty() {
+            Gate::OwnDirectory
+        } else {
+            Gate::Directories(self.allow_dir.clone())
+        }
+    }
+
     /// What these options mean for one image.
     pub fn image(&self, format: Option<Format>, read_only: bool) -> ImageOptions {
         ImageOptions {
@@ -51,6 +71,8 @@ impl OpenArgs {
             read_only,
             cache: self.cache.into(),
             lock: !self.no_lock,
+            gate: self.gate(),
+            probe_backing: self.probe_backing,
             ..ImageOptions::default()
         }
     }

@@ -7,6 +7,7 @@
 
 pub mod image;
 pub mod nbd;
+pub mod qcow2;
 pub mod writer;
 
 use std::fmt::Write as _;
