@@ -141,8 +141,17 @@ pub const MIRROR_STATUS_BYTES_MAX: u64 = 1 << 40;
 pub const ERROR_PAUSE_NANOS_MIN: u64 = 10_000_000;
 /// The longest such pause.
 pub const ERROR_PAUSE_NANOS_MAX: u64 = 2_000_000_000;
+/// Failures of the target that met guests' writes and that the job has not looked at; more are dropped, their ranges
+/// are dirty all the same.
+pub const TRACKER_FAILURES_MAX: usize = 16;
 /// How long a drain may take before it is given up.
 pub const DRAIN_NANOS_MAX: u64 = 60_000_000_000;
+/// The longest pause between two attempts to shut the door for no longer than guests are to wait.
+pub const DOWNTIME_PAUSE_NANOS_MAX: u64 = 10_000_000_000;
+/// The longest time for which a mirror's guests stand at a shut door, unless something else is said.
+pub const DOWNTIME_NANOS_DEFAULT: u64 = 300_000_000;
+/// The largest range that one zeroing operation of a mirror covers while guests' writes have to wait for it.
+pub const MIRROR_ZERO_BYTES_MAX_BLOCKING: u64 = 32 << 20;
 /// So much may still differ when a mirror shuts the door for a moment and copies the rest, to become ready or to end.
 pub const MIRROR_CLOSING_BYTES_MAX: u64 = 8 << 20;
 /// So much may be left to compare when a verifying pass beside the guests is content: the rest is compared

@@ -16,6 +16,10 @@ pub enum Bug {
     CompletionLost,
     /// A client that connects during a drain is let in.
     NewClientNotDrained,
+    /// Of two overlapping writes to both sides the younger one does not wait.
+    WriteNotOrdered,
+    /// A write to both sides is acknowledged when the source has it.
+    TargetNotAwaited,
     /// qcow2: the mapping of a new cluster reaches the disk without a barrier after its data.
     Qcow2MappingBeforeData,
     /// qcow2: the mapping of a new cluster is made known before its data is written.
@@ -28,12 +32,14 @@ pub enum Bug {
 
 impl Bug {
     /// Those of mirrors.
-    pub const ALL: [Bug; 5] = [
+    pub const ALL: [Bug; 7] = [
         Bug::BitClearedAfterRead,
         Bug::NoDrainBeforePivot,
         Bug::FlushSkipped,
         Bug::CompletionLost,
         Bug::NewClientNotDrained,
+        Bug::WriteNotOrdered,
+        Bug::TargetNotAwaited,
     ];
 
     /// Those of qcow2 images.

@@ -12,16 +12,18 @@ use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::serve::{Exports, export_uri};
-use super::signals::Signals;
+use super::signals::{Signal, Signals};
 use super::target::{Target, TargetOptions};
 use super::{Global, config, stats};
-use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate, parse_duration};
 use crate::engine::{Engine, Format};
 use crate::graph::node::Node;
 use crate::job::event::JobEvent;
+use crate::job::governor::GuestFirst;
+use crate::job::mirror::converge::OnDivergence;
 use crate::job::mirror::verify::{Report, Verifier};
 use crate::job::mirror::{MirrorOptions, SyncMode};
-use crate::job::policy::OnError;
+use crate::job::policy::{CopyMode, ErrorAction, OnError};
 use crate::job::runner::{Ending, ErrorPolicies, Job};
 use crate::protocol::mark::MarkInfo;
 use crate::protocol::nbd::NbdUri;
@@ -81,6 +83,23 @@ pub struct MirrorArgs {
     /// Limit the copying, such as 200MiB (a second); 0 or `unlimited` for no limit
     #[arg(long, value_name = "RATE", value_parser = speed, default_value = "0")]
     speed: u64,
+    /// How clients' writes are treated while the job runs: copied later, or sent to both disks at once
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = CopyModeArg::Background)]
+    copy_mode: CopyModeArg,
+    /// What to do when clients write faster than the job copies
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t = Divergence::WriteBlocking)]
+    on_divergence: Divergence,
+    /// Clients' latency while the job runs: `auto` (near what it is without the job), `off`, or a time that 99
+    /// of 100 requests shall not exceed, such as 500us
+    #[arg(long, value_name = "HOW", value_parser = guest_first, default_value = "auto")]
+    guest_first: GuestFirst,
+    /// The longest time for which clients wait while the job becomes ready or ends, such as 100ms; 0 for no
+    /// bound. (With --verify the comparing that is left comes on top)
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "300ms")]
+    max_downtime: u64,
+    /// Be ready within this time, such as 10min, even if clients notice
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    deadline: Option<u64>,
     /// Track changes in pieces of this size: a power of two from 512 to 64MiB [default: by the target, 64KiB]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     granularity: Option<u64>,
@@ -126,6 +145,36 @@ enum DetectZeroes {
     Unmap,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum CopyModeArg {
+    /// What clients change is copied later
+    Background,
+    /// Clients' writes go to both disks, and are answered after both
+    WriteBlocking,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Divergence {
+    /// Go over to write-blocking
+    WriteBlocking,
+    /// Slow clients' writes down, smoothly, until the job gains on them
+    Throttle,
+    /// Show it, no more
+    Report,
+}
+
+fn guest_first(text: &str) -> Result<GuestFirst, String> {
+    match text {
+        "auto" | "on" => Ok(GuestFirst::Auto),
+        "off" => Ok(GuestFirst::Off),
+        time => duration(time).map(GuestFirst::Goal),
+    }
+}
+
+fn duration(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { parse_duration(text).map_err(|error| error.to_string()) }
+}
+
 /// The error policies, as clap shows them.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum Policy {
@@ -153,7 +202,7 @@ impl From<Policy> for OnError {
 /// Runs the command.
 pub fn main(global: &Global, args: &MirrorArgs) -> Result<Exit, Failure> {
     let engine = Engine::new(&config(global))?;
-    let signals = Signals::new(engine.ring())?;
+    let signals = Signals::new(engine.ring())?.with_continue(engine.ring())?;
     let (global, engine) = (global.clone(), Rc::new(engine));
     let run = Run { global, engine: engine.clone(), signals };
     // The arguments outlive the future in the process; the future must own them all the same.
@@ -177,6 +226,11 @@ struct Settings {
     speed: i64,
     granularity: Option<u64>,
     buf_size: i64,
+    copy_mode: CopyMode,
+    on_divergence: OnDivergence,
+    guest_first: GuestFirst,
+    max_downtime: u64,
+    deadline: Option<u64>,
     detect_zeroes: bool,
     allow_larger_target: bool,
     policies: ErrorPolicies,
@@ -212,6 +266,18 @@ impl Settings {
             speed: i64::try_from(args.speed).map_err(|_| too_large("speed"))?,
             granularity: args.granularity,
             buf_size: i64::try_from(args.buf_size).map_err(|_| too_large("buf-size"))?,
+            copy_mode: match args.copy_mode {
+                CopyModeArg::Background => CopyMode::Background,
+                CopyModeArg::WriteBlocking => CopyMode::WriteBlocking,
+            },
+            on_divergence: match args.on_divergence {
+                Divergence::WriteBlocking => OnDivergence::WriteBlocking,
+                Divergence::Throttle => OnDivergence::Throttle,
+                Divergence::Report => OnDivergence::Report,
+            },
+            guest_first: args.guest_first,
+            max_downtime: args.max_downtime,
+            deadline: args.deadline,
             detect_zeroes: args.detect_zeroes != DetectZeroes::Off,
             allow_larger_target: args.allow_larger_target,
             policies: ErrorPolicies {
@@ -297,6 +363,11 @@ impl Run {
         options.buf_size = settings.buf_size;
         options.speed = settings.speed;
         options.policies = settings.policies;
+        options.copy_mode = settings.copy_mode;
+        options.on_divergence = settings.on_divergence;
+        options.guest_first = settings.guest_first;
+        options.downtime_nanos_max = settings.max_downtime;
+        options.deadline_nanos = settings.deadline;
         options.detect_zeroes = settings.detect_zeroes;
         options.allow_larger_target = settings.allow_larger_target;
         options.marker = Some(Box::new(target.marker(&self.engine)));
@@ -327,6 +398,10 @@ impl Run {
             let something = either(job.next_event(), self.signals.next());
             match either(something, ring.sleep(INTERVAL_NANOS)).await {
                 Either::First(Either::First(event)) => self.tell(&progress, &event),
+                Either::First(Either::Second(Signal::Continue)) => match job.resume() {
+                    Ok(()) => progress.say("Going on"),
+                    Err(error) => progress.say(&error.to_string()),
+                },
                 Either::First(Either::Second(_)) => {
                     progress.say(if job.status().is_ready() {
                         "Finishing: the target becomes complete"
@@ -376,7 +451,12 @@ impl Run {
                 fmt_bytes(position.offset)
             )),
             JobEvent::Error { operation, action, .. } => {
-                progress.say(&format!("A {operation:?} failed; the policy says: {action:?}"));
+                let what = match action {
+                    ErrorAction::Report => "the job ends",
+                    ErrorAction::Ignore => "it is tried again",
+                    ErrorAction::Stop => "the job is paused; SIGCONT lets it go on, SIGTERM ends it",
+                };
+                progress.say(&format!("A {} failed: {what}", operation.name()));
             }
             _ => {}
         }

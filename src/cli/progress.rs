@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::Global;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::job::policy::CopyMode;
 use crate::job::runner::Job;
 
 /// How often progress is looked at.
@@ -20,6 +21,7 @@ pub const INTERVAL_NANOS: u64 = 200_000_000;
 pub struct Progress {
     bar: Option<ProgressBar>,
     json: bool,
+    quiet: bool,
     began_ns: u64,
     last: Option<(u64, u64)>,
     /// Bytes a second, smoothed.
@@ -38,7 +40,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_secs(3600));
             bar
         });
-        Progress { bar, json: global.json, began_ns: now_ns, last: None, rate: 0.0, looks: 0 }
+        Progress { bar, json: global.json, quiet, began_ns: now_ns, last: None, rate: 0.0, looks: 0 }
     }
 
     /// Looks at the job.
@@ -60,11 +62,16 @@ impl Progress {
             bar.set_prefix(details.phase);
             let eta = eta_ns.map_or_else(|| "-".to_owned(), fmt_duration);
             bar.set_message(format!(
-                "{} of {}  {}  ETA {eta}  dirty {}",
+                "{} of {}  {}  ETA {eta}  dirty {}{}",
                 fmt_bytes(progress.offset()),
                 fmt_bytes(progress.len()),
                 fmt_rate(self.rate as u64),
                 fmt_bytes(details.bytes_dirty),
+                match (details.copy_mode, details.converges) {
+                    (CopyMode::WriteBlocking, _) => "  write-blocking",
+                    (_, Some(false)) => "  does not converge",
+                    _ => "",
+                },
             ));
         }
         if self.json {
@@ -82,6 +89,16 @@ impl Progress {
                 "bytes-zeroed": details.bytes_zeroed,
                 "bytes-skipped": details.bytes_skipped,
                 "bytes-guest": details.bytes_guest,
+                "bytes-mirrored": details.bytes_mirrored,
+                "copy-mode": details.copy_mode,
+                "actively-synced": details.actively_synced,
+                "copy-bytes-per-sec": details.copy_bytes_per_sec,
+                "dirty-bytes-per-sec": details.dirty_bytes_per_sec,
+                "converges": details.converges,
+                "window-bytes": details.window_bytes,
+                "goal-ns": details.goal_nanos,
+                "pace-bytes-per-sec": details.pace_bytes_per_sec,
+                "io-status": job.info().io_status,
             });
             println!("{line}");
         }
@@ -98,7 +115,7 @@ impl Progress {
     pub fn say(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
-            None if !self.json => eprintln!("{text}"),
+            None if !self.json && !self.quiet => eprintln!("{text}"),
             None => {}
         }
     }

@@ -167,7 +167,7 @@ impl Exports {
         if self.clients() == 0 {
             return;
         }
-        match either(self.idle(), signals.next()).await {
+        match either(self.idle(), signals.next_ending()).await {
             Either::First(()) => {}
             Either::Second(signal) => tracing::info!(?signal, "ending the service"),
         }

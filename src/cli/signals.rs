@@ -1,4 +1,4 @@
-//! SIGINT, SIGTERM and SIGHUP as things that a task can wait for.
+//! SIGINT, SIGTERM, SIGHUP and SIGCONT as things that a task can wait for.
 //!
 //! The handler writes a byte into a socket pair, whose other end a task receives from through the ring:
 //! no thread, no lost signal, no work in the handler.
@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use blockferry_ring::Ring;
 use blockferry_ring::sync::Notify;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM};
 
 use super::exit::Failure;
 
@@ -21,6 +21,8 @@ pub enum Signal {
     Interrupt,
     /// From a supervisor (SIGTERM, SIGHUP).
     Terminate,
+    /// Go on with what an error has stopped (SIGCONT).
+    Continue,
 }
 
 /// Receives signals.
@@ -40,6 +42,12 @@ impl Signals {
             signals.listen(ring, number, signal)?;
         }
         Ok(signals)
+    }
+
+    /// SIGCONT is told as well: for commands that can be stopped by an error.
+    pub fn with_continue(self, ring: &Ring) -> Result<Signals, Failure> {
+        self.listen(ring, SIGCONT, Signal::Continue)?;
+        Ok(self)
     }
 
     fn listen(&self, ring: &Ring, number: i32, signal: Signal) -> Result<(), Failure> {
@@ -68,6 +76,16 @@ impl Signals {
     /// The next one, if one has come.
     pub fn try_next(&self) -> Option<Signal> {
         self.queue.borrow_mut().pop_front()
+    }
+
+    /// Waits for one that asks to end.
+    pub async fn next_ending(&self) -> Signal {
+        loop {
+            let signal = self.next().await;
+            if signal != Signal::Continue {
+                return signal;
+            }
+        }
     }
 
     /// Waits for the next one.

@@ -2,6 +2,8 @@
 
 /// Which parts of a disk still differ.
 pub mod dirty;
+/// How long guests wait.
+pub mod load;
 /// Nodes, roots and drain.
 pub mod node;
 /// Who may touch which part of a disk now.

@@ -16,6 +16,7 @@ use std::rc::{Rc, Weak};
 use blockferry_ring::sync::{Either, Notify, either};
 use blockferry_ring::{Buf, Errno, Nanos, Ring, SharedBuf};
 
+use super::load::Load;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::block::{
@@ -108,6 +109,7 @@ pub struct Node {
     roots: RefCell<Vec<Weak<RootInner>>>,
     users: RefCell<Vec<(u64, UseKind)>>,
     user_next: Cell<u64>,
+    load: Load,
 }
 
 impl std::fmt::Debug for Node {
@@ -227,6 +229,7 @@ impl Node {
             roots: RefCell::default(),
             users: RefCell::default(),
             user_next: Cell::new(0),
+            load: Load::default(),
         })
     }
 
@@ -248,6 +251,11 @@ impl Node {
     /// Whether the door is shut.
     pub fn is_drained(&self) -> bool {
         self.drains.get() > 0
+    }
+
+    /// How long its guests wait.
+    pub fn load(&self) -> &Load {
+        &self.load
     }
 
     /// Filters on it.
@@ -391,14 +399,21 @@ impl std::fmt::Debug for Root {
 }
 
 /// One request inside a node.
-struct Inside(Rc<Node>);
+struct Inside {
+    node: Rc<Node>,
+    /// When it came to the door; `None` for what tells nothing of the disk.
+    came: Option<Nanos>,
+}
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        self.0.in_flight.set(self.0.in_flight.get() - 1);
+        if let Some(came) = self.came {
+            self.node.load.ended(came, self.node.ring.clock());
+        }
+        self.node.in_flight.set(self.node.in_flight.get() - 1);
         // Only a drain waits for requests to end.
-        if self.0.drains.get() > 0 {
-            self.0.changed.notify();
+        if self.node.drains.get() > 0 {
+            self.node.changed.notify();
         }
     }
 }
@@ -465,9 +480,17 @@ impl Root {
         let node = self.inner.node.borrow().clone();
         if node.drains.get() == 0 || self.ungated {
             node.in_flight.set(node.in_flight.get() + 1);
-            return Inside(node);
+            return Inside { node, came: None };
         }
         self.enter_parked(node).await
+    }
+
+    /// For reads and changes: how long they take, the wait at the door included, is counted.
+    async fn enter_counted(&self) -> Inside {
+        let came = self.inner.node.borrow().ring.clock();
+        let mut inside = self.enter().await;
+        inside.came = Some(came);
+        inside
     }
 
     async fn enter_parked(&self, mut node: Rc<Node>) -> Inside {
@@ -479,7 +502,7 @@ impl Root {
             if now.drains.get() == 0 {
                 self.inner.parked.set(self.inner.parked.get() - 1);
                 now.in_flight.set(now.in_flight.get() + 1);
-                return Inside(now);
+                return Inside { node: now, came: None };
             }
             node = now;
         }
@@ -503,34 +526,34 @@ impl Root {
         if let Err(error) = self.check(Operation::Read, offset, buf.len() as u64) {
             return (buf, Err(error));
         }
-        let inside = self.enter().await;
-        match inside.0.driver.resolve(offset, buf.len() as u64) {
+        let inside = self.enter_counted().await;
+        match inside.node.driver.resolve(offset, buf.len() as u64) {
             Resolved::Zero => {
                 let mut buf = buf;
                 buf.fill_zero();
                 (buf, Ok(()))
             }
             Resolved::File { file, offset: at, pin }
-                if buf.is_aligned(inside.0.driver.limits().mem_align as usize) =>
+                if buf.is_aligned(inside.node.driver.limits().mem_align as usize) =>
             {
                 let wanted = buf.len();
-                let (buf, result) = inside.0.ring.read(&file, at, buf).await;
+                let (buf, result) = inside.node.ring.read(&file, at, buf).await;
                 drop(pin);
                 match result {
                     Ok(n) if n as usize == wanted => (buf, Ok(())),
                     // Short or failed: the driver knows what that means.
-                    _ => inside.0.driver.read(offset, buf).await,
+                    _ => inside.node.driver.read(offset, buf).await,
                 }
             }
-            _ => inside.0.driver.read(offset, buf).await,
+            _ => inside.node.driver.read(offset, buf).await,
         }
     }
 
     /// Writes all of `buf` at `offset`.
     pub async fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoResult {
         self.check(Operation::Write, offset, buf.len() as u64)?;
-        let inside = self.enter().await;
-        inside.0.mutate(Mutation::Write { offset, buf, flags }).await
+        let inside = self.enter_counted().await;
+        inside.node.mutate(Mutation::Write { offset, buf, flags }).await
     }
 
     /// Makes a range read as zeroes.
@@ -539,8 +562,8 @@ impl Root {
         if len == 0 {
             return Ok(());
         }
-        let inside = self.enter().await;
-        inside.0.mutate(Mutation::Zeroes { offset, len, flags }).await
+        let inside = self.enter_counted().await;
+        inside.node.mutate(Mutation::Zeroes { offset, len, flags }).await
     }
 
     /// Gives space back; contents are undefined afterwards.
@@ -550,19 +573,19 @@ impl Root {
             return Ok(());
         }
         let inside = self.enter().await;
-        inside.0.mutate(Mutation::Discard { offset, len }).await
+        inside.node.mutate(Mutation::Discard { offset, len }).await
     }
 
     /// Makes acknowledged writes durable.
     pub async fn flush(&self) -> IoResult {
         let inside = self.enter().await;
-        inside.0.driver.flush().await
+        inside.node.driver.flush().await
     }
 
     /// What is known of the range from `offset` on.
     pub async fn block_status(&self, offset: u64, len: u64) -> Result<Extent, BlockError> {
         self.check(Operation::BlockStatus, offset, len)?;
         let inside = self.enter().await;
-        inside.0.driver.block_status(offset, len).await
+        inside.node.driver.block_status(offset, len).await
     }
 }

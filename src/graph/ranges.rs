@@ -126,6 +126,12 @@ impl RangeLocks {
         self.claims.iter().any(|claim| claim.range.overlaps(range))
     }
 
+    /// The claim that begins first among those, granted or waiting, that touch `range`.
+    pub fn first_overlap(&self, range: ByteRange) -> Option<ByteRange> {
+        let touching = self.claims.iter().map(|claim| claim.range).filter(|claim| claim.overlaps(range));
+        touching.min_by_key(|claim| claim.start())
+    }
+
     /// The range that a claim in the table covers.
     pub fn range_of(&self, id: LockId) -> Option<ByteRange> {
         self.position(id).map(|at| self.claims[at].range)

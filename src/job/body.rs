@@ -8,7 +8,7 @@
 use blockferry_ring::{Nanos, PooledFuture};
 
 use super::error::JobFailure;
-use super::policy::{ErrorAction, IoOperation};
+use super::policy::{CopyMode, ErrorAction, IoOperation};
 use super::progress::Progress;
 use crate::base::bucket::Limiter;
 
@@ -38,6 +38,8 @@ pub struct Orders {
     pub finalize: bool,
     /// The body has returned and waits to be finalized.
     pub pending: bool,
+    /// A mirror: how guests' changes are treated, as ordered last.
+    pub copy_mode: CopyMode,
 }
 
 /// What a body tells the life cycle. At most one a step.
@@ -101,6 +103,28 @@ pub struct Details {
     pub errors: u64,
     /// Source and target are alike at this moment.
     pub in_sync: bool,
+    /// Every change by a guest is on both sides before the guest is answered.
+    pub actively_synced: bool,
+    /// How guests' changes are treated now.
+    pub copy_mode: CopyMode,
+    /// Bytes that guests' changes sent to the target.
+    pub bytes_mirrored: u64,
+    /// Bytes a second: what the job deals with.
+    pub copy_bytes_per_sec: u64,
+    /// Bytes a second: what guests make dirty.
+    pub dirty_bytes_per_sec: u64,
+    /// Whether the job gains on its guests; `None` while that cannot be told.
+    pub converges: Option<bool>,
+    /// Nanoseconds until source and target are alike at these rates.
+    pub eta_nanos: Option<Nanos>,
+    /// Bytes that the job may have in flight now.
+    pub window_bytes: u64,
+    /// The guests' latency that is not to be exceeded.
+    pub goal_nanos: Option<Nanos>,
+    /// Bytes of touched chunks a second that guests are held to; 0 is no limit.
+    pub pace_bytes_per_sec: u64,
+    /// How long guests stood at a shut door at most, because of the job.
+    pub downtime_nanos: Nanos,
 }
 
 /// The state machine of one kind of job.

@@ -12,6 +12,7 @@ pub mod status;
 /// The shape of every job: a state machine and its hands.
 pub mod body;
 /// Copies a disk while it is in use.
+pub mod governor;
 pub mod mirror;
 /// Runs a job.
 pub mod runner;

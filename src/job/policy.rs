@@ -49,6 +49,17 @@ impl OnError {
     }
 }
 
+/// How a mirror treats what guests change (`MirrorCopyMode` of QEMU's QAPI schema).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyMode {
+    /// It is copied later.
+    #[default]
+    Background,
+    /// It goes to source and target at the same time, and the guest is answered after both.
+    WriteBlocking,
+}
+
 /// Which side of the job failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -57,6 +68,16 @@ pub enum IoOperation {
     Read,
     /// A write to the target, or its flush.
     Write,
+}
+
+impl IoOperation {
+    /// For people: *read of the source* or *write to the target*.
+    pub fn name(self) -> &'static str {
+        match self {
+            IoOperation::Read => "read of the source",
+            IoOperation::Write => "write to the target",
+        }
+    }
 }
 
 /// Whether a job is stopped by an error, as `query-block-jobs` shows it.

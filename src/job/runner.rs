@@ -21,13 +21,14 @@ use blockferry_ring::{Nanos, Ring};
 
 use super::body::{Body, Context, Details, Event, Hands, Orders, Report};
 use super::error::{JobError, JobFailure};
-use super::event::JobEvent;
+use super::event::{JobEvent, JobType};
 use super::info::JobInfo;
 use super::lifecycle::{JobOptions, Lifecycle, Next};
-use super::policy::{ErrorAction, IoOperation, OnError};
+use super::policy::{CopyMode, ErrorAction, IoOperation, OnError};
 use super::progress::Progress;
 use super::status::Status;
 use crate::base::bucket::Limiter;
+use crate::graph::tracker::Tracker;
 
 /// Error policies of a job's two sides.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,6 +55,9 @@ struct Shared {
     told: Notify,
     /// Preparing has been asked for.
     finalizing: Cell<bool>,
+    copy_mode: Cell<CopyMode>,
+    /// What knows of guests' changes, for a job that has it.
+    tracker: RefCell<Option<Rc<Tracker>>>,
 }
 
 /// A handle of a job; clones are the same job.
@@ -95,6 +99,8 @@ impl Job {
             events: RefCell::default(),
             told: ring.notify(),
             finalizing: Cell::new(false),
+            copy_mode: Cell::default(),
+            tracker: RefCell::default(),
         }));
         job.0.publish();
         job
@@ -149,7 +155,8 @@ impl Job {
         let life = self.0.life.borrow();
         let busy =
             life.status().has_running_body() && !life.status().is_paused() && self.0.in_flight.get() > 0;
-        life.info(self.0.progress.get(), busy, None)
+        let synced = (life.job_type() == JobType::Mirror).then(|| self.is_actively_synced());
+        life.info(self.0.progress.get(), busy, synced)
     }
 
     /// The next event that nobody has taken.
@@ -207,6 +214,26 @@ impl Job {
         let speed = self.0.life.borrow().speed_bytes_per_sec();
         self.0.limiter.borrow_mut().set_speed(self.0.ring.now(), speed);
         Ok(())
+    }
+
+    /// Verb `change`: how a mirror treats what guests change. In force from the next step on, in both directions.
+    pub fn change_copy_mode(&self, mode: CopyMode) -> Result<(), JobError> {
+        self.verb(|life| life.check_change())?;
+        self.0.copy_mode.set(mode);
+        self.0.kick();
+        Ok(())
+    }
+
+    /// Every change by a guest that is acknowledged is on both sides by then, from now on and until this is false
+    /// again.
+    pub fn is_actively_synced(&self) -> bool {
+        self.0.tracker.borrow().as_ref().is_some_and(|tracker| tracker.is_actively_synced())
+    }
+
+    /// How a mirror begins.
+    pub(super) fn follows_guests(&self, mode: CopyMode, tracker: &Rc<Tracker>) {
+        self.0.copy_mode.set(mode);
+        *self.0.tracker.borrow_mut() = Some(tracker.clone());
     }
 
     /// Verb `complete`: pivot as soon as source and target are alike.
@@ -300,6 +327,7 @@ impl Shared {
             force_cancel: life.is_force_cancelled(),
             finalize: self.finalizing.get(),
             pending: life.status() == Status::Pending,
+            copy_mode: self.copy_mode.get(),
         }
     }
 }

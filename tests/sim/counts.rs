@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 /// What every run of the whole must have met at least once.
 pub const EXPECTED: &[&str] = &[
     "cancels, forced",
+    "changes of the copy mode",
+    "writes acknowledged while actively synced",
     "cancels, forced, with guests' overlapping writes in flight",
     "cancels, soft",
     "cancels, soft, with guests' overlapping writes in flight",

@@ -151,6 +151,11 @@ fn options(rig: &Rc<Rig>, plan: &JobPlan, target: &Disk) -> MirrorOptions {
     options.auto_finalize = plan.auto_finalize;
     options.auto_dismiss = plan.auto_dismiss;
     options.allow_larger_target = true;
+    options.copy_mode = plan.copy_mode;
+    options.on_divergence = plan.on_divergence;
+    options.guest_first = plan.guest_first;
+    options.downtime_nanos_max = plan.downtime_nanos_max;
+    options.deadline_nanos = plan.deadline_nanos;
     options.policies = ErrorPolicies { source: plan.on_source_error, target: plan.on_target_error };
     let (rig2, ambush) = (rig.clone(), plan.ambush);
     let info = MarkInfo::incomplete("mirror", &rig.current.borrow().path);
@@ -339,12 +344,23 @@ fn act(rig: &Rc<Rig>, job: &Job, verb: Verb) -> bool {
             }
             done
         }
+        Verb::ChangeCopyMode(mode) => {
+            let done = job.change_copy_mode(mode).is_ok();
+            if done {
+                rig.count("changes of the copy mode");
+            }
+            done
+        }
         Verb::Complete => {
             let whole = rig.venture.borrow().as_ref().is_some_and(|venture| venture.whole);
             whole && job.complete().is_ok()
         }
         Verb::SoftCancel => job.cancel(false).is_ok(),
-        Verb::ForceCancel => job.cancel(true).is_ok(),
+        Verb::ForceCancel => {
+            // Cut at this step: what is acknowledged must be on both sides, if that was promised.
+            watch::check_all_synced(rig);
+            job.cancel(true).is_ok()
+        }
         Verb::Quit => {
             let alive = job.ending().is_none();
             job.give_up();
@@ -374,7 +390,7 @@ fn act(rig: &Rc<Rig>, job: &Job, verb: Verb) -> bool {
                 );
             }
             Verb::Quit => rig.count("quits"),
-            Verb::Pause(_) | Verb::SetSpeed(_) => {}
+            Verb::Pause(_) | Verb::SetSpeed(_) | Verb::ChangeCopyMode(_) => {}
         }
     }
     done

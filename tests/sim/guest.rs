@@ -12,6 +12,7 @@ use super::model::{Words, Write};
 use super::nbd::Remote;
 use super::plan::{Guest, Join};
 use super::rig::Rig;
+use super::watch;
 
 /// How a client reaches the disk.
 #[derive(Clone)]
@@ -95,7 +96,9 @@ impl Way {
     /// The end of a write.
     fn end_write(&self, rig: &Rig, write: Write, result: &IoResult, durable: bool) {
         if self.judge(rig, result) {
+            let (cells, begun) = (write.cells(), write.begun());
             rig.model.borrow_mut().end_write(write, result.is_ok(), durable);
+            watch::check_synced(rig, cells, begun);
         } else {
             rig.lost.add(write);
         }

@@ -85,6 +85,18 @@ pub struct Write {
     words: Words,
 }
 
+impl Write {
+    /// The cells that it is about.
+    pub fn cells(&self) -> Range<usize> {
+        self.cells.clone()
+    }
+
+    /// When it began, as the model counts.
+    pub fn begun(&self) -> u64 {
+        self.begun
+    }
+}
+
 /// What a write puts into its cells.
 #[derive(Clone, Copy, Debug)]
 pub enum Words {
@@ -227,6 +239,14 @@ impl Model {
             doubt.values.push(Value { ended: now, failed: !well, ..Value::settled(word) });
             self.touched[at] = (write.begun, now);
             self.tidy(at);
+        }
+    }
+
+    /// No write to the cell is under way.
+    pub fn is_quiet(&self, cell: usize) -> bool {
+        match &self.cells[cell] {
+            Cell::Settled(_) => true,
+            Cell::Doubtful(doubt) => doubt.under_way.is_empty(),
         }
     }
 

@@ -5,8 +5,10 @@
 //! a job that is paused again and again, some a disk of three sectors.
 
 use blockferry::base::rng::Rng;
+use blockferry::job::governor::GuestFirst;
 use blockferry::job::mirror::SyncMode;
-use blockferry::job::policy::OnError;
+use blockferry::job::mirror::converge::OnDivergence;
+use blockferry::job::policy::{CopyMode, OnError};
 use blockferry_ring::sim::{DiscardModel, FileModel, Latency};
 
 /// One second.
@@ -92,6 +94,7 @@ pub enum Verb {
     /// Pauses, and resumes after so long.
     Pause(u64),
     SetSpeed(i64),
+    ChangeCopyMode(CopyMode),
     SoftCancel,
     ForceCancel,
     Complete,
@@ -127,6 +130,11 @@ pub struct JobPlan {
     pub remote_target: bool,
     pub on_source_error: OnError,
     pub on_target_error: OnError,
+    pub copy_mode: CopyMode,
+    pub on_divergence: OnDivergence,
+    pub guest_first: GuestFirst,
+    pub downtime_nanos_max: u64,
+    pub deadline_nanos: Option<u64>,
     /// What users do, and how long after the start.
     pub verbs: Vec<(u64, Verb)>,
     /// What a user does in the job's last moments, and how long after its mark begins to go.
@@ -258,6 +266,11 @@ impl Plan {
             remote_target: false,
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
+            copy_mode: CopyMode::Background,
+            on_divergence: OnDivergence::WriteBlocking,
+            guest_first: GuestFirst::Auto,
+            downtime_nanos_max: 0,
+            deadline_nanos: None,
             verbs: Vec::new(),
             ambush: None,
             requests: [400, 100, 300],
@@ -402,6 +415,23 @@ fn job(rng: &mut Rng, has_faults: bool) -> JobPlan {
         remote_target: one_in(rng, 6),
         on_source_error: pick(rng, &policies),
         on_target_error: pick(rng, &policies),
+        copy_mode: copy_mode(rng),
+        on_divergence: pick(
+            rng,
+            &[
+                OnDivergence::WriteBlocking,
+                OnDivergence::WriteBlocking,
+                OnDivergence::Throttle,
+                OnDivergence::Report,
+            ],
+        ),
+        guest_first: match rng.below(4) {
+            0 => GuestFirst::Off,
+            1 => GuestFirst::Goal(log_range(rng, 1_000, SECOND / 100)),
+            _ => GuestFirst::Auto,
+        },
+        downtime_nanos_max: if one_in(rng, 2) { 0 } else { log_range(rng, SECOND / 20, SECOND) },
+        deadline_nanos: one_in(rng, 6).then(|| log_range(rng, 1_000, SECOND)),
         verbs,
         ambush: one_in(rng, 6).then(|| (rng.below(60_000), verb(rng))),
         requests: std::array::from_fn(|_| if one_in(rng, 4) { 0 } else { log_range(rng, 8, 128) }),
@@ -415,8 +445,13 @@ fn speed(rng: &mut Rng) -> i64 {
     if one_in(rng, 4) { 0 } else { log_range(rng, 64 << 10, 256 << 20) as i64 }
 }
 
+fn copy_mode(rng: &mut Rng) -> CopyMode {
+    if one_in(rng, 3) { CopyMode::WriteBlocking } else { CopyMode::Background }
+}
+
 fn verb(rng: &mut Rng) -> Verb {
-    match rng.below(16) {
+    match rng.below(19) {
+        16.. => Verb::ChangeCopyMode(copy_mode(rng)),
         0..7 => Verb::Pause(log_range(rng, 1_000, SECOND / 20)),
         7..11 => Verb::SetSpeed(speed(rng)),
         11..13 => Verb::Complete,

@@ -13,7 +13,7 @@ use blockferry::graph::node::Root;
 use blockferry::job::runner::{Ending, Job};
 use blockferry_ring::sim::World;
 
-use super::disk::is_marked;
+use super::disk::{Disk, is_marked};
 use super::rig::{Images, Rig, Venture};
 
 /// Waits for the end of a job and compares.
@@ -139,6 +139,37 @@ fn not_completed(rig: &Rig) -> Result<(), String> {
     Ok(())
 }
 
+/// While a job says that it is actively synced, both disks hold every write that was acknowledged, at each moment:
+/// whatever ends the job now.
+pub fn check_synced(rig: &Rig, cells: std::ops::Range<usize>, begun: u64) {
+    let venture = rig.venture.borrow();
+    let Some(venture) = venture.as_ref().filter(|venture| !venture.pivoted) else { return };
+    // Where only changes are copied, what a client hears of late may have happened before the job.
+    let concerns = venture.whole || begun >= venture.since;
+    if !concerns || !venture.job.as_ref().is_some_and(Job::is_actively_synced) {
+        return;
+    }
+    rig.count("writes acknowledged while actively synced");
+    let size = rig.plan.cell;
+    for cell in cells {
+        if !rig.model.borrow().is_quiet(cell) {
+            continue;
+        }
+        let read = |disk: &Disk| rig.world.read_live(&*disk.path, (cell * size) as u64, size);
+        if read(&venture.source) != read(&venture.target) {
+            rig.fail(format!("actively synced, and the disks differ at offset {}", cell * size));
+            return;
+        }
+    }
+}
+
+/// The same for the whole disk.
+pub fn check_all_synced(rig: &Rig) {
+    if rig.venture.borrow().as_ref().is_some_and(|venture| venture.whole) {
+        check_synced(rig, 0..rig.len() / rig.plan.cell, u64::MAX);
+    }
+}
+
 /// A disk that guests were moved away from is not written any more.
 pub fn check_retired(rig: &Rig) {
     if let Some((disk, image)) = rig.retired.borrow_mut().take()
@@ -151,6 +182,7 @@ pub fn check_retired(rig: &Rig) {
 /// Looks at what would be left if the power went now.
 pub fn look(rig: &Rig) {
     rig.count("power cuts looked at");
+    check_all_synced(rig);
     let seed = rig.fork_rng().next_u64();
     judge_power_cut(rig, &rig.world.fork_after_power_cut(seed));
 }

@@ -15,6 +15,7 @@ use crate::base::range::ByteRange;
 use crate::base::zero::zero_runs;
 use crate::block::{BlockError, Driver, IoFuture, IoResult, WriteFlags, ZeroFlags};
 use crate::graph::node::{Drained, Filter, Node, Use, UseKind};
+use crate::graph::tracker::Tracker;
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
 use crate::job::policy::IoOperation;
@@ -42,14 +43,12 @@ pub(super) struct Parts {
     pub ring: Ring,
     pub memory: Memory,
     pub source: Use,
-    /// The target's node, for as long as the job uses it.
-    pub target: RefCell<Option<Use>>,
+    /// The target's use, for as long as the job has it. Guests' writes to both sides hold on to it as well.
+    pub target: Rc<RefCell<Option<Use>>>,
     pub target_node: Rc<Node>,
+    pub tracker: Rc<Tracker>,
     pub filter: Rc<dyn Filter>,
     pub drained: RefCell<Option<Drained>>,
-    /// A change of the target has failed. What it left can be seen there and yet be durable or not, whatever flush
-    /// follows: from then on nothing is taken for zero because it reads as zero.
-    pub target_failed: Cell<bool>,
     /// The job is over: a drain that succeeds from now on is nobody's.
     pub over: Cell<bool>,
     pub marker: Option<Box<dyn Marker>>,
@@ -73,6 +72,7 @@ impl Hands<Op, Outcome> for MirrorHands {
     }
 
     fn clean_up(&self, forced: bool) {
+        self.0.tracker.end();
         self.0.source.node().remove_filter(&self.0.filter);
         if let Some(verifier) = &self.0.verifier {
             self.0.source.node().remove_filter(&verifier.filter());
@@ -182,7 +182,7 @@ impl Parts {
             let left = range.end() - at;
             let extent = self.to().block_status(at, left).await.map_err(write_failed)?;
             let len = extent.len.clamp(1, left);
-            if extent.zero && !self.target_failed.get() {
+            if extent.zero && !self.tracker.has_target_failed() {
                 done.skipped += len;
             } else {
                 let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
@@ -196,7 +196,7 @@ impl Parts {
 
     fn changed(&self, result: IoResult) -> Result<(), Failed> {
         result.map_err(|error| {
-            self.target_failed.set(true);
+            self.tracker.target_failed();
             write_failed(error)
         })
     }

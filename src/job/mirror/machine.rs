@@ -32,13 +32,16 @@
 
 use std::rc::Rc;
 
+use blockferry_ring::Nanos;
+
+use super::conduct::Conduct;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
-use crate::graph::tracker::Tracker;
+use crate::graph::tracker::{GuestTally, Tracker};
 use crate::job::body::{Body, Context, Details, Event, Report};
 use crate::job::error::JobFailure;
-use crate::job::policy::{ErrorAction, IoOperation};
+use crate::job::policy::{CopyMode, ErrorAction, IoOperation};
 
 /// What the machine asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,7 +199,16 @@ pub struct Settings {
 struct Hint {
     range: ByteRange,
     hole: bool,
-    guest_changes: u64,
+}
+
+/// A claimed piece.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    range: ByteRange,
+    /// When it was asked for.
+    began: Nanos,
+    /// What it counts against the window.
+    weight: u64,
 }
 
 const EINVAL: i32 = 22;
@@ -209,20 +221,30 @@ pub struct Mirror {
     tracker: Rc<Tracker>,
     stage: Stage,
     cursor: u64,
-    /// What the source said of a range: a hole or not. Void when guests have changed anything since.
+    /// How it treats its guests.
+    conduct: Conduct,
+    /// What the source said of a range: a hole or not. Whoever acts on it asks again.
     hint: Option<Hint>,
     /// The mark is on the target: data may be written.
     marked: bool,
     marking: bool,
     asking: bool,
-    /// The tracker's count of changes when the source was asked.
-    asked_at: u64,
-    pieces: usize,
+    pieces: Vec<Piece>,
     bytes_in_flight: u64,
+    /// What guests' changes did on the target, as far as it has been seen to.
+    seen: GuestTally,
     others: usize,
     ready_told: bool,
     /// The door is shut to become ready, not to end.
     for_ready: bool,
+    /// The door is shut since then.
+    shut_at: Option<Nanos>,
+    /// Attempts in a row to end behind a shut door that took too long, and when the next one may begin.
+    late_attempts: u32,
+    shut_again_at: Nanos,
+    downtime_nanos: Nanos,
+    /// Nothing was written to the target since it was flushed, but what came in the meantime.
+    flushed: bool,
     /// The body has returned; it follows until it is finalized.
     pending: bool,
     failure: Option<JobFailure>,
@@ -234,22 +256,28 @@ pub struct Mirror {
 
 impl Mirror {
     /// A machine for what `tracker` says.
-    pub fn new(settings: Settings, tracker: Rc<Tracker>) -> Mirror {
+    pub fn new(settings: Settings, tracker: Rc<Tracker>, conduct: Conduct) -> Mirror {
         Mirror {
             settings,
             tracker,
             stage: Stage::Marking,
             cursor: 0,
+            conduct,
             hint: None,
             marked: false,
             marking: false,
             asking: false,
-            asked_at: 0,
-            pieces: 0,
+            pieces: Vec::with_capacity(limits::MIRROR_OPERATIONS_MAX),
             bytes_in_flight: 0,
+            seen: GuestTally::default(),
             others: 0,
             ready_told: false,
             for_ready: false,
+            shut_at: None,
+            late_attempts: 0,
+            shut_again_at: 0,
+            downtime_nanos: 0,
+            flushed: false,
             pending: false,
             failure: None,
             retry_at: None,
@@ -285,8 +313,7 @@ impl Mirror {
                 match result {
                     Ok((len, hole)) => {
                         let range = ByteRange::at_saturating(range.start(), len.max(1));
-                        let guest_changes = self.asked_at;
-                        self.hint = Some(Hint { range, hole, guest_changes });
+                        self.hint = Some(Hint { range, hole });
                     }
                     Err(failed) => self.error(cx, failed),
                 }
@@ -306,6 +333,7 @@ impl Mirror {
                 self.others -= 1;
                 match result {
                     Ok(()) => {
+                        self.flushed = true;
                         if self.stage == Stage::FlushingForReady {
                             self.flushed_for_ready(cx);
                         } else if self.settings.verify && self.advance(Stage::FlushingLast, Stage::Verifying)
@@ -345,7 +373,7 @@ impl Mirror {
             Outcome::Drained(drained) => {
                 self.others -= 1;
                 if self.stage != Stage::Draining {
-                    // Given up meanwhile.
+                    // Given up meanwhile, or it took too long.
                     if drained {
                         cx.operations.push(Op::Undrain);
                     }
@@ -382,8 +410,14 @@ impl Mirror {
         copied: Copied,
         undone: Option<(u64, Option<Failed>)>,
     ) {
-        self.pieces -= 1;
-        self.bytes_in_flight -= self.weight(range);
+        if let Some(at) = self.pieces.iter().position(|piece| piece.range == range) {
+            let piece = self.pieces.swap_remove(at);
+            self.bytes_in_flight -= piece.weight;
+            if copied.data > 0 {
+                self.conduct.piece_ended(cx.now.saturating_sub(piece.began));
+            }
+        }
+        self.flushed &= copied.data == 0 && copied.zeroed == 0;
         self.done.data += copied.data;
         self.done.zeroed += copied.zeroed;
         self.done.skipped += copied.skipped;
@@ -433,6 +467,7 @@ impl Mirror {
         if self.stage != Stage::Draining {
             cx.operations.push(Op::Undrain);
         }
+        self.door_opened(cx.now);
         self.for_ready = false;
         self.stage = if self.ready_told { Stage::Following } else { Stage::Copying };
     }
@@ -442,7 +477,7 @@ impl Mirror {
     fn flushed_for_ready(&mut self, cx: &mut Context<'_, Op>) {
         if self.tracker.is_clean() {
             self.tell_ready(cx);
-        } else if self.left() <= limits::MIRROR_CLOSING_BYTES_MAX && !cx.orders.hold {
+        } else if self.is_little() && !cx.orders.hold && cx.now >= self.shut_again_at {
             self.for_ready = true;
             self.shut(cx);
         } else {
@@ -454,6 +489,8 @@ impl Mirror {
         self.stage = Stage::Following;
         self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN;
         self.ready_told = true;
+        self.late_attempts = 0;
+        self.conduct.caught_up(cx.now, &self.tracker);
         *cx.report = Some(Report::Ready);
     }
 
@@ -462,35 +499,52 @@ impl Mirror {
         self.tracker.dirty_bytes() + self.tracker.copying_bytes()
     }
 
-    /// Whether a hint still holds. That a range is data may always be believed: copying zeroes is no
-    /// error. That it is a hole may not, once guests have changed something.
-    fn is_valid(&self, hint: Hint) -> bool {
-        !hint.hole || hint.guest_changes == self.tracker.guest_changes()
+    /// So little is left that guests can wait for it.
+    fn is_little(&self) -> bool {
+        self.left() <= self.conduct.closing_bytes() >> self.late_attempts.min(16)
     }
 
-    /// What a piece counts against `buf_size`: long pieces go through it bit by bit.
-    fn weight(&self, range: ByteRange) -> u64 {
-        range
-            .len()
-            .min(limits::MIRROR_CHUNK_BYTES.max(self.tracker.granularity()))
-            .min(self.settings.buf_size)
+    fn door_opened(&mut self, now: Nanos) {
+        if let Some(since) = self.shut_at.take() {
+            self.downtime_nanos = self.downtime_nanos.max(now.saturating_sub(since));
+        }
+    }
+
+    /// Opens a door that has been shut for as long as it may be.
+    fn keep_downtime(&mut self, cx: &mut Context<'_, Op>) {
+        let Some(by) = self.shut_at.and_then(|since| self.conduct.open_by(since)) else { return };
+        if !self.stage.may_reopen() {
+        } else if cx.now < by {
+            cx.wake_by(by);
+        } else {
+            tracing::info!(
+                attempts = self.late_attempts,
+                "the mirror's end takes too long for its guests; later again"
+            );
+            self.reopen(cx);
+            self.late_attempts += 1;
+            self.shut_again_at = cx.now + self.conduct.shut_again_after(self.late_attempts);
+        }
     }
 
     /// Starts copies as long as there is something to copy and room for it.
     fn copy_on(&mut self, cx: &mut Context<'_, Op>) {
-        let chunk = limits::MIRROR_CHUNK_BYTES.max(self.tracker.granularity());
-        while self.pieces < limits::MIRROR_OPERATIONS_MAX {
-            let Some(run) = self.tracker.peek(self.cursor, limits::MIRROR_ZERO_BYTES_MAX.max(chunk)) else {
+        let chunk = self.conduct.piece().max(self.tracker.granularity());
+        let window = self.conduct.window().min(self.settings.buf_size);
+        let run_max = if self.tracker.is_blocking() {
+            limits::MIRROR_ZERO_BYTES_MAX_BLOCKING
+        } else {
+            limits::MIRROR_ZERO_BYTES_MAX
+        };
+        while self.pieces.len() < limits::MIRROR_OPERATIONS_MAX {
+            let Some(run) = self.tracker.peek(self.cursor, run_max.max(chunk)) else {
                 return;
             };
             let hole = match self.hint {
-                Some(hint) if hint.range.contains(run.start()) && self.is_valid(hint) => {
-                    hint.hole.then_some(hint.range)
-                }
+                Some(hint) if hint.range.contains(run.start()) => hint.hole.then_some(hint.range),
                 _ => {
                     if !self.asking {
                         self.asking = true;
-                        self.asked_at = self.tracker.guest_changes();
                         let len = (self.settings.len - run.start()).min(limits::MIRROR_STATUS_BYTES_MAX);
                         cx.operations.push(Op::Status(ByteRange::at_saturating(run.start(), len)));
                     }
@@ -511,8 +565,7 @@ impl Mirror {
                 None => (first(run, chunk), false),
             };
             let (piece, zero) = piece;
-            let weight = self.weight(piece);
-            if !zero && self.bytes_in_flight > 0 && self.bytes_in_flight + weight > self.settings.buf_size {
+            if !zero && self.bytes_in_flight > 0 && self.bytes_in_flight + piece.len() > window {
                 return;
             }
             if !zero || self.settings.zeroes_cost {
@@ -522,17 +575,53 @@ impl Mirror {
                     return;
                 }
             }
-            self.tracker.claim(piece);
-            self.pieces += 1;
+            if !self.tracker.claim(piece) {
+                return;
+            }
+            let weight = if zero { 0 } else { piece.len() };
+            self.pieces.push(Piece { range: piece, began: cx.now, weight });
             self.bytes_in_flight += weight;
             self.cursor = piece.end();
             cx.operations.push(if zero { Op::Zero(piece) } else { Op::Copy(piece) });
         }
     }
 
+    /// Takes note of what guests' changes did on the target meanwhile.
+    fn heed_guests(&mut self, cx: &mut Context<'_, Op>) {
+        let tally = self.tracker.tally();
+        let mirrored = tally.mirrored_bytes - self.seen.mirrored_bytes;
+        cx.progress.done(tally.cleaned_bytes - self.seen.cleaned_bytes);
+        if mirrored > 0 {
+            // Guests are not made to wait for the limit: the copying makes room for them.
+            cx.limiter.charge_debt(cx.now, mirrored);
+            self.flushed = false;
+        }
+        self.seen = tally;
+        while let Some(error) = self.tracker.pop_failure() {
+            let failed =
+                Failed { operation: IoOperation::Write, errno: error.errno.0, text: error.to_string() };
+            self.error(cx, failed);
+        }
+    }
+
+    /// Decides how guests' changes are treated, and how much is in flight.
+    fn conduct(&mut self, cx: &mut Context<'_, Op>) {
+        let left = self.left();
+        let copies = self.marked && !cx.orders.hold && self.stage.copies() && left > 0;
+        let (tracker, len) = (&self.tracker, self.settings.len);
+        self.conduct.look(cx.now, tracker, cx.progress.offset(), left, len, copies);
+        // An unmarked target is not touched, and one that fails is left alone until the job goes on.
+        let may_block = self.marked
+            && !cx.orders.hold
+            && self.retry_at.is_none()
+            && self.failure.is_none()
+            && self.stage != Stage::Over;
+        tracker.set_blocking(may_block && self.conduct.wants_blocking(cx.orders.copy_mode));
+    }
+
     /// What follows from the state as it now is.
     fn upkeep(&mut self, cx: &mut Context<'_, Op>) {
-        let idle = self.pieces == 0 && self.others == 0 && !self.asking;
+        let idle = self.pieces.is_empty() && self.others == 0 && !self.asking;
         // Before the body has returned, and while it prepares; between the two the life cycle ends it by itself. This
         // comes before a failure that waits for what is in flight: that may be stuck.
         if cx.orders.force_cancel && (!self.pending || cx.orders.finalize) {
@@ -550,6 +639,7 @@ impl Mirror {
             // A paused job keeps no guest waiting.
             self.reopen(cx);
         }
+        self.keep_downtime(cx);
         if let Some(at) = self.retry_at {
             if at > cx.now {
                 cx.wake_by(at);
@@ -586,19 +676,28 @@ impl Mirror {
         let left = self.left();
         // All of the disk has been dealt with once: what is left is what guests changed since.
         let passed = cx.progress.offset() >= self.settings.len;
-        let little = left <= limits::MIRROR_CLOSING_BYTES_MAX;
-        let alike = left == 0 && self.pieces == 0 && self.others == 0 && !self.asking;
+        let little = self.is_little();
+        let alike = left == 0 && self.pieces.is_empty() && self.others == 0 && !self.asking;
+        let may_shut = cx.now >= self.shut_again_at;
+        if !may_shut {
+            cx.wake_by(self.shut_again_at);
+        }
         match self.stage {
-            Stage::Copying if alike || passed && little && self.others == 0 => {
+            Stage::Copying if alike || passed && little && may_shut && self.others == 0 => {
                 self.stage = Stage::FlushingForReady;
                 self.ask(cx, Op::Flush);
             }
             // So little is left that the guests can wait for it.
-            Stage::Following if little && self.others == 0 => {
+            Stage::Following if little && may_shut && self.others == 0 => {
                 if self.pending && cx.orders.finalize
                     || !self.pending && ending && self.settings.auto_finalize
                 {
-                    self.shut(cx);
+                    if self.flushed || !self.conduct.has_guests() {
+                        self.shut(cx);
+                    } else {
+                        // Most of the flush is not done behind the shut door.
+                        self.ask(cx, Op::Flush);
+                    }
                 } else if !self.pending && ending {
                     self.pending = true;
                     *cx.report = Some(Report::Returned(Ok(())));
@@ -607,6 +706,7 @@ impl Mirror {
             Stage::Closing if alike && self.for_ready => {
                 self.for_ready = false;
                 cx.operations.push(Op::Undrain);
+                self.door_opened(cx.now);
                 self.tell_ready(cx);
             }
             Stage::Closing if alike && is_planted(Bug::FlushSkipped) => {
@@ -623,6 +723,7 @@ impl Mirror {
     }
 
     fn settled(&mut self, cx: &mut Context<'_, Op>) {
+        self.door_opened(cx.now);
         if !self.pending {
             self.pending = true;
             *cx.report = Some(Report::Returned(Ok(())));
@@ -633,6 +734,7 @@ impl Mirror {
     }
 
     fn shut(&mut self, cx: &mut Context<'_, Op>) {
+        self.shut_at = Some(cx.now);
         if is_planted(Bug::NoDrainBeforePivot) && !self.for_ready {
             self.stage = Stage::Closing;
             return;
@@ -650,6 +752,7 @@ impl Mirror {
         if self.stage.is_closing() && self.stage != Stage::Draining {
             cx.operations.push(Op::Undrain);
         }
+        self.door_opened(cx.now);
         self.stage = Stage::Over;
         *cx.report = Some(if preparing {
             Report::Prepared(Err(failure))
@@ -674,27 +777,45 @@ impl Body for Mirror {
     type Outcome = Outcome;
 
     fn step(&mut self, cx: &mut Context<'_, Op>, event: Event<Outcome>) {
+        self.heed_guests(cx);
         self.apply(cx, event);
         if cx.report.is_none() && self.stage != Stage::Over {
             self.upkeep(cx);
         }
+        self.conduct(cx);
         cx.progress.set_remaining(self.left());
     }
 
     fn in_flight(&self) -> usize {
-        self.pieces + self.others + usize::from(self.asking)
+        self.pieces.len() + self.others + usize::from(self.asking)
     }
 
     fn details(&self) -> Details {
+        let rates = self.conduct.rates();
         Details {
             phase: self.stage.name(),
             bytes_copied: self.done.data,
             bytes_zeroed: self.done.zeroed,
             bytes_skipped: self.done.skipped,
             bytes_dirty: self.left(),
-            bytes_guest: self.tracker.guest_bytes(),
+            bytes_guest: self.seen.bytes,
             errors: self.errors,
             in_sync: self.tracker.is_clean(),
+            actively_synced: self.tracker.is_actively_synced(),
+            copy_mode: if self.tracker.is_blocking() {
+                CopyMode::WriteBlocking
+            } else {
+                CopyMode::Background
+            },
+            bytes_mirrored: self.seen.mirrored_bytes,
+            copy_bytes_per_sec: rates.copied,
+            dirty_bytes_per_sec: rates.dirtied,
+            converges: self.conduct.verdict(),
+            eta_nanos: rates.eta_nanos(self.left()),
+            window_bytes: self.conduct.window(),
+            goal_nanos: self.conduct.goal(),
+            pace_bytes_per_sec: self.tracker.pace(),
+            downtime_nanos: self.downtime_nanos,
         }
     }
 }

@@ -6,6 +6,9 @@ use blockferry_ring::{Config, Ring};
 use super::*;
 use crate::base::bucket::Limiter;
 use crate::job::body::Orders;
+use crate::job::governor::GuestFirst;
+use crate::job::mirror::conduct::ConductSettings;
+use crate::job::mirror::converge::OnDivergence;
 use crate::job::progress::Progress;
 
 const MIB: u64 = 1 << 20;
@@ -30,7 +33,7 @@ impl Bench {
         let world = World::new(WorldConfig::new(1));
         let ring = Ring::with_backend(world.backend(), &Config { arena_bytes: 1 << 20, ..Config::default() })
             .unwrap();
-        let tracker = Tracker::new(&ring, len, 65_536, ring.notify()).unwrap();
+        let tracker = Tracker::new(&ring, len, 65_536, None, ring.notify()).unwrap();
         tracker.set_all();
         let mut settings = Settings {
             len,
@@ -41,9 +44,16 @@ impl Bench {
             sizes_differ: false,
         };
         change(&mut settings);
+        let conduct = ConductSettings {
+            guest_first: GuestFirst::Off,
+            on_divergence: OnDivergence::WriteBlocking,
+            downtime_nanos_max: 0,
+            deadline_nanos: None,
+            window_max: settings.buf_size,
+        };
         Bench {
             _ring: ring,
-            machine: Mirror::new(settings, tracker.clone()),
+            machine: Mirror::new(settings, tracker.clone(), Conduct::new(conduct, None, 0)),
             tracker,
             orders: Orders::default(),
             limiter: Limiter::new(0, 0),

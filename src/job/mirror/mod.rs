@@ -13,6 +13,8 @@
 //! pending job follows its source instead of stopping its guests, the speed limit holds in every phase,
 //! and a target larger than its source is possible when allowed.
 
+pub mod conduct;
+pub mod converge;
 mod hands;
 pub mod machine;
 mod memory;
@@ -21,15 +23,19 @@ pub mod verify;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use blockferry_ring::Ring;
+use blockferry_ring::{Nanos, Ring};
 
 use super::event::JobType;
+use super::governor::GuestFirst;
 use super::lifecycle::{JobOptions, parse_speed};
+use super::policy::CopyMode;
 use super::runner::{ErrorPolicies, Job};
 use crate::base::limits;
 use crate::block::BlockError;
 use crate::graph::node::{Filter, Node, UseKind};
-use crate::graph::tracker::Tracker;
+use crate::graph::tracker::{Peer, Tracker};
+use conduct::{Conduct, ConductSettings};
+use converge::OnDivergence;
 pub use hands::Marker;
 use hands::{MirrorHands, Parts};
 use machine::{Mirror, Settings};
@@ -77,6 +83,16 @@ pub struct MirrorOptions {
     pub marker: Option<Box<dyn Marker>>,
     /// Compares source and target before the job ends.
     pub verifier: Option<Rc<Verifier>>,
+    /// How guests' changes are treated at first.
+    pub copy_mode: CopyMode,
+    /// How much the guests' latency counts.
+    pub guest_first: GuestFirst,
+    /// What to do when guests are faster than the job.
+    pub on_divergence: OnDivergence,
+    /// The longest time for which guests stand at a shut door, in nanoseconds; 0 for no bound.
+    pub downtime_nanos_max: Nanos,
+    /// Be ready within this time, in nanoseconds, even if guests notice.
+    pub deadline_nanos: Option<Nanos>,
 }
 
 impl MirrorOptions {
@@ -95,6 +111,11 @@ impl MirrorOptions {
             allow_larger_target: false,
             marker: None,
             verifier: None,
+            copy_mode: CopyMode::Background,
+            guest_first: GuestFirst::Auto,
+            on_divergence: OnDivergence::WriteBlocking,
+            downtime_nanos_max: limits::DOWNTIME_NANOS_DEFAULT,
+            deadline_nanos: None,
         }
     }
 }
@@ -175,7 +196,10 @@ pub async fn start(
     let target_use = target.attach(UseKind::JobTarget("mirror"))?;
     let job = Job::new(ring, job_options, options.policies);
     let len = from.len();
-    let tracker = Tracker::new(ring, len, granularity, job.waker())?;
+    let target_use = Rc::new(RefCell::new(Some(target_use)));
+    let peer = Rc::new(Peer { driver: to.clone(), keep: target_use.clone() });
+    let tracker = Tracker::new(ring, len, granularity, Some(peer), job.waker())?;
+    job.follows_guests(options.copy_mode, &tracker);
     if options.sync != SyncMode::None {
         tracker.set_all();
     }
@@ -205,17 +229,25 @@ pub async fn start(
         ring: ring.clone(),
         memory,
         source: source_use,
-        target: RefCell::new(Some(target_use)),
+        target: target_use,
         target_node: target.clone(),
+        tracker: tracker.clone(),
         filter,
         drained: RefCell::new(None),
-        target_failed: Cell::new(false),
         over: Cell::new(false),
         marker: options.marker,
         verifier: options.verifier,
         detect_zeroes: options.detect_zeroes,
         granularity,
     }));
-    job.start(Mirror::new(settings, tracker), Rc::new(hands));
+    let conduct = ConductSettings {
+        guest_first: options.guest_first,
+        on_divergence: options.on_divergence,
+        downtime_nanos_max: options.downtime_nanos_max,
+        deadline_nanos: options.deadline_nanos,
+        window_max: buf_size,
+    };
+    let conduct = Conduct::new(conduct, Some(source.clone()), ring.now());
+    job.start(Mirror::new(settings, tracker, conduct), Rc::new(hands));
     Ok(job)
 }

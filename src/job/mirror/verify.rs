@@ -74,7 +74,7 @@ impl Verifier {
         target: &Rc<dyn Driver>,
     ) -> Result<Rc<Verifier>, DirtyMapError> {
         let len = source.len();
-        let due = Tracker::new(ring, len, PIECE_BYTES, ring.notify())?;
+        let due = Tracker::new(ring, len, PIECE_BYTES, None, ring.notify())?;
         due.set_all();
         let pieces = len.div_ceil(PIECE_BYTES) as usize;
         Ok(Rc::new(Verifier {
