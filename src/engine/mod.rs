@@ -10,7 +10,6 @@
 pub mod create;
 pub mod guest;
 pub mod open;
-mod q_stub;
 pub mod qcow2;
 
 use std::cell::RefCell;

@@ -8,6 +8,7 @@
 pub mod filesystem;
 pub mod image;
 pub mod nbd;
+pub mod qcow2;
 pub mod writer;
 
 use std::fmt::Write as _;
