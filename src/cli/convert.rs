@@ -357,10 +357,11 @@ impl Run {
                 }
             }
             Ending::Cancelled => eprintln!("Cancelled: '{}' is incomplete and marked so", args.target),
-            Ending::Failed(_) => match mismatch {
-                Some(at) => eprintln!("Verify: source and target differ at offset {at}"),
-                None => {}
-            },
+            Ending::Failed(_) => {
+                if let Some(at) = mismatch {
+                    eprintln!("Verify: source and target differ at offset {at}");
+                }
+            }
         }
         exit
     }

@@ -12,7 +12,7 @@ use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format, state_dir};
 use super::tool::{OutputArgs, human_size};
 use super::{Global, config, snapshot, stats};
-use crate::base::limits::BACKING_CHAIN_MAX;
+use crate::base::limits::{BACKING_CHAIN_MAX, SECTOR_BYTES};
 use crate::block::Driver;
 use crate::engine::qcow2::{format, qcow2, recorded_format};
 use crate::engine::{Engine, Format, ImageOptions};
@@ -125,7 +125,8 @@ fn to_json(layer: &Layer) -> Value {
             "name": "file",
             "info": {
                 "children": [],
-                "virtual-size": file.len(),
+                // QEMU counts files in sectors.
+                "virtual-size": file.len().next_multiple_of(SECTOR_BYTES),
                 "filename": name,
                 "format": file.kind(),
                 "actual-size": file.allocated_bytes(),
