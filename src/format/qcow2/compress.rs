@@ -11,7 +11,7 @@ use std::rc::Rc;
 use blockferry_ring::{Errno, Ring, SharedBuf};
 
 use super::alloc::Run;
-use super::entry::{Cluster, Raw};
+use super::entry::Raw;
 use super::image::{Fault, Qcow2, Turn};
 use super::options::CompressionType;
 use crate::base::range::ByteRange;
@@ -145,7 +145,7 @@ impl Qcow2 {
         let _claim = self.claims.enter(ByteRange::at_saturating(offset, size), true).await;
         let raw = self.load_entry(offset).await?;
         let old = self.decode(raw, offset)?;
-        if !matches!(old, Cluster::Unallocated | Cluster::Zero) {
+        if old.masks().0 != 0 {
             let why = "The cluster is there already; compressed clusters are only added.";
             return Err(Fault::Refused(Errno::EIO, why.into()));
         }

@@ -146,6 +146,11 @@ impl Qcow2 {
         // From here on the part is gone; unmapping it gives room back.
         let size = self.g.cluster_size();
         let mut at = len.next_multiple_of(size);
+        if at > len {
+            // Whoever lets the disk grow again may not think of what the last cluster held.
+            let tail = ByteRange::at_saturating(len, at.min(old) - len);
+            self.zero_guest(tail, ZeroFlags::default()).await?;
+        }
         while at < old {
             if self.meta.borrow().l2_table(at)? == L2Table::None {
                 at = (self.g.l1_index(at) + 1).saturating_mul(self.g.l2_covers());

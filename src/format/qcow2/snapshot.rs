@@ -285,7 +285,6 @@ impl Qcow2 {
             if entry & OFFSET_MASK == 0 {
                 continue;
             }
-            self.meta.borrow_mut().l1.set(index, entry & !COPIED);
             let start = index.saturating_mul(self.g.l2_covers());
             for number in 0..self.g.l2_entries() {
                 let at = start + (number << self.g.cluster_bits);
@@ -294,6 +293,8 @@ impl Qcow2 {
                     self.meta.borrow_mut().set_entry(at, Raw { entry: raw.entry & !COPIED, ..raw });
                 }
             }
+            // Last: in a table that is marked as shared, no entry is believed to be sole.
+            self.meta.borrow_mut().l1.set(index, entry & !COPIED);
             self.write_back_if_crowded().await?;
         }
         Ok(())

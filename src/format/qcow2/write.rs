@@ -335,7 +335,8 @@ impl Qcow2 {
                 meta.free(Freed { first, count: end - first, discard: false });
             }
             other => {
-                let kept = new_entry & super::entry::OFFSET_MASK;
+                let compressed = new_entry & super::entry::COMPRESSED != 0;
+                let kept = if compressed { 0 } else { new_entry & super::entry::OFFSET_MASK };
                 if let Some((host, _)) = other.host()
                     && host != kept
                 {
