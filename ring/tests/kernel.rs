@@ -306,3 +306,20 @@ fn a_range_is_copied_without_being_read() {
     });
     assert_eq!(ring.shutdown(1_000_000_000).leaked, 0);
 }
+
+#[test]
+fn more_calls_than_the_pool_queues_wait_for_room() {
+    let ring = ring();
+    let calls: Vec<_> = (0..2000u32)
+        .map(|n| {
+            let r = ring.clone();
+            ring.spawn_with_result(async move { r.offload(move || n + 1).await })
+        })
+        .collect();
+    ring.block_on(async move {
+        for (n, call) in (0u32..).zip(calls) {
+            assert_eq!(call.take().await, Ok(n + 1));
+        }
+    });
+    assert_eq!(ring.shutdown(1_000_000_000).leaked, 0);
+}

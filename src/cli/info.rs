@@ -3,6 +3,7 @@
 //! The JSON has the fields of `qemu-img info`, and some of our own: `driver`, `request-alignment`, `state` and `mark`.
 //! Backing files are not opened, unless `--backing-chain` asks for them: each layer is looked at by itself.
 
+use std::path::Path;
 use std::rc::Rc;
 
 use clap::Args;
@@ -17,7 +18,7 @@ use crate::block::Driver;
 use crate::engine::qcow2::{format, qcow2, recorded_format};
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::Info;
-use crate::format::qcow2::gate::resolve;
+use crate::format::qcow2::gate::{resolve, understand};
 use crate::protocol::mark::{MarkInfo, TargetMark};
 
 /// Tell what an image is, and whether a copy to it was left incomplete
@@ -86,7 +87,7 @@ async fn look(engine: &Engine, args: &InfoArgs) -> Result<Vec<Layer>, Failure> {
     loop {
         let driver = engine.open(&name, &options).await?.driver().clone();
         let info = match qcow2(&driver) {
-            Some(image) => Some(image.info().await?),
+            Some(image) => Some(with_full_name(image.info().await?, &driver)),
             None => None,
         };
         let identity = driver.identity();
@@ -105,11 +106,22 @@ async fn look(engine: &Engine, args: &InfoArgs) -> Result<Vec<Layer>, Failure> {
         let above = driver.name().to_owned();
         layers.push(Layer { name, driver, info, mark });
         let Some((backing, recorded)) = below else { return Ok(layers) };
-        let reference = resolve(&gate, std::path::Path::new(&above), &backing)
-            .map_err(|error| Failure::text(error.to_string()))?;
+        let reference =
+            resolve(&gate, Path::new(&above), &backing).map_err(|error| Failure::text(error.to_string()))?;
         name = reference.path.display().to_string();
         options.format = recorded_format(reference.format.as_deref().or(recorded.as_deref()), &name)?;
     }
+}
+
+/// The name that the backing file would be opened by: none is open here.
+fn with_full_name(mut info: Info, driver: &Rc<dyn Driver>) -> Info {
+    if let (None, Some(name)) = (&info.full_backing_filename, &info.backing_filename) {
+        let reference = understand(Path::new(driver.name()), name);
+        // What is no file of this machine is shown as it is written.
+        let full = reference.map_or_else(|_| name.clone(), |found| found.path.display().to_string());
+        info.full_backing_filename = Some(full);
+    }
+    info
 }
 
 /// The driver at the bottom.
