@@ -26,8 +26,10 @@ pub const EAGAIN_RETRIES_EAGER: u32 = 4;
 pub const EAGAIN_PAUSE_NANOS: u64 = 1_000_000;
 /// A blocking wait ends after this long even if nothing came: a lost wake-up becomes a log line, not a hang.
 pub const SAFETY_BACKSTOP_NANOS: u64 = 1_000_000_000;
-/// Threads of the offload pool, started on first use.
+/// Threads of the offload pool, started on first use, when nothing else is asked for.
 pub const OFFLOAD_THREADS: usize = 4;
+/// Threads of the offload pool at most.
+pub const OFFLOAD_THREADS_MAX: usize = 64;
 /// Calls that wait for an offload thread.
 pub const OFFLOAD_QUEUE: usize = 256;
 /// Bounded io-wq workers: devices without RWF_NOWAIT are served by them.

@@ -118,7 +118,8 @@ fn a_shutdown_that_waits_for_long_sleeps_meanwhile() {
 /// A ring with narrow turns, and a disk.
 fn narrow(budget: Budget) -> (World, Ring, File) {
     let world = World::new(WorldConfig::new(1));
-    world.add_file("/disk", FileModel { latency: Latency::fixed(SECOND / 10), ..FileModel::regular(8 << 20) });
+    world
+        .add_file("/disk", FileModel { latency: Latency::fixed(SECOND / 10), ..FileModel::regular(8 << 20) });
     let config = Config { arena_bytes: 16 << 20, budget, ..Config::default() };
     let ring = Ring::with_backend(world.backend(), &config).unwrap();
     let file = ring.open(Path::new("/disk"), &OpenHow::default()).unwrap();

@@ -17,6 +17,11 @@ pub const DISK_LEN_MAX: u64 = (i64::MAX as u64) & !((1 << 30) - 1);
 /// Backing files below one node. A longer chain is a loop or a mistake.
 pub const BACKING_CHAIN_MAX: usize = 200;
 
+/// Memory for the L2 tables of one qcow2 image, in bytes: with clusters of 64 KiB they map 256 GiB.
+pub const QCOW2_L2_CACHE_BYTES: u64 = 32 * MIB;
+/// Memory for the refcount blocks of one qcow2 image, in bytes.
+pub const QCOW2_REFCOUNT_CACHE_BYTES: u64 = 4 * MIB;
+
 // ---- Dirty maps ----
 
 /// Finest dirty-map granularity, in bytes (QMP `granularity`).
