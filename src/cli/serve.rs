@@ -142,6 +142,8 @@ pub struct Exports {
     ring: Ring,
     config: ServerConfig,
     servers: Vec<Listening>,
+    /// What clients may have written to.
+    writable: Vec<Root>,
 }
 
 /// A server and where it listens.
@@ -157,7 +159,12 @@ struct Listening {
 impl Exports {
     /// None yet; clients will have the usual limits.
     pub fn new(ring: &Ring) -> Exports {
-        Exports { ring: ring.clone(), config: ServerConfig::default(), servers: Vec::new() }
+        Exports {
+            ring: ring.clone(),
+            config: ServerConfig::default(),
+            servers: Vec::new(),
+            writable: Vec::new(),
+        }
     }
 
     /// None yet; clients will have the limits that were said.
@@ -175,6 +182,9 @@ impl Exports {
         global: &Global,
     ) -> Result<(), Failure> {
         let root = Root::new(node, read_only)?;
+        if !read_only {
+            self.writable.push(root.clone());
+        }
         let export = Export {
             root,
             description: format!("{} by Blockferry", node.name()),
@@ -233,10 +243,15 @@ impl Exports {
         }
     }
 
-    /// Ends the service.
+    /// Ends the service. What clients have written and not flushed is written out, tables of images too.
     pub async fn stop(&self) {
         for listening in &self.servers {
             listening.server.stop().await;
+        }
+        for root in &self.writable {
+            if let Err(error) = root.node().driver().flush().await {
+                tracing::error!(%error, "what clients have written last may be lost");
+            }
         }
     }
 }

@@ -196,7 +196,7 @@ mod tests {
             pace = convergence.pace(pace);
             steps.push(pace);
         }
-        assert!(pace <= 100 * MIB && pace >= PACE_MIN, "{pace}");
+        assert!((PACE_MIN..=100 * MIB).contains(&pace), "{pace}");
         assert!(steps.windows(2).all(|two| two[1] >= two[0] - two[0] / 7), "no step is large: {steps:?}");
     }
 
