@@ -147,6 +147,11 @@ impl RangeLocks {
         self.claims.is_empty()
     }
 
+    /// Whether no further claim can be made.
+    pub fn is_full(&self) -> bool {
+        self.claims.len() >= self.claims_max
+    }
+
     /// Claims that are not granted yet.
     pub fn waiting(&self) -> usize {
         self.waiting

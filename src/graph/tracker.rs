@@ -255,8 +255,11 @@ impl Tracker {
     }
 
     fn unlock(&self, lock: LockId) {
-        let others_wait = self.locks.borrow().waiting() > 0;
-        let _ = self.locks.borrow_mut().release(lock);
+        let mut locks = self.locks.borrow_mut();
+        // For their turn, or for room in the table.
+        let others_wait = locks.waiting() > 0 || locks.is_full();
+        let _ = locks.release(lock);
+        drop(locks);
         if others_wait {
             self.moved.notify();
         }
