@@ -95,12 +95,14 @@ pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
 pub struct Exports {
     ring: Ring,
     servers: Vec<(SocketAddress, NbdServer)>,
+    /// What clients may have written to.
+    writable: Vec<Root>,
 }
 
 impl Exports {
     /// None yet.
     pub fn new(ring: &Ring) -> Exports {
-        Exports { ring: ring.clone(), servers: Vec::new() }
+        Exports { ring: ring.clone(), servers: Vec::new(), writable: Vec::new() }
     }
 
     /// Gives clients `node` at `uri`, and says where.
@@ -113,6 +115,9 @@ impl Exports {
         global: &Global,
     ) -> Result<(), Failure> {
         let root = Root::new(node, read_only)?;
+        if !read_only {
+            self.writable.push(root.clone());
+        }
         let export = Export {
             root,
             description: format!("{} by Blockferry", node.name()),
@@ -173,10 +178,15 @@ impl Exports {
         }
     }
 
-    /// Ends the service.
+    /// Ends the service. What clients have written and not flushed is written out, tables of images too.
     pub async fn stop(&self) {
         for (_, server) in &self.servers {
             server.stop().await;
+        }
+        for root in &self.writable {
+            if let Err(error) = root.node().driver().flush().await {
+                tracing::error!(%error, "what clients have written last may be lost");
+            }
         }
     }
 }
