@@ -8,7 +8,8 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use blockferry_ring::{Errno, Ring, SharedBuf};
+use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::{Errno, Ring};
 
 use super::alloc::Run;
 use super::entry::Raw;
@@ -120,12 +121,12 @@ impl Qcow2 {
     }
 
     /// Compresses a cluster and writes it; what does not become smaller is written as it is.
-    pub(super) async fn write_compressed_guest(&self, offset: u64, buf: &SharedBuf) -> Result<(), Fault> {
+    pub(super) async fn write_compressed_guest(&self, offset: u64, mut bytes: Vec<u8>) -> Result<(), Fault> {
         self.check_writable()?;
-        let size = self.g.cluster_size();
-        let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.len.get());
-        let whole = buf.len() as u64 == size || end == Some(self.len.get());
-        if !offset.is_multiple_of(size) || end.is_none() || buf.len() as u64 > size || !whole {
+        let (size, len) = (self.g.cluster_size(), bytes.len() as u64);
+        let end = offset.checked_add(len).filter(|end| *end <= self.len.get());
+        let whole = len == size || end == Some(self.len.get());
+        if !offset.is_multiple_of(size) || end.is_none() || len > size || !whole {
             let why = "Only whole clusters can be written compressed.";
             return Err(Fault::Refused(Errno::EINVAL, why.into()));
         }
@@ -133,14 +134,15 @@ impl Qcow2 {
             let why = "Images with an external data file have no compressed clusters.";
             return Err(Fault::Refused(Errno::EOPNOTSUPP, why.into()));
         }
-        let mut bytes = vec![0; size as usize];
-        buf.copy_to(0, &mut bytes[..buf.len()]);
         let kind = self.header.borrow().compression;
-        let packed = self.ring.offload(move || compress(kind, &bytes)).await;
-        let packed = packed.map_err(|errno| {
+        let work = move || {
+            bytes.resize(size as usize, 0);
+            (compress(kind, &bytes), bytes)
+        };
+        let (packed, bytes) = self.ring.offload(work).await.map_err(|errno| {
             Fault::Refused(errno, "A cluster could not be handed to a thread to be compressed.".into())
         })?;
-        let Some(packed) = packed else { return self.write_guest(offset, buf).await };
+        let Some(packed) = packed else { return self.write_plain(offset, &bytes[..len as usize]).await };
         self.mark_bitmaps().await?;
         let _claim = self.claims.enter(ByteRange::at_saturating(offset, size), true).await;
         let raw = self.load_entry(offset).await?;
@@ -166,6 +168,17 @@ impl Qcow2 {
             return Err(fault);
         }
         self.write_back_if_crowded().await
+    }
+
+    async fn write_plain(&self, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
+        let mut at = offset;
+        for piece in bytes.chunks(BLOCK_MAX) {
+            let mut buf = self.ring.alloc(piece.len()).await;
+            buf.copy_from(0, piece);
+            self.write_guest(at, &buf.freeze()).await?;
+            at += piece.len() as u64;
+        }
+        Ok(())
     }
 
     /// Room for `len` bytes (a cluster at most); each cluster of the file that they touch has one more reference.

@@ -15,9 +15,15 @@ use super::header::Header;
 use super::locks::Claims;
 use super::memory::Memory;
 use super::meta::{Damage, Meta};
+use super::read::join_all;
 use crate::base::range::ByteRange;
 use crate::block::pin::Epochs;
 use crate::block::{BlockError, Driver, Operation, WriteFlags};
+
+/// Pages that are written at the same time.
+const PAGES_AT_ONCE: usize = 16;
+/// Slices that are read at once where tables are gone through in order.
+const AHEAD_SLICES: u64 = 4;
 
 /// What went wrong inside.
 #[derive(Clone, Debug)]
@@ -84,6 +90,19 @@ pub(super) struct Counters {
     pub(super) syncs: Cell<u64>,
 }
 
+/// How requests went so far, for those who measure.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Reads that became one operation of a file, or zeroes, at once.
+    pub resolved: u64,
+    /// Reads that took the driver's own way.
+    pub asked: u64,
+    /// Times that slices of tables were read.
+    pub loads: u64,
+    /// Write-backs of tables.
+    pub syncs: u64,
+}
+
 /// The state of write-backs.
 #[derive(Debug, Default)]
 pub(super) struct SyncState {
@@ -133,6 +152,10 @@ pub struct Qcow2 {
     /// What is held of the files.
     pub(super) permissions: Cell<crate::block::Permissions>,
     pub(super) packing: Packing,
+    /// Changes of mappings, counted round and round.
+    pub(super) changes: Cell<u32>,
+    /// Where the slice begins that comes after the one that was loaded last.
+    pub(super) load_next: Cell<u64>,
     pub(super) counters: Counters,
 }
 
@@ -221,8 +244,11 @@ impl Qcow2 {
     }
 
     pub(super) async fn write_pages(&self, pages: &[Page]) -> Result<(), Fault> {
-        for (offset, bytes) in pages {
-            self.write_bytes(*offset, bytes).await?;
+        for some in pages.chunks(PAGES_AT_ONCE) {
+            let writes = some.iter().map(|(at, bytes)| self.ring.boxed(self.write_bytes(*at, bytes)));
+            for result in join_all(writes.collect()).await {
+                result?;
+            }
         }
         Ok(())
     }
@@ -233,12 +259,19 @@ impl Qcow2 {
         Ok(self.file.write_zeroes(offset, len, flags).await?)
     }
 
-    /// Loads a slice of an L2 table.
+    /// Loads a slice of an L2 table; more of the table if the one before it was the last to be loaded.
     pub(super) async fn load_l2(&self, at: u64) -> Result<(), Fault> {
         let len = self.meta.borrow().l2.slice_bytes();
         self.counters.loads.set(self.counters.loads.get() + 1);
-        let bytes = self.read_bytes(at, len).await?;
-        self.meta.borrow_mut().l2.insert(at, bytes.into());
+        let sequential = self.load_next.get() == at;
+        let table_end = self.g.cluster_start(at) + self.g.cluster_size();
+        let end = if sequential { table_end.min(at + AHEAD_SLICES * len) } else { at + len };
+        self.load_next.set(end);
+        let bytes = self.read_bytes(at, end - at).await?;
+        let mut meta = self.meta.borrow_mut();
+        for (i, slice) in bytes.chunks_exact(len as usize).enumerate() {
+            meta.l2.insert(at + i as u64 * len, slice.into());
+        }
         Ok(())
     }
 

@@ -50,7 +50,7 @@ use std::rc::Rc;
 use blockferry_ring::{Ring, SharedBuf};
 
 pub use gate::{Gate, OpenFiles, Role, Wanted};
-pub use image::Qcow2;
+pub use image::{Counted, Qcow2};
 pub use info::{BitmapInfo, CheckReport, Info, MapExtent, Measured, Repair, SnapshotInfo};
 pub use options::{Compat, CompressionType, CreateOptions, Preallocation};
 
@@ -130,6 +130,17 @@ impl Qcow2 {
         self.below()
     }
 
+    /// How requests went so far.
+    pub fn counted(&self) -> Counted {
+        let counters = &self.counters;
+        Counted {
+            resolved: counters.resolved.get(),
+            asked: counters.asked.get(),
+            loads: counters.loads.get(),
+            syncs: counters.syncs.get(),
+        }
+    }
+
     /// Facts about it, as they are now.
     pub async fn info(&self) -> Result<Info, BlockError> {
         match self.info_now().await {
@@ -182,12 +193,18 @@ impl Qcow2 {
     /// Several may be under way at once; the work is done on the ring's offload threads.
     /// The cluster has to be unallocated; else `EIO`, as in QEMU.
     pub async fn write_compressed(&self, offset: u64, buf: SharedBuf) -> IoResult {
-        match self.write_compressed_guest(offset, &buf).await {
+        let mut bytes = vec![0; buf.len()];
+        buf.copy_to(0, &mut bytes);
+        drop(buf);
+        self.write_compressed_bytes(offset, bytes).await
+    }
+
+    /// The same with bytes on the heap: a cluster may be larger than any buffer.
+    pub async fn write_compressed_bytes(&self, offset: u64, bytes: Vec<u8>) -> IoResult {
+        let range = ByteRange::at_saturating(offset, bytes.len() as u64);
+        match self.write_compressed_guest(offset, bytes).await {
             Ok(()) => Ok(()),
-            Err(fault) => {
-                let range = ByteRange::at_saturating(offset, buf.len() as u64);
-                Err(self.tell(Operation::Write, range, fault).await)
-            }
+            Err(fault) => Err(self.tell(Operation::Write, range, fault).await),
         }
     }
 

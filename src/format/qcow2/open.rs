@@ -181,6 +181,8 @@ impl Qcow2 {
             bitmaps_marked: Cell::new(false),
             permissions: Cell::new(Permissions::NONE),
             packing: Packing::new(ring),
+            load_next: Cell::new(u64::MAX),
+            changes: Cell::new(0),
             counters: Counters::default(),
         }
     }

@@ -6,6 +6,9 @@ use super::entry::{Cluster, Raw, subclusters_touched};
 use super::geometry::{Geometry, SUBCLUSTERS};
 use super::meta::{Damage, Known};
 
+/// So many entries are looked at for one piece: others wait for their turn meanwhile.
+const ENTRIES_AT_ONCE: u32 = 16_384;
+
 /// Where bytes of the disk are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
@@ -59,8 +62,9 @@ impl Frame {
         to: u64,
     ) -> Result<Known<Piece>, Damage> {
         let mut found: Option<Piece> = None;
-        let mut at = from;
-        while at < to {
+        let (mut at, mut looked_at) = (from, 0);
+        while at < to && looked_at < ENTRIES_AT_ONCE {
+            looked_at += 1;
             let raw = match lookup(at)? {
                 Known::Load(slice) if found.is_none() => return Ok(Known::Load(slice)),
                 Known::Load(_) => break,

@@ -17,6 +17,9 @@ use crate::base::planted::{Bug, is_planted};
 /// So many freed runs wait at most before they are worth a write-back.
 const FREED_MAX: usize = 1024;
 
+/// After so many changes others have their turn.
+const CHANGES_A_TURN: u32 = 256;
+
 /// Pages of mappings, as they were at one instant.
 struct Mappings {
     l2: Vec<Page>,
@@ -32,8 +35,14 @@ impl Qcow2 {
         self.write_back().await
     }
 
-    /// Writes tables back when there is so much to write that it must not become more.
+    /// Writes tables back when there is so much to write that it must not become more. Called after every
+    /// change, it also lets others have their turn now and then: a change of a terabyte may need no I/O.
     pub(super) async fn write_back_if_crowded(&self) -> Result<(), Fault> {
+        let changes = self.changes.get().wrapping_add(1);
+        self.changes.set(changes);
+        if changes.is_multiple_of(CHANGES_A_TURN) {
+            self.ring.yield_now().await;
+        }
         let crowded = {
             let meta = self.meta.borrow();
             meta.l2.is_crowded() || meta.refs.is_crowded() || meta.freed.len() > FREED_MAX
