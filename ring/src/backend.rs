@@ -256,6 +256,9 @@ pub trait Backend {
     /// Connects. Completes at once on loopback and unix sockets; callers that may block offload it.
     fn connect(&mut self, address: &SocketAddress) -> Result<FileId, Errno>;
 
+    /// Makes a socket that [`Op::Connect`] connects to `address`.
+    fn socket(&mut self, address: &SocketAddress) -> Result<FileId, Errno>;
+
     /// Ends both directions of a stream: operations in flight on it complete.
     fn shutdown_stream(&mut self, file: FileId);
 }

@@ -13,7 +13,7 @@ use slab::Slab;
 use crate::Nanos;
 use crate::arena::Arena;
 use crate::backend::{Backend, Wait};
-use crate::config::Budget;
+use crate::config::{Budget, Patience};
 use crate::exec::{Exec, TaskId};
 use crate::limits;
 use crate::op::{CloseFile, File, FileId, Held, Op, Pieces};
@@ -79,6 +79,7 @@ pub(crate) struct Core {
     /// Calls handed to the offload pool whose owners still wait; told when one ends.
     pub(crate) offloads: Cell<usize>,
     pub(crate) offload_ended: Notify,
+    pub(crate) patience: Cell<Option<Patience>>,
 }
 
 impl CloseFile for Core {
@@ -349,10 +350,12 @@ impl Core {
         if may_block {
             let backstop = self.now.get() + limits::SAFETY_BACKSTOP_NANOS;
             wait.deadline = Some(deadline.map_or(backstop, |d| d.min(backstop)));
-            if in_flight >= limits::DEEP_QUEUE {
-                wait.want = in_flight.min(limits::DEEP_WANT);
-                wait.min_wait_usec = limits::DEEP_MIN_WAIT_USEC;
+            let patience = self.patience.get().filter(|patience| in_flight > patience.completions);
+            if let Some(patience) = patience {
+                wait.want = patience.completions;
+                wait.min_wait_usec = patience.wait_usec;
             } else {
+                // Asking for more at once, with a wait of a microsecond, costs a timer an enter: see `docs/architecture.md`.
                 wait.want = 1;
             }
         }

@@ -60,6 +60,7 @@ errnos!(
     EADDRNOTAVAIL,
     ECONNABORTED,
     ESHUTDOWN,
+    ESTALE,
     ENOTTY,
     ELOOP,
     ENAMETOOLONG

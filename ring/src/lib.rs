@@ -45,7 +45,7 @@ mod timer;
 pub mod uring;
 
 pub use backend::{Backend, CopyRange, FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
-pub use config::{Budget, Config, OffloadMode, SetupError, Shutdown, Turn};
+pub use config::{Budget, Config, OffloadMode, Patience, SetupError, Shutdown, Turn};
 pub use errno::Errno;
 pub use mem::{Buf, Region, SharedBuf};
 pub use op::{CopyHow, File, FileId};

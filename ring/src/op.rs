@@ -83,6 +83,8 @@ pub enum Op {
     Discard { file: FileId, offset: u64, len: u64 },
     /// Accept a connection; the result is a [`FileId`].
     Accept { file: FileId },
+    /// Connect a socket to the address that it was made for.
+    Connect { file: FileId },
     /// Receive what has come, up to the memory's length; 0 is the end of the stream.
     Recv { file: FileId, mem: Mem },
     /// Receive until the memory is full; less means the end of the stream.
@@ -120,6 +122,7 @@ impl Op {
             | Op::Fallocate { file, .. }
             | Op::Discard { file, .. }
             | Op::Accept { file }
+            | Op::Connect { file }
             | Op::Recv { file, .. }
             | Op::RecvAll { file, .. }
             | Op::Send { file, .. }
@@ -144,6 +147,7 @@ impl Op {
             Op::Fallocate { .. } => "fallocate",
             Op::Discard { .. } => "discard",
             Op::Accept { .. } => "accept",
+            Op::Connect { .. } => "connect",
             Op::Recv { .. } | Op::RecvAll { .. } => "recv",
             Op::Send { .. } | Op::SendPieces { .. } => "send",
         }

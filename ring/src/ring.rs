@@ -24,8 +24,8 @@ use slab::Slab;
 
 use crate::Nanos;
 use crate::arena::{Arena, BLOCK_MAX, Segment};
-use crate::backend::{Backend, CopyRange, RemoteWaker};
-use crate::config::{Config, SetupError, Shutdown, Turn};
+use crate::backend::{Backend, CopyRange, RemoteWaker, SocketAddress};
+use crate::config::{Config, Patience, SetupError, Shutdown, Turn};
 use crate::core::{Core, Slot, State, user_data};
 use crate::errno::Errno;
 use crate::exec::{Exec, TaskId};
@@ -104,6 +104,7 @@ impl Ring {
             fixed_allowed: Cell::new(true),
             offloads: Cell::new(0),
             offload_ended,
+            patience: Cell::new(None),
         });
         let ring = Ring(core);
         ring.grow_arena(config.arena_bytes)
@@ -171,6 +172,11 @@ impl Ring {
     /// The memory for I/O.
     pub fn arena(&self) -> &Arena {
         &self.0.arena
+    }
+
+    /// From now on the ring waits for several completions at once, where more are in flight; `None` for one.
+    pub fn set_patience(&self, patience: Option<Patience>) {
+        self.0.patience.set(patience);
     }
 
     /// The counters.
@@ -319,6 +325,14 @@ impl Ring {
         let id =
             self.submit::<PlainKind>(Op::Accept { file: listener.id() }, Held::None, Some(listener)).await?;
         Ok(self.wrap(FileId(id)))
+    }
+
+    /// Connects, however long the way is. Dropping the future gives the attempt up.
+    pub async fn dial(&self, address: &SocketAddress) -> Result<File, Errno> {
+        let id = self.0.backend.borrow_mut().socket(address)?;
+        let stream = self.wrap(id);
+        self.submit::<PlainKind>(Op::Connect { file: stream.id() }, Held::None, Some(&stream)).await?;
+        Ok(stream)
     }
 
     /// Receives what has come, up to `buf.len()` bytes; 0 is the end of the stream.

@@ -165,8 +165,8 @@ impl Run {
         let source = engine.open(&args.source, &options).await?;
         let open = OpenArgs {
             cache: args.target_cache.unwrap_or_default(),
-            no_lock: false,
             gate: args.gate.clone(),
+            ..OpenArgs::default()
         };
         let (target, target_state) = self.open_target(&source, &open).await?;
         let began = ring.clock();

@@ -10,7 +10,7 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, parse_format, state_dir};
+use super::image::{GateArgs, ServerArgs, parse_format, state_dir};
 use super::tool::{OutputArgs, human_size};
 use super::{Global, config, snapshot, stats};
 use crate::base::limits::{BACKING_CHAIN_MAX, SECTOR_BYTES};
@@ -41,6 +41,8 @@ pub struct InfoArgs {
     state_dir: Option<std::path::PathBuf>,
     #[command(flatten)]
     gate: GateArgs,
+    #[command(flatten)]
+    server: ServerArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -80,6 +82,7 @@ async fn look(engine: &Engine, args: &InfoArgs) -> Result<Vec<Layer>, Failure> {
         format: args.format,
         lock: false,
         gate: gate.clone(),
+        server: args.server.options(),
         no_backing: true,
         ..ImageOptions::read_only()
     };

@@ -15,6 +15,7 @@ use super::image::OpenArgs;
 use crate::block::Driver;
 use crate::engine::create::{NewImage, RawPreallocation};
 use crate::engine::open::local_path;
+use crate::engine::remote::is_remote;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::{Node, UseKind};
 use crate::protocol::file::{CreateOptions, FileDriver};
@@ -113,6 +114,12 @@ impl Target {
                 made = Some(path);
                 format = format.or(Some(new.format()));
             }
+        }
+        if is_remote(options.name) && !options.force {
+            return Err(Failure::text(format!(
+                "The target '{}' is a disk of a server, which is left alone. Say --force to overwrite it",
+                options.name
+            )));
         }
         let opened = engine.open(options.name, &options.open.image(format, false)).await;
         let node = match opened {

@@ -11,6 +11,7 @@ pub mod create;
 pub mod guest;
 pub mod open;
 pub mod qcow2;
+pub mod remote;
 
 use std::cell::RefCell;
 use std::os::fd::BorrowedFd;

@@ -434,6 +434,14 @@ impl Backend for SimBackend {
         self.control(OpKind::Connect, |_| Some(label), |inner, port| inner.connect(port, address))
     }
 
+    fn socket(&mut self, address: &SocketAddress) -> Result<FileId, Errno> {
+        let mut inner = self.world.0.borrow_mut();
+        if inner.is_dead(self.port) {
+            return Err(Errno::EIO);
+        }
+        Ok(inner.socket(self.port, address))
+    }
+
     fn shutdown_stream(&mut self, file: FileId) {
         let mut inner = self.world.0.borrow_mut();
         if let Some(target) = inner.files.get(&file.0).map(|open| open.target) {

@@ -4,12 +4,14 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::backend::{CopyRange, FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
 use crate::errno::Errno;
+use crate::limits::{KEEPALIVE_IDLE_SECS, KEEPALIVE_INTERVAL_SECS, KEEPALIVE_PROBES};
 use crate::op::CopyHow;
 
 /// Connections that may wait to be accepted.
@@ -299,9 +301,18 @@ pub(super) fn lookup(path: &Path) -> Result<Option<FileKind>, Errno> {
     }
 }
 
-pub(super) fn set_nodelay(fd: &OwnedFd) {
-    // Refused on unix sockets, which have no such delay.
-    let _ = rustix::net::sockopt::set_tcp_nodelay(fd, true);
+/// What every connection gets. Unix sockets refuse it: they have no such delay, and their peers do not vanish unseen.
+pub(super) fn set_stream_options(fd: &OwnedFd) {
+    use rustix::net::sockopt;
+    if sockopt::set_tcp_nodelay(fd, true).is_err() {
+        return;
+    }
+    // A machine that is gone says nothing: ask it, so that its end does not stay half-open for ever. A peer that is there
+    // and merely does not read answers the kernel, and stays.
+    let _ = sockopt::set_socket_keepalive(fd, true);
+    let _ = sockopt::set_tcp_keepidle(fd, Duration::from_secs(KEEPALIVE_IDLE_SECS));
+    let _ = sockopt::set_tcp_keepintvl(fd, Duration::from_secs(KEEPALIVE_INTERVAL_SECS));
+    let _ = sockopt::set_tcp_keepcnt(fd, KEEPALIVE_PROBES);
 }
 
 fn socket(family: AddressFamily) -> Result<OwnedFd, Errno> {
@@ -336,6 +347,14 @@ pub(super) fn listen(address: &SocketAddress) -> Result<(OwnedFd, SocketAddress)
     };
     rustix::net::listen(&fd, BACKLOG)?;
     Ok((fd, address))
+}
+
+/// A socket, and the address that it is to be connected to.
+pub(super) fn socket_for(address: &SocketAddress) -> Result<(OwnedFd, rustix::net::SocketAddrAny), Errno> {
+    match address {
+        SocketAddress::Unix(path) => Ok((socket(AddressFamily::UNIX)?, unix_address(path)?.into())),
+        SocketAddress::Tcp(tcp) => Ok((socket(family(tcp))?, (*tcp).into())),
+    }
 }
 
 pub(super) fn connect(address: &SocketAddress) -> Result<OwnedFd, Errno> {
