@@ -121,7 +121,7 @@ async fn map(
     let mut at = start;
     while at < end {
         let extent = match qcow2(driver) {
-            Some(image) => image.map(at, end - at).await?,
+            Some(image) => present(driver, at, image.map(at, end - at).await?).await?,
             None => {
                 let extent = driver.block_status(at, end - at).await?;
                 MapExtent {
@@ -144,4 +144,13 @@ async fn map(
         at += len;
     }
     Ok(lines)
+}
+
+/// What reads as zeroes because the backing file ends before it is not present, as QEMU sees it.
+async fn present(driver: &Rc<dyn Driver>, at: u64, extent: MapExtent) -> Result<MapExtent, BlockError> {
+    if extent.depth > 0 || extent.data || !extent.zero || !extent.present {
+        return Ok(extent);
+    }
+    let status = driver.block_status(at, extent.len).await?;
+    Ok(MapExtent { present: status.allocated, len: extent.len.min(status.len), ..extent })
 }

@@ -11,8 +11,9 @@ use super::tool::{OutputArgs, option_pairs, read_options};
 use super::{Global, config};
 use crate::block::{BlockError, Driver};
 use crate::engine::create::NewImage;
+use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format};
-use crate::format::qcow2::{Measured, Qcow2};
+use crate::format::qcow2::{Compat, Measured, Qcow2};
 
 /// Tell how much room a copy of an image, or an empty image, would take in another format
 #[derive(Debug, Args)]
@@ -41,21 +42,34 @@ pub struct MeasureArgs {
     output: OutputArgs,
 }
 
+/// What was measured.
+struct Sizes {
+    measured: Measured,
+    /// What the source's bitmaps would take in the new image, where both could have some.
+    bitmaps: Option<u64>,
+}
+
 /// Runs the command.
 pub fn main(global: &Global, args: MeasureArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
-    let measured = engine.run(async move { measure(&e, &a).await })?;
-    let value = json!({"required": measured.required, "fully-allocated": measured.fully_allocated});
+    let Sizes { measured, bitmaps } = engine.run(async move { measure(&e, &a).await })?;
+    let mut value = json!({"required": measured.required, "fully-allocated": measured.fully_allocated});
+    if let (Some(bytes), Some(object)) = (bitmaps, value.as_object_mut()) {
+        object.insert("bitmaps".into(), bytes.into());
+    }
     if !args.output.print(global, &value) {
         println!("required size: {}", measured.required);
         println!("fully allocated size: {}", measured.fully_allocated);
+        if let Some(bytes) = bitmaps {
+            println!("bitmaps size: {bytes}");
+        }
     }
     Ok(Exit::Done)
 }
 
-async fn measure(engine: &Engine, args: &MeasureArgs) -> Result<Measured, Failure> {
+async fn measure(engine: &Engine, args: &MeasureArgs) -> Result<Sizes, Failure> {
     let source = match &args.file {
         Some(file) => {
             let options = read_options(args.format, None, true, &args.gate);
@@ -66,17 +80,30 @@ async fn measure(engine: &Engine, args: &MeasureArgs) -> Result<Measured, Failur
     let len = source.as_ref().map_or(args.size, |source| Some(source.driver().len()));
     let pairs = option_pairs(&args.target_options)?;
     let new = NewImage::parse(args.target_format, &pairs, len).map_err(Failure::text)?;
-    match new {
-        NewImage::Raw { len, .. } => Ok(Measured { required: len, fully_allocated: len }),
-        NewImage::Qcow2(options) => {
-            options.check(args.file.as_deref().unwrap_or("the new image"))?;
-            let clusters = match &source {
-                Some(source) => data_clusters(source.driver(), options.cluster_size.into()).await?,
-                None => 0,
-            };
-            Ok(Qcow2::measure(&options, clusters))
+    let options = match new {
+        NewImage::Raw { len, .. } => {
+            let measured = Measured { required: len, fully_allocated: len };
+            return Ok(Sizes { measured, bitmaps: None });
+        }
+        NewImage::Qcow2(options) => options,
+    };
+    options.check(args.file.as_deref().unwrap_or("the new image"))?;
+    let cluster = u64::from(options.cluster_size);
+    let (mut clusters, mut bitmaps) = (0, None);
+    if let Some(source) = &source {
+        clusters = data_clusters(source.driver(), cluster).await?;
+        if let Some(image) = qcow2(source.driver()) {
+            let info = image.info().await?;
+            let both = info.compat == Compat::V3 && options.compat == Compat::V3;
+            // What bitmaps would take is not told where there are some.
+            bitmaps = (both && info.bitmaps.is_empty()).then_some(0);
         }
     }
+    let all = Qcow2::measure(&options, clusters);
+    // As QEMU counts: the tables are those of a full disk, whatever it holds now.
+    let tables = all.fully_allocated - options.size.next_multiple_of(cluster).min(all.fully_allocated);
+    let measured = Measured { required: tables + clusters * cluster, ..all };
+    Ok(Sizes { measured, bitmaps })
 }
 
 /// Clusters of this size in which not everything is zero for certain.

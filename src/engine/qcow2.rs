@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use blockferry_ring::{Errno, Ring, SharedBuf};
+use blockferry_ring::{Errno, Ring};
 
 use super::ImageOptions;
 use super::open::open;
@@ -88,10 +88,10 @@ impl Compressor for Qcow2Compressor {
         self.cluster_bytes
     }
 
-    fn write(&self, offset: u64, buf: SharedBuf) -> IoFuture<'_, IoResult> {
+    fn write(&self, offset: u64, bytes: Vec<u8>) -> IoFuture<'_, IoResult> {
         self.ring.boxed(async move {
             match qcow2(&self.driver) {
-                Some(image) => image.write_compressed(offset, buf).await,
+                Some(image) => image.write_compressed_bytes(offset, bytes).await,
                 None => Err(BlockError::new(Operation::Write, self.driver.name(), Errno::EOPNOTSUPP)),
             }
         })

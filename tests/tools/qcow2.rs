@@ -65,11 +65,18 @@ fn what_is_told_of_a_chain_is_what_qemu_img_tells() {
                 assert_has_all(&our_json(&arguments), &qemu_json(&arguments), options);
             }
             let arguments = ["map", "--output=json", image];
-            assert_same_json(&our_json(&arguments), &qemu_json(&arguments));
+            let (mut mine, mut theirs) = (our_json(&arguments), qemu_json(&arguments));
+            if options.contains("extended_l2") {
+                // QEMU tells where subclusters that hold nothing would be, and so cuts holes in two.
+                for map in [&mut mine, &mut theirs] {
+                    map.as_array_mut().expect("a list").retain(|extent| extent["data"] == true);
+                }
+            }
+            assert_same_json(&mine, &theirs);
             let arguments = ["map", image];
             assert_eq!(ours(&arguments), qemu(&arguments).out, "{options}");
             let arguments = ["check", "--output=json", image];
-            assert_same_json(&our_json(&arguments), &qemu_json(&arguments));
+            assert_has_all(&our_json(&arguments), &qemu_json(&arguments), options);
             let list = our_json(&["snapshot", "-l", "--output=json", image]);
             let info = qemu_json(&["info", "--output=json", image]);
             assert_same_json(&list, &info["snapshots"]);
@@ -137,7 +144,7 @@ fn compressed_images_are_read_by_qemu() {
     let raw = scratch.holey("raw", 20 * MIB + 512, &[(0, MIB)]);
     let text = "it was a dark and stormy night. ".repeat(100_000);
     scribble(&raw, 3 * MIB + 5, text.as_bytes());
-    for options in ["compression_type=zlib", "compression_type=zstd", "cluster_size=4k"] {
+    for options in ["compression_type=zlib", "compression_type=zstd", "cluster_size=4k", "cluster_size=2M"] {
         for threads in ["1", "8"] {
             let image = scratch.path(&format!("{options}-{threads}"));
             ours(&[
@@ -159,8 +166,9 @@ fn compressed_images_are_read_by_qemu() {
             same(&raw, &image);
             sound(&image);
             let compressed = &qemu_json(&["check", "--output=json", &image])["compressed-clusters"];
-            assert!(compressed.as_u64() >= Some(40), "{compressed}");
-            assert!(allocated(&image) < 2 * MIB, "{}", allocated(&image));
+            let (clusters, bytes) = if options.ends_with("2M") { (2, 14 * MIB) } else { (40, 2 * MIB) };
+            assert!(compressed.as_u64() >= Some(clusters), "{compressed}");
+            assert!(allocated(&image) < bytes, "{}", allocated(&image));
             let back = scratch.path("back");
             ours(&["convert", "-q", "--force", "-O", "raw", &image, &back]);
             assert_equal(&raw, &back);

@@ -176,13 +176,19 @@ impl Parts {
     ) -> Result<(), (u64, Failed)> {
         for cluster in range.chunks(compressor.cluster_bytes()) {
             let at = cluster.start();
-            let buf = self.ring.alloc(cluster.len() as usize).await;
-            let buf = self.read(cluster, buf).await.map_err(|failed| (at, failed))?.freeze();
-            if is_zero(buf.as_slice()) {
+            // On the heap: a cluster may be larger than any buffer.
+            let mut bytes = vec![0; cluster.len() as usize];
+            for piece in cluster.chunks(BLOCK_MAX as u64) {
+                let buf = self.ring.alloc(piece.len() as usize).await;
+                let buf = self.read(piece, buf).await.map_err(|failed| (at, failed))?;
+                let start = (piece.start() - at) as usize;
+                buf.copy_to(0, &mut bytes[start..start + piece.len() as usize]);
+            }
+            if is_zero(&bytes) {
                 self.make_zero(cluster, done).await.map_err(|failed| (at, failed))?;
                 continue;
             }
-            let written = compressor.write(at, buf).await;
+            let written = compressor.write(at, bytes).await;
             self.changed(written).map_err(|failed| (at, failed))?;
             done.data += cluster.len();
             add(&self.tally.bytes_compressed, cluster.len());

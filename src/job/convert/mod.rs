@@ -17,9 +17,7 @@ mod plan;
 use std::cell::Cell;
 use std::rc::Rc;
 
-use blockferry_ring::{Ring, SharedBuf};
-
-use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::Ring;
 
 use super::error::JobError;
 use super::event::JobType;
@@ -59,7 +57,7 @@ pub trait Compressor: std::fmt::Debug {
     fn cluster_bytes(&self) -> u64;
     /// Compresses and writes one cluster at a multiple of the cluster size, or what there is up to the end of the
     /// disk. Nothing may have been written there. Several may be under way at once.
-    fn write(&self, offset: u64, buf: SharedBuf) -> IoFuture<'_, IoResult>;
+    fn write(&self, offset: u64, bytes: Vec<u8>) -> IoFuture<'_, IoResult>;
 }
 
 /// How to convert.
@@ -123,12 +121,6 @@ pub enum ConvertError {
         /// Bytes of the source.
         source_bytes: u64,
     },
-    /// A cluster is more than one buffer holds.
-    #[error("Clusters of more than {max} bytes cannot be written compressed, and these have {cluster}", max = BLOCK_MAX)]
-    ClusterTooLarge {
-        /// Bytes of a cluster.
-        cluster: u64,
-    },
     /// A job option.
     #[error(transparent)]
     Job(#[from] JobError),
@@ -154,9 +146,6 @@ pub async fn start(
     }
     let cluster = to.limits().cluster_size.map_or(1, u64::from);
     let packed = options.compressor.as_ref().map(|compressor| compressor.cluster_bytes());
-    if let Some(cluster) = packed.filter(|cluster| *cluster > BLOCK_MAX as u64) {
-        return Err(ConvertError::ClusterTooLarge { cluster });
-    }
     let mut job_options = JobOptions::new(options.id.clone(), JobType::Convert);
     job_options.speed_bytes_per_sec = parse_speed(options.speed)?;
     let source_use = source.attach(UseKind::JobSource("convert"))?;
@@ -173,7 +162,7 @@ pub async fn start(
         parallel: options.parallel.clamp(1, limits::CONVERT_OPERATIONS_MAX),
         skip_zeroes: options.target_state == TargetState::Zero && options.sparse_bytes > 0,
         zeroes_cost: !to.capabilities().zero_fast || options.sparse_bytes == 0,
-        chunk: limits::CONVERT_CHUNK_BYTES,
+        chunk: limits::CONVERT_CHUNK_BYTES.max(packed.unwrap_or(0)),
         share: offload.is_worth_trying(),
         verify: options.verify,
     };
@@ -183,7 +172,7 @@ pub async fn start(
         target: target_use,
         marker: options.marker,
         offload,
-        unit: cluster.clamp(4096, limits::CONVERT_CHUNK_BYTES),
+        unit: cluster.clamp(4096, limits::CONVERT_CHUNK_BYTES).max(packed.unwrap_or(0)),
         sparse_bytes: options.sparse_bytes,
         target_state: options.target_state,
         compressor: options.compressor,
