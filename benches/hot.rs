@@ -16,7 +16,7 @@ use blockferry::base::bucket::TokenBucket;
 use blockferry::base::latency::LatencyHistogram;
 use blockferry::base::range::ByteRange;
 use blockferry::base::rng::Rng;
-use blockferry::base::zero::is_zero;
+use blockferry::base::zero::{is_zero, zero_runs};
 use blockferry::graph::dirty::DirtyMap;
 use blockferry::protocol::nbd::HeaderStyle;
 use blockferry::protocol::nbd::constants::{Command, CommandFlags};
@@ -148,6 +148,21 @@ fn zeroes(bench: &Bench) {
     bench.run("zero detection: 64 KiB of zeroes", |steps| {
         for _ in 0..steps {
             assert!(is_zero(black_box(&buf)));
+        }
+    });
+    bench.run("zero detection: the same by a plain loop", |steps| {
+        for _ in 0..steps {
+            assert!(black_box(&buf).iter().all(|&byte| byte == 0));
+        }
+    });
+    // What a conversion does to a buffer of which every other granule holds data.
+    let mut mixed = vec![0u8; 1 << 20];
+    for granule in mixed.chunks_mut(4096).step_by(2) {
+        granule.fill(7);
+    }
+    bench.run("zero detection: runs in 1 MiB, half data", |steps| {
+        for _ in 0..steps {
+            assert_eq!(zero_runs(black_box(&mixed), 4096).filter(|run| run.is_zero).count(), 128);
         }
     });
 }

@@ -63,7 +63,7 @@ enum Disks {
     Loops { source: Loop, target: Loop, _tmpfs: Mount },
     Zrams { source: Zram, target: Zram },
     Files { source: PathBuf, target: PathBuf },
-    Xfs { source: Mount, target: Mount, _loops: [Loop; 2], _tmpfs: Mount },
+    Xfs { source: Mount, target: Option<Mount>, loops: [Loop; 2], _tmpfs: Mount },
 }
 
 impl Disks {
@@ -85,16 +85,18 @@ impl Disks {
                 Disks::Files { source, target }
             }
             Media::FreshXfsFiles => {
-                let device_bytes = setup.data_bytes(bytes) * 2 + (1 << 30);
-                let tmpfs = tmpfs(2 * device_bytes + room)?;
+                // Room for all of the file: a contender may reserve space for what it makes zero.
+                let device_bytes = 2 * bytes + (4 << 30);
+                let data_bytes = setup.data_bytes(bytes);
+                let tmpfs = tmpfs(8 * data_bytes + (1 << 30))?;
                 let loops = [
                     Loop::new(&tmpfs.path().join("source.xfs"), device_bytes)?,
                     Loop::new(&tmpfs.path().join("target.xfs"), device_bytes)?,
                 ];
                 let source = Mount::xfs(loops[0].path(), &folder.join("source"))?;
-                let target = Mount::xfs(loops[1].path(), &folder.join("target"))?;
+                let target = Some(Mount::xfs(loops[1].path(), &folder.join("target"))?);
                 make_file(&source.path().join("disk.img"), bytes)?;
-                Disks::Xfs { source, target, _loops: loops, _tmpfs: tmpfs }
+                Disks::Xfs { source, target, loops, _tmpfs: tmpfs }
             }
         };
         setup.content.fill(&disks.source(), bytes)?;
@@ -115,7 +117,9 @@ impl Disks {
             Disks::Loops { target, .. } => target.path().to_owned(),
             Disks::Zrams { target, .. } => target.path().to_owned(),
             Disks::Files { target, .. } => target.clone(),
-            Disks::Xfs { target, .. } => target.path().join("disk.img"),
+            Disks::Xfs { target, .. } => {
+                target.as_ref().map_or_else(PathBuf::new, |mount| mount.path().join("disk.img"))
+            }
         }
     }
 
@@ -124,12 +128,14 @@ impl Disks {
     fn prepare(&mut self, setup: &Setup, bytes: u64, warm_up: bool) -> Fallible<()> {
         match self {
             Disks::Loops { target, .. } => target.renew()?,
-            Disks::Xfs { target, .. } => {
-                let file = target.path().join("disk.img");
-                if file.exists() {
-                    std::fs::remove_file(&file)?;
+            Disks::Xfs { target, loops, .. } => {
+                // A new filesystem puts files where the last one did, on memory that has been touched.
+                if let Some(mount) = target.take() {
+                    let place = mount.path().to_owned();
+                    drop(mount);
+                    let mount = target.insert(Mount::xfs(loops[1].path(), &place)?);
+                    make_file(&mount.path().join("disk.img"), bytes)?;
                 }
-                make_file(&file, bytes)?;
             }
             _ => {}
         }
@@ -351,11 +357,11 @@ impl Task<'_> {
         let began = Instant::now();
         qsd.monitor.execute("blockdev-mirror", job)?;
         let deadline = began + Duration::from_secs(180);
-        let event = qsd.monitor.event(&["BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED"], deadline)?;
+        let ready = qsd.until_ready(deadline)?;
         let wall_secs = began.elapsed().as_secs_f64();
         stop::check()?;
-        if event.as_deref() != Some("BLOCK_JOB_READY") {
-            return Err(format!("the job did not become ready: {event:?}").into());
+        if !ready {
+            return Err("the job did not become ready in three minutes".into());
         }
         let mut values = Values::from([
             ("wall-secs".to_owned(), wall_secs),

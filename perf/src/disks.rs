@@ -207,7 +207,8 @@ impl Mount {
     pub fn xfs(device: &Path, place: &Path) -> Fallible<Mount> {
         std::fs::create_dir_all(place)?;
         let (device, at) = (device.display().to_string(), place.display().to_string());
-        command("mkfs.xfs", &["-q", "-f", &device])?;
+        // Without -K it would give the device's memory back.
+        command("mkfs.xfs", &["-q", "-f", "-K", &device])?;
         command("mount", &["-t", "xfs", &device, &at])?;
         Ok(Mount(place.to_owned()))
     }

@@ -344,17 +344,14 @@ impl Run {
         merge(&mut job, arguments);
         let (began, cpu) = (Instant::now(), qsd.daemon.cpu_secs()?);
         qsd.monitor.execute("blockdev-mirror", job)?;
-        let ready = qsd.monitor.event(&["BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED"], began + PATIENCE)?;
+        let ready = qsd.until_ready(began + PATIENCE)?;
         let took = began.elapsed().as_secs_f64();
         values.insert("cpu-secs".to_owned(), qsd.daemon.cpu_secs()? - cpu);
         client.end(&mut values)?;
-        if ready.as_deref() == Some("BLOCK_JOB_COMPLETED") {
-            return Err("the job ended instead of becoming ready".into());
-        }
         let jobs = qsd.monitor.execute("query-block-jobs", json!({}))?;
         let copied = jobs[0]["offset"].as_f64().unwrap_or(0.0) / self.bytes as f64;
         values.insert("copied-to-size".to_owned(), copied);
-        values.insert("is-ready".to_owned(), f64::from(u8::from(ready.is_some())));
+        values.insert("is-ready".to_owned(), f64::from(u8::from(ready)));
         values.insert("ready-secs".to_owned(), took);
         values.insert("rss-mib".to_owned(), qsd.daemon.rss_mib_max()?);
         qsd.cancel("j")?;

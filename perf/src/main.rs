@@ -73,7 +73,7 @@ struct RunArgs {
     #[arg(long)]
     quick: bool,
     /// Only contenders whose names contain this (may be said more than once)
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     only: Vec<String>,
     /// Measure `blockferry mirror` with these options too, such as 'lanes=--lanes 2' (may be said more than once)
     #[arg(long, value_name = "NAME=OPTIONS", value_parser = variant)]

@@ -78,19 +78,14 @@ impl Monitor {
     }
 
     /// Waits for one of these events; `None` at the deadline.
-    pub fn event(&mut self, names: &[&str], deadline: Instant) -> Fallible<Option<String>> {
-        let name_of = |event: &Value| {
-            let name = event["event"].as_str()?;
-            names.contains(&name).then(|| name.to_owned())
-        };
-        for event in self.events.drain(..) {
-            if let Some(name) = name_of(&event) {
-                return Ok(Some(name));
-            }
+    pub fn event(&mut self, names: &[&str], deadline: Instant) -> Fallible<Option<Value>> {
+        let is_wanted = |event: &Value| event["event"].as_str().is_some_and(|name| names.contains(&name));
+        if let Some(event) = self.events.drain(..).find(is_wanted) {
+            return Ok(Some(event));
         }
         while let Some(line) = self.next(deadline)? {
-            if let Some(name) = name_of(&line) {
-                return Ok(Some(name));
+            if is_wanted(&line) {
+                return Ok(Some(line));
             }
         }
         Ok(None)
@@ -136,6 +131,17 @@ impl Qsd {
         let connect = || Ok(Monitor::connect(&socket, &complaints).ok());
         let monitor = daemon.until(Duration::from_secs(5), Duration::from_millis(2), connect)?;
         Ok(Qsd { monitor: monitor.ok_or("no monitor of qemu-storage-daemon")?, daemon })
+    }
+
+    /// Waits until a job is ready; false at the deadline, an error when it has ended instead.
+    pub fn until_ready(&mut self, deadline: Instant) -> Fallible<bool> {
+        match self.monitor.event(&["BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED"], deadline)? {
+            None => Ok(false),
+            Some(event) if event["event"] == "BLOCK_JOB_READY" => Ok(true),
+            Some(event) => {
+                Err(format!("the job ended instead of becoming ready: {}", event["data"]["error"]).into())
+            }
+        }
     }
 
     /// Ends a job, whatever state it is in, and waits until it is gone.

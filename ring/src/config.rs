@@ -21,6 +21,8 @@ pub struct Config {
     pub arena_bytes: usize,
     /// Where blocking calls run.
     pub offload: OffloadMode,
+    /// Threads of the pool, at most.
+    pub offload_threads: usize,
     /// Restrict the ring to the operations in use (seccomp does not see ring operations).
     pub restrict: bool,
     /// Bounds of a turn.
@@ -32,6 +34,7 @@ impl Default for Config {
         Config {
             arena_bytes: limits::ARENA_BYTES,
             offload: OffloadMode::Pool,
+            offload_threads: limits::OFFLOAD_THREADS,
             restrict: false,
             budget: Budget::default(),
         }

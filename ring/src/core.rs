@@ -19,6 +19,7 @@ use crate::limits;
 use crate::op::{CloseFile, File, FileId, Held, Op, Pieces};
 use crate::pool::Pool;
 use crate::stats::{Stats, add, max};
+use crate::sync::Notify;
 use crate::timer::Timers;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +77,9 @@ pub(crate) struct Core {
     pub(crate) budget: Budget,
     pub(crate) fixed_allowed: Cell<bool>,
     pub(crate) patience: Cell<Option<Patience>>,
+    /// Calls handed to the offload pool whose owners still wait; told when one ends.
+    pub(crate) offloads: Cell<usize>,
+    pub(crate) offload_ended: Notify,
 }
 
 impl CloseFile for Core {
@@ -350,10 +354,8 @@ impl Core {
             if let Some(patience) = patience {
                 wait.want = patience.completions;
                 wait.min_wait_usec = patience.wait_usec;
-            } else if in_flight >= limits::DEEP_QUEUE {
-                wait.want = in_flight.min(limits::DEEP_WANT);
-                wait.min_wait_usec = limits::DEEP_MIN_WAIT_USEC;
             } else {
+                // Asking for more at once, with a wait of a microsecond, costs a timer an enter: see `docs/architecture.md`.
                 wait.want = 1;
             }
         }

@@ -18,12 +18,6 @@ pub const TURN_COMPLETIONS: usize = 256;
 pub const TURN_NANOS: u64 = 500_000;
 /// Bytes of reads and writes that one enter submits: some devices do the I/O inside the enter.
 pub const TURN_BYTES: u64 = 8 << 20;
-/// Operations in flight from which on an enter asks for many completions at once.
-pub const DEEP_QUEUE: usize = 32;
-/// Completions asked for at depth (the kernel runs at most `max(20, want)` deferred ones an enter).
-pub const DEEP_WANT: usize = 256;
-/// The minimum wait that goes with it, in microseconds.
-pub const DEEP_MIN_WAIT_USEC: u32 = 1;
 /// How often one operation is tried again after `EAGAIN` before its owner gets the error.
 pub const EAGAIN_RETRIES: u32 = 64;
 /// From this retry on the ring pauses before it tries again.
@@ -32,8 +26,10 @@ pub const EAGAIN_RETRIES_EAGER: u32 = 4;
 pub const EAGAIN_PAUSE_NANOS: u64 = 1_000_000;
 /// A blocking wait ends after this long even if nothing came: a lost wake-up becomes a log line, not a hang.
 pub const SAFETY_BACKSTOP_NANOS: u64 = 1_000_000_000;
-/// Threads of the offload pool, started on first use.
+/// Threads of the offload pool, started on first use, when nothing else is asked for.
 pub const OFFLOAD_THREADS: usize = 4;
+/// Threads of the offload pool at most.
+pub const OFFLOAD_THREADS_MAX: usize = 64;
 /// Calls that wait for an offload thread.
 pub const OFFLOAD_QUEUE: usize = 256;
 /// Bounded io-wq workers: devices without RWF_NOWAIT are served by them.

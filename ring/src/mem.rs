@@ -198,6 +198,14 @@ impl Buf {
         self.mem().fill_from(at, bytes);
     }
 
+    /// Makes all bytes zero; works for regions too.
+    pub fn fill_zero(&mut self) {
+        static ZEROES: [u8; 4096] = [0; 4096];
+        for at in (0..self.len()).step_by(ZEROES.len()) {
+            self.copy_from(at, &ZEROES[..ZEROES.len().min(self.len() - at)]);
+        }
+    }
+
     /// Copies bytes from offset `at` out; works for regions too.
     pub fn copy_to(&self, at: usize, out: &mut [u8]) {
         self.mem().copy_to(at, out);

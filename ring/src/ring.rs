@@ -51,6 +51,23 @@ impl std::fmt::Debug for Ring {
     }
 }
 
+/// One offloaded call whose owner waits for it.
+struct Offloading<'a>(&'a Core);
+
+impl Offloading<'_> {
+    fn new(core: &Core) -> Offloading<'_> {
+        core.offloads.set(core.offloads.get() + 1);
+        Offloading(core)
+    }
+}
+
+impl Drop for Offloading<'_> {
+    fn drop(&mut self) {
+        self.0.offloads.set(self.0.offloads.get() - 1);
+        self.0.offload_ended.notify();
+    }
+}
+
 impl Ring {
     /// A ring on the kernel's io_uring.
     pub fn new(config: &Config) -> Result<Ring, SetupError> {
@@ -63,6 +80,7 @@ impl Ring {
         let pool = Pool::default();
         let exec = Exec::new(pool.clone(), backend.remote_waker());
         let arena = Arena::new(Notify::new(exec.clone()));
+        let offload_ended = Notify::new(exec.clone());
         let stats = Stats::default();
         stats.allocations_at_start.set(crate::alloc::allocations());
         let now = backend.now();
@@ -85,6 +103,8 @@ impl Ring {
             budget: config.budget,
             fixed_allowed: Cell::new(true),
             patience: Cell::new(None),
+            offloads: Cell::new(0),
+            offload_ended,
         });
         let ring = Ring(core);
         ring.grow_arena(config.arena_bytes)
@@ -342,11 +362,15 @@ impl Ring {
         self.submit(op, Held::Pieces { _bufs: bufs, mems }, Some(stream))
     }
 
-    /// Runs a blocking call elsewhere and waits for it.
+    /// Runs a blocking call elsewhere and waits for it. When the pool's queue is full, it waits for room there first.
     pub async fn offload<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Errno> {
+        let core = &self.0;
+        let has_room = || (core.offloads.get() < limits::OFFLOAD_QUEUE).then_some(());
+        core.offload_ended.until(has_room).await;
+        let _waiting = Offloading::new(core);
         let place = Arc::new(Mutex::new(None));
         let there = place.clone();
         let operation = self

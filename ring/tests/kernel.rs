@@ -274,3 +274,52 @@ fn errors_have_their_number() {
     let missing = SocketAddress::Unix("/nonexistent/sock".into());
     assert_eq!(ring.connect(&missing).map(drop), Err(Errno::ENOENT));
 }
+
+#[test]
+fn a_range_is_copied_without_being_read() {
+    use blockferry_ring::{CopyHow, CopyRange};
+    let (one, other) = (Scratch::new("copy-from"), Scratch::new("copy-to"));
+    std::fs::write(one.path(), [7; 8192]).unwrap();
+    std::fs::write(other.path(), [1; 16_384]).unwrap();
+    let (from, to) = (one.path().to_owned(), other.path().to_owned());
+    let ring = ring();
+    let r = ring.clone();
+    ring.block_on(async move {
+        let (source, how) = (r.open(&from, &OpenHow::default()).unwrap(), CopyHow::Offload);
+        let target = r.open(&to, &OpenHow { write: true, ..OpenHow::default() }).unwrap();
+        let range = CopyRange { from_offset: 4096, to_offset: 8192, len: 4096 };
+        assert_eq!(r.copy_range(&source, &target, range, how).await, Ok(4096));
+        // The file that is read ends before the range does.
+        let range = CopyRange { len: 8192, to_offset: 0, ..range };
+        assert_eq!(r.copy_range(&source, &target, range, how).await, Ok(4096));
+        let mut wanted = vec![1; 16_384];
+        wanted[..4096].fill(7);
+        wanted[8192..12_288].fill(7);
+        assert!(std::fs::read(&to).unwrap() == wanted);
+        // Who may not write may not copy either.
+        let refused = r.copy_range(&target, &source, range, how).await;
+        assert_eq!(refused, Err(Errno::EBADF));
+        // Blocks are shared whole, or not at all, or nowhere on this filesystem.
+        let range = CopyRange { from_offset: 1, to_offset: 1, len: 10 };
+        assert!(r.copy_range(&source, &target, range, CopyHow::Reflink).await.is_err());
+        assert!(std::fs::read(&to).unwrap() == wanted);
+    });
+    assert_eq!(ring.shutdown(1_000_000_000).leaked, 0);
+}
+
+#[test]
+fn more_calls_than_the_pool_queues_wait_for_room() {
+    let ring = ring();
+    let calls: Vec<_> = (0..2000u32)
+        .map(|n| {
+            let r = ring.clone();
+            ring.spawn_with_result(async move { r.offload(move || n + 1).await })
+        })
+        .collect();
+    ring.block_on(async move {
+        for (n, call) in (0u32..).zip(calls) {
+            assert_eq!(call.take().await, Ok(n + 1));
+        }
+    });
+    assert_eq!(ring.shutdown(1_000_000_000).leaked, 0);
+}

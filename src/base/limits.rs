@@ -17,6 +17,11 @@ pub const DISK_LEN_MAX: u64 = (i64::MAX as u64) & !((1 << 30) - 1);
 /// Backing files below one node. A longer chain is a loop or a mistake.
 pub const BACKING_CHAIN_MAX: usize = 200;
 
+/// Memory for the L2 tables of one qcow2 image, in bytes: with clusters of 64 KiB they map 256 GiB.
+pub const QCOW2_L2_CACHE_BYTES: u64 = 32 * MIB;
+/// Memory for the refcount blocks of one qcow2 image, in bytes.
+pub const QCOW2_REFCOUNT_CACHE_BYTES: u64 = 4 * MIB;
+
 // ---- Dirty maps ----
 
 /// Finest dirty-map granularity, in bytes (QMP `granularity`).
@@ -195,6 +200,8 @@ pub const DOWNTIME_PAUSE_NANOS_MAX: u64 = 10_000_000_000;
 pub const DOWNTIME_NANOS_DEFAULT: u64 = 300_000_000;
 /// The largest range that one zeroing operation of a mirror covers while guests' writes have to wait for it.
 pub const MIRROR_ZERO_BYTES_MAX_BLOCKING: u64 = 32 << 20;
+/// Bytes of one copy of a mirror while source and target share blocks: nothing is read or written.
+pub const MIRROR_SHARED_BYTES: u64 = 64 << 20;
 /// So much may still differ when a mirror shuts the door for a moment and copies the rest, to become ready or to end.
 pub const MIRROR_CLOSING_BYTES_MAX: u64 = 8 << 20;
 /// So much may be left to compare when a verifying pass beside the guests is content: the rest is compared

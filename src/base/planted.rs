@@ -20,10 +20,18 @@ pub enum Bug {
     WriteNotOrdered,
     /// A write to both sides is acknowledged when the source has it.
     TargetNotAwaited,
+    /// qcow2: the mapping of a new cluster reaches the disk without a barrier after its data.
+    Qcow2MappingBeforeData,
+    /// qcow2: the mapping of a new cluster is made known before its data is written.
+    Qcow2PublishBeforeWrite,
+    /// qcow2: refcounts are written after the pointers that need them.
+    Qcow2RefcountAfterPointer,
+    /// qcow2: a cluster is free as soon as nothing in memory refers to it.
+    Qcow2FreedTooEarly,
 }
 
 impl Bug {
-    /// All of them.
+    /// Those of mirrors.
     pub const ALL: [Bug; 7] = [
         Bug::BitClearedAfterRead,
         Bug::NoDrainBeforePivot,
@@ -32,6 +40,14 @@ impl Bug {
         Bug::NewClientNotDrained,
         Bug::WriteNotOrdered,
         Bug::TargetNotAwaited,
+    ];
+
+    /// Those of qcow2 images.
+    pub const QCOW2: [Bug; 4] = [
+        Bug::Qcow2MappingBeforeData,
+        Bug::Qcow2PublishBeforeWrite,
+        Bug::Qcow2RefcountAfterPointer,
+        Bug::Qcow2FreedTooEarly,
     ];
 }
 

@@ -131,7 +131,11 @@ pub enum Resolved {
         file: File,
         /// The offset in it.
         offset: u64,
+        /// Held until the read has ended: the bytes stay where they are until then.
+        pin: Option<Pin>,
     },
+    /// They are zeroes.
+    Zero,
     /// Nothing is known at once, or the memory or alignment does not fit: take [`Driver::read`].
     Ask,
 }

@@ -61,6 +61,18 @@ impl Permissions {
     /// The target of a job: written and resized here; nobody else may rely on what it reads.
     pub const JOB_TARGET: Permissions = Permissions { used: 0b1010, shared: 0b0000 };
 
+    /// What these come to for the file that holds an image with tables of its own: whoever reads or writes
+    /// the disk reads tables, which must not change meanwhile; whoever writes it lets the file grow.
+    pub fn for_image(self) -> Permissions {
+        if self.used == 0 {
+            return self;
+        }
+        let write = self.uses(Permission::Write) || self.uses(Permission::WriteUnchanged);
+        let resize = if write { Permission::Write.bit() | Permission::Resize.bit() } else { 0 };
+        let changes = Permission::Write.bit() | Permission::Resize.bit();
+        Permissions { used: self.used | resize, shared: self.shared & !changes }
+    }
+
     /// Whether the permission is used.
     pub fn uses(self, permission: Permission) -> bool {
         self.used & permission.bit() != 0

@@ -6,12 +6,14 @@
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use blockferry_ring::Config;
 use blockferry_ring::sync::{Either, either};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use super::create::{add_backing, backing_len};
 use super::exit::{Exit, Failure};
-use super::image::{CacheMode, OpenArgs, parse_format, size, speed, state_dir};
+use super::image::{CacheMode, GateArgs, OpenArgs, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::Signals;
 use super::target::{Target, TargetOptions};
@@ -20,6 +22,7 @@ use super::{Global, config, stats};
 use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::engine::create::NewImage;
+use crate::engine::qcow2::{Qcow2Compressor, qcow2};
 use crate::engine::{Engine, Format};
 use crate::graph::node::Node;
 use crate::job::convert::{ConvertOptions, Tally, TargetState};
@@ -58,6 +61,19 @@ pub struct ConvertArgs {
     /// Options of the target's format, as NAME=VALUE,NAME=VALUE (may be said more than once)
     #[arg(short = 'o', long = "target-options", value_name = "OPTIONS")]
     options: Vec<String>,
+    /// The target shows this image where nothing is written to it: only what the source has above its own backing file
+    /// is copied. Both backing files have to hold the same
+    #[arg(short = 'B', long = "backing", value_name = "BACKING_FILE", conflicts_with = "no_create")]
+    backing: Option<String>,
+    /// Format of the backing file; has to be said
+    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT", requires = "backing", value_parser = parse_format)]
+    backing_format: Option<Format>,
+    /// Compress the target's clusters (qcow2)
+    #[arg(short, long)]
+    compress: bool,
+    /// Threads that compress [default: as many as there are processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    threads: Option<u8>,
     /// Cache mode of the source: none and directsync go past the page cache, the others through it [default: none]
     #[arg(short = 'T', long = "source-cache", value_name = "CACHE", value_parser = cache)]
     source_cache: Option<CacheMode>,
@@ -110,6 +126,8 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
     #[command(flatten)]
+    gate: GateArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -124,7 +142,9 @@ enum Reflink {
 
 /// Runs the command.
 pub fn main(global: &Global, args: ConvertArgs) -> Result<Exit, Failure> {
-    let engine = Rc::new(Engine::new(&config(global))?);
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let offload_threads = args.threads.map_or(processors, usize::from);
+    let engine = Rc::new(Engine::new(&Config { offload_threads, ..config(global) })?);
     let signals = Signals::new(engine.ring())?;
     // Progress lines belong to --json; --output=json is one document.
     let run = Run { global: global.clone(), engine: engine.clone(), signals, args };
@@ -141,9 +161,13 @@ struct Run {
 impl Run {
     async fn convert(&self) -> Result<Exit, Failure> {
         let (args, engine, ring) = (&self.args, &*self.engine, self.engine.ring());
-        let options = read_options(args.source_format, args.source_cache, args.force_share);
+        let options = read_options(args.source_format, args.source_cache, args.force_share, &args.gate);
         let source = engine.open(&args.source, &options).await?;
-        let open = OpenArgs { cache: args.target_cache.unwrap_or_default(), ..OpenArgs::default() };
+        let open = OpenArgs {
+            cache: args.target_cache.unwrap_or_default(),
+            gate: args.gate.clone(),
+            ..OpenArgs::default()
+        };
         let (target, target_state) = self.open_target(&source, &open).await?;
         let began = ring.clock();
         let started = self.start(&source, &target, target_state).await;
@@ -195,12 +219,18 @@ impl Run {
             let state = if args.target_is_zero { TargetState::Zero } else { TargetState::Unknown };
             return Ok((target, state));
         }
-        let pairs = option_pairs(&args.options)?;
+        let mut pairs = option_pairs(&args.options)?;
+        add_backing(&mut pairs, args.backing.as_deref(), args.backing_format);
         let new = NewImage::parse(args.target_format, &pairs, Some(source.driver().len()));
         let new = new.map_err(Failure::text)?;
+        // An error here leaves no trace; one after the target was made would.
+        backing_len(&self.engine, &args.target, &pairs).await?;
         let target = Target::make_anew(&self.engine, options, &new).await?;
         let state = match () {
-            () if new.has_backing() => TargetState::Backed,
+            () if new.has_backing() => match qcow2(source.driver()).and_then(|image| image.backing()) {
+                Some(backing) => TargetState::Backed { source_backing_len: backing.len() },
+                None => TargetState::Unknown,
+            },
             () if target.is_fresh() => TargetState::Zero,
             () => TargetState::Unknown,
         };
@@ -224,6 +254,14 @@ impl Run {
             (Reflink::Auto, false) => OffloadPolicy::Reflink,
             (Reflink::Auto, true) => OffloadPolicy::Any,
         };
+        if args.compress {
+            let driver = target.node.driver();
+            let Some(compressor) = Qcow2Compressor::new(self.engine.ring(), driver).await? else {
+                let text = format!("Images of the format '{}' cannot be compressed", args.target_format);
+                return Err(Failure::text(text));
+            };
+            options.compressor = Some(Rc::new(compressor));
+        }
         options.salvage = args.salvage;
         options.verify = args.verify;
         options.marker = Some(Box::new(target.marker(&self.engine)));
@@ -319,10 +357,11 @@ impl Run {
                 }
             }
             Ending::Cancelled => eprintln!("Cancelled: '{}' is incomplete and marked so", args.target),
-            Ending::Failed(_) => match mismatch {
-                Some(at) => eprintln!("Verify: source and target differ at offset {at}"),
-                None => {}
-            },
+            Ending::Failed(_) => {
+                if let Some(at) = mismatch {
+                    eprintln!("Verify: source and target differ at offset {at}");
+                }
+            }
         }
         exit
     }

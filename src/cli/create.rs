@@ -13,6 +13,7 @@ use super::tool::{OutputArgs, option_pairs};
 use super::{Global, config};
 use crate::engine::create::NewImage;
 use crate::engine::open::local_path;
+use crate::engine::qcow2::{open_backing, recorded_format};
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::UseKind;
 
@@ -31,6 +32,15 @@ pub struct CreateArgs {
     /// Options of the format, as NAME=VALUE,NAME=VALUE (may be said more than once)
     #[arg(short, long, value_name = "OPTIONS")]
     options: Vec<String>,
+    /// The image shows this one where nothing is written to it; relative names are relative to the new image
+    #[arg(short, long, value_name = "BACKING_FILE")]
+    backing: Option<String>,
+    /// Format of the backing file; has to be said
+    #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing", value_parser = parse_format)]
+    backing_format: Option<Format>,
+    /// Do not open the backing file: a size has to be said then
+    #[arg(short = 'u', long = "unsafe")]
+    no_open: bool,
     /// Make an existing file anew; what is in it is lost
     #[arg(long)]
     force: bool,
@@ -44,13 +54,25 @@ pub struct CreateArgs {
 /// Runs the command.
 pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
-    let pairs = option_pairs(&args.options)?;
-    let new = NewImage::parse(args.format, &pairs, args.size).map_err(Failure::text)?;
     let Some(path) = local_path(&args.file) else {
         return Err(Failure::text(format!("'{}' is not a file on this machine", args.file)));
     };
-    let (e, image, force) = (engine.clone(), new.clone(), args.force);
-    engine.run(async move { create(&e, &path, &image, force).await })?;
+    let mut pairs = option_pairs(&args.options)?;
+    add_backing(&mut pairs, args.backing.as_deref(), args.backing_format);
+    let args = Rc::new(args);
+    let (e, a) = (engine.clone(), args.clone());
+    let new = engine.run(async move {
+        let size = match a.size {
+            None if !a.no_open => backing_len(&e, &a.file, &pairs).await?,
+            size => size,
+        };
+        let new = NewImage::parse(a.format, &pairs, size).map_err(Failure::text)?;
+        if new.has_backing() && !a.no_open {
+            backing_len(&e, &a.file, &pairs).await?;
+        }
+        create(&e, &path, &new, a.force).await?;
+        Ok::<_, Failure>(new)
+    })?;
     let value = json!({
         "filename": args.file, "format": new.format().name(), "virtual-size": new.len(),
     });
@@ -60,12 +82,43 @@ pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
+/// Says a backing file by way of the format's own options.
+pub fn add_backing(pairs: &mut Vec<(String, String)>, name: Option<&str>, format: Option<Format>) {
+    if let Some(name) = name {
+        pairs.push(("backing_file".into(), name.into()));
+    }
+    if let Some(format) = format {
+        pairs.push(("backing_fmt".into(), format.name().into()));
+    }
+}
+
+/// Bytes of the backing file that the options name, which has to be one that can be opened, and of a format that is
+/// said: the image will record it, and nobody will have to guess.
+pub async fn backing_len(
+    engine: &Engine,
+    image: &str,
+    pairs: &[(String, String)],
+) -> Result<Option<u64>, Failure> {
+    let last = |name: &str| pairs.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+    let Some(name) = last("backing_file") else { return Ok(None) };
+    let Some(format) = last("backing_fmt") else {
+        return Err(Failure::text(format!(
+            "The format of the backing file '{name}' has to be said (-F FORMAT, or backing_fmt in -o)"
+        )));
+    };
+    let format = recorded_format(Some(format), name)?;
+    let options = ImageOptions::read_only();
+    let path = local_path(image).unwrap_or_default();
+    let backing = open_backing(engine.ring(), &path, name, format, &options).await?;
+    Ok(Some(backing.len()))
+}
+
 async fn create(engine: &Engine, path: &Path, new: &NewImage, force: bool) -> Result<(), Failure> {
     if force && matches!(engine.ring().lookup(path), Ok(Some(_))) {
         let file = engine.open(&format!("file:{}", path.display()), &ImageOptions::raw()).await?;
         let _lock = file.attach(UseKind::JobTarget("create"))?;
         file.driver().set_len(0).await?;
-        return Ok(new.write(engine.ring(), file.driver()).await?);
+        return Ok(new.write(engine.ring(), file.driver(), path).await?);
     }
     make_file(engine, path, new, async |_| Ok(())).await
 }

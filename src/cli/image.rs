@@ -6,6 +6,7 @@ use super::exit::Failure;
 use crate::base::limits;
 use crate::engine::remote::ServerOptions;
 use crate::engine::{Format, ImageOptions};
+use crate::format::qcow2::Gate;
 use crate::protocol::mark::default_state_dir;
 use crate::protocol::open::Cache;
 
@@ -39,6 +40,8 @@ pub struct OpenArgs {
     pub no_lock: bool,
     #[command(flatten)]
     pub server: ServerArgs,
+    #[command(flatten)]
+    pub gate: GateArgs,
 }
 
 /// How servers are treated.
@@ -78,10 +81,36 @@ impl ServerArgs {
     }
 }
 
+/// Which other files images may have opened for them.
+#[derive(Clone, Debug, Default, Args)]
+pub struct GateArgs {
+    /// Let images name backing and data files in this directory, too, not only in their own (may be said more than
+    /// once)
+    #[arg(long, value_name = "DIR")]
+    pub allow_dir: Vec<std::path::PathBuf>,
+    /// Let images name any file of this machine: for images that you trust
+    #[arg(long)]
+    pub allow_any_file: bool,
+    /// Guess the format of backing files that the image does not tell: never where a guest wrote a raw one
+    #[arg(long)]
+    pub probe_backing: bool,
+}
+
+impl GateArgs {
+    /// What they mean.
+    pub fn gate(&self) -> Gate {
+        match (self.allow_any_file, self.allow_dir.is_empty()) {
+            (true, _) => Gate::Anything,
+            (false, true) => Gate::OwnDirectory,
+            (false, false) => Gate::Directories(self.allow_dir.clone()),
+        }
+    }
+}
+
 /// A format as the user says it.
 pub fn parse_format(text: &str) -> Result<Format, String> {
     Format::parse(text)
-        .ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw"))
+        .ok_or_else(|| format!("'{text}' is not a format that Blockferry knows; it knows: raw, qcow2"))
 }
 
 impl OpenArgs {
@@ -93,6 +122,8 @@ impl OpenArgs {
             cache: self.cache.into(),
             lock: !self.no_lock,
             server: self.server.options(),
+            gate: self.gate.gate(),
+            probe_backing: self.gate.probe_backing,
             ..ImageOptions::default()
         }
     }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Nanos, Patience};
 use clap::{Args, ValueEnum};
@@ -15,6 +16,7 @@ use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::{Signal, Signals};
 use super::target::{Target, TargetOptions};
 use super::{Global, config, stats};
+use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate, parse_duration};
 use crate::engine::{Engine, Format};
 use crate::graph::node::Node;
@@ -23,6 +25,7 @@ use crate::job::governor::GuestFirst;
 use crate::job::mirror::converge::OnDivergence;
 use crate::job::mirror::verify::{Report, Verifier};
 use crate::job::mirror::{MirrorOptions, SyncMode};
+use crate::job::offload::OffloadPolicy;
 use crate::job::policy::{CopyMode, ErrorAction, OnError};
 use crate::job::runner::{Ending, ErrorPolicies, Job};
 use crate::protocol::mark::MarkInfo;
@@ -109,6 +112,12 @@ pub struct MirrorArgs {
     /// Keep zeroes in the source's data out of the target
     #[arg(long, value_enum, default_value_t = DetectZeroes::Unmap)]
     detect_zeroes: DetectZeroes,
+    /// All of an existing target reads as zeroes: nothing of it is zeroed
+    #[arg(long, requires = "force")]
+    target_is_zero: bool,
+    /// Let source and target share blocks where the filesystem can, if no client can write meanwhile
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = Reflink::Auto)]
+    reflink: Reflink,
     /// Allow a target that is larger than the source; what is behind the source's end stays as it is
     #[arg(long)]
     allow_larger_target: bool,
@@ -141,10 +150,18 @@ enum Sync {
 enum DetectZeroes {
     /// Copy zeroes as data
     Off,
-    /// Write zeroes by the target's own means; space may be given back
+    /// Write zeroes by the target's own means; its space stays its own
     On,
-    /// The same
+    /// The same, and space is given back where that is possible
     Unmap,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Reflink {
+    /// Where it is possible
+    Auto,
+    /// The copy has blocks of its own
+    Never,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -203,13 +220,34 @@ impl From<Policy> for OnError {
 
 /// Runs the command.
 pub fn main(global: &Global, args: &MirrorArgs) -> Result<Exit, Failure> {
-    let engine = Engine::new(&config(global))?;
+    let mut config = config(global);
+    if args.export.is_empty() && !args.verify {
+        config.arena_bytes = arena_bytes(args.granularity);
+    }
+    let engine = Engine::new(&config)?;
     let signals = Signals::new(engine.ring())?.with_continue(engine.ring())?;
     let (global, engine) = (global.clone(), Rc::new(engine));
     let run = Run { global, engine: engine.clone(), signals };
     // The arguments outlive the future in the process; the future must own them all the same.
     let args = Rc::new(Settings::new(args)?);
     engine.run(async move { run.mirror(&args).await })
+}
+
+/// Memory for a job that shares it with nobody: for all copies that it may have in flight, and something to spare. More
+/// would be zeroed and pinned for nothing, which is a good part of the CPU time of a short copy.
+fn arena_bytes(granularity: Option<u64>) -> usize {
+    let chunk = limits::MIRROR_CHUNK_BYTES.max(granularity.unwrap_or(0)).min(BLOCK_MAX as u64) as usize;
+    limits::MIRROR_OPERATIONS_MAX * chunk + (4 << 20)
+}
+
+/// What is reported at the end.
+struct Outcome<'a> {
+    ending: &'a Ending,
+    elapsed_ns: u64,
+    /// Bytes of the target behind the source's end.
+    tail: Option<u64>,
+    /// Bytes that source and target occupy.
+    allocated: [Option<u64>; 2],
 }
 
 /// The arguments, in the library's terms.
@@ -234,6 +272,9 @@ struct Settings {
     max_downtime: u64,
     deadline: Option<u64>,
     detect_zeroes: bool,
+    may_unmap: bool,
+    target_is_zero: bool,
+    offload: OffloadPolicy,
     allow_larger_target: bool,
     policies: ErrorPolicies,
     state_dir: Option<PathBuf>,
@@ -282,6 +323,12 @@ impl Settings {
             max_downtime: args.max_downtime,
             deadline: args.deadline,
             detect_zeroes: args.detect_zeroes != DetectZeroes::Off,
+            may_unmap: args.detect_zeroes != DetectZeroes::On,
+            target_is_zero: args.target_is_zero,
+            offload: match args.reflink {
+                Reflink::Auto => OffloadPolicy::Reflink,
+                Reflink::Never => OffloadPolicy::Never,
+            },
             allow_larger_target: args.allow_larger_target,
             policies: ErrorPolicies {
                 source: args.on_source_error.into(),
@@ -296,7 +343,7 @@ impl Settings {
 }
 
 /// As many completions as a job has copies in flight; the time is about what a device with 2 GB/s takes for them.
-const BULK: Patience = Patience { completions: crate::base::limits::MIRROR_OPERATIONS_MAX, wait_usec: 2_000 };
+const BULK: Patience = Patience { completions: limits::MIRROR_OPERATIONS_MAX, wait_usec: 2_000 };
 
 /// What runs once everything is opened.
 struct Started {
@@ -343,9 +390,14 @@ impl Run {
         }
         let tail = target.node.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
         let mark = target.marker(&self.engine);
+        // Not the nodes: their uses hold locks.
+        let drivers = [source.driver().clone(), target.node.driver().clone()];
         drop((source, target));
         let ending = self.follow(settings, &job, verifier.as_ref()).await?;
-        let exit = self.report(settings, &job, &ending, ring.clock() - began, tail, verifier.as_ref());
+        let elapsed_ns = ring.clock() - began;
+        let allocated = drivers.map(|driver| driver.allocated_bytes());
+        let result = Outcome { ending: &ending, elapsed_ns, tail, allocated };
+        let exit = self.report(settings, &job, &result, verifier.as_ref());
         // What cannot be told is not said.
         let is_marked = mark.is_set().await.unwrap_or(false);
         drop(mark);
@@ -381,6 +433,9 @@ impl Run {
         options.downtime_nanos_max = settings.max_downtime;
         options.deadline_nanos = settings.deadline;
         options.detect_zeroes = settings.detect_zeroes;
+        options.may_unmap = settings.may_unmap;
+        options.target_is_zero = settings.target_is_zero;
+        options.offload = settings.offload;
         options.allow_larger_target = settings.allow_larger_target;
         options.marker = Some(Box::new(target.marker(&self.engine)));
         let verifier = if settings.verify {
@@ -481,11 +536,10 @@ impl Run {
         &self,
         settings: &Settings,
         job: &Job,
-        ending: &Ending,
-        elapsed_ns: u64,
-        tail: Option<u64>,
+        outcome: &Outcome<'_>,
         verifier: Option<&Rc<Verifier>>,
     ) -> Exit {
+        let Outcome { ending, elapsed_ns, tail, allocated: [source_allocated, target_allocated] } = *outcome;
         let details = job.details();
         let verified = verifier.map(|verifier| verifier.report());
         let exit = match ending {
@@ -508,6 +562,8 @@ impl Run {
                     "elapsed-ns": elapsed_ns,
                     "details": details,
                     "target-tail-bytes": tail,
+                    "source-allocated-bytes": source_allocated,
+                    "target-allocated-bytes": target_allocated,
                     "verify": verified,
                 })
             );
@@ -527,12 +583,19 @@ impl Run {
                     );
                 }
                 eprintln!(
-                    "Completed in {}: {} copied ({}), {} zeroed, {} skipped; '{}' equals '{}'{}",
+                    "Completed in {}: {} copied ({}), {}{} zeroed, {} skipped{}; '{}' equals '{}'{}",
                     fmt_duration(elapsed_ns),
                     fmt_bytes(details.bytes_copied),
                     fmt_rate(rate),
+                    match details.bytes_shared {
+                        0 => String::new(),
+                        shared => format!("{} shared, ", fmt_bytes(shared)),
+                    },
                     fmt_bytes(details.bytes_zeroed),
                     fmt_bytes(details.bytes_skipped),
+                    target_allocated.map_or_else(String::new, |bytes| {
+                        format!("; the target occupies {}", fmt_bytes(bytes))
+                    }),
                     settings.target,
                     settings.source,
                     if settings.pivot { " and is in use now" } else { "" },

@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand, and what they share.
 
 pub mod bench;
+pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod create;
@@ -9,11 +10,15 @@ pub mod doctor;
 pub mod exit;
 pub mod image;
 pub mod info;
+pub mod map;
+pub mod measure;
 pub mod mirror;
 pub mod progress;
+pub mod rebase;
 pub mod resize;
 pub mod serve;
 pub mod signals;
+pub mod snapshot;
 pub mod stats;
 pub mod target;
 pub mod tool;
@@ -75,6 +80,11 @@ enum Command {
     Compare(Box<compare::CompareArgs>),
     Create(create::CreateArgs),
     Resize(resize::ResizeArgs),
+    Map(map::MapArgs),
+    Check(check::CheckArgs),
+    Rebase(Box<rebase::RebaseArgs>),
+    Snapshot(snapshot::SnapshotArgs),
+    Measure(measure::MeasureArgs),
     Bench(Box<bench::BenchArgs>),
     Doctor(doctor::DoctorArgs),
 }
@@ -88,11 +98,16 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::main(global, &args),
         Command::Mirror(args) => mirror::main(global, &args),
         Command::Serve(args) => serve::main(global, &args),
-        Command::Info(args) => info::main(global, &args),
+        Command::Info(args) => info::main(global, args),
         Command::Convert(args) => convert::main(global, *args),
         Command::Compare(args) => compare::main(global, &args),
         Command::Create(args) => create::main(global, args),
         Command::Resize(args) => resize::main(global, args),
+        Command::Map(args) => map::main(global, args),
+        Command::Check(args) => check::main(global, args),
+        Command::Rebase(args) => rebase::main(global, *args),
+        Command::Snapshot(args) => snapshot::main(global, args),
+        Command::Measure(args) => measure::main(global, args),
         Command::Bench(args) => bench::main(global, &args),
         Command::Doctor(args) => doctor::main(global, &args),
     };

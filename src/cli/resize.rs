@@ -6,12 +6,14 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{parse_format, size};
+use super::image::{GateArgs, parse_format, size};
 use super::tool::OutputArgs;
 use super::{Global, config};
 use crate::base::range::ByteRange;
 use crate::engine::create::{RawPreallocation, preallocate};
+use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
+use crate::format::qcow2::CreateOptions;
 use crate::graph::node::UseKind;
 
 /// Change the length of an image
@@ -35,6 +37,8 @@ pub struct ResizeArgs {
     /// No output but errors
     #[arg(short, long)]
     quiet: bool,
+    #[command(flatten)]
+    gate: GateArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -80,16 +84,14 @@ pub fn main(global: &Global, args: ResizeArgs) -> Result<Exit, Failure> {
 }
 
 async fn resize(engine: &Engine, args: &ResizeArgs) -> Result<(u64, u64), Failure> {
-    let options = ImageOptions { format: args.format, ..ImageOptions::default() };
+    let options = ImageOptions { format: args.format, gate: args.gate.gate(), ..ImageOptions::default() };
     let node = engine.open(&args.file, &options).await?;
     let _lock = node.attach(UseKind::JobTarget("resize"))?;
     let driver = node.driver();
     let old = driver.len();
     let Some(new) = args.change.apply(old) else {
-        return Err(Failure::text(format!(
-            "The new length of '{}' makes no sense: it has {old} bytes",
-            args.file
-        )));
+        let text = format!("The new length of '{}' makes no sense: it has {old} bytes", args.file);
+        return Err(Failure::text(text));
     };
     if new < old && !args.shrink {
         return Err(Failure::text(format!(
@@ -97,13 +99,23 @@ async fn resize(engine: &Engine, args: &ResizeArgs) -> Result<(u64, u64), Failur
             args.file
         )));
     }
-    let mode = RawPreallocation::parse(&args.preallocation).map_err(Failure::text)?;
-    if new < old && mode != RawPreallocation::Off {
+    if new < old && args.preallocation != "off" {
         return Err(Failure::text("Preallocation can only be used for growing images"));
     }
-    driver.set_len(new).await?;
-    if new > old {
-        preallocate(engine.ring(), driver, ByteRange::at_saturating(old, new - old), mode).await?;
+    match qcow2(driver) {
+        Some(image) => {
+            let mut mode = CreateOptions::default();
+            mode.set("preallocation", &args.preallocation).map_err(Failure::text)?;
+            image.resize(new, mode.preallocation).await?;
+        }
+        None => {
+            let mode = RawPreallocation::parse(&args.preallocation).map_err(Failure::text)?;
+            driver.set_len(new).await?;
+            if new > old {
+                let added = ByteRange::at_saturating(old, new - old);
+                preallocate(engine.ring(), driver, added, mode).await?;
+            }
+        }
     }
     driver.flush().await?;
     Ok((old, new))

@@ -82,7 +82,7 @@ impl Target {
             let (driver, state_dir) = (file.driver().clone(), options.state_dir.clone());
             TargetMark::new(ring, driver, state_dir, options.mark.clone()).set().await?;
             file.driver().set_len(0).await?;
-            new.write(ring, file.driver()).await?;
+            new.write(ring, file.driver(), path).await?;
             drop(lock);
         }
         let target = Target::open_or_make(engine, options, new).await?;
@@ -190,7 +190,7 @@ pub async fn make_file(
     let result = async {
         let image = ImageOptions { lock: false, ..ImageOptions::raw() };
         let node = engine.open(&format!("file:{}", hidden.display()), &image).await?;
-        new.write(ring, node.driver()).await?;
+        new.write(ring, node.driver(), path).await?;
         last(node.driver()).await?;
         let failed = |errno| match errno {
             blockferry_ring::Errno::EEXIST => exists(path),

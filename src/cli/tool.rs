@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::Global;
 use super::exit::{Exit, Failure};
-use super::image::CacheMode;
+use super::image::{CacheMode, GateArgs};
 use crate::engine::{Format, ImageOptions};
 
 /// How results are printed.
@@ -57,9 +57,16 @@ pub fn cache(text: &str) -> Result<CacheMode, String> {
 }
 
 /// Options for an image that a tool reads.
-pub fn read_options(format: Option<Format>, cache: Option<CacheMode>, force_share: bool) -> ImageOptions {
+pub fn read_options(
+    format: Option<Format>,
+    cache: Option<CacheMode>,
+    force_share: bool,
+    gate: &GateArgs,
+) -> ImageOptions {
     ImageOptions {
         format,
+        gate: gate.gate(),
+        probe_backing: gate.probe_backing,
         cache: cache.unwrap_or_default().into(),
         lock: !force_share,
         ..ImageOptions::read_only()

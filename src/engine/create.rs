@@ -3,16 +3,22 @@
 //! A new image is made in a file that is there already and empty; who made the file (under a hidden name, marked or
 //! not) is not known here. Everything that is written is durable afterwards.
 
+use std::path::Path;
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::op::Fallocate;
 use blockferry_ring::{Errno, Ring};
 
-use super::Format;
+use super::qcow2::named_by_user;
+use super::{Format, ImageOptions};
 use crate::base::range::ByteRange;
 use crate::base::units::parse_size;
 use crate::block::{BlockError, Driver, IoResult, Operation, WriteFlags};
+use crate::format::qcow2::{CreateOptions, Qcow2};
+use crate::protocol::file::{CreateOptions as FileOptions, FileDriver};
+
+const NO_SIZE: &str = "How large is the image to be? Say a size";
 
 /// What is allocated of a new raw image, or of the part that is added to one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,6 +54,8 @@ pub enum NewImage {
         /// What is allocated.
         preallocation: RawPreallocation,
     },
+    /// QEMU's thin disks.
+    Qcow2(Box<CreateOptions>),
 }
 
 impl NewImage {
@@ -67,8 +75,20 @@ impl NewImage {
                         }
                     }
                 }
-                let len = len.ok_or("How large is the image to be? Say a size")?;
+                let len = len.ok_or(NO_SIZE)?;
                 Ok(NewImage::Raw { len, preallocation })
+            }
+            Format::Qcow2 => {
+                let mut all = CreateOptions { size: u64::MAX, ..CreateOptions::default() };
+                for (name, value) in options {
+                    all.set(name, value)?;
+                }
+                all.size = match (all.size, len) {
+                    (u64::MAX, Some(len)) => len,
+                    (u64::MAX, None) => return Err(NO_SIZE.into()),
+                    (said, _) => said,
+                };
+                Ok(NewImage::Qcow2(Box::new(all)))
             }
         }
     }
@@ -77,6 +97,7 @@ impl NewImage {
     pub fn format(&self) -> Format {
         match self {
             NewImage::Raw { .. } => Format::Raw,
+            NewImage::Qcow2(_) => Format::Qcow2,
         }
     }
 
@@ -84,6 +105,7 @@ impl NewImage {
     pub fn len(&self) -> u64 {
         match self {
             NewImage::Raw { len, .. } => *len,
+            NewImage::Qcow2(options) => options.size,
         }
     }
 
@@ -96,12 +118,21 @@ impl NewImage {
     pub fn has_backing(&self) -> bool {
         match self {
             NewImage::Raw { .. } => false,
+            NewImage::Qcow2(options) => options.backing_file.is_some(),
         }
     }
 
-    /// Makes it in `file`, which is open for writing and empty.
-    pub async fn write(&self, ring: &Ring, file: &Rc<dyn Driver>) -> IoResult {
+    /// Makes it in `file`, which is open for writing and empty. `path` is the name that the image will have: names of
+    /// other files are relative to it.
+    pub async fn write(&self, ring: &Ring, file: &Rc<dyn Driver>, path: &Path) -> IoResult {
         match self {
+            NewImage::Qcow2(options) => {
+                let data_file = match &options.data_file {
+                    Some(name) => Some(make_data_file(ring, path, name).await?),
+                    None => None,
+                };
+                Qcow2::create(ring, file, data_file.as_ref(), options).await
+            }
             NewImage::Raw { len, preallocation } => {
                 file.set_len(*len).await?;
                 preallocate(ring, file, ByteRange::first(*len), *preallocation).await?;
@@ -109,6 +140,16 @@ impl NewImage {
             }
         }
     }
+}
+
+/// The external data file of a new image, which is made if it is not there. What is in it is lost.
+async fn make_data_file(ring: &Ring, image: &Path, name: &str) -> Result<Rc<dyn Driver>, BlockError> {
+    let reference = named_by_user(image, name)?;
+    if matches!(ring.lookup(&reference.path), Ok(None)) {
+        FileDriver::create(ring, &reference.path, 0, FileOptions::default()).await?;
+    }
+    let file = format!("file:{}", reference.path.display());
+    super::open::open(ring, &file, &ImageOptions::raw()).await
 }
 
 /// Sets room aside in a range of a raw image that holds nothing yet.

@@ -10,6 +10,7 @@
 pub mod create;
 pub mod guest;
 pub mod open;
+pub mod qcow2;
 pub mod remote;
 
 use std::cell::RefCell;

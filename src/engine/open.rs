@@ -13,8 +13,10 @@ use std::rc::Rc;
 
 use blockferry_ring::{Errno, Ring};
 
+use crate::base::limits::BACKING_CHAIN_MAX;
 use crate::base::units::{parse_duration, parse_size};
-use crate::block::{BlockError, Driver, Operation};
+use crate::block::{BlockError, Driver, IoFuture, Operation};
+use crate::format::qcow2::{self, Gate, OpenFiles, Qcow2, Role, Wanted, gate};
 use crate::format::raw::RawDriver;
 use crate::protocol::delay::DelayDriver;
 use crate::protocol::mem::MemDriver;
@@ -43,6 +45,14 @@ pub struct ImageOptions {
     pub size: Option<u64>,
     /// How servers are treated.
     pub server: ServerOptions,
+    /// Which other files an image may have opened (its backing file, its data file).
+    pub gate: Gate,
+    /// A backing file whose format the image does not record may be what its header says, not only raw.
+    pub probe_backing: bool,
+    /// No backing file is opened: what the image does not hold reads as zeroes.
+    pub no_backing: bool,
+    /// To be checked or repaired ([`qcow2::OpenOptions::for_check`]).
+    pub for_check: bool,
 }
 
 impl Default for ImageOptions {
@@ -55,6 +65,10 @@ impl Default for ImageOptions {
             offset: 0,
             size: None,
             server: ServerOptions::default(),
+            gate: Gate::default(),
+            probe_backing: false,
+            no_backing: false,
+            for_check: false,
         }
     }
 }
@@ -93,26 +107,32 @@ pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<
     let format = match options.format {
         Some(format) => format,
         None if is_fresh(name) => Format::Raw,
-        None => {
-            let len = child.len().min(HEAD_BYTES as u64) as usize;
-            let mut head = vec![0u8; HEAD_BYTES];
-            if len > 0 {
-                let (buf, result) = child.read(0, ring.alloc(len).await).await;
-                result?;
-                buf.copy_to(0, &mut head[..len]);
-            }
-            choose_format(None, &head, !options.read_only).map_err(|error| error.of(name))?
-        }
+        None => choose_format(None, &head(ring, &child).await?, !options.read_only)
+            .map_err(|error| error.of(name))?,
     };
-    with_format(ring, child, format, options)
+    let files = Files::new(ring, options, &child, &[]);
+    with_format(ring, child, format, options, &files).await
 }
 
-/// Opens what `name` means, without looking into it: the format has to be said.
+/// Opens `name` as a qcow2 image, for what only that format has.
+pub async fn open_qcow2(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<Qcow2>, BlockError> {
+    let child = open_protocol(ring, name, options)?;
+    let files = Files::new(ring, options, &child, &[]);
+    as_qcow2(ring, child, options, &files).await
+}
+
+/// Opens what `name` means, without looking into it: the format has to be said, and be one that needs no
+/// reading to be opened.
 pub fn open_as_said(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
     let Some(format) = options.format.or(is_fresh(name).then_some(Format::Raw)) else {
         return Err(FormatError::Unsaid.of(name));
     };
-    with_format(ring, open_protocol(ring, name, options)?, format, options)
+    let child = open_protocol(ring, name, options)?;
+    match format {
+        Format::Raw => as_raw(ring, child, options),
+        Format::Qcow2 => Err(BlockError::new(Operation::Open, name, Errno::EINVAL)
+            .hint("A qcow2 image is read to be opened: open it from within a task.")),
+    }
 }
 
 /// Made by opening it: there is nothing in it that could be mistaken for a format.
@@ -120,16 +140,133 @@ fn is_fresh(name: &str) -> bool {
     name.starts_with("mem:") || name.starts_with("null:")
 }
 
-fn with_format(
+/// The first bytes of an image.
+async fn head(ring: &Ring, child: &Rc<dyn Driver>) -> Result<Vec<u8>, BlockError> {
+    let len = child.len().min(HEAD_BYTES as u64) as usize;
+    let mut head = vec![0u8; HEAD_BYTES];
+    if len > 0 {
+        let (buf, result) = child.read(0, ring.alloc(len).await).await;
+        result?;
+        buf.copy_to(0, &mut head[..len]);
+    }
+    Ok(head)
+}
+
+fn as_raw(ring: &Ring, child: Rc<dyn Driver>, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
+    if options.offset == 0 && options.size.is_none() {
+        // Nothing of the raw format is needed to take all bytes as they are.
+        return Ok(child);
+    }
+    Ok(Rc::new(RawDriver::open(ring, child, options.offset, options.size)?))
+}
+
+async fn as_qcow2(
+    ring: &Ring,
+    child: Rc<dyn Driver>,
+    options: &ImageOptions,
+    files: &Files,
+) -> Result<Rc<Qcow2>, BlockError> {
+    let backing = if options.no_backing { qcow2::Backing::None } else { qcow2::Backing::Named };
+    let open = qcow2::OpenOptions {
+        read_only: options.read_only,
+        backing,
+        data_file: None,
+        for_check: options.for_check,
+    };
+    Qcow2::open(ring, child, files, open).await
+}
+
+async fn with_format(
     ring: &Ring,
     child: Rc<dyn Driver>,
     format: Format,
     options: &ImageOptions,
+    files: &Files,
 ) -> Result<Rc<dyn Driver>, BlockError> {
     match format {
-        // Nothing of the raw format is needed to take all bytes as they are.
-        Format::Raw if options.offset == 0 && options.size.is_none() => Ok(child),
-        Format::Raw => Ok(Rc::new(RawDriver::open(ring, child, options.offset, options.size)?)),
+        Format::Raw => as_raw(ring, child, options),
+        Format::Qcow2 if options.offset != 0 || options.size.is_some() => {
+            Err(BlockError::new(Operation::Open, child.name(), Errno::EINVAL)
+                .hint("The options 'offset' and 'size' are for raw images."))
+        }
+        Format::Qcow2 => Ok(as_qcow2(ring, child, options, files).await?),
+    }
+}
+
+/// Opens other files for an image: through the gate, in a chain that is bounded and without loops.
+#[derive(Debug)]
+struct Files {
+    ring: Ring,
+    options: ImageOptions,
+    /// The files of the images above, that of the one that asks included.
+    above: Vec<Option<(u64, u64)>>,
+}
+
+impl Files {
+    fn new(
+        ring: &Ring,
+        options: &ImageOptions,
+        child: &Rc<dyn Driver>,
+        above: &[Option<(u64, u64)>],
+    ) -> Files {
+        let above = above.iter().copied().chain([child.identity()]).collect();
+        Files { ring: ring.clone(), options: options.clone(), above }
+    }
+
+    async fn open_named(&self, wanted: Wanted<'_>) -> Result<Rc<dyn Driver>, BlockError> {
+        let refuse = |why: String| BlockError::new(Operation::Open, wanted.image, Errno::EPERM).hint(why);
+        let Some(image) = local_path(wanted.image) else {
+            return Err(refuse(format!(
+                "The image names the file '{}', and is no file itself.",
+                wanted.name
+            )));
+        };
+        let reference = gate::resolve(&self.options.gate, &image, wanted.name)
+            .map_err(|error| refuse(error.to_string()))?;
+        if self.above.len() > BACKING_CHAIN_MAX {
+            return Err(refuse(format!("There are more than {BACKING_CHAIN_MAX} backing files.")));
+        }
+        let options = ImageOptions {
+            format: None,
+            read_only: wanted.read_only,
+            offset: 0,
+            size: None,
+            for_check: false,
+            ..self.options.clone()
+        };
+        let child = open_path(&self.ring, &reference.path, &options)?;
+        let path = reference.path.display();
+        if child.identity().is_some() && self.above.contains(&child.identity()) {
+            return Err(refuse(format!("The chain of images leads back to '{path}'.")));
+        }
+        let said = reference.format.as_deref().or(wanted.format);
+        let format = match (said, wanted.role) {
+            (_, Role::DataFile) => Format::Raw,
+            // What the image calls a file or a device is raw.
+            (Some("file" | "host_device"), _) => Format::Raw,
+            (Some(said), _) => choose_format(Some(said), &[], false)
+                .map_err(|error| error.of(&reference.path.display().to_string()))?,
+            (None, _) => {
+                let found = choose_format(None, &head(&self.ring, &child).await?, false)
+                    .map_err(|error| error.of(&reference.path.display().to_string()))?;
+                if found != Format::Raw && !self.options.probe_backing {
+                    return Err(refuse(format!(
+                        "The image does not record the format of its backing file '{path}', which looks like \
+                         {found}. A guest may have written that. If you know that it is {found}, record it \
+                         (`blockferry rebase -u -F {found} -b ...`), or allow guessing (--probe-backing)."
+                    )));
+                }
+                found
+            }
+        };
+        let files = Files::new(&self.ring, &options, &child, &self.above);
+        with_format(&self.ring, child, format, &options, &files).await
+    }
+}
+
+impl OpenFiles for Files {
+    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<dyn Driver>, BlockError>> {
+        self.ring.boxed(self.open_named(wanted))
     }
 }
 

@@ -17,6 +17,8 @@ pub const HEAD_BYTES: usize = 512;
 pub enum Format {
     /// The guest's bytes as they are.
     Raw,
+    /// qcow2, versions 2 and 3.
+    Qcow2,
 }
 
 impl Format {
@@ -24,6 +26,7 @@ impl Format {
     pub fn parse(name: &str) -> Option<Format> {
         match name {
             "raw" => Some(Format::Raw),
+            "qcow2" => Some(Format::Qcow2),
             _ => None,
         }
     }
@@ -32,6 +35,7 @@ impl Format {
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
         }
     }
 }
@@ -120,7 +124,7 @@ pub fn probe(head: &[u8]) -> Probed {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
     /// The user's word is no format.
-    #[error("'{name}' is not a format that Blockferry knows; it knows: raw.")]
+    #[error("'{name}' is not a format that Blockferry knows; it knows: raw, qcow2.")]
     Unknown {
         /// What the user said.
         name: String,
@@ -201,13 +205,15 @@ mod tests {
     #[test]
     fn a_format_is_never_guessed_for_an_image_that_will_be_written() {
         let (empty, qcow2) = (head(0, b""), head(0, b"QFI\xfb\0\0\0\x03"));
+        let vdi = head(64, b"\x7f\x10\xda\xbe");
         for will_write in [false, true] {
             // What is said counts, whatever the header looks like.
             assert_eq!(choose_format(Some("raw"), &qcow2, will_write), Ok(Format::Raw));
             assert_eq!(choose_format(Some("raw"), &[], will_write), Ok(Format::Raw));
             assert!(choose_format(Some("rwa"), &empty, will_write).is_err());
-            let error = choose_format(None, &qcow2, will_write).unwrap_err();
-            assert_eq!(error, FormatError::Unsupported { found: "qcow2" });
+            assert_eq!(choose_format(None, &qcow2, will_write), Ok(Format::Qcow2));
+            let error = choose_format(None, &vdi, will_write).unwrap_err();
+            assert_eq!(error, FormatError::Unsupported { found: "vdi" });
             assert!(error.to_string().contains("not supported yet"));
         }
         assert_eq!(choose_format(None, &empty, false), Ok(Format::Raw));

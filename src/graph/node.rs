@@ -528,11 +528,17 @@ impl Root {
         }
         let inside = self.enter_counted().await;
         match inside.node.driver.resolve(offset, buf.len() as u64) {
-            Resolved::File { file, offset: at }
+            Resolved::Zero => {
+                let mut buf = buf;
+                buf.fill_zero();
+                (buf, Ok(()))
+            }
+            Resolved::File { file, offset: at, pin }
                 if buf.is_aligned(inside.node.driver.limits().mem_align as usize) =>
             {
                 let wanted = buf.len();
                 let (buf, result) = inside.node.ring.read(&file, at, buf).await;
+                drop(pin);
                 match result {
                     Ok(n) if n as usize == wanted => (buf, Ok(())),
                     // Short or failed: the driver knows what that means.

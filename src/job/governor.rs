@@ -206,16 +206,19 @@ impl Governor {
     fn shrink(&mut self) {
         let smaller = self.window - self.window / 8;
         let now = self.looked_at.unwrap_or(0);
+        // A user who names a goal has decided what counts more.
+        let keeps_speed = matches!(self.guest_first, GuestFirst::Goal(_))
+            || self.speed.saturating_mul(4) >= self.speed_best.saturating_mul(3);
         if smaller >= WINDOW_FIRST {
             self.window = smaller;
-        } else if now.saturating_sub(self.shrunk_at) >= SHRINK_NANOS
-            && self.speed.saturating_mul(4) >= self.speed_best.saturating_mul(3)
-        {
+        } else if !keeps_speed {
+            // The last steps cost too much.
+            if self.window < WINDOW_FIRST {
+                self.grow();
+            }
+        } else if now.saturating_sub(self.shrunk_at) >= SHRINK_NANOS {
             self.shrunk_at = now;
             self.window = smaller.max(WINDOW_MIN).min(self.window_max);
-        } else if self.speed.saturating_mul(4) < self.speed_best.saturating_mul(3) {
-            // The last steps cost too much.
-            self.grow();
         }
     }
 

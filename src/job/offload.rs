@@ -68,7 +68,9 @@ impl CopyOffload {
     ) -> Result<u64, BlockError> {
         while let Some(how) = self.means.get() {
             let len = range.len() - range.len() % BLOCK_BYTES;
-            let Resolved::File { file, offset } = resolve(from, range.start(), len) else { return Ok(0) };
+            let Resolved::File { file, offset, pin } = resolve(from, range.start(), len) else {
+                return Ok(0);
+            };
             if !offset.is_multiple_of(BLOCK_BYTES) || !range.start().is_multiple_of(BLOCK_BYTES) {
                 return Ok(0);
             }
@@ -76,7 +78,9 @@ impl CopyOffload {
                 self.means.set(None);
                 return Ok(0);
             };
-            match copy.await {
+            let result = copy.await;
+            drop(pin);
+            match result {
                 Ok(()) => return Ok(len),
                 Err(error) if cannot_copy_range(error.errno) => {
                     tracing::debug!(?how, errno = ?error.errno, "copying without reading is not to be had here");

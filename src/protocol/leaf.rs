@@ -270,7 +270,7 @@ impl Leaf {
 
     pub(super) fn resolve(&self, offset: u64, len: u64) -> Resolved {
         if self.fits(ByteRange::at_saturating(offset, len), true) {
-            Resolved::File { file: self.file.clone(), offset }
+            Resolved::File { file: self.file.clone(), offset, pin: None }
         } else {
             Resolved::Ask
         }

@@ -5,8 +5,10 @@
 
 #![allow(dead_code)]
 
+pub mod filesystem;
 pub mod image;
 pub mod nbd;
+pub mod qcow2;
 pub mod writer;
 
 use std::fmt::Write as _;

@@ -170,7 +170,7 @@ impl Uring {
             buffers_used: vec![false; fixed_buffers as usize],
             messages: Messages::default(),
             accepts: Vec::new(),
-            offload: Offload::new(config.offload, wake.clone()),
+            offload: Offload::new(config.offload, config.offload_threads, wake.clone()),
             wake,
             wake_armed: false,
             event: std::cell::OnceCell::new(),

@@ -38,12 +38,14 @@ pub(super) struct Offload {
     mode: OffloadMode,
     shared: Arc<Shared>,
     threads: usize,
+    threads_max: usize,
     wake: Arc<OwnedFd>,
 }
 
 impl Offload {
-    pub(super) fn new(mode: OffloadMode, wake: Arc<OwnedFd>) -> Offload {
-        Offload { mode, shared: Arc::default(), threads: 0, wake }
+    pub(super) fn new(mode: OffloadMode, threads_max: usize, wake: Arc<OwnedFd>) -> Offload {
+        let threads_max = threads_max.clamp(1, limits::OFFLOAD_THREADS_MAX);
+        Offload { mode, shared: Arc::default(), threads: 0, threads_max, wake }
     }
 
     pub(super) fn threads(&self) -> usize {
@@ -64,7 +66,7 @@ impl Offload {
             state.waiting.push_back((user_data, work));
             state.idle
         };
-        if idle == 0 && self.threads < limits::OFFLOAD_THREADS {
+        if idle == 0 && self.threads < self.threads_max {
             self.start_thread();
         }
         self.shared.more.notify_one();

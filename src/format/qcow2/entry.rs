@@ -118,11 +118,12 @@ impl Raw {
                 _ => Ok(Cluster::Sub { host, has_host, copied, data, zero }),
             };
         }
-        Ok(match (entry & ZERO != 0, has_host) {
-            (true, false) => Cluster::Zero,
-            (true, true) => Cluster::ZeroAt { host, copied },
-            (false, true) => Cluster::Data { host, copied },
-            (false, false) => Cluster::Unallocated,
+        Ok(match entry & ZERO != 0 {
+            // Here offset 0 is no place, with a data file neither.
+            true if host == 0 => Cluster::Zero,
+            true => Cluster::ZeroAt { host, copied },
+            false if has_host => Cluster::Data { host, copied },
+            false => Cluster::Unallocated,
         })
     }
 

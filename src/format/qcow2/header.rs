@@ -493,11 +493,11 @@ pub fn feature_names() -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::base::rng::Rng;
 
-    fn sample() -> Header {
+    pub(in crate::format::qcow2) fn sample() -> Header {
         Header {
             version: 3,
             backing_file: Some("base.img".into()),

@@ -8,23 +8,53 @@
 //! | `header`, `entry`, `geometry` | bytes to meaning and back; no I/O |
 //! | `options`, `info` | what can be asked for, what can be told |
 //! | `gate` | which other files an image may have opened |
+//! | `cache`, `meta` | tables in memory; what is not there is named, not loaded |
+//! | `plan` | what a request means in terms of places |
+//! | `image`, `locks`, `memory` | the state of an open image; who may touch what |
+//! | `alloc` | the one place where clusters get and lose references |
+//! | `read`, `write`, `zero`, `compress` | requests, straight down |
+//! | `sync` | the order in which all of it reaches the disk |
+//! | `open`, `create`, `resize`, `rename`, `snapshot`, `bitmap`, `check` | what its name says |
 
+mod alloc;
+mod bitmap;
+mod cache;
 pub mod check;
+pub mod compress;
+mod count;
+mod create;
+mod driver;
 pub mod entry;
 pub mod gate;
 pub mod geometry;
 pub mod header;
+mod image;
 pub mod info;
+mod locks;
+mod map;
+mod memory;
+mod meta;
+mod open;
 pub mod options;
+mod plan;
+mod read;
+mod rename;
+mod resize;
+mod snapshot;
+mod sync;
+mod write;
+mod zero;
 
 use std::rc::Rc;
 
-use blockferry_ring::{Errno, Ring, SharedBuf};
+use blockferry_ring::{Ring, SharedBuf};
 
 pub use gate::{Gate, OpenFiles, Role, Wanted};
+pub use image::Qcow2;
 pub use info::{BitmapInfo, CheckReport, Info, MapExtent, Measured, Repair, SnapshotInfo};
 pub use options::{Compat, CompressionType, CreateOptions, Preallocation};
 
+use crate::base::range::ByteRange;
 use crate::block::{BlockError, Driver, IoResult, Operation};
 
 /// What becomes of the backing file when an image is opened.
@@ -53,16 +83,6 @@ pub struct OpenOptions {
     pub for_check: bool,
 }
 
-/// An open image. It is a [`Driver`]; what follows here is what is special about the format.
-#[derive(Debug)]
-pub struct Qcow2 {
-    file: Rc<dyn Driver>,
-}
-
-fn not_yet(operation: Operation, name: &str) -> BlockError {
-    BlockError::new(operation, name, Errno::EOPNOTSUPP)
-}
-
 impl Qcow2 {
     /// Makes an image in `file`, which is empty or whose contents are lost; it is durable afterwards.
     /// `data_file` has to be there if and only if the options name one; it gets the length of the disk.
@@ -72,20 +92,18 @@ impl Qcow2 {
     /// # Errors
     /// `EINVAL` with a hint for options that do not go together; what the file says.
     pub async fn create(
-        _ring: &Ring,
+        ring: &Ring,
         file: &Rc<dyn Driver>,
-        _data_file: Option<&Rc<dyn Driver>>,
+        data_file: Option<&Rc<dyn Driver>>,
         options: &CreateOptions,
     ) -> IoResult {
-        options.check(file.name())?;
-        Err(not_yet(Operation::Create, file.name()))
+        Qcow2::create_image(ring, file, data_file, options).await
     }
 
     /// How large an image with these options would become, where `data_clusters` clusters hold data
     /// (`qemu-img measure`).
     pub fn measure(options: &CreateOptions, data_clusters: u64) -> Measured {
-        let _ = data_clusters;
-        Measured { required: 0, fully_allocated: options.size }
+        Qcow2::measure_image(options, data_clusters)
     }
 
     /// Opens the image in `file`. Other files that it names are opened through `files`.
@@ -99,8 +117,7 @@ impl Qcow2 {
         files: &dyn OpenFiles,
         options: OpenOptions,
     ) -> Result<Rc<Qcow2>, BlockError> {
-        let _ = (ring, files, options);
-        Err(not_yet(Operation::Open, file.name()))
+        Qcow2::open_image(ring, file, files, options).await
     }
 
     /// The file that holds the image.
@@ -110,42 +127,54 @@ impl Qcow2 {
 
     /// The layer below, where one is open.
     pub fn backing(&self) -> Option<Rc<dyn Driver>> {
-        None
+        self.below()
     }
 
     /// Facts about it, as they are now.
     pub async fn info(&self) -> Result<Info, BlockError> {
-        Err(not_yet(Operation::Open, self.file.name()))
+        match self.info_now().await {
+            Ok(info) => Ok(info),
+            Err(fault) => Err(self.tell_whole(Operation::Read, fault).await),
+        }
     }
 
     /// The extent at `offset` (within the disk), at most `len` bytes: which layer has it, and where.
     pub async fn map(&self, offset: u64, len: u64) -> Result<MapExtent, BlockError> {
-        Err(BlockError::at(Operation::BlockStatus, self.file.name(), offset, len, Errno::EOPNOTSUPP))
+        match self.map_at(offset, len).await {
+            Ok(extent) => Ok(extent),
+            Err(fault) => {
+                Err(self.tell(Operation::BlockStatus, ByteRange::at_saturating(offset, len), fault).await)
+            }
+        }
     }
 
     /// Looks at all metadata, and repairs what `repair` says. Nobody may write meanwhile.
     pub async fn check(&self, repair: Repair) -> Result<CheckReport, BlockError> {
-        let _ = repair;
-        Err(not_yet(Operation::Open, self.file.name()))
+        match self.check_image(repair).await {
+            Ok(report) => Ok(report),
+            Err(fault) => Err(self.tell_whole(Operation::Read, fault).await),
+        }
     }
 
     /// Changes the length of the disk. Shrinking loses what lies beyond. The room of new clusters is set
     /// aside as `preallocation` says. `ENOTSUP` with a hint where snapshots or bitmaps stand against it.
     pub async fn resize(&self, len: u64, preallocation: Preallocation) -> IoResult {
-        let _ = (len, preallocation);
-        Err(not_yet(Operation::Resize, self.file.name()))
+        self.resize_told(len, preallocation).await
     }
 
     /// Writes another backing file (and format) into the image, in one step as far as a power cut can tell,
     /// and durably. `None`: no backing file. Nothing is opened or copied: what `rebase -u` does.
     pub async fn set_backing(&self, backing: Option<(&str, Option<&str>)>) -> IoResult {
-        let _ = backing;
-        Err(not_yet(Operation::Write, self.file.name()))
+        match self.set_backing_name(backing).await {
+            Ok(()) => Ok(()),
+            Err(fault) => Err(self.tell_whole(Operation::Write, fault).await),
+        }
     }
 
     /// Replaces the open layer below, without a word to the image. Nobody may use the image meanwhile.
     pub fn replace_backing(&self, backing: Option<Rc<dyn Driver>>) {
-        let _ = backing;
+        *self.backing_name.borrow_mut() = backing.as_ref().map(|driver| driver.name().to_owned());
+        *self.backing.borrow_mut() = backing;
     }
 
     /// Compresses one cluster and writes it. `offset` is a multiple of the cluster size, and `buf` a whole
@@ -153,26 +182,38 @@ impl Qcow2 {
     /// Several may be under way at once; the work is done on the ring's offload threads.
     /// The cluster has to be unallocated; else `EIO`, as in QEMU.
     pub async fn write_compressed(&self, offset: u64, buf: SharedBuf) -> IoResult {
-        Err(BlockError::at(Operation::Write, self.file.name(), offset, buf.len() as u64, Errno::EOPNOTSUPP))
+        match self.write_compressed_guest(offset, &buf).await {
+            Ok(()) => Ok(()),
+            Err(fault) => {
+                let range = ByteRange::at_saturating(offset, buf.len() as u64);
+                Err(self.tell(Operation::Write, range, fault).await)
+            }
+        }
     }
 
     /// Takes a snapshot named `name`; its id comes back. `date` is (seconds, nanoseconds) since the Epoch.
     /// Nobody may write meanwhile; it is durable afterwards.
     pub async fn snapshot_create(&self, name: &str, date: (u32, u32)) -> Result<String, BlockError> {
-        let _ = (name, date);
-        Err(not_yet(Operation::Write, self.file.name()))
+        match self.take_snapshot(name, date).await {
+            Ok(done) => Ok(done),
+            Err(fault) => Err(self.tell_whole(Operation::Write, fault).await),
+        }
     }
 
-    /// Makes the disk what it was (`name_or_id`: an id if there is such a one, else a name, as in `qemu-img`).
+    /// Makes the disk what it was (`name_or_id`: an id if there is such a one, else a name).
     /// `ENOENT` if there is no such snapshot.
     pub async fn snapshot_apply(&self, name_or_id: &str) -> IoResult {
-        let _ = name_or_id;
-        Err(not_yet(Operation::Write, self.file.name()))
+        match self.apply_snapshot(name_or_id).await {
+            Ok(done) => Ok(done),
+            Err(fault) => Err(self.tell_whole(Operation::Write, fault).await),
+        }
     }
 
     /// Deletes a snapshot.
     pub async fn snapshot_delete(&self, name_or_id: &str) -> IoResult {
-        let _ = name_or_id;
-        Err(not_yet(Operation::Write, self.file.name()))
+        match self.delete_snapshot(name_or_id).await {
+            Ok(done) => Ok(done),
+            Err(fault) => Err(self.tell_whole(Operation::Write, fault).await),
+        }
     }
 }

@@ -8,10 +8,10 @@ use blockferry_ring::{Buf, PooledFuture, Ring, SharedBuf};
 
 use super::machine::{Op, Outcome};
 use super::plan::{What, plan};
-use super::{TargetState, compress};
+use super::{Compressor, TargetState};
 use crate::base::limits;
 use crate::base::range::ByteRange;
-use crate::base::zero::zero_runs;
+use crate::base::zero::{is_zero, zero_runs};
 use crate::block::{BlockError, Driver, Extent, WriteFlags, ZeroFlags};
 use crate::graph::node::Use;
 use crate::job::body::Hands;
@@ -31,8 +31,6 @@ pub struct Tally {
     pub bytes_lost: Cell<u64>,
     /// Bytes of data whose clusters were compressed.
     pub bytes_compressed: Cell<u64>,
-    /// What they take now.
-    pub bytes_compressed_to: Cell<u64>,
     /// Bytes compared.
     pub bytes_compared: Cell<u64>,
     /// Where source and target differ, if they were found to.
@@ -49,7 +47,7 @@ pub(super) struct Parts {
     pub unit: u64,
     pub sparse_bytes: u64,
     pub target_state: TargetState,
-    pub compress: bool,
+    pub compressor: Option<Rc<dyn Compressor>>,
     pub salvage: bool,
     pub tally: Rc<Tally>,
     /// A change of the target has failed: from then on nothing is taken for zero because it reads as zero.
@@ -77,7 +75,7 @@ impl Hands<Op, Outcome> for ConvertHands {
     }
 }
 
-pub(super) fn add(cell: &Cell<u64>, n: u64) {
+fn add(cell: &Cell<u64>, n: u64) {
     cell.set(cell.get() + n);
 }
 
@@ -86,7 +84,7 @@ impl Parts {
         self.source.node().driver()
     }
 
-    pub(super) fn to(&self) -> &Rc<dyn Driver> {
+    fn to(&self) -> &Rc<dyn Driver> {
         self.target.node().driver()
     }
 
@@ -129,14 +127,18 @@ impl Parts {
                 Err(_) if self.salvage => Extent::data(left.min(limits::CONVERT_CHUNK_BYTES)),
                 Err(error) => return Err(error),
             };
-            let what = if self.target_state == TargetState::Backed && !extent.allocated {
-                What::Skip
-            } else if extent.zero {
-                What::Zero
-            } else {
-                What::Data
+            let mut len = extent.len.clamp(1, left);
+            let what = match self.target_state {
+                TargetState::Backed { source_backing_len }
+                    if !extent.allocated && at < source_backing_len =>
+                {
+                    len = len.min(source_backing_len - at);
+                    What::Skip
+                }
+                _ if extent.zero => What::Zero,
+                _ => What::Data,
             };
-            let piece = ByteRange::at_saturating(at, extent.len.clamp(1, left));
+            let piece = ByteRange::at_saturating(at, len);
             at = piece.end();
             match extents.last_mut() {
                 Some((last, known)) if *known == what => {
@@ -155,12 +157,35 @@ impl Parts {
     }
 
     async fn copy(&self, range: ByteRange, done: &mut Copied) -> Result<(), (u64, Failed)> {
-        if self.compress {
-            return compress::copy(self, range, done).await.map_err(|failed| (range.start(), failed));
+        if let Some(compressor) = &self.compressor {
+            return self.copy_compressed(&**compressor, range, done).await;
         }
         for piece in range.chunks(BLOCK_MAX as u64) {
             let buf = self.ring.alloc(piece.len() as usize).await;
             self.copy_piece(piece, buf, done).await.map_err(|failed| (piece.start(), failed))?;
+        }
+        Ok(())
+    }
+
+    /// Each cluster by itself. The work of compressing is done on other threads, and several pieces are under way.
+    async fn copy_compressed(
+        &self,
+        compressor: &dyn Compressor,
+        range: ByteRange,
+        done: &mut Copied,
+    ) -> Result<(), (u64, Failed)> {
+        for cluster in range.chunks(compressor.cluster_bytes()) {
+            let at = cluster.start();
+            let buf = self.ring.alloc(cluster.len() as usize).await;
+            let buf = self.read(cluster, buf).await.map_err(|failed| (at, failed))?.freeze();
+            if is_zero(buf.as_slice()) {
+                self.make_zero(cluster, done).await.map_err(|failed| (at, failed))?;
+                continue;
+            }
+            let written = compressor.write(at, buf).await;
+            self.changed(written).map_err(|failed| (at, failed))?;
+            done.data += cluster.len();
+            add(&self.tally.bytes_compressed, cluster.len());
         }
         Ok(())
     }
@@ -184,7 +209,7 @@ impl Parts {
     }
 
     /// Reads a piece of the source, or what can be read of it.
-    pub(super) async fn read(&self, piece: ByteRange, buf: Buf) -> Result<Buf, Failed> {
+    async fn read(&self, piece: ByteRange, buf: Buf) -> Result<Buf, Failed> {
         let (mut buf, result) = self.from().read(piece.start(), buf).await;
         let Err(error) = result else { return Ok(buf) };
         if !self.salvage {
@@ -214,7 +239,7 @@ impl Parts {
     }
 
     /// Makes a range of the target zero; what reads as zero already is left alone.
-    pub(super) async fn make_zero(&self, range: ByteRange, done: &mut Copied) -> Result<(), Failed> {
+    async fn make_zero(&self, range: ByteRange, done: &mut Copied) -> Result<(), Failed> {
         if self.sparse_bytes == 0 {
             return self.write_zeroes_out(range, done).await;
         }
@@ -252,7 +277,7 @@ impl Parts {
         Ok(())
     }
 
-    pub(super) fn changed<T>(&self, result: Result<T, BlockError>) -> Result<T, Failed> {
+    fn changed<T>(&self, result: Result<T, BlockError>) -> Result<T, Failed> {
         result.map_err(|error| {
             self.target_failed.set(true);
             write_failed(error)
@@ -274,12 +299,7 @@ impl Parts {
     }
 }
 
-/// Whether a driver writes compressed clusters.
-pub(super) fn can_compress(to: &Rc<dyn Driver>) -> bool {
-    compress::cluster_bytes(to).is_some()
-}
-
-pub(super) fn failed(operation: IoOperation, error: BlockError) -> Failed {
+fn failed(operation: IoOperation, error: BlockError) -> Failed {
     Failed { operation, errno: error.errno.0, text: error.to_string() }
 }
 

@@ -310,11 +310,12 @@ impl Convert {
             // Pieces end where a chunk of the disk ends, whatever they begin with.
             let end = (due.range.start() / len + 1).saturating_mul(len);
             let (piece, rest) = due.range.split_at(end);
-            if due.what == What::Data && !share || due.what == What::Zero && self.settings.zeroes_cost {
-                if let Err(until) = cx.limiter.try_take(cx.now, piece.len().min(self.settings.chunk)) {
-                    cx.wake_by(until);
-                    return;
-                }
+            let costs =
+                due.what == What::Data && !share || due.what == What::Zero && self.settings.zeroes_cost;
+            let cost = piece.len().min(self.settings.chunk);
+            if costs && let Err(until) = cx.limiter.try_take(cx.now, cost) {
+                cx.wake_by(until);
+                return;
             }
             match self.due.front_mut() {
                 Some(front) if !rest.is_empty() => front.range = rest,

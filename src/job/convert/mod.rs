@@ -10,7 +10,6 @@
 //! copies end in any order. Bytes may be copied without being read ([`super::offload`]), clusters may be
 //! compressed, and what cannot be read may be left out ([`ConvertOptions::salvage`]).
 
-mod compress;
 mod hands;
 pub mod machine;
 mod plan;
@@ -18,7 +17,9 @@ mod plan;
 use std::cell::Cell;
 use std::rc::Rc;
 
-use blockferry_ring::Ring;
+use blockferry_ring::{Ring, SharedBuf};
+
+use blockferry_ring::arena::BLOCK_MAX;
 
 use super::error::JobError;
 use super::event::JobType;
@@ -27,12 +28,15 @@ use super::mirror::Marker;
 use super::offload::{CopyOffload, OffloadPolicy};
 use super::runner::{ErrorPolicies, Job};
 use crate::base::limits;
-use crate::block::BlockError;
+use crate::block::{BlockError, IoFuture, IoResult};
 use crate::graph::node::{Node, UseKind};
 use hands::{ConvertHands, Parts};
 use machine::{Convert, Settings};
 
 pub use hands::Tally;
+
+#[cfg(test)]
+mod tests_sim;
 
 /// What is known of the target before anything is written to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,7 +47,19 @@ pub enum TargetState {
     /// It reads as zeroes everywhere: it is new, or the user says so.
     Zero,
     /// It is new, and reads as its backing file does, which holds what the source's backing file holds.
-    Backed,
+    Backed {
+        /// Bytes of the source's backing file. Beyond them what the source does not hold is zero.
+        source_backing_len: u64,
+    },
+}
+
+/// Writes compressed clusters to a target that was just made.
+pub trait Compressor: std::fmt::Debug {
+    /// Bytes of a cluster.
+    fn cluster_bytes(&self) -> u64;
+    /// Compresses and writes one cluster at a multiple of the cluster size, or what there is up to the end of the
+    /// disk. Nothing may have been written there. Several may be under way at once.
+    fn write(&self, offset: u64, buf: SharedBuf) -> IoFuture<'_, IoResult>;
 }
 
 /// How to convert.
@@ -62,8 +78,8 @@ pub struct ConvertOptions {
     pub sparse_bytes: u64,
     /// What the target holds.
     pub target_state: TargetState,
-    /// Compress the clusters of the target.
-    pub compress: bool,
+    /// Compresses the clusters of the target.
+    pub compressor: Option<Rc<dyn Compressor>>,
     /// Ways of copying without reading.
     pub offload: OffloadPolicy,
     /// What cannot be read counts as zeroes.
@@ -84,7 +100,7 @@ impl ConvertOptions {
             policies: ErrorPolicies::default(),
             sparse_bytes: 4096,
             target_state: TargetState::Unknown,
-            compress: false,
+            compressor: None,
             offload: OffloadPolicy::default(),
             salvage: false,
             verify: false,
@@ -107,9 +123,12 @@ pub enum ConvertError {
         /// Bytes of the source.
         source_bytes: u64,
     },
-    /// Not every format can.
-    #[error("Images of the format '{0}' cannot be compressed")]
-    NoCompression(&'static str),
+    /// A cluster is more than one buffer holds.
+    #[error("Clusters of more than {max} bytes cannot be written compressed, and these have {cluster}", max = BLOCK_MAX)]
+    ClusterTooLarge {
+        /// Bytes of a cluster.
+        cluster: u64,
+    },
     /// A job option.
     #[error(transparent)]
     Job(#[from] JobError),
@@ -134,15 +153,16 @@ pub async fn start(
         return Err(ConvertError::TooSmall { target: to.len(), source_bytes: from.len() });
     }
     let cluster = to.limits().cluster_size.map_or(1, u64::from);
-    if options.compress && !hands::can_compress(to) {
-        return Err(ConvertError::NoCompression(to.kind()));
+    let packed = options.compressor.as_ref().map(|compressor| compressor.cluster_bytes());
+    if let Some(cluster) = packed.filter(|cluster| *cluster > BLOCK_MAX as u64) {
+        return Err(ConvertError::ClusterTooLarge { cluster });
     }
     let mut job_options = JobOptions::new(options.id.clone(), JobType::Convert);
     job_options.speed_bytes_per_sec = parse_speed(options.speed)?;
     let source_use = source.attach(UseKind::JobSource("convert"))?;
     let target_use = target.attach(UseKind::JobTarget("convert"))?;
     let job = Job::new(ring, job_options, options.policies);
-    let offload = CopyOffload::new(if options.compress || options.sparse_bytes == 0 {
+    let offload = CopyOffload::new(if packed.is_some() || options.sparse_bytes == 0 {
         OffloadPolicy::Never
     } else {
         options.offload
@@ -153,7 +173,7 @@ pub async fn start(
         parallel: options.parallel.clamp(1, limits::CONVERT_OPERATIONS_MAX),
         skip_zeroes: options.target_state == TargetState::Zero && options.sparse_bytes > 0,
         zeroes_cost: !to.capabilities().zero_fast || options.sparse_bytes == 0,
-        chunk: limits::CONVERT_CHUNK_BYTES.max(if options.compress { cluster } else { 1 }),
+        chunk: limits::CONVERT_CHUNK_BYTES,
         share: offload.is_worth_trying(),
         verify: options.verify,
     };
@@ -166,7 +186,7 @@ pub async fn start(
         unit: cluster.clamp(4096, limits::CONVERT_CHUNK_BYTES),
         sparse_bytes: options.sparse_bytes,
         target_state: options.target_state,
-        compress: options.compress,
+        compressor: options.compressor,
         salvage: options.salvage,
         tally: tally.clone(),
         target_failed: Cell::new(false),

@@ -19,34 +19,37 @@ pub enum What {
 /// a unit: then up to a unit more or less may be covered, never beyond `end`.
 pub fn plan(extents: &[(ByteRange, What)], unit: u64, end: u64) -> Vec<(ByteRange, What)> {
     let mut list: Vec<(u64, u64, What)> = Vec::with_capacity(extents.len());
-    let mut add = |from: u64, to: u64, what: What| match list.last_mut() {
-        Some(last) if last.2 == what => last.1 = last.1.max(to),
-        _ => list.push((from, to, what)),
-    };
     // What is dealt with so far.
     let mut at = extents.first().map_or(0, |(range, _)| range.start());
     for (index, &(range, what)) in extents.iter().enumerate() {
-        let from = range.start().max(at);
-        let mut to = range.end().max(at);
+        let mut from = range.start().max(at);
+        let mut to = range.end();
         if what == What::Data {
+            // The units in which data begins and ends belong to the data. Nothing before it was data, or it would
+            // have taken its unit whole.
+            from = (from - from % unit).max(list.first().map_or(from, |first| first.0));
             to = to.next_multiple_of(unit).min(end);
-        } else if let Some((_, next)) = extents.get(index + 1) {
-            // The unit in which data begins belongs to the data.
-            if *next == What::Data {
-                to = to - to % unit;
+            while let Some(last) = list.last_mut().filter(|last| last.2 != What::Data && last.1 > from) {
+                last.1 = from;
+                if last.0 >= last.1 {
+                    list.pop();
+                }
             }
-        } else if to < end {
+        } else if index + 1 == extents.len() && to < end {
             // What comes next is not known: whole units only, unless that is nothing.
             let whole = to - to % unit;
             if whole > from {
                 to = whole;
             }
         }
-        let from = if what == What::Data { at.min(from) } else { from };
-        if to > from {
-            add(from, to, what);
-            at = to;
+        if to <= from {
+            continue;
         }
+        match list.last_mut() {
+            Some(last) if last.2 == what => last.1 = to,
+            _ => list.push((from, to, what)),
+        }
+        at = to;
     }
     list.into_iter().map(|(from, to, what)| (ByteRange::at_saturating(from, to - from), what)).collect()
 }

@@ -75,6 +75,8 @@ pub struct Copied {
     pub zeroed: u64,
     /// Bytes that were alike already.
     pub skipped: u64,
+    /// Bytes that both sides' files share from now on: nothing was read or written.
+    pub shared: u64,
 }
 
 /// A failed request.
@@ -235,6 +237,8 @@ pub struct Mirror {
     seen: GuestTally,
     others: usize,
     ready_told: bool,
+    /// The last piece was shared, not copied.
+    shares: bool,
     /// The door is shut to become ready, not to end.
     for_ready: bool,
     /// The door is shut since then.
@@ -274,6 +278,7 @@ impl Mirror {
             seen: GuestTally::default(),
             others: 0,
             ready_told: false,
+            shares: false,
             for_ready: false,
             shut_at: None,
             waits_since: None,
@@ -424,6 +429,9 @@ impl Mirror {
         self.done.data += copied.data;
         self.done.zeroed += copied.zeroed;
         self.done.skipped += copied.skipped;
+        self.done.shared += copied.shared;
+        // Blocks are shared by the thousand as quickly as one by one.
+        self.shares = copied.shared == range.len() || self.shares && copied.data == 0;
         let rest = undone.as_ref().map(|(from, _)| range.split_at(*from).1).filter(|rest| !rest.is_empty());
         cx.progress.done(range.len() - rest.map_or(0, |rest| rest.len()));
         self.tracker.release(range, rest);
@@ -540,8 +548,9 @@ impl Mirror {
 
     /// Starts copies as long as there is something to copy and room for it.
     fn copy_on(&mut self, cx: &mut Context<'_, Op>) {
-        let chunk = self.conduct.piece().max(self.tracker.granularity());
-        let window = self.conduct.window().min(self.settings.buf_size);
+        let shared = if self.shares && !self.conduct.has_guests() { limits::MIRROR_SHARED_BYTES } else { 0 };
+        let chunk = self.conduct.piece().max(self.tracker.granularity()).max(shared);
+        let window = self.conduct.window().min(self.settings.buf_size).max(shared);
         let run_max = if self.tracker.is_blocking() {
             limits::MIRROR_ZERO_BYTES_MAX_BLOCKING
         } else {
@@ -812,6 +821,7 @@ impl Body for Mirror {
             bytes_copied: self.done.data,
             bytes_zeroed: self.done.zeroed,
             bytes_skipped: self.done.skipped,
+            bytes_shared: self.done.shared,
             bytes_dirty: self.left(),
             bytes_guest: self.seen.bytes,
             errors: self.errors,

@@ -1,0 +1,192 @@
+//! `blockferry check`: whether an image's metadata is sound, and its repair.
+
+use std::rc::Rc;
+
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::exit::{Exit, Failure};
+use super::image::{GateArgs, parse_format};
+use super::tool::OutputArgs;
+use super::{Global, config};
+use crate::engine::qcow2::qcow2;
+use crate::engine::{Engine, Format, ImageOptions};
+use crate::format::qcow2::{CheckReport, Repair};
+use crate::graph::node::UseKind;
+
+/// The exit code for formats that have nothing to check.
+const NOT_SUPPORTED: u8 = 63;
+
+const AFTER: &str = "\
+Exit codes, as those of qemu-img:
+  0   sound (after the repair, where one was asked for)
+  1   the check did not come to its end
+  2   corruptions were found
+  3   leaked clusters, and nothing worse
+  63  images of this format cannot be checked";
+
+/// Check an image, and repair it
+#[derive(Debug, Args)]
+#[command(after_help = AFTER)]
+pub struct CheckArgs {
+    /// The image
+    #[arg(value_name = "FILE")]
+    file: String,
+    /// Its format, if its header should not be asked
+    #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
+    /// What to repair
+    #[arg(short, long, value_name = "WHAT", value_enum)]
+    repair: Option<What>,
+    /// Check though others may be writing the image: what is found then may not be true
+    #[arg(short = 'U', long, conflicts_with = "repair")]
+    force_share: bool,
+    /// No output but what is wrong
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    gate: GateArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum What {
+    /// Free clusters that nobody uses
+    Leaks,
+    /// Everything that can be repaired; wrong repairs can make things worse, so have a copy
+    All,
+}
+
+/// Runs the command.
+pub fn main(global: &Global, args: CheckArgs) -> Result<Exit, Failure> {
+    let engine = Rc::new(Engine::new(&config(global))?);
+    let args = Rc::new(args);
+    let (e, a) = (engine.clone(), args.clone());
+    let Some((format, report)) = engine.run(async move { check(&e, &a).await })? else {
+        eprintln!("blockferry: This image format does not support checks");
+        return Ok(Exit::Code(NOT_SUPPORTED));
+    };
+    if !args.output.print(global, &to_json(&args.file, format, &report)) {
+        tell(&args, &report);
+    }
+    Ok(match &report {
+        r if r.check_errors > 0 => Exit::Code(1),
+        r if r.corruptions > 0 => Exit::Code(2),
+        r if r.leaks > 0 => Exit::Code(3),
+        _ => Exit::Done,
+    })
+}
+
+async fn check(engine: &Engine, args: &CheckArgs) -> Result<Option<(Format, CheckReport)>, Failure> {
+    let repair = match args.repair {
+        None => Repair::None,
+        Some(What::Leaks) => Repair::Leaks,
+        Some(What::All) => Repair::All,
+    };
+    let look = ImageOptions {
+        format: args.format,
+        lock: !args.force_share,
+        no_backing: true,
+        for_check: true,
+        gate: args.gate.gate(),
+        ..ImageOptions::read_only()
+    };
+    // Read-only first: that a raw image cannot be checked is to be said, and not that its format has to be.
+    let mut node = engine.open(&args.file, &look).await?;
+    if qcow2(node.driver()).is_none() {
+        return Ok(None);
+    }
+    if repair != Repair::None {
+        drop(node);
+        let options = ImageOptions { format: Some(Format::Qcow2), read_only: false, ..look };
+        node = engine.open(&args.file, &options).await?;
+    }
+    let Some(image) = qcow2(node.driver()) else { return Ok(None) };
+    let kind = match repair {
+        Repair::None => UseKind::JobSource("check"),
+        _ => UseKind::JobTarget("check"),
+    };
+    let _lock = node.attach(kind)?;
+    let mut report = image.check(repair).await?;
+    if report.leaks_fixed > 0 || report.corruptions_fixed > 0 {
+        // What is left after a repair is what a second look finds.
+        let again = image.check(Repair::None).await?;
+        report = CheckReport {
+            leaks_fixed: report.leaks_fixed,
+            corruptions_fixed: report.corruptions_fixed,
+            messages: report.messages,
+            ..again
+        };
+    }
+    Ok(Some((Format::Qcow2, report)))
+}
+
+/// What is 0 is left out, as qemu-img does it.
+fn to_json(file: &str, format: Format, report: &CheckReport) -> Value {
+    let mut value = json!({"filename": file, "format": format.name(), "check-errors": report.check_errors});
+    if let Some(object) = value.as_object_mut() {
+        for (name, n) in [
+            ("image-end-offset", report.image_end_offset),
+            ("corruptions", report.corruptions),
+            ("leaks", report.leaks),
+            ("corruptions-fixed", report.corruptions_fixed),
+            ("leaks-fixed", report.leaks_fixed),
+            ("total-clusters", report.total_clusters),
+            ("allocated-clusters", report.allocated_clusters),
+            ("fragmented-clusters", report.fragmented_clusters),
+            ("compressed-clusters", report.compressed_clusters),
+        ] {
+            if n > 0 {
+                object.insert(name.into(), n.into());
+            }
+        }
+        if !report.messages.is_empty() {
+            object.insert("messages".into(), report.messages.clone().into());
+        }
+    }
+    value
+}
+
+fn tell(args: &CheckArgs, report: &CheckReport) {
+    for message in &report.messages {
+        eprintln!("{message}");
+    }
+    if args.quiet {
+        return;
+    }
+    if report.leaks_fixed > 0 || report.corruptions_fixed > 0 {
+        println!("The following inconsistencies were found and repaired:\n");
+        println!("    {} leaked clusters", report.leaks_fixed);
+        println!("    {} corruptions\n", report.corruptions_fixed);
+    }
+    if report.is_clean() {
+        println!("No errors were found on the image.");
+    } else {
+        if report.corruptions > 0 {
+            println!("\n{} errors were found on the image.", report.corruptions);
+            println!("Data may be corrupted, or further writes to the image may corrupt it.");
+        }
+        if report.leaks > 0 {
+            println!("\n{} leaked clusters were found on the image.", report.leaks);
+            println!("This means waste of disk space, but no harm to data.");
+        }
+        if report.check_errors > 0 {
+            println!("\n{} internal errors have occurred during the check.", report.check_errors);
+        }
+    }
+    if report.total_clusters > 0 && report.allocated_clusters > 0 {
+        let share = |n: u64, of: u64| n as f64 * 100.0 / of as f64;
+        println!(
+            "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
+            report.allocated_clusters,
+            report.total_clusters,
+            share(report.allocated_clusters, report.total_clusters),
+            share(report.fragmented_clusters, report.allocated_clusters),
+            share(report.compressed_clusters, report.allocated_clusters),
+        );
+    }
+    if report.image_end_offset > 0 {
+        println!("Image end offset: {}", report.image_end_offset);
+    }
+}

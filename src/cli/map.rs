@@ -1,0 +1,147 @@
+//! `blockferry map`: where the bytes of an image lie.
+
+use std::rc::Rc;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::exit::{Exit, Failure};
+use super::image::{GateArgs, parse_format, size};
+use super::tool::{OutputArgs, read_options};
+use super::{Global, config};
+use crate::block::{BlockError, Driver};
+use crate::engine::qcow2::qcow2;
+use crate::engine::{Engine, Format};
+use crate::format::qcow2::MapExtent;
+
+/// Tell where the bytes of an image, and of its backing files, lie
+#[derive(Debug, Args)]
+pub struct MapArgs {
+    /// The image
+    #[arg(value_name = "FILE")]
+    file: String,
+    /// Its format, if its header should not be asked
+    #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
+    /// Begin at this offset of the disk
+    #[arg(short, long, value_name = "OFFSET", value_parser = size, default_value = "0")]
+    start_offset: u64,
+    /// Tell of no more than so many bytes
+    #[arg(short = 'l', long, value_name = "LENGTH", value_parser = size)]
+    max_length: Option<u64>,
+    /// Open the image though others may be writing it (tools that only look never take locks)
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    #[command(flatten)]
+    gate: GateArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// One line of the map.
+#[derive(Clone, Debug)]
+struct Line {
+    start: u64,
+    extent: MapExtent,
+}
+
+impl Line {
+    /// Whether `next`, which begins where this one ends, is more of the same.
+    fn goes_on_with(&self, next: &MapExtent) -> bool {
+        let e = &self.extent;
+        let offset = match (e.offset, next.offset) {
+            (Some(offset), Some(next)) => offset + e.len == next,
+            (None, None) => true,
+            _ => false,
+        };
+        offset
+            && (e.depth, e.present, e.zero, e.data, e.compressed)
+                == (next.depth, next.present, next.zero, next.data, next.compressed)
+            && e.file == next.file
+    }
+
+    fn to_json(&self) -> Value {
+        let e = &self.extent;
+        let mut value = json!({
+            "start": self.start,
+            "length": e.len,
+            "depth": e.depth,
+            "present": e.present,
+            "zero": e.zero,
+            "data": e.data,
+            "compressed": e.compressed,
+        });
+        if let (Some(offset), Some(object)) = (e.offset, value.as_object_mut()) {
+            object.insert("offset".into(), offset.into());
+        }
+        value
+    }
+}
+
+/// Runs the command.
+pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
+    let engine = Rc::new(Engine::new(&config(global))?);
+    let args = Rc::new(args);
+    let (e, a) = (engine.clone(), args.clone());
+    let lines = engine.run(async move {
+        let options = read_options(a.format, None, true, &a.gate);
+        let node = e.open(&a.file, &options).await?;
+        Ok::<_, Failure>(map(node.driver(), &a.file, a.start_offset, a.max_length).await?)
+    })?;
+    if args.output.is_json(global) {
+        // One extent a line, as qemu-img prints it.
+        let list: Vec<String> = lines.iter().map(|line| line.to_json().to_string()).collect();
+        let between = if global.json { "," } else { ",\n" };
+        println!("[{}]", list.join(between));
+        return Ok(Exit::Done);
+    }
+    println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
+    for Line { start, extent } in lines.iter().filter(|line| line.extent.data && !line.extent.zero) {
+        let (Some(offset), Some(file)) = (extent.offset, &extent.file) else {
+            return Err(Failure::text(
+                "The image has clusters that are compressed or stored elsewhere, which have no place of their own in \
+                 a file: use --output=json",
+            ));
+        };
+        let hex = |n: u64| if n == 0 { "0".to_owned() } else { format!("{n:#x}") };
+        println!("{:<16}{:<16}{:<16}{file}", hex(*start), hex(extent.len), hex(offset));
+    }
+    Ok(Exit::Done)
+}
+
+async fn map(
+    driver: &Rc<dyn Driver>,
+    name: &str,
+    start: u64,
+    len: Option<u64>,
+) -> Result<Vec<Line>, BlockError> {
+    let disk = driver.len();
+    let end = len.map_or(disk, |len| start.saturating_add(len)).min(disk);
+    let mut lines: Vec<Line> = Vec::new();
+    let mut at = start;
+    while at < end {
+        let extent = match qcow2(driver) {
+            Some(image) => image.map(at, end - at).await?,
+            None => {
+                let extent = driver.block_status(at, end - at).await?;
+                MapExtent {
+                    len: extent.len,
+                    depth: 0,
+                    present: true,
+                    zero: extent.zero,
+                    data: !extent.zero,
+                    compressed: false,
+                    offset: Some(at),
+                    file: Some(name.to_owned()),
+                }
+            }
+        };
+        let len = extent.len.clamp(1, end - at);
+        match lines.last_mut() {
+            Some(last) if last.goes_on_with(&extent) => last.extent.len += len,
+            _ => lines.push(Line { start: at, extent: MapExtent { len, ..extent } }),
+        }
+        at += len;
+    }
+    Ok(lines)
+}

@@ -1,0 +1,222 @@
+//! `blockferry rebase`: gives an image another backing file.
+//!
+//! Safe (the usual way): what the image shows stays the same. Where it holds nothing itself and the two backing files
+//! differ, what the old one shows is written into the image first. All of that is durable before the name of the new
+//! one is: whatever ends the command, the image shows what it showed, over whichever backing file it then names.
+//!
+//! Unsafe (`-u`): only the name changes. For a backing file that has moved, or was converted.
+
+use std::rc::Rc;
+
+use blockferry_ring::Ring;
+use blockferry_ring::arena::BLOCK_MAX;
+use clap::Args;
+use serde_json::json;
+
+use super::exit::{Exit, Failure};
+use super::image::{CacheMode, GateArgs, parse_format};
+use super::progress::{INTERVAL_NANOS, Progress};
+use super::signals::Signals;
+use super::tool::{OutputArgs, cache};
+use super::{Global, config};
+use crate::base::range::ByteRange;
+use crate::base::zero::is_zero;
+use crate::block::{BlockError, Driver, WriteFlags, ZeroFlags};
+use crate::engine::open::local_path;
+use crate::engine::qcow2::{open_backing, qcow2};
+use crate::engine::{Engine, Format, ImageOptions};
+use crate::graph::node::UseKind;
+
+/// Give an image another backing file
+#[derive(Debug, Args)]
+pub struct RebaseArgs {
+    /// The image
+    #[arg(value_name = "FILE")]
+    file: String,
+    /// The new backing file, relative to the image; empty: none, and the image holds everything itself
+    #[arg(short, long, value_name = "BACKING_FILE", default_value = "")]
+    backing: String,
+    /// Format of the new backing file; has to be said
+    #[arg(short = 'F', long, value_name = "FORMAT", value_parser = parse_format)]
+    backing_format: Option<Format>,
+    /// Format of the image, if its header should not be asked
+    #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
+    /// Change the name only: nothing is compared or copied, and the old backing file need not be there
+    #[arg(short = 'u', long = "unsafe")]
+    name_only: bool,
+    /// Cache mode: none and directsync go past the page cache, the others through it [default: none]
+    #[arg(short = 't', long, value_name = "CACHE", value_parser = cache)]
+    cache: Option<CacheMode>,
+    /// Show progress (on a terminal it is shown anyway)
+    #[arg(short, long)]
+    progress: bool,
+    /// No output but errors
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    gate: GateArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Bytes looked at in one step.
+const STEP_BYTES: u64 = BLOCK_MAX as u64;
+
+/// Runs the command.
+pub fn main(global: &Global, args: RebaseArgs) -> Result<Exit, Failure> {
+    let engine = Rc::new(Engine::new(&config(global))?);
+    let signals = Signals::new(engine.ring())?;
+    let args = Rc::new(args);
+    let (e, a, g) = (engine.clone(), args.clone(), global.clone());
+    let written = engine.run(async move { rebase(&e, &a, &g, &signals).await })?;
+    let Some(written) = written else {
+        eprintln!("Cancelled: the image shows what it showed, over its old backing file");
+        return Ok(Exit::Cancelled);
+    };
+    let value = json!({"event": "end", "filename": args.file, "bytes-written": written});
+    if !args.output.print(global, &value) && !args.quiet {
+        println!("Image rebased.");
+    }
+    Ok(Exit::Done)
+}
+
+/// Bytes written to the image; `None` if it was cancelled.
+async fn rebase(
+    engine: &Engine,
+    args: &RebaseArgs,
+    global: &Global,
+    signals: &Signals,
+) -> Result<Option<u64>, Failure> {
+    let options = ImageOptions {
+        format: args.format,
+        cache: args.cache.unwrap_or_default().into(),
+        gate: args.gate.gate(),
+        no_backing: args.name_only,
+        ..ImageOptions::default()
+    };
+    let node = engine.open(&args.file, &options).await?;
+    let Some(image) = qcow2(node.driver()) else {
+        return Err(Failure::text(format!("'{}' is a raw image, which has no backing files", args.file)));
+    };
+    let lock = node.attach(UseKind::JobTarget("rebase"))?;
+    if !args.backing.is_empty() && args.backing_format.is_none() {
+        return Err(Failure::text("The format of the new backing file has to be said (-F FORMAT)"));
+    }
+    let mut written = 0;
+    if !args.name_only {
+        let new = match args.backing.as_str() {
+            "" => None,
+            name => {
+                let path = local_path(&args.file).unwrap_or_default();
+                Some(open_backing(engine.ring(), &path, name, args.backing_format, &options).await?)
+            }
+        };
+        let copy =
+            Copy { ring: engine.ring().clone(), image: node.driver().clone(), old: image.backing(), new };
+        let mut progress = Progress::new(global, args.quiet, engine.ring().clock());
+        let mut shown_at = 0;
+        let (mut at, len) = (0, image.len());
+        while at < len {
+            if signals.try_next().is_some() {
+                progress.finish();
+                return Ok(None);
+            }
+            let (next, bytes) = copy.step(at, len).await?;
+            (at, written) = (next, written + bytes);
+            let now = engine.ring().clock();
+            if now >= shown_at + INTERVAL_NANOS {
+                shown_at = now;
+                progress.show("rebase", at, len, now);
+            }
+        }
+        progress.finish();
+        image.flush().await?;
+    }
+    let name = Some(args.backing.as_str()).filter(|name| !name.is_empty());
+    image.set_backing(name.map(|name| (name, args.backing_format.map(Format::name)))).await?;
+    drop(lock);
+    Ok(Some(written))
+}
+
+/// What is needed to make up for the difference of two backing files.
+struct Copy {
+    ring: Ring,
+    image: Rc<dyn Driver>,
+    old: Option<Rc<dyn Driver>>,
+    new: Option<Rc<dyn Driver>>,
+}
+
+impl Copy {
+    /// Sees to what lies from `at` on: up to where, and how many bytes were written.
+    async fn step(&self, at: u64, len: u64) -> Result<(u64, u64), BlockError> {
+        let extent = self.image.block_status(at, len - at).await?;
+        let end = at + extent.len.clamp(1, len - at);
+        // What the image holds itself hides every backing file.
+        if extent.allocated {
+            return Ok((end, 0));
+        }
+        let (old, new) = (status(&self.old, at, end - at).await?, status(&self.new, at, end - at).await?);
+        if old.1 && new.1 {
+            return Ok((at + old.0.min(new.0), 0));
+        }
+        let end = end.min(at + STEP_BYTES - at % STEP_BYTES);
+        let range = ByteRange::at_saturating(at, end - at);
+        let (a, b) = (self.read(&self.old, range).await?, self.read(&self.new, range).await?);
+        let (a, b) = (a.freeze(), b.freeze());
+        let cluster = self.image.limits().cluster_size.unwrap_or(65_536) as usize;
+        let mut written = 0;
+        // A cluster that is written is allocated whole: it is compared and written whole.
+        let mut from = 0;
+        while from < a.len() {
+            let to = (from + cluster - (at as usize + from) % cluster).min(a.len());
+            let (was, is) = (&a.as_slice()[from..to], &b.as_slice()[from..to]);
+            if was != is {
+                let offset = at + from as u64;
+                if is_zero(was) {
+                    let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+                    self.image.write_zeroes(offset, (to - from) as u64, flags).await?;
+                } else {
+                    self.image.write(offset, a.slice(from, to - from), WriteFlags::default()).await?;
+                }
+                written += (to - from) as u64;
+            }
+            from = to;
+        }
+        Ok((end, written))
+    }
+
+    async fn read(
+        &self,
+        disk: &Option<Rc<dyn Driver>>,
+        range: ByteRange,
+    ) -> Result<blockferry_ring::Buf, BlockError> {
+        let len = range.len() as usize;
+        let mut buf = self.ring.alloc(len).await;
+        // Beyond its end, or where there is none, a backing file is zero.
+        let inside =
+            disk.as_ref().map_or(0, |disk| disk.len().saturating_sub(range.start()).min(range.len()));
+        if inside < range.len() {
+            buf.as_mut_slice().fill(0);
+        }
+        let Some(disk) = disk.as_ref().filter(|_| inside > 0) else { return Ok(buf) };
+        let (front, back) = buf.split_at(inside as usize);
+        let (front, result) = disk.read(range.start(), front).await;
+        result?;
+        match front.unsplit(back) {
+            Ok(buf) => Ok(buf),
+            Err(_) => unreachable!("the parts of one buffer join again"),
+        }
+    }
+}
+
+/// Bytes from `at` on of which the second answer is true: they are zero for certain.
+async fn status(disk: &Option<Rc<dyn Driver>>, at: u64, len: u64) -> Result<(u64, bool), BlockError> {
+    match disk.as_ref().map(|disk| (disk, disk.len().saturating_sub(at))) {
+        Some((disk, rest)) if rest > 0 => {
+            let extent = disk.block_status(at, len.min(rest)).await?;
+            Ok((extent.len.max(1), extent.zero))
+        }
+        _ => Ok((len, true)),
+    }
+}

@@ -1,0 +1,99 @@
+//! What only qcow2 images have, for those who hold an image as a driver.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use blockferry_ring::{Errno, Ring, SharedBuf};
+
+use super::ImageOptions;
+use super::open::open;
+use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation};
+use crate::format::probe::Format;
+use crate::format::qcow2::gate::{Reference, understand};
+use crate::format::qcow2::{Gate, Qcow2};
+use crate::job::convert::Compressor;
+
+/// The image as what it is, if it is one of this format.
+pub fn qcow2(driver: &Rc<dyn Driver>) -> Option<&Qcow2> {
+    driver.as_any()?.downcast_ref()
+}
+
+/// The format of an open image.
+pub fn format(driver: &Rc<dyn Driver>) -> Format {
+    if qcow2(driver).is_some() { Format::Qcow2 } else { Format::Raw }
+}
+
+/// The format that an image records for another file. One that is not known here is an error, not a guess.
+pub fn recorded_format(name: Option<&str>, file: &str) -> Result<Option<Format>, BlockError> {
+    match name {
+        // QEMU writes the name of the protocol for a raw file, too.
+        Some("file" | "host_device") => Ok(Some(Format::Raw)),
+        Some(name) => Format::parse(name).map(Some).ok_or_else(|| {
+            BlockError::new(Operation::Open, file, Errno::EOPNOTSUPP).hint(format!(
+                "An image says that this file has the format '{name}', which is not supported."
+            ))
+        }),
+        None => Ok(None),
+    }
+}
+
+/// Reads the name of another file as a user wrote it: relative to the image, and through no gate, because it is not
+/// the image that asks.
+pub fn named_by_user(image: &Path, name: &str) -> Result<Reference, BlockError> {
+    understand(image, name)
+        .map_err(|error| BlockError::new(Operation::Open, name, Errno::EINVAL).hint(error.to_string()))
+}
+
+/// Opens a backing file that a user named for an image.
+pub async fn open_backing(
+    ring: &Ring,
+    image: &Path,
+    name: &str,
+    format: Option<Format>,
+    options: &ImageOptions,
+) -> Result<Rc<dyn Driver>, BlockError> {
+    let reference = named_by_user(image, name)?;
+    let path = reference.path.display().to_string();
+    let format = recorded_format(reference.format.as_deref(), &path)?.or(format);
+    let options = ImageOptions {
+        format,
+        read_only: true,
+        gate: Gate::Anything,
+        no_backing: false,
+        for_check: false,
+        ..options.clone()
+    };
+    open(ring, &format!("file:{path}"), &options).await
+}
+
+/// Compresses the clusters of an image.
+#[derive(Debug)]
+pub struct Qcow2Compressor {
+    ring: Ring,
+    driver: Rc<dyn Driver>,
+    cluster_bytes: u64,
+}
+
+impl Qcow2Compressor {
+    /// For this image; `None` if it is of another format.
+    pub async fn new(ring: &Ring, driver: &Rc<dyn Driver>) -> Result<Option<Qcow2Compressor>, BlockError> {
+        let Some(image) = qcow2(driver) else { return Ok(None) };
+        let cluster_bytes = image.info().await?.cluster_size.into();
+        Ok(Some(Qcow2Compressor { ring: ring.clone(), driver: driver.clone(), cluster_bytes }))
+    }
+}
+
+impl Compressor for Qcow2Compressor {
+    fn cluster_bytes(&self) -> u64 {
+        self.cluster_bytes
+    }
+
+    fn write(&self, offset: u64, buf: SharedBuf) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            match qcow2(&self.driver) {
+                Some(image) => image.write_compressed(offset, buf).await,
+                None => Err(BlockError::new(Operation::Write, self.driver.name(), Errno::EOPNOTSUPP)),
+            }
+        })
+    }
+}

@@ -1,0 +1,368 @@
+//! The allocator: the one place where clusters of the file get and lose references.
+//!
+//! A cluster is free if its refcount is 0 in memory. What was freed keeps its refcount until nothing durable
+//! refers to it and no request looks at it any more ([`Qcow2::release`]), so that quarantine needs no list of
+//! its own here. A refcount may be written at any time: in memory it is never lower than what the tables on
+//! the disk need. A candidate is taken only if its refcount block was read, and only if no table lies there.
+
+use blockferry_ring::Errno;
+
+use super::entry::{set_be64, set_refcount};
+use super::geometry::REFTABLE_BYTES_MAX;
+use super::image::{Fault, Qcow2};
+use super::meta::{Damage, Freed, Known, Meta, WholeTable};
+
+/// The file grows in steps of this many bytes at least, so that not every cluster changes its length.
+const GROWTH_BYTES: u64 = 1 << 20;
+
+/// Clusters that were reserved: their refcount is 1, and nothing refers to them yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    /// Offset of the first in the file.
+    pub(super) host: u64,
+    /// How many.
+    pub(super) count: u64,
+    /// They have never been written and read as zeroes.
+    pub(super) virgin: bool,
+}
+
+/// What a look for free clusters has found.
+#[derive(Debug)]
+enum Search {
+    Found {
+        first: u64,
+        count: u64,
+    },
+    Load(u64),
+    /// The refcount block with this number is not there yet.
+    NewBlock(u64),
+    /// The refcount table ends before this block.
+    NewTable,
+}
+
+impl Meta {
+    /// Looks for `want` free clusters in a row; fewer, but one at least, if `partial`.
+    fn search(&mut self, want: u64, partial: bool) -> Result<Search, Damage> {
+        let mut at = self.hint;
+        let mut start = None;
+        loop {
+            let block = at / self.g.refblock_entries();
+            if block >= self.reftable.entries.len() as u64 {
+                return Ok(match start {
+                    Some(first) if partial => Search::Found { first, count: at - first },
+                    _ => Search::NewTable,
+                });
+            }
+            if self.reftable.get(block) == 0 {
+                return Ok(match start {
+                    Some(first) if partial => Search::Found { first, count: at - first },
+                    _ => Search::NewBlock(block),
+                });
+            }
+            match self.refcount(at)? {
+                Known::Load(slice) => match start {
+                    Some(first) if partial => return Ok(Search::Found { first, count: at - first }),
+                    _ => return Ok(Search::Load(slice)),
+                },
+                Known::Yes(0) => {
+                    let first = *start.get_or_insert(at);
+                    at += 1;
+                    if at - first == want {
+                        return Ok(Search::Found { first, count: want });
+                    }
+                }
+                Known::Yes(_) => {
+                    if let Some(first) = start.take()
+                        && partial
+                    {
+                        return Ok(Search::Found { first, count: at - first });
+                    }
+                    if at == self.hint {
+                        self.hint += 1;
+                    }
+                    at += 1;
+                }
+            }
+        }
+    }
+
+    /// Takes what was found: refcounts become 1.
+    fn take(&mut self, first: u64, count: u64) -> Result<Run, Damage> {
+        let size = self.g.cluster_size();
+        let (from, to) = (first * size, (first + count) * size);
+        if let Some(table) = self.table_at(from, to) {
+            return Err(Damage(format!("clusters at {from:#x} are said to be free, and {table} is there")));
+        }
+        for cluster in first..first + count {
+            self.set_refcount(cluster, 1);
+        }
+        if first == self.hint {
+            self.hint = first + count;
+        }
+        let virgin = from >= self.virgin;
+        self.virgin = self.virgin.max(to);
+        Ok(Run { host: from, count, virgin })
+    }
+}
+
+impl Qcow2 {
+    /// Reserves up to `want` clusters in a row (all of them unless `partial`).
+    pub(super) async fn allocate(&self, want: u64, partial: bool) -> Result<Run, Fault> {
+        loop {
+            let search = self.meta.borrow_mut().search(want.max(1), partial)?;
+            match search {
+                Search::Load(slice) => self.load_refs(slice).await?,
+                Search::NewBlock(block) => self.new_refblock(block).await?,
+                Search::NewTable => self.grow_reftable().await?,
+                Search::Found { first, count } => {
+                    // The file has to reach so far before anything refers to it.
+                    self.reach((first + count) << self.g.cluster_bits).await?;
+                    let mut meta = self.meta.borrow_mut();
+                    // Somebody else may have taken them while the file grew.
+                    match meta.search(want.max(1), partial)? {
+                        Search::Found { first: f, count: c } if (f, c) == (first, count) => {
+                            return Ok(meta.take(first, count)?);
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// Makes the file at least so long.
+    pub(super) async fn reach(&self, end: u64) -> Result<(), Fault> {
+        if end <= self.file.len() {
+            return Ok(());
+        }
+        if end > crate::base::limits::DISK_LEN_MAX || end >= 1 << 56 {
+            return Err(Fault::Refused(
+                Errno::EFBIG,
+                "The image would become larger than the format allows.".into(),
+            ));
+        }
+        let len = end.next_multiple_of(GROWTH_BYTES);
+        match self.file.set_len(len).await {
+            Ok(()) => Ok(()),
+            Err(error) if error.errno == Errno::EOPNOTSUPP => {
+                let why = "The image does not fit what it lies on; make that larger.";
+                Err(Fault::Refused(Errno::ENOSPC, why.into()))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Gives back clusters that nothing has ever referred to.
+    pub(super) async fn unreserve(&self, run: Run) {
+        let first = run.host >> self.g.cluster_bits;
+        for cluster in first..first + run.count {
+            match self.change_refcount(cluster, -1).await {
+                Ok(_) => {}
+                // They leak; the error that led here is the one to tell.
+                Err(fault) => {
+                    tracing::warn!(image = %self.name, ?fault, cluster, "a reserved cluster could not be given back");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Adds to the refcount of a cluster of the file that has a refcount block; gives the new one.
+    pub(super) async fn change_refcount(&self, cluster: u64, by: i64) -> Result<u64, Fault> {
+        loop {
+            let slice = {
+                let mut meta = self.meta.borrow_mut();
+                match meta.refcount(cluster)? {
+                    Known::Load(slice) => slice,
+                    Known::Yes(count) => {
+                        let Some(new) = count.checked_add_signed(by) else {
+                            return Err(Fault::Damage(format!(
+                                "cluster {cluster} is freed more often than it was used"
+                            )));
+                        };
+                        if new > self.g.refcount_max() {
+                            let why = format!(
+                                "Refcounts of {} bits are too narrow for this.",
+                                self.g.refcount_bits()
+                            );
+                            return Err(Fault::Refused(Errno::EINVAL, why));
+                        }
+                        if !meta.set_refcount(cluster, new) {
+                            return Err(Fault::Damage(format!(
+                                "cluster {cluster} is in use and has no refcount block"
+                            )));
+                        }
+                        if new == 0 {
+                            meta.hint = meta.hint.min(cluster);
+                        }
+                        return Ok(new);
+                    }
+                }
+            };
+            self.load_refs(slice).await?;
+        }
+    }
+
+    /// Frees what no request can look at any more and nothing durable refers to.
+    pub(super) async fn release(&self) -> Result<(), Fault> {
+        let _turn = self.releasing.take().await;
+        loop {
+            let batch = {
+                let mut meta = self.meta.borrow_mut();
+                match meta.releasing.front() {
+                    Some((epoch, _)) if self.epochs.is_past(*epoch) => meta.releasing.pop_front(),
+                    _ => None,
+                }
+            };
+            let Some((_, batch)) = batch else { return Ok(()) };
+            for freed in batch {
+                self.release_one(freed).await?;
+            }
+        }
+    }
+
+    async fn release_one(&self, freed: Freed) -> Result<(), Fault> {
+        let clusters = freed.first..freed.first + freed.count;
+        if freed.discard {
+            // Given back before they can be taken again, run by run of those that nobody else refers to.
+            let mut run: Option<(u64, u64)> = None;
+            for cluster in clusters.clone().chain([u64::MAX]) {
+                let last = cluster != u64::MAX && self.refcount_of(cluster).await? == 1;
+                match (&mut run, last) {
+                    (Some((_, end)), true) => *end = cluster + 1,
+                    (None, true) => run = Some((cluster, cluster + 1)),
+                    (Some((first, end)), false) => {
+                        let (at, len) =
+                            (*first << self.g.cluster_bits, (*end - *first) << self.g.cluster_bits);
+                        // Not giving room back is no error.
+                        let _ = self.file.discard(at, len).await;
+                        run = None;
+                    }
+                    (None, false) => {}
+                }
+            }
+        }
+        for cluster in clusters {
+            self.change_refcount(cluster, -1).await?;
+        }
+        Ok(())
+    }
+
+    /// The refcount of a cluster of the file.
+    pub(super) async fn refcount_of(&self, cluster: u64) -> Result<u64, Fault> {
+        loop {
+            let known = self.meta.borrow_mut().refcount(cluster)?;
+            match known {
+                Known::Yes(count) => return Ok(count),
+                Known::Load(slice) => self.load_refs(slice).await?,
+            }
+        }
+    }
+
+    /// Makes a refcount block. Its range is all free, so it lies in it and counts itself.
+    async fn new_refblock(&self, block: u64) -> Result<(), Fault> {
+        let _turn = self.growing.take().await;
+        if self.meta.borrow().reftable.get(block) != 0 {
+            return Ok(());
+        }
+        let size = self.g.cluster_size();
+        let cluster = block * self.g.refblock_entries();
+        let host = cluster << self.g.cluster_bits;
+        if let Some(table) = self.meta.borrow().table_at(host, host + size) {
+            return Err(Fault::Damage(format!("{table} lies at {host:#x}, which no refcount block covers")));
+        }
+        self.reach(host + size).await?;
+        self.zero_host(host, size).await?;
+        let mut meta = self.meta.borrow_mut();
+        // All of it may be taken as read: it is zeroes.
+        let slice_bytes = meta.refs.slice_bytes();
+        meta.refs.forget(host, host + size);
+        meta.refs.insert(host, vec![0; slice_bytes as usize].into());
+        meta.reftable.set(block, host);
+        meta.refblocks.insert(host);
+        meta.virgin = meta.virgin.max(host + size);
+        if !meta.set_refcount(cluster, 1) {
+            return Err(Fault::Damage(format!("the new refcount block at {host:#x} cannot be used")));
+        }
+        Ok(())
+    }
+
+    /// Moves the refcount table to where it has room to grow. Whatever happens in between, the old table or
+    /// the new one counts, and both are right.
+    async fn grow_reftable(&self) -> Result<(), Fault> {
+        let _turn = self.growing.take().await;
+        {
+            let mut meta = self.meta.borrow_mut();
+            if !matches!(meta.search(1, false)?, Search::NewTable) {
+                return Ok(());
+            }
+        }
+        // Blocks of which the old table does not know yet must be there before the new one names them.
+        self.write_back().await?;
+        let size = self.g.cluster_size();
+        let per_block = self.g.refblock_entries();
+        let (old_offset, mut entries) = {
+            let meta = self.meta.borrow();
+            (meta.reftable.offset, meta.reftable.entries.clone())
+        };
+        let old_clusters = entries.len() as u64 * 8 / size;
+        let mut table_clusters = old_clusters + old_clusters.div_ceil(2);
+        let first = entries.len() as u64 * per_block;
+        let mut blocks = 1;
+        while table_clusters + blocks > blocks * per_block {
+            blocks += 1;
+        }
+        let needed = (entries.len() as u64 + blocks) * 8;
+        table_clusters = table_clusters.max(needed.div_ceil(size));
+        while table_clusters + blocks > blocks * per_block {
+            blocks += 1;
+        }
+        if table_clusters * size > REFTABLE_BYTES_MAX {
+            return Err(Fault::Refused(
+                Errno::EFBIG,
+                "The image has no room for more reference counts.".into(),
+            ));
+        }
+        let used = table_clusters + blocks;
+        let host = first << self.g.cluster_bits;
+        if let Some(table) = self.meta.borrow().table_at(host, host + used * size) {
+            return Err(Fault::Damage(format!("{table} lies at {host:#x}, which no refcount block covers")));
+        }
+        self.reach(host + used * size).await?;
+        let blocks_at = host + table_clusters * size;
+        for block in 0..blocks {
+            let mut bytes = vec![0; size as usize];
+            let counted = used.saturating_sub(block * per_block).min(per_block);
+            (0..counted as usize).for_each(|i| set_refcount(&mut bytes, self.g.refcount_order, i, 1));
+            self.write_bytes(blocks_at + block * size, &bytes).await?;
+            entries.push(blocks_at + block * size);
+        }
+        entries.resize((table_clusters * size / 8) as usize, 0);
+        let mut bytes = vec![0; entries.len() * 8];
+        entries.iter().enumerate().for_each(|(i, entry)| set_be64(&mut bytes, i, *entry));
+        self.write_bytes(host, &bytes).await?;
+        self.flush_files().await?;
+        {
+            let mut header = self.header.borrow_mut();
+            (header.reftable_offset, header.reftable_clusters) = (host, table_clusters as u32);
+        }
+        let mut result = self.write_header().await;
+        if result.is_ok() {
+            result = self.flush_files().await;
+        }
+        if let Err(fault) = result {
+            // Which table counts on the disk is not known. Both know everything up to now; only the next
+            // write of a header could tell, and no allocation goes on before one succeeded.
+            let mut header = self.header.borrow_mut();
+            (header.reftable_offset, header.reftable_clusters) = (old_offset, old_clusters as u32);
+            self.sync.failed.set(Some(Errno::EIO));
+            return Err(fault);
+        }
+        let mut meta = self.meta.borrow_mut();
+        meta.reftable = WholeTable::new(&self.g, host, entries);
+        meta.refblocks.extend((0..blocks).map(|block| blocks_at + block * size));
+        meta.virgin = meta.virgin.max(host + used * size);
+        meta.free(Freed { first: old_offset >> self.g.cluster_bits, count: old_clusters, discard: true });
+        Ok(())
+    }
+}

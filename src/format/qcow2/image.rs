@@ -1,0 +1,364 @@
+//! An open image: its state, its errors, and how its tables are read and written.
+//!
+//! All state is behind `RefCell`s that are never borrowed across an await; whoever has waited looks again.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use blockferry_ring::sync::Notify;
+use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
+
+use super::cache::Page;
+use super::compress::Packing;
+use super::geometry::Geometry;
+use super::header::Header;
+use super::locks::Claims;
+use super::memory::Memory;
+use super::meta::{Damage, Meta};
+use crate::base::range::ByteRange;
+use crate::block::pin::Epochs;
+use crate::block::{BlockError, Driver, Operation, WriteFlags};
+
+/// What went wrong inside.
+#[derive(Clone, Debug)]
+pub(super) enum Fault {
+    /// A file said no.
+    Io(BlockError),
+    /// The image contradicts itself.
+    Damage(String),
+    /// It cannot be done; the text says why.
+    Refused(Errno, String),
+}
+
+impl From<BlockError> for Fault {
+    fn from(error: BlockError) -> Fault {
+        Fault::Io(error)
+    }
+}
+
+impl From<Damage> for Fault {
+    fn from(Damage(why): Damage) -> Fault {
+        Fault::Damage(why)
+    }
+}
+
+/// A thing that only one may do at a time.
+#[derive(Debug)]
+pub(super) struct Turn {
+    taken: Cell<bool>,
+    free: Notify,
+}
+
+/// The turn; it ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct MyTurn<'a>(&'a Turn);
+
+impl Turn {
+    pub(super) fn new(ring: &Ring) -> Turn {
+        Turn { taken: Cell::new(false), free: ring.notify() }
+    }
+
+    pub(super) async fn take(&self) -> MyTurn<'_> {
+        self.free.until(|| (!self.taken.replace(true)).then_some(())).await;
+        MyTurn(self)
+    }
+}
+
+impl Drop for MyTurn<'_> {
+    fn drop(&mut self) {
+        self.0.taken.set(false);
+        self.0.free.notify();
+    }
+}
+
+/// How requests went, for those who measure.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    /// Reads that became one operation of a file at once.
+    pub(super) resolved: Cell<u64>,
+    /// Reads that took the long way.
+    pub(super) asked: Cell<u64>,
+    /// Slices of tables that were read.
+    pub(super) loads: Cell<u64>,
+    /// Write-backs of tables.
+    pub(super) syncs: Cell<u64>,
+}
+
+/// The state of write-backs.
+#[derive(Debug, Default)]
+pub(super) struct SyncState {
+    /// Asked for so far; the one that began with this number or a later one covers who asked.
+    pub(super) asked: Cell<u64>,
+    pub(super) done: Cell<u64>,
+    /// A flush failed: what is on the disk is not known any more.
+    pub(super) failed: Cell<Option<Errno>>,
+}
+
+/// An open image. It is a [`Driver`]; its own functions are what is special about the format.
+pub struct Qcow2 {
+    pub(super) ring: Ring,
+    pub(super) file: Rc<dyn Driver>,
+    pub(super) data_file: Option<Rc<dyn Driver>>,
+    pub(super) backing: RefCell<Option<Rc<dyn Driver>>>,
+    /// The name of the backing file as it was opened.
+    pub(super) backing_name: RefCell<Option<String>>,
+    pub(super) name: Rc<str>,
+    pub(super) read_only: bool,
+    pub(super) for_check: bool,
+    pub(super) g: Geometry,
+    pub(super) header: RefCell<Header>,
+    /// The first bytes of the file, as they are there.
+    pub(super) head: RefCell<Vec<u8>>,
+    pub(super) len: Cell<u64>,
+    pub(super) meta: RefCell<Meta>,
+    pub(super) claims: Claims,
+    pub(super) epochs: Rc<Epochs>,
+    pub(super) table_memory: Memory,
+    pub(super) copy_memory: Option<Memory>,
+    /// Making an L2 table.
+    pub(super) tables: Turn,
+    /// Making a refcount block, or a larger refcount table.
+    pub(super) growing: Turn,
+    /// Writing tables back.
+    pub(super) syncing: Turn,
+    /// Writing the header.
+    pub(super) heading: Turn,
+    /// Freeing what nobody looks at any more.
+    pub(super) releasing: Turn,
+    pub(super) sync: SyncState,
+    /// Damage was found: nothing is written any more.
+    pub(super) corrupt: Cell<bool>,
+    /// The bitmaps that record are marked as out of date, or there are none.
+    pub(super) bitmaps_marked: Cell<bool>,
+    /// What is held of the files.
+    pub(super) permissions: Cell<crate::block::Permissions>,
+    pub(super) packing: Packing,
+    pub(super) counters: Counters,
+}
+
+impl std::fmt::Debug for Qcow2 {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Qcow2")
+            .field("file", &self.name)
+            .field("len", &self.len.get())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Qcow2 {
+    /// The fault as the error of a request.
+    pub(super) async fn tell(&self, operation: Operation, range: ByteRange, fault: Fault) -> BlockError {
+        let at = |errno| BlockError::at(operation, self.name.clone(), range.start(), range.len(), errno);
+        match fault {
+            Fault::Io(error) => at(error.errno).hint(error.to_string()),
+            Fault::Refused(errno, why) => at(errno).hint(why),
+            Fault::Damage(why) => {
+                self.mark_corrupt(&why).await;
+                at(Errno::EIO).hint(format!("The image is damaged: {why}. Check it (`blockferry check`)."))
+            }
+        }
+    }
+
+    /// The same for the image as a whole.
+    pub(super) async fn tell_whole(&self, operation: Operation, fault: Fault) -> BlockError {
+        let mut error = self.tell(operation, ByteRange::EMPTY, fault).await;
+        error.place = None;
+        error
+    }
+
+    /// Damage was found: the image is written no more until it is repaired, and says so.
+    async fn mark_corrupt(&self, why: &str) {
+        if self.corrupt.replace(true) || self.read_only || self.for_check {
+            return;
+        }
+        tracing::error!(image = %self.name, why, "the image is damaged and is not written any more");
+        if self.header.borrow().version >= 3 {
+            self.header.borrow_mut().incompatible |= super::header::incompatible::CORRUPT;
+            if let Err(fault) = self.write_header().await {
+                tracing::error!(image = %self.name, ?fault, "the mark of damage could not be written");
+            }
+        }
+    }
+
+    pub(super) fn check_writable(&self) -> Result<(), Fault> {
+        if self.read_only {
+            return Err(Fault::Refused(Errno::EROFS, "The image was opened read-only.".into()));
+        }
+        if self.for_check {
+            return Err(Fault::Refused(Errno::EROFS, "The image was opened to be checked.".into()));
+        }
+        if self.corrupt.get() {
+            let why = "The image is damaged; repair it first (`blockferry check --repair all`).";
+            return Err(Fault::Refused(Errno::EIO, why.into()));
+        }
+        Ok(())
+    }
+
+    /// Where guest data lies.
+    pub(super) fn data(&self) -> &Rc<dyn Driver> {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    pub(super) fn below(&self) -> Option<Rc<dyn Driver>> {
+        self.backing.borrow().clone()
+    }
+
+    /// The clusters that a range touches, as a range.
+    pub(super) fn clusters_of(&self, range: ByteRange) -> ByteRange {
+        range.align_outward(self.g.cluster_size())
+    }
+
+    // Tables in the file.
+
+    /// Reads bytes of the file; beyond its end there are zeroes.
+    pub(super) async fn read_bytes(&self, offset: u64, len: u64) -> Result<Vec<u8>, Fault> {
+        read_bytes(&self.file, &self.table_memory, offset, len).await
+    }
+
+    /// Writes bytes to the file.
+    pub(super) async fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
+        write_bytes(&self.file, &self.table_memory, offset, bytes).await
+    }
+
+    pub(super) async fn write_pages(&self, pages: &[Page]) -> Result<(), Fault> {
+        for (offset, bytes) in pages {
+            self.write_bytes(*offset, bytes).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes a cluster of the file all zeroes: a new table.
+    pub(super) async fn zero_host(&self, offset: u64, len: u64) -> Result<(), Fault> {
+        let flags = crate::block::ZeroFlags { may_unmap: true, ..Default::default() };
+        Ok(self.file.write_zeroes(offset, len, flags).await?)
+    }
+
+    /// Loads a slice of an L2 table.
+    pub(super) async fn load_l2(&self, at: u64) -> Result<(), Fault> {
+        let len = self.meta.borrow().l2.slice_bytes();
+        self.counters.loads.set(self.counters.loads.get() + 1);
+        let bytes = self.read_bytes(at, len).await?;
+        self.meta.borrow_mut().l2.insert(at, bytes.into());
+        Ok(())
+    }
+
+    /// Loads a slice of a refcount block.
+    pub(super) async fn load_refs(&self, at: u64) -> Result<(), Fault> {
+        let len = self.meta.borrow().refs.slice_bytes();
+        self.counters.loads.set(self.counters.loads.get() + 1);
+        let bytes = self.read_bytes(at, len).await?;
+        self.meta.borrow_mut().refs.insert(at, bytes.into());
+        Ok(())
+    }
+
+    /// Writes the fixed part of the header as it is in memory. All fields that change at run time lie in
+    /// one sector, so that a power cut leaves the old ones or the new ones.
+    pub(super) async fn write_header(&self) -> Result<(), Fault> {
+        let _turn = self.heading.take().await;
+        let head = {
+            let fixed = self.header.borrow().encode_fixed();
+            let mut head = self.head.borrow_mut();
+            let len = fixed.len().min(head.len());
+            head[..len].copy_from_slice(&fixed[..len]);
+            head.clone()
+        };
+        self.write_bytes(0, &head).await
+    }
+
+    /// Makes what was written to the files durable. A failure sticks.
+    pub(super) async fn flush_files(&self) -> Result<(), Fault> {
+        if let Some(errno) = self.sync.failed.get() {
+            let why = "An earlier flush failed, and nobody can tell which of the writes before it are lost. \
+                       Flushes of this image go on failing until it is opened anew.";
+            return Err(Fault::Refused(errno, why.into()));
+        }
+        let mut result = self.file.flush().await;
+        if let (Ok(()), Some(data_file)) = (&result, &self.data_file) {
+            result = data_file.flush().await;
+        }
+        if let Err(error) = result {
+            if error.errno != Errno::EAGAIN && error.errno != Errno::EINTR {
+                self.sync.failed.set(Some(error.errno));
+            }
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    // Data.
+
+    /// Reads from a driver what may lie beyond its end: there are zeroes.
+    pub(super) async fn get(driver: &Rc<dyn Driver>, offset: u64, buf: Buf) -> (Buf, Result<(), Fault>) {
+        let there = driver.len().saturating_sub(offset).min(buf.len() as u64) as usize;
+        if there == buf.len() {
+            let (buf, result) = driver.read(offset, buf).await;
+            return (buf, result.map_err(Fault::Io));
+        }
+        let (left, mut right) = buf.split_at(there);
+        right.fill_zero();
+        let (left, result) = if left.is_empty() { (left, Ok(())) } else { driver.read(offset, left).await };
+        match left.unsplit(right) {
+            Ok(buf) => (buf, result.map_err(Fault::Io)),
+            Err(_) => unreachable!("the parts of one buffer join again"),
+        }
+    }
+
+    /// Writes guest data to its place.
+    pub(super) async fn put(&self, host: u64, buf: SharedBuf) -> Result<(), Fault> {
+        if buf.is_empty() {
+            return Ok(());
+        }
+        Ok(self.data().write(host, buf, WriteFlags::default()).await?)
+    }
+
+    /// The place must not be that of a table: an image that says so is damaged, and a guest would write to it.
+    pub(super) fn check_place(&self, host: u64, len: u64) -> Result<(), Fault> {
+        if self.data_file.is_some() {
+            return Ok(());
+        }
+        match self.meta.borrow().table_at(host, host + len) {
+            Some(table) => Err(Fault::Damage(format!("guest data at {host:#x} lies on {table}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Reads bytes of a file; beyond its end there are zeroes.
+pub(super) async fn read_bytes(
+    file: &Rc<dyn Driver>,
+    memory: &Memory,
+    offset: u64,
+    len: u64,
+) -> Result<Vec<u8>, Fault> {
+    let mut out = Vec::with_capacity(len as usize);
+    while (out.len() as u64) < len {
+        let at = offset + out.len() as u64;
+        let wanted = (len - out.len() as u64).min(blockferry_ring::arena::BLOCK_MAX as u64);
+        let mut lease = memory.take(wanted as usize).await;
+        let n = lease.len();
+        let result = lease.fill(0, n, async |buf| Qcow2::get(file, at, buf).await).await;
+        result.unwrap_or(Ok(()))?;
+        out.extend_from_slice(lease.bytes());
+    }
+    Ok(out)
+}
+
+/// Writes bytes to a file.
+pub(super) async fn write_bytes(
+    file: &Rc<dyn Driver>,
+    memory: &Memory,
+    offset: u64,
+    bytes: &[u8],
+) -> Result<(), Fault> {
+    let mut done = 0;
+    while done < bytes.len() {
+        let mut lease = memory.take((bytes.len() - done).min(64 << 10)).await;
+        let n = lease.len();
+        lease.bytes().copy_from_slice(&bytes[done..done + n]);
+        let at = offset + done as u64;
+        let write = async |buf| file.write(at, buf, WriteFlags::default()).await;
+        lease.write(0, n, write).await.unwrap_or(Ok(()))?;
+        done += n;
+    }
+    Ok(())
+}

@@ -1,0 +1,453 @@
+//! Internal snapshots: their table, and taking, applying and deleting them.
+//!
+//! Each keeps an L1 table of its own, and counts as one more reference to everything that it leads to. The
+//! order is always: count the new references, write the new tables, switch over with one write of the header,
+//! drop the old references. A power cut leaves references that nobody has, never one that is not counted.
+
+use blockferry_ring::Errno;
+
+use super::count::Counts;
+use super::entry::{COPIED, Cluster, OFFSET_MASK, Raw, get_be64, set_be64};
+use super::header::SNAPSHOTS_MAX;
+use super::image::{Fault, Qcow2};
+use super::info::SnapshotInfo;
+use super::meta::Freed;
+use crate::base::range::ByteRange;
+
+/// Largest table of snapshots (QEMU's limit).
+const TABLE_BYTES_MAX: u64 = 64 << 20;
+/// Longest extra data of one snapshot (QEMU's limit).
+const EXTRA_BYTES_MAX: u32 = 1024;
+
+/// One entry of the table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Snapshot {
+    pub(super) l1_offset: u64,
+    pub(super) l1_size: u32,
+    pub(super) id: String,
+    pub(super) name: String,
+    pub(super) date_sec: u32,
+    pub(super) date_nsec: u32,
+    pub(super) vm_clock_nsec: u64,
+    pub(super) vm_state_size: u64,
+    pub(super) disk_size: Option<u64>,
+    pub(super) icount: Option<u64>,
+    /// Extra data as it is.
+    pub(super) extra: Vec<u8>,
+}
+
+fn be32(bytes: &[u8], at: usize) -> u32 {
+    let mut value = [0; 4];
+    if let Some(found) = bytes.get(at..at + 4) {
+        value.copy_from_slice(found);
+    }
+    u32::from_be_bytes(value)
+}
+
+impl Snapshot {
+    /// Bytes of the entry that begins with these 40.
+    fn entry_bytes(fixed: &[u8]) -> Option<u64> {
+        let (id, name) = (u64::from(be32(fixed, 12) >> 16), u64::from(be32(fixed, 12) & 0xffff));
+        let extra = be32(fixed, 36);
+        (extra <= EXTRA_BYTES_MAX).then_some((40 + u64::from(extra) + id + name).next_multiple_of(8))
+    }
+
+    /// Reads one entry, which is all there.
+    pub(super) fn parse(bytes: &[u8]) -> Snapshot {
+        let (id_len, name_len) = ((be32(bytes, 12) >> 16) as usize, (be32(bytes, 12) & 0xffff) as usize);
+        let extra_len = be32(bytes, 36) as usize;
+        let extra = bytes[40..40 + extra_len].to_vec();
+        let text = |from: usize, len: usize| String::from_utf8_lossy(&bytes[from..from + len]).into_owned();
+        let extra_u64 = |index: usize| (extra.len() >= index * 8 + 8).then(|| get_be64(&extra, index));
+        Snapshot {
+            l1_offset: get_be64(bytes, 0),
+            l1_size: be32(bytes, 8),
+            id: text(40 + extra_len, id_len),
+            name: text(40 + extra_len + id_len, name_len),
+            date_sec: be32(bytes, 16),
+            date_nsec: be32(bytes, 20),
+            vm_clock_nsec: get_be64(bytes, 3),
+            vm_state_size: extra_u64(0).unwrap_or(be32(bytes, 32).into()),
+            disk_size: extra_u64(1),
+            icount: extra_u64(2).filter(|count| *count != u64::MAX),
+            extra,
+        }
+    }
+
+    /// The entry as bytes.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend(self.l1_offset.to_be_bytes());
+        out.extend(self.l1_size.to_be_bytes());
+        out.extend((self.id.len() as u16).to_be_bytes());
+        out.extend((self.name.len() as u16).to_be_bytes());
+        out.extend(self.date_sec.to_be_bytes());
+        out.extend(self.date_nsec.to_be_bytes());
+        out.extend(self.vm_clock_nsec.to_be_bytes());
+        let small = if self.vm_state_size > u64::from(u32::MAX) { 0 } else { self.vm_state_size as u32 };
+        out.extend(small.to_be_bytes());
+        out.extend((self.extra.len() as u32).to_be_bytes());
+        out.extend(&self.extra);
+        out.extend(self.id.as_bytes());
+        out.extend(self.name.as_bytes());
+        out.resize(out.len().next_multiple_of(8), 0);
+        out
+    }
+
+    pub(super) fn info(&self, disk_size_now: u64) -> SnapshotInfo {
+        SnapshotInfo {
+            id: self.id.clone(),
+            name: self.name.clone(),
+            vm_state_size: self.vm_state_size,
+            date_sec: self.date_sec,
+            date_nsec: self.date_nsec,
+            vm_clock_nsec: self.vm_clock_nsec,
+            icount: self.icount,
+            disk_size: self.disk_size.unwrap_or(disk_size_now),
+        }
+    }
+}
+
+impl Qcow2 {
+    /// The snapshots, and the bytes of their table.
+    pub(super) async fn read_snapshots(&self) -> Result<(Vec<Snapshot>, u64), Fault> {
+        let (count, start) = {
+            let header = self.header.borrow();
+            (header.nb_snapshots, header.snapshots_offset)
+        };
+        let damaged = |what: &str| Fault::Damage(format!("its table of snapshots {what}"));
+        let mut found = Vec::new();
+        let mut at = 0;
+        for _ in 0..count {
+            let fixed = self.read_bytes(start + at, 40).await?;
+            let len = Snapshot::entry_bytes(&fixed).ok_or_else(|| damaged("has too much extra data"))?;
+            if at + len > TABLE_BYTES_MAX || start + at >= self.file_len() {
+                return Err(damaged("is too large"));
+            }
+            let snapshot = Snapshot::parse(&self.read_bytes(start + at, len).await?);
+            let entries_max = (super::geometry::L1_BYTES_MAX / 8) as u32;
+            if !snapshot.l1_offset.is_multiple_of(self.g.cluster_size())
+                || snapshot.l1_offset >= 1 << 56
+                || snapshot.l1_size > entries_max
+            {
+                return Err(damaged("names an impossible L1 table"));
+            }
+            found.push(snapshot);
+            at += len;
+        }
+        Ok((found, at))
+    }
+}
+
+/// While references are dropped, requests that still look at something are waited for so long at a time.
+const WAIT_NANOS: u64 = 1_000_000;
+
+impl Qcow2 {
+    fn check_snapshots(&self) -> Result<(), Fault> {
+        self.check_writable()?;
+        if self.data_file.is_some() {
+            let why = "Images with an external data file have no internal snapshots.";
+            return Err(Fault::Refused(Errno::EOPNOTSUPP, why.into()));
+        }
+        Ok(())
+    }
+
+    /// Every reference that an L1 table and the L2 tables below it have.
+    async fn references(&self, l1: &[u64]) -> Result<Counts, Fault> {
+        let mut counts = Counts::default();
+        let (size, bits) = (self.g.cluster_size(), self.g.cluster_bits);
+        let step = self.g.l2_entry_bytes() as usize;
+        let full = || Fault::Damage("its clusters are scattered too widely".into());
+        for entry in l1 {
+            let host = entry & OFFSET_MASK;
+            if host == 0 {
+                continue;
+            }
+            if !host.is_multiple_of(size) {
+                return Err(Fault::Damage(format!("an L1 entry leads to {host:#x}, which is not a cluster")));
+            }
+            counts.add(host >> bits).then_some(()).ok_or_else(full)?;
+            let table = self.read_bytes(host, size).await?;
+            for slot in table.chunks_exact(step) {
+                let bitmap = if step == 16 { get_be64(slot, 1) } else { 0 };
+                let raw = Raw { entry: get_be64(slot, 0), bitmap };
+                let cluster = self.decode(Some(raw), 0)?;
+                let (first, end) = match cluster {
+                    Cluster::Compressed { host, len } => (host >> bits, (host + len).div_ceil(size)),
+                    other => match other.host() {
+                        Some((host, _)) => (host >> bits, (host >> bits) + 1),
+                        None => continue,
+                    },
+                };
+                for cluster in first..end {
+                    counts.add(cluster).then_some(()).ok_or_else(full)?;
+                }
+            }
+        }
+        Ok(counts)
+    }
+
+    /// Counts all of these once more; all or none.
+    async fn add_references(&self, counts: &Counts) -> Result<(), Fault> {
+        let max = self.g.refcount_max();
+        for (cluster, count) in counts.iter() {
+            let now = self.refcount_of(cluster).await?;
+            if now == 0 {
+                return Err(Fault::Damage(format!("cluster {cluster} is in use and its refcount is 0")));
+            }
+            if count > max - now {
+                let why =
+                    format!("Refcounts of {} bits are too narrow for a snapshot.", self.g.refcount_bits());
+                return Err(Fault::Refused(Errno::EINVAL, why));
+            }
+        }
+        for (cluster, count) in counts.iter() {
+            self.change_refcount(cluster, count as i64).await?;
+            self.write_back_if_crowded().await?;
+        }
+        Ok(())
+    }
+
+    /// Drops all of these once nothing durable refers to them, and waits until that is done.
+    async fn drop_references(&self, counts: &Counts) -> Result<(), Fault> {
+        {
+            let mut meta = self.meta.borrow_mut();
+            for (cluster, count) in counts.iter() {
+                (0..count).for_each(|_| meta.free(Freed { first: cluster, count: 1, discard: false }));
+            }
+        }
+        self.write_back().await?;
+        while !self.meta.borrow().releasing.is_empty() {
+            self.release().await?;
+            if !self.meta.borrow().releasing.is_empty() {
+                self.ring.sleep(WAIT_NANOS).await;
+            }
+        }
+        self.write_refcounts().await?;
+        self.flush_files().await
+    }
+
+    /// Writes a table of snapshots to a new place, and switches over. The references of the old one are dropped.
+    async fn write_snapshots(&self, list: &[Snapshot], old_bytes: u64) -> Result<(), Fault> {
+        let bytes: Vec<u8> = list.iter().flat_map(Snapshot::encode).collect();
+        if bytes.len() as u64 > TABLE_BYTES_MAX || list.len() > SNAPSHOTS_MAX as usize {
+            return Err(Fault::Refused(Errno::EFBIG, "There is no room for more snapshots.".into()));
+        }
+        let run = match bytes.len() as u64 {
+            0 => None,
+            len => Some(self.allocate(self.g.clusters(len), false).await?),
+        };
+        let before = self.header.borrow().clone();
+        let write = async {
+            if let Some(run) = run {
+                self.write_bytes(run.host, &bytes).await?;
+            }
+            self.write_back().await
+        };
+        if let Err(fault) = write.await {
+            if let Some(run) = run {
+                self.unreserve(run).await;
+            }
+            return Err(fault);
+        }
+        {
+            let mut header = self.header.borrow_mut();
+            header.nb_snapshots = list.len() as u32;
+            header.snapshots_offset = run.map_or(0, |run| run.host);
+        }
+        let switched = async {
+            self.write_header().await?;
+            self.flush_files().await
+        };
+        if let Err(fault) = switched.await {
+            // Which table counts is not known: nothing may be freed.
+            *self.header.borrow_mut() = before;
+            self.sync.failed.set(Some(Errno::EIO));
+            self.corrupt.set(true);
+            return Err(fault);
+        }
+        if old_bytes > 0 {
+            let freed = Freed {
+                first: before.snapshots_offset >> self.g.cluster_bits,
+                count: self.g.clusters(old_bytes),
+                discard: true,
+            };
+            self.meta.borrow_mut().free(freed);
+        }
+        self.note_fixed_tables().await
+    }
+
+    /// Takes the marks of sole references off the active tables: all of it is shared now.
+    async fn share_all(&self) -> Result<(), Fault> {
+        let len = self.meta.borrow().l1.entries.len() as u64;
+        for index in 0..len {
+            let entry = self.meta.borrow().l1.get(index);
+            if entry & OFFSET_MASK == 0 {
+                continue;
+            }
+            let start = index.saturating_mul(self.g.l2_covers());
+            for number in 0..self.g.l2_entries() {
+                let at = start + (number << self.g.cluster_bits);
+                let Some(raw) = self.load_entry(at).await? else { break };
+                if raw.entry & COPIED != 0 {
+                    self.meta.borrow_mut().set_entry(at, Raw { entry: raw.entry & !COPIED, ..raw });
+                }
+            }
+            // Last: in a table that is marked as shared, no entry is believed to be sole.
+            self.meta.borrow_mut().l1.set(index, entry & !COPIED);
+            self.write_back_if_crowded().await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn take_snapshot(&self, name: &str, date: (u32, u32)) -> Result<String, Fault> {
+        self.check_snapshots()?;
+        if name.len() > usize::from(u16::MAX) {
+            return Err(Fault::Refused(Errno::EINVAL, "The name of the snapshot is too long.".into()));
+        }
+        let _claim = self.claims.enter(ByteRange::ALL, true).await;
+        self.write_back().await?;
+        let (mut list, old_bytes) = self.read_snapshots().await?;
+        let id = list.iter().filter_map(|s| s.id.parse::<u64>().ok()).max().unwrap_or(0).saturating_add(1);
+        let mut l1 = self.meta.borrow().l1.entries.clone();
+        let counts = self.references(&l1).await?;
+        self.add_references(&counts).await?;
+        self.share_all().await?;
+        // Refcounts before the marks, and both before anything refers to them once more.
+        self.write_back().await?;
+        l1.iter_mut().for_each(|entry| *entry &= !COPIED);
+        let mut bytes = vec![0; l1.len() * 8];
+        l1.iter().enumerate().for_each(|(i, entry)| set_be64(&mut bytes, i, *entry));
+        let run = self.allocate(self.g.clusters(bytes.len() as u64).max(1), false).await?;
+        let write = async {
+            self.write_bytes(run.host, &bytes).await?;
+            let mut extra = Vec::new();
+            extra.extend(0u64.to_be_bytes());
+            extra.extend(self.len.get().to_be_bytes());
+            extra.extend(u64::MAX.to_be_bytes());
+            list.push(Snapshot {
+                l1_offset: run.host,
+                l1_size: l1.len() as u32,
+                id: id.to_string(),
+                name: name.to_owned(),
+                date_sec: date.0,
+                date_nsec: date.1,
+                vm_clock_nsec: 0,
+                vm_state_size: 0,
+                disk_size: Some(self.len.get()),
+                icount: None,
+                extra,
+            });
+            self.write_snapshots(&list, old_bytes).await
+        };
+        if let Err(fault) = write.await {
+            if self.sync.failed.get().is_none() {
+                self.unreserve(run).await;
+                // The references that nobody has are leaks, and given back as such.
+                let _ = self.drop_references(&counts).await;
+                let _ = self.repair_copied().await;
+            }
+            return Err(fault);
+        }
+        self.write_back().await?;
+        Ok(id.to_string())
+    }
+
+    fn find(list: &[Snapshot], name_or_id: &str) -> Result<usize, Fault> {
+        let by_id = list.iter().position(|s| s.id == name_or_id);
+        by_id
+            .or_else(|| list.iter().position(|s| s.name == name_or_id))
+            .ok_or_else(|| Fault::Refused(Errno::ENOENT, format!("There is no snapshot '{name_or_id}'.")))
+    }
+
+    async fn l1_of(&self, snapshot: &Snapshot) -> Result<Vec<u64>, Fault> {
+        let bytes = self.read_bytes(snapshot.l1_offset, u64::from(snapshot.l1_size) * 8).await?;
+        Ok((0..snapshot.l1_size as usize).map(|i| get_be64(&bytes, i)).collect())
+    }
+
+    pub(super) async fn apply_snapshot(&self, name_or_id: &str) -> Result<(), Fault> {
+        self.check_snapshots()?;
+        self.mark_bitmaps().await?;
+        let _claim = self.claims.enter(ByteRange::ALL, true).await;
+        self.write_back().await?;
+        let (list, _) = self.read_snapshots().await?;
+        let snapshot = &list[Self::find(&list, name_or_id)?];
+        let size = snapshot.disk_size.unwrap_or(self.len.get());
+        if size > self.g.disk_len_max() {
+            return Err(Fault::Damage("a snapshot of an impossible length".into()));
+        }
+        let mut l1 = self.l1_of(snapshot).await?;
+        l1.iter_mut().for_each(|entry| *entry &= !COPIED);
+        let new = self.references(&l1).await?;
+        l1.resize((self.g.l1_entries_for(size) as usize).max(l1.len()), 0);
+        let now = self.meta.borrow().l1.entries.clone();
+        let old = self.references(&now).await?;
+        self.add_references(&new).await?;
+        if let Err(fault) = self.move_l1(l1, Some(size)).await {
+            if self.sync.failed.get().is_none() {
+                let _ = self.drop_references(&new).await;
+            }
+            return Err(fault);
+        }
+        self.len.set(size);
+        {
+            let mut meta = self.meta.borrow_mut();
+            meta.l2.forget(0, u64::MAX);
+            let tables = meta.l1.entries.iter().map(|e| e & OFFSET_MASK).filter(|at| *at != 0).collect();
+            meta.l2_tables = tables;
+        }
+        self.packing.reset();
+        self.drop_references(&old).await?;
+        self.repair_copied().await?;
+        self.flush_files().await
+    }
+
+    pub(super) async fn delete_snapshot(&self, name_or_id: &str) -> Result<(), Fault> {
+        self.check_snapshots()?;
+        let _claim = self.claims.enter(ByteRange::ALL, true).await;
+        self.write_back().await?;
+        let (mut list, old_bytes) = self.read_snapshots().await?;
+        let snapshot = list.remove(Self::find(&list, name_or_id)?);
+        let l1 = self.l1_of(&snapshot).await?;
+        let mut counts = self.references(&l1).await?;
+        let clusters = self.g.clusters(u64::from(snapshot.l1_size) * 8);
+        let first = snapshot.l1_offset >> self.g.cluster_bits;
+        self.write_snapshots(&list, old_bytes).await?;
+        (first..first + clusters).for_each(|cluster| {
+            counts.add(cluster);
+        });
+        self.drop_references(&counts).await?;
+        self.repair_copied().await?;
+        self.packing.reset();
+        self.flush_files().await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_read_as_they_were_written() {
+        let mut extra = vec![0; 24];
+        set_be64(&mut extra, 0, 5 << 32);
+        set_be64(&mut extra, 1, 1 << 30);
+        set_be64(&mut extra, 2, u64::MAX);
+        let snapshot = Snapshot {
+            l1_offset: 0x50000,
+            l1_size: 7,
+            id: "12".into(),
+            name: "before".into(),
+            date_sec: 1,
+            date_nsec: 2,
+            vm_clock_nsec: 3,
+            vm_state_size: 5 << 32,
+            disk_size: Some(1 << 30),
+            icount: None,
+            extra,
+        };
+        let bytes = snapshot.encode();
+        assert_eq!(Snapshot::entry_bytes(&bytes), Some(bytes.len() as u64));
+        assert_eq!(Snapshot::parse(&bytes), snapshot);
+    }
+}

@@ -1,0 +1,393 @@
+//! qcow2 images in the simulated world: power cuts between any two events, failures of any single operation,
+//! and bugs that are planted on purpose and have to be found.
+//!
+//! After a cut the image opens, a check finds leaks at worst, and every sector holds what was last written
+//! before a flush that was acknowledged, or something that was written later.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use blockferry::base::planted::{Bug, plant};
+use blockferry::base::rng::Rng;
+use blockferry::block::{BlockError, Driver, IoFuture, Permissions, WriteFlags, ZeroFlags};
+use blockferry::format::qcow2::{Backing, CreateOptions, OpenFiles, OpenOptions, Qcow2, Repair, Wanted};
+use blockferry::protocol::open::{Cache, OpenOptions as FileOptions};
+use blockferry_ring::sim::{FileModel, OpKind, World, WorldConfig};
+use blockferry_ring::{Config, Errno, Pool, Ring};
+
+const DISK: &str = "/disk";
+const BASE: &str = "/base";
+const SECTOR: usize = 512;
+/// Sectors of the backing file say so.
+const OF_BASE: u32 = 1 << 30;
+
+#[derive(Debug)]
+struct NoFiles;
+
+impl OpenFiles for NoFiles {
+    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<dyn Driver>, BlockError>> {
+        panic!("'{}' is not to be opened here", wanted.name);
+    }
+}
+
+/// What an image is like, and what happens to it.
+#[derive(Clone, Debug)]
+struct Story {
+    seed: u64,
+    create: CreateOptions,
+    backed: bool,
+    /// Groups of changes; those of a group run at once.
+    steps: usize,
+    lanes: u64,
+    capacity: Option<u64>,
+}
+
+impl Story {
+    fn draw(seed: u64, steps: usize) -> Story {
+        let mut rng = Rng::new(seed);
+        let mut one = |of: &[u32]| of[rng.below(of.len() as u64) as usize];
+        let cluster_size = one(&[512, 512, 4096, 16_384, 65_536]);
+        let refcount_bits = one(&[1, 8, 16, 64]);
+        let extended_l2 = cluster_size >= 16_384 && one(&[0, 1]) == 1;
+        let clusters = u64::from(one(&[5, 40, 90]));
+        let size = (clusters * u64::from(cluster_size)).min(600 << 10) - 512 * u64::from(one(&[0, 0, 0]));
+        let backed = one(&[0, 1]) == 1;
+        let create =
+            CreateOptions { size, cluster_size, refcount_bits, extended_l2, ..CreateOptions::default() };
+        Story { seed, create, backed, steps, lanes: u64::from(one(&[1, 2, 3])), capacity: None }
+    }
+}
+
+fn ring(world: &World) -> Ring {
+    let config = Config { arena_bytes: 4 << 20, ..Config::default() };
+    Ring::with_backend(world.backend(), &config).expect("a simulated ring")
+}
+
+fn file(ring: &Ring, path: &str, read_only: bool) -> Rc<dyn Driver> {
+    let options = FileOptions { read_only, cache: Cache::Direct, lock: true };
+    blockferry::protocol::open::open(ring, path.as_ref(), &options).expect("the file opens")
+}
+
+async fn open(ring: &Ring, backed: bool, read_only: bool, for_check: bool) -> Result<Rc<Qcow2>, BlockError> {
+    let backing = if backed { Backing::Given(file(ring, BASE, true)) } else { Backing::None };
+    let options = OpenOptions { read_only, backing, for_check, data_file: None };
+    Qcow2::open(ring, file(ring, DISK, read_only), &NoFiles, options).await
+}
+
+fn stamp(bytes: &mut [u8], version: u32) {
+    bytes.chunks_exact_mut(4).for_each(|word| word.copy_from_slice(&version.to_be_bytes()));
+}
+
+/// What each sector may hold after a cut at this moment.
+#[derive(Clone, Debug, Default)]
+struct Model {
+    sectors: Vec<Vec<Write>>,
+    /// All that ended before a flush began that has ended.
+    clock: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Write {
+    version: u32,
+    /// When it was acknowledged.
+    acked: Option<u64>,
+    /// It may be ignored (a discard).
+    optional: bool,
+}
+
+impl Model {
+    fn new(size: u64, backed: bool) -> Model {
+        let sectors = (0..size as usize / SECTOR)
+            .map(|i| {
+                vec![Write {
+                    version: if backed { OF_BASE + i as u32 } else { 0 },
+                    acked: Some(0),
+                    optional: false,
+                }]
+            })
+            .collect();
+        Model { sectors, clock: 1 }
+    }
+
+    fn issue(&mut self, sectors: std::ops::Range<usize>, version: u32, optional: bool) {
+        sectors.for_each(|i| self.sectors[i].push(Write { version, acked: None, optional }));
+    }
+
+    fn ack(&mut self, sectors: std::ops::Range<usize>) {
+        self.clock += 1;
+        for i in sectors {
+            if let Some(write) = self.sectors[i].last_mut() {
+                write.acked = Some(self.clock);
+            }
+        }
+    }
+
+    /// A flush that began at `began` has ended.
+    fn flushed(&mut self, began: u64) {
+        for writes in &mut self.sectors {
+            let floor = writes.iter().rposition(|w| !w.optional && w.acked.is_some_and(|at| at <= began));
+            writes.drain(..floor.unwrap_or(0));
+        }
+    }
+
+    fn check(&self, bytes: &[u8]) -> Result<(), String> {
+        for (i, sector) in bytes.chunks_exact(SECTOR).enumerate() {
+            let mut word = [0; 4];
+            word.copy_from_slice(&sector[..4]);
+            let found = u32::from_be_bytes(word);
+            let mut wanted = vec![0; SECTOR];
+            stamp(&mut wanted, found);
+            if sector != wanted {
+                return Err(format!("sector {i} is mixed ({found})"));
+            }
+            if !self.sectors[i].iter().any(|w| w.version == found) {
+                return Err(format!("sector {i} holds {found} and may hold {:?}", self.sectors[i]));
+            }
+        }
+        Ok(())
+    }
+
+    /// What a reader must see now, where nothing is under way: the last write, or what a discard left.
+    fn check_live(&self, bytes: &[u8]) -> Result<(), String> {
+        for (i, sector) in bytes.chunks_exact(SECTOR).enumerate() {
+            let mut word = [0; 4];
+            word.copy_from_slice(&sector[..4]);
+            let found = u32::from_be_bytes(word);
+            let writes = &self.sectors[i];
+            let first = writes.iter().rposition(|w| !w.optional).unwrap_or(0);
+            if !writes[first..].iter().any(|w| w.version == found) {
+                return Err(format!("sector {i} reads as {found} and was {writes:?}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn read_all(ring: &Ring, image: &Qcow2) -> Result<Vec<u8>, BlockError> {
+    let mut bytes = vec![0; image.len() as usize];
+    for (i, piece) in bytes.chunks_mut(64 << 10).enumerate() {
+        let (buf, result) = image.read((i as u64) << 16, ring.alloc(piece.len()).await).await;
+        result?;
+        buf.copy_to(0, piece);
+    }
+    Ok(bytes)
+}
+
+/// What is found in a world after everything has stopped there.
+fn inspect(world: &World, story: &Story, model: &Model) -> Result<(), String> {
+    let ring = ring(world);
+    let (r, backed, model) = (ring.clone(), story.backed, model.clone());
+    ring.block_on(async move {
+        let told = |what: &str, error: BlockError| format!("{what}: {error}");
+        let image = open(&r, backed, true, true).await.map_err(|e| told("opening", e))?;
+        let report = image.check(Repair::None).await.map_err(|e| told("checking", e))?;
+        if report.corruptions + report.check_errors > 0 {
+            return Err(format!("{:?}", report.messages));
+        }
+        image.set_permissions(Permissions::NONE).map_err(|e| told("unlocking", e))?;
+        drop(image);
+        let image = open(&r, backed, false, false).await.map_err(|e| told("opening to write", e))?;
+        let bytes = read_all(&r, &image).await.map_err(|e| told("reading", e))?;
+        model.check(&bytes)
+    })
+}
+
+fn world(story: &Story) -> (World, Ring) {
+    let world = World::new(WorldConfig::new(story.seed));
+    world.add_file(DISK, FileModel { capacity_bytes: story.capacity, ..FileModel::regular(0) });
+    let size = story.create.size as usize;
+    world.add_file(BASE, FileModel::regular(size as u64));
+    let mut base = vec![0; size];
+    base.chunks_exact_mut(SECTOR).enumerate().for_each(|(i, sector)| stamp(sector, OF_BASE + i as u32));
+    world.write_raw(BASE, 0, &base);
+    let ring = ring(&world);
+    let (r, create) = (ring.clone(), story.create.clone());
+    ring.block_on(async move {
+        let disk = file(&r, DISK, false);
+        Qcow2::create(&r, &disk, None, &create).await.expect("a new image");
+    });
+    (world, ring)
+}
+
+/// Tells the story; errors of requests are for the model alone. Gives the image, if it opened.
+async fn tell(ring: Ring, story: Story, model: Rc<RefCell<Model>>, flush: bool) -> Option<Rc<Qcow2>> {
+    let image = open(&ring, story.backed, false, false).await.ok()?;
+    let mut rng = Rng::new(story.seed ^ 0x5eed);
+    let sectors = story.create.size / SECTOR as u64;
+    for step in 0..story.steps as u32 {
+        let lane_len = sectors / story.lanes;
+        let mut running = Vec::new();
+        for lane in 0..story.lanes {
+            if lane_len == 0 {
+                continue;
+            }
+            let first = lane * lane_len + rng.below(lane_len);
+            let room = (lane + 1) * lane_len - first;
+            let longest = 1 + (2 << rng.below(7));
+            let n = 1 + rng.below(room.min(longest));
+            let range = first as usize..(first + n) as usize;
+            let version = step * 8 + lane as u32 + 1;
+            let (kind, fua) = (rng.below(8), rng.chance(6000));
+            let (at, len) = (first * SECTOR as u64, n * SECTOR as u64);
+            let (image, r, m) = (image.clone(), ring.clone(), model.clone());
+            let zero = (5..8).contains(&kind);
+            m.borrow_mut().issue(range.clone(), if zero { 0 } else { version }, kind == 7);
+            running.push(ring.spawn_with_result(async move {
+                let result = match kind {
+                    0..5 => {
+                        let mut buf = r.alloc(len as usize).await;
+                        stamp(buf.as_mut_slice(), version);
+                        image.write(at, buf.freeze(), WriteFlags { fua }).await
+                    }
+                    5 | 6 => {
+                        let flags = ZeroFlags { may_unmap: kind == 5, fua, ..ZeroFlags::default() };
+                        image.write_zeroes(at, len, flags).await
+                    }
+                    _ => image.discard(at, len).await,
+                };
+                if result.is_ok() {
+                    m.borrow_mut().ack(range);
+                }
+            }));
+        }
+        let flushing = flush && rng.chance(20_000);
+        if flushing {
+            let began = model.borrow().clock;
+            if image.flush().await.is_ok() {
+                model.borrow_mut().flushed(began);
+            }
+        }
+        for result in running {
+            result.take().await;
+        }
+    }
+    let began = model.borrow().clock;
+    if image.flush().await.is_ok() {
+        model.borrow_mut().flushed(began);
+    }
+    Some(image)
+}
+
+/// Tells a story and cuts the power after every turn in which something happened (or now and then).
+fn cut_everywhere(story: &Story, every: u64, cuts: u64) -> Result<u64, String> {
+    let (world, ring) = world(story);
+    let model = Rc::new(RefCell::new(Model::new(story.create.size, story.backed)));
+    let told = ring.spawn_with_result(tell(ring.clone(), story.clone(), model.clone(), true));
+    let mut inspected = 0;
+    let mut seen = world.events();
+    while !told.is_given() {
+        let _ = ring.turn_blocking();
+        if world.events() < seen + every {
+            continue;
+        }
+        seen = world.events();
+        for cut in 0..cuts {
+            let after = world.fork_after_power_cut(seen * 10 + cut);
+            inspect(&after, story, &model.borrow())
+                .map_err(|why| format!("seed {} at event {seen}: {why}\n{story:?}", story.seed))?;
+            inspected += 1;
+        }
+    }
+    let image = told.try_take().flatten().ok_or("the image did not open")?;
+    let bytes = ring.block_on({
+        let ring = ring.clone();
+        async move { read_all(&ring, &image).await }
+    });
+    let bytes = bytes.map_err(|error| error.to_string())?;
+    model.borrow().check_live(&bytes).map_err(|why| format!("seed {}: {why}\n{story:?}", story.seed))?;
+    Ok(inspected)
+}
+
+#[test]
+fn a_power_cut_at_every_event_of_small_histories() {
+    let mut inspected = 0;
+    for seed in 0..80 {
+        inspected += cut_everywhere(&Story::draw(seed, 5), 1, 3).unwrap();
+    }
+    assert!(inspected > 5000, "{inspected}");
+}
+
+#[test]
+fn power_cuts_at_random_in_long_histories() {
+    let mut inspected = 0;
+    for seed in 1000..1030 {
+        inspected += cut_everywhere(&Story::draw(seed, 150), 53, 2).unwrap();
+    }
+    assert!(inspected > 300, "{inspected}");
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    for bug in Bug::QCOW2 {
+        plant(Some(bug));
+        let found = (0..400).find_map(|seed| cut_everywhere(&Story::draw(seed, 8), 3, 2).err());
+        plant(None);
+        let why = found.unwrap_or_else(|| panic!("{bug:?} was not found"));
+        println!("{bug:?}: {}", why.chars().take(300).collect::<String>());
+    }
+}
+
+/// One operation of each kind fails, whichever; afterwards nothing overlaps and nothing is lost but what failed.
+#[test]
+fn any_single_failure_is_undone() {
+    let mut struck = 0;
+    for (kind, errno) in [
+        (OpKind::Write, Errno::EIO),
+        (OpKind::Write, Errno::ENOSPC),
+        (OpKind::SetLen, Errno::ENOSPC),
+        (OpKind::Read, Errno::EIO),
+        (OpKind::PunchHole, Errno::EIO),
+        (OpKind::Sync, Errno::EIO),
+    ] {
+        for seed in 0..4 {
+            for nth in 1..60 {
+                let story = Story::draw(seed + 77, 6);
+                let (world, ring) = world(&story);
+                let model = Rc::new(RefCell::new(Model::new(story.create.size, story.backed)));
+                world.fail_nth(kind, DISK, nth, errno);
+                let (r, s, m) = (ring.clone(), story.clone(), model.clone());
+                let _image = ring.block_on(async move { tell(r, s, m, true).await });
+                if world.one_shots_left() > 0 {
+                    break;
+                }
+                struck += 1;
+                world.heal();
+                for cut in 0..2 {
+                    inspect(&world.fork_after_power_cut(cut), &story, &model.borrow())
+                        .unwrap_or_else(|why| panic!("{kind:?} number {nth}: {why}\n{story:?}"));
+                }
+            }
+        }
+    }
+    assert!(struck > 200, "{struck}");
+}
+
+/// What does not fit is refused, and room that comes later is used.
+#[test]
+fn an_image_that_runs_out_of_room_goes_on_when_there_is_some() {
+    for seed in 0..6 {
+        let story = Story { capacity: Some(96 << 10), ..Story::draw(seed + 500, 30) };
+        let (world, ring) = world(&story);
+        let model = Rc::new(RefCell::new(Model::new(story.create.size, story.backed)));
+        let (r, s, m) = (ring.clone(), story.clone(), model.clone());
+        let image = ring.block_on(async move { tell(r, s, m, true).await }).expect("it opens");
+        world.change_model(DISK, |model| model.capacity_bytes = None);
+        let flushed = ring.block_on(async move { image.flush().await });
+        flushed.expect("what could not be written is written now");
+        inspect(&world.fork_after_power_cut(1), &story, &model.borrow()).unwrap();
+    }
+}
+
+/// A pool of its own, for futures that tests make.
+#[test]
+fn the_gate_is_not_asked_for_what_is_given() {
+    let _ = Pool::default();
+    let story = Story { backed: true, ..Story::draw(3, 0) };
+    let (world, ring) = world(&story);
+    let r = ring.clone();
+    let bytes = ring.block_on(async move {
+        let image = open(&r, true, true, false).await.unwrap();
+        read_all(&r, &image).await.unwrap()
+    });
+    assert!(bytes == world.read_live(BASE, 0, bytes.len()));
+}

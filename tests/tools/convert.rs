@@ -1,0 +1,130 @@
+//! `convert` from raw to raw: thin copies, marks, limits, what it refuses.
+
+use super::common::image::{KIB, MIB, Scratch, allocated, assert_equal, content, is_all_hole, scribble};
+use super::common::{LoopDevice, Process, is_marked, is_root, run, run_json};
+use super::{our_json, ours, qemu};
+
+#[test]
+fn a_copy_is_equal_and_thin() {
+    let scratch = Scratch::new();
+    let a =
+        scratch.holey("a", 20 * MIB + 512, &[(MIB, 100 * KIB), (5 * MIB + 4096, 3 * MIB), (20 * MIB, 512)]);
+    // Zeroes that are stored as data.
+    scribble(&a, 10 * MIB, &vec![0; 2 * MIB as usize]);
+    let (b, c) = (scratch.path("b"), scratch.path("c"));
+    let end = our_json(&["convert", "-f", "raw", "-O", "raw", "--verify", "--output=json", &a, &b]);
+    assert_eq!(end["ending"], "completed");
+    assert!(end["bytes-compared"].as_u64() >= Some(20 * MIB), "{end:#}");
+    assert_equal(&a, &b);
+    assert!(!is_marked(&b));
+    qemu(&["convert", "-f", "raw", "-O", "raw", &a, &c]);
+    assert!(allocated(&b) <= allocated(&c), "{} and {}", allocated(&b), allocated(&c));
+    // -S 0 takes all the room there is to take.
+    let full = scratch.path("full");
+    ours(&["convert", "-q", "-f", "raw", "-S", "0", &a, &full]);
+    assert_equal(&a, &full);
+    assert!(allocated(&full) >= 20 * MIB);
+    // The options of others are understood.
+    let d = scratch.path("d");
+    let words = "convert -p -q -W -m 16 -t none -T writeback -S 64k -C -U -f raw -O raw -r 1G -o preallocation=falloc";
+    let mut arguments: Vec<&str> = words.split(' ').collect();
+    arguments.extend([a.as_str(), d.as_str()]);
+    ours(&arguments);
+    assert_equal(&a, &d);
+    assert!(allocated(&d) >= 20 * MIB);
+}
+
+#[test]
+fn what_exists_is_left_alone_unless_it_is_said() {
+    let scratch = Scratch::new();
+    let (a, b) = (scratch.full("a", MIB), scratch.full("b", 3 * MIB));
+    let before = content(&b);
+    let refused = run(&["convert", "-f", "raw", &a, &b]);
+    assert!(refused.code == Some(1) && refused.err.contains("--force"), "{refused}");
+    assert!(content(&b) == before);
+    ours(&["convert", "-q", "-f", "raw", "--force", &a, &b]);
+    assert_equal(&a, &b);
+    // Into an image that is there, and longer: what lies behind stays.
+    let mut longer = vec![3; 2 * MIB as usize];
+    std::fs::write(&b, &longer).expect("a file");
+    let zeroes = scratch.holey("z", MIB, &[(0, 4096)]);
+    ours(&["convert", "-q", "-n", "-f", "raw", &zeroes, &b]);
+    longer[..MIB as usize].copy_from_slice(&content(&zeroes));
+    assert!(content(&b) == longer);
+    // Whoever says that the target is zero is believed.
+    std::fs::write(&b, vec![3; MIB as usize]).expect("a file");
+    ours(&["convert", "-q", "-n", "--target-is-zero", "-f", "raw", &zeroes, &b]);
+    assert_eq!(content(&b)[4096..], vec![3; MIB as usize - 4096]);
+    let small = scratch.full("small", 4096);
+    let refused = run(&["convert", "-n", "-f", "raw", &a, &small]);
+    assert!(refused.code == Some(1) && refused.err.contains("smaller"), "{refused}");
+    let refused = run(&["convert", "-n", "-f", "raw", &a, &scratch.path("nothing")]);
+    assert!(refused.code == Some(1) && refused.err.contains("does not exist"), "{refused}");
+    let refused = run(&["convert", "-f", "raw", "--force", &a, &a]);
+    assert!(refused.code == Some(1), "{refused}");
+    let refused = run(&["convert", "-f", "raw", "-c", &a, &scratch.path("new")]);
+    assert!(refused.code == Some(1) && refused.err.contains("cannot be compressed"), "{refused}");
+    assert!(!std::path::Path::new(&scratch.path("new")).exists());
+}
+
+#[test]
+fn a_copy_that_is_cut_off_says_so() {
+    let scratch = Scratch::new();
+    let (a, b) = (scratch.full("a", 64 * MIB), scratch.path("b"));
+    let mut process = Process::json(&["convert", "-f", "raw", "-r", "4M", "--reflink=never", &a, &b]);
+    process.wait_for(|e| e["event"] == "progress" && e["offset"].as_u64() > Some(0));
+    assert!(is_marked(&b));
+    process.kill();
+    assert!(is_marked(&b));
+    let (b, mut process) = {
+        let b = scratch.path("c");
+        let process = Process::json(&["convert", "-f", "raw", "-r", "4M", "--reflink=never", &a, &b]);
+        (b, process)
+    };
+    process.wait_event("progress");
+    process.interrupt();
+    let end = process.wait_event("end");
+    assert_eq!(end["ending"], "cancelled");
+    assert_eq!(process.end().code, Some(3));
+    assert!(is_marked(&b));
+    // Made anew, it is whole.
+    ours(&["convert", "-q", "-f", "raw", "--force", &a, &b]);
+    assert!(!is_marked(&b));
+    assert_equal(&a, &b);
+    let left: Vec<_> = std::fs::read_dir(scratch.dir()).expect("a folder").flatten().collect();
+    assert!(!left.iter().any(|e| e.file_name().to_string_lossy().starts_with('.')), "{left:?}");
+}
+
+#[test]
+fn a_device_is_a_target_and_a_source() {
+    if !is_root() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let a = scratch.holey("a", 8 * MIB, &[(MIB, MIB), (7 * MIB, MIB)]);
+    let under = scratch.full("under", 8 * MIB);
+    let state = scratch.path("state");
+    let device = LoopDevice::new(&under, 512);
+    let words = ["convert", "-q", "-n", "--verify", "-f", "raw", "-O", "raw", "--state-dir", &state];
+    ours(&[&words[..], &[&a, &device.0]].concat());
+    assert!(content(&device.0) == content(&a));
+    // Zeroes gave their space back.
+    assert!(allocated(&under) <= 3 * MIB, "{}", allocated(&under));
+    let back = scratch.path("back");
+    let end = run_json(&["convert", "-f", "raw", &device.0, &back]);
+    assert_eq!(end.last().expect("an end")["ending"], "completed");
+    assert_equal(&a, &back);
+    assert!(allocated(&back) <= 3 * MIB);
+}
+
+#[test]
+fn nothing_becomes_nothing() {
+    let scratch = Scratch::new();
+    let (a, b) = (scratch.holey("a", 0, &[]), scratch.path("b"));
+    ours(&["convert", "-q", "--verify", &a, &b]);
+    assert_eq!(content(&b).len(), 0);
+    let (a, b) = (scratch.holey("c", 1 << 40, &[]), scratch.path("d"));
+    ours(&["convert", "-q", "--verify", &a, &b]);
+    assert!(is_all_hole(&b));
+    assert_eq!(std::fs::metadata(&b).expect("a file").len(), 1 << 40);
+}
