@@ -3,15 +3,15 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use blockferry::block::WriteFlags;
+use blockferry::block::{Driver, WriteFlags};
 use blockferry::graph::node::{Node, Root};
 use blockferry::job::mirror::{self, MirrorOptions};
 use blockferry::job::runner::{Ending, Job};
 use blockferry::protocol::nbd::NbdNode;
 use blockferry::protocol::open::{OpenOptions, open};
 use blockferry_ring::rand::Rand;
-use blockferry_ring::sim::{FileModel, World};
-use blockferry_ring::{Nanos, Ring};
+use blockferry_ring::sim::{FileModel, World, WorldConfig};
+use blockferry_ring::{Config, Nanos, Ring};
 
 use super::{MILLI, SECOND, SOCKET, address, in_world, options, serve};
 
@@ -104,6 +104,66 @@ fn a_mirror_is_given_up_in_bounded_time_whatever_the_server_does() {
             ring.sleep(6 * SECOND).await;
             server.stop().await;
         });
+    }
+}
+
+/// Two rings in one world, turned in turn, until `is_over`.
+fn turn_both(world: &World, rings: [&Ring; 2], is_over: impl Fn() -> bool) {
+    for _ in 0..3_000_000 {
+        if is_over() {
+            return;
+        }
+        let busy = rings.map(|ring| {
+            let turn = ring.turn();
+            turn.progressed || turn.more_work
+        });
+        if busy == [false, false] {
+            world.advance(50_000);
+        }
+    }
+    panic!("it comes to no end");
+}
+
+#[test]
+fn guests_that_hold_all_memory_do_not_keep_the_disk_from_coming_back() {
+    let world = World::new(WorldConfig::new(11));
+    world.add_file("/disk", FileModel::regular(LEN as u64));
+    let ring_of = |arena_bytes| {
+        let config = Config { arena_bytes, ..Config::default() };
+        Ring::with_backend(world.backend(), &config).unwrap()
+    };
+    let (near, far) = (ring_of(2 << 20), ring_of(8 << 20));
+    let server = serve(&far);
+    let opened = near.spawn_with_result({
+        let ring = near.clone();
+        async move { NbdNode::open(&ring, options(SOCKET), false).await.unwrap() }
+    });
+    turn_both(&world, [&near, &far], || opened.is_given());
+    let node = opened.try_take().unwrap();
+    // The link goes, and with every byte of memory in their requests guests wait for it.
+    world.reset_streams("unix:/sock");
+    let mut writes = Vec::new();
+    for len in [64 << 10, 4096] {
+        while let Some(mut buf) = near.arena().try_alloc(len) {
+            buf.as_mut_slice().fill(writes.len() as u8);
+            let (node, offset) = (node.clone(), writes.len() as u64 * 65536 % (LEN as u64 - 65536));
+            writes.push(near.spawn_with_result(async move {
+                node.write(offset, buf.freeze(), WriteFlags::default())
+                    .await
+                    .map_err(|error| error.to_string())
+            }));
+        }
+    }
+    assert!(writes.len() > 20 && near.arena().try_alloc(4096).is_none());
+    turn_both(&world, [&near, &far], || writes.iter().all(|write| write.is_given()));
+    for write in &writes {
+        assert_eq!(write.try_take(), Some(Ok(())));
+    }
+    drop(node);
+    let stopped = far.spawn_with_result(async move { server.stop().await });
+    turn_both(&world, [&near, &far], || stopped.is_given() && near.task_count() == 0);
+    for ring in [near, far] {
+        assert_eq!((ring.arena().bytes_used(), ring.shutdown(SECOND).leaked), (0, 0));
     }
 }
 

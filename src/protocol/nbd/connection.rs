@@ -28,6 +28,7 @@ use super::cursor::Head;
 use super::dial::{HandshakeEnd, dial};
 use super::handshake_client::{ClientGoal, ClientNegotiated, ConnectRequest};
 use super::in_flight::{Ended, InFlight, Outcome, ReplyStream};
+use super::kept::{GATHER_BYTES, Kept, RECEIVE_BYTES};
 use super::meta_context::MetaContext;
 use super::transmission::{RequestHeader, StatusExtent};
 use super::uri::NbdUri;
@@ -36,12 +37,8 @@ use crate::base::limits::{
     NBD_FAREWELL_NS_MAX, NBD_HANDSHAKE_NS_MAX, NBD_REPLY_COPY_BYTES, NBD_REQUESTS_IN_FLIGHT_MAX,
 };
 
-/// Bytes received at once.
-const RECEIVE_BYTES: usize = 128 << 10;
 /// From this many bytes on the rest of an answer is received straight into its buffer instead of being copied.
 const DIRECT_BYTES_MIN: usize = 32 << 10;
-/// Bytes of headers and short payloads that are gathered to be sent at once.
-const GATHER_BYTES: usize = 128 << 10;
 /// Up to this length a payload is copied behind its header: a piece of a vectored send costs more than the copy.
 const COPY_BYTES_MAX: usize = NBD_REPLY_COPY_BYTES;
 // One request always fits.
@@ -120,7 +117,7 @@ pub async fn list_exports(
     uri: &NbdUri,
     deadline: Nanos,
 ) -> Result<Vec<ExportListing>, NbdClientError> {
-    let dialled = dial(ring, uri, ClientGoal::List, deadline).await?;
+    let dialled = dial(ring, uri, ClientGoal::List, deadline, &Kept::default()).await?;
     match dialled.end {
         HandshakeEnd::Listed(listed) => Ok(listed),
         HandshakeEnd::Ready(_) => Ok(Vec::new()),
@@ -134,20 +131,44 @@ impl Connection {
         uri: &NbdUri,
         options: &ConnectOptions,
     ) -> Result<Rc<Connection>, NbdClientError> {
+        Connection::connect_with(ring, uri, options, &Kept::default()).await
+    }
+
+    /// The same, with the memory that `kept` has for it.
+    pub(super) async fn connect_with(
+        ring: &Ring,
+        uri: &NbdUri,
+        options: &ConnectOptions,
+        kept: &Kept,
+    ) -> Result<Rc<Connection>, NbdClientError> {
         let request = ConnectRequest {
             export: uri.export.clone(),
             structured_replies: options.structured_replies,
             extended_headers: options.extended_headers,
             meta_contexts: options.meta_contexts.clone(),
         };
-        let dialled = dial(ring, uri, ClientGoal::Connect(request), options.deadline).await?;
+        // First the memory: requests that hold all there is may be waiting for this connection to take them.
+        let received_into = kept.take(ring, RECEIVE_BYTES).await;
+        let gathered_in = kept.take(ring, GATHER_BYTES).await;
         let name: Rc<str> = uri.to_string().into();
-        let HandshakeEnd::Ready(negotiated) = dialled.end else {
-            return Err(NbdClientError::Lost { uri: name, reason: LostReason::ClosedByServer });
+        let dialled = dial(ring, uri, ClientGoal::Connect(request), options.deadline, kept).await;
+        let ready = dialled.and_then(|dialled| match dialled.end {
+            HandshakeEnd::Ready(negotiated) => Ok((negotiated, dialled.stream, dialled.rest)),
+            HandshakeEnd::Listed(_) => {
+                Err(NbdClientError::Lost { uri: name.clone(), reason: LostReason::ClosedByServer })
+            }
+        });
+        let (negotiated, stream, rest) = match ready {
+            Ok(ready) => ready,
+            Err(error) => {
+                kept.give(ring, received_into);
+                kept.give(ring, gathered_in);
+                return Err(error);
+            }
         };
         let shared = Rc::new(Shared {
             ring: ring.clone(),
-            stream: dialled.stream,
+            stream,
             uri: name,
             requests: RefCell::new(InFlight::new(negotiated.style, negotiated.meta_contexts.clone())),
             outbox: RefCell::default(),
@@ -159,8 +180,8 @@ impl Connection {
             moved: ring.notify(),
             negotiated: *negotiated,
         });
-        ring.spawn(send(shared.clone()));
-        ring.spawn(receive(shared.clone(), dialled.rest));
+        ring.spawn(send(shared.clone(), gathered_in, kept.clone()));
+        ring.spawn(receive(shared.clone(), rest, received_into, kept.clone()));
         Ok(Rc::new(Connection { shared }))
     }
 
@@ -532,18 +553,18 @@ impl Shared {
 }
 
 /// Sends what is queued, as long as the connection lasts.
-async fn send(shared: Rc<Shared>) {
-    let mut spare = None;
+async fn send(shared: Rc<Shared>, memory: Buf, kept: Kept) {
+    let mut spare = Some(memory);
     let mut plan = Vec::with_capacity(SEND_PIECES_MAX);
     loop {
         let ready = || (shared.is_lost() || !shared.outbox.borrow().is_empty()).then_some(());
         shared.queued.until(ready).await;
         if shared.is_lost() {
-            return;
+            return spare.into_iter().for_each(|memory| kept.give(&shared.ring, memory));
         }
         let memory = match spare.take() {
             Some(memory) => memory,
-            None => shared.ring.alloc(GATHER_BYTES).await,
+            None => kept.take(&shared.ring, GATHER_BYTES).await,
         };
         shared.sending.set(true);
         let memory = gather(memory, &mut shared.outbox.borrow_mut(), &mut plan);
@@ -563,10 +584,11 @@ async fn send(shared: Rc<Shared>) {
             }
         };
         shared.sending.set(false);
-        if let Err(errno) = sent {
-            return shared.lose(LostReason::Transport(errno));
-        }
+        plan.clear();
         spare = memory.try_thaw().ok();
+        if let Err(errno) = sent {
+            shared.lose(LostReason::Transport(errno));
+        }
         if shared.closing.get() {
             shared.moved.notify();
         }
@@ -611,18 +633,24 @@ fn gather(mut memory: Buf, outbox: &mut VecDeque<Outgoing>, plan: &mut Vec<Piece
 }
 
 /// Receives answers, as long as the connection lasts. `rest` came with the handshake.
-async fn receive(shared: Rc<Shared>, rest: Vec<u8>) {
+async fn receive(shared: Rc<Shared>, rest: Vec<u8>, buf: Buf, kept: Kept) {
+    let ring = shared.ring.clone();
+    kept.give(&ring, receive_all(shared, rest, buf).await);
+}
+
+/// Gives the memory back in the end.
+async fn receive_all(shared: Rc<Shared>, rest: Vec<u8>, mut buf: Buf) -> Buf {
     let mut replies = ReplyStream::new(shared.style(), shared.negotiated.payload_bytes_max());
-    let mut buf = shared.ring.alloc(RECEIVE_BYTES).await;
     let mut fed = replies.feed(&rest, &mut shared.requests.borrow_mut());
     loop {
         shared.wake();
         if let Err(reason) = fed {
-            return shared.lose(reason);
+            shared.lose(reason);
+            return buf;
         }
         if shared.is_lost() {
             // It was lost while data still came: requests have ended, and their buffers go back to who waits.
-            return;
+            return buf;
         }
         let direct = replies.take_buf(DIRECT_BYTES_MIN, &mut shared.requests.borrow_mut());
         let received = if let Some((ahead, target)) = direct {
@@ -641,12 +669,14 @@ async fn receive(shared: Rc<Shared>, rest: Vec<u8>) {
         match received {
             Ok(0) => {
                 shared.lose(LostReason::ClosedByServer);
-                return shared.wake();
+                shared.wake();
+                return buf;
             }
             Ok(_) => {}
             Err(errno) => {
                 shared.lose(LostReason::Transport(errno));
-                return shared.wake();
+                shared.wake();
+                return buf;
             }
         }
     }

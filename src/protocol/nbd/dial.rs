@@ -4,20 +4,18 @@
 //! deadline. Names are looked up on the offload pool, because the system's resolver blocks; addresses need no look-up,
 //! so a simulated world, which has addresses only, never gets there.
 
+use std::cell::RefCell;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::rc::Rc;
 
-use blockferry_ring::arena::BLOCK_MIN;
 use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Buf, Errno, File, Nanos, Ring, SocketAddress};
 
 use super::client_error::{LostReason, NbdClientError};
 use super::handshake_client::{ClientGoal, ClientHandshake, ClientNegotiated, ClientProgress};
+use super::kept::{HANDSHAKE_BYTES, Kept, SPEECH_BYTES};
 use super::uri::{NbdAddress, NbdUri};
 use super::wire::ExportListing;
-
-/// Bytes received at once during the handshake.
-const PIECE_BYTES: usize = 16 << 10;
 
 /// A stream whose handshake is over.
 pub(super) struct Dialled {
@@ -38,16 +36,28 @@ pub(super) async fn dial(
     uri: &NbdUri,
     goal: ClientGoal,
     deadline: Nanos,
+    kept: &Kept,
 ) -> Result<Dialled, NbdClientError> {
     let name: Rc<str> = uri.to_string().into();
+    let there = RefCell::new(None);
     let work = async {
         let stream = connect(ring, uri, &name).await?;
-        let (end, rest) = shake_hands(ring, &stream, &name, goal).await?;
+        *there.borrow_mut() = Some(stream.clone());
+        let (end, rest) = shake_hands(ring, &stream, &name, goal, kept).await?;
         Ok(Dialled { stream, end, rest })
     };
-    match either(work, ring.sleep(deadline)).await {
+    let mut work = std::pin::pin!(work);
+    match either(work.as_mut(), ring.sleep(deadline)).await {
         Either::First(result) => result,
-        Either::Second(()) => Err(NbdClientError::Lost { uri: name.clone(), reason: LostReason::TimedOut }),
+        Either::Second(()) => {
+            let stream = there.borrow().clone();
+            if let Some(stream) = stream {
+                // It ends by itself now, and gives back the memory that is kept for the next attempt.
+                ring.shutdown_stream(&stream);
+                let _ = work.await;
+            }
+            Err(NbdClientError::Lost { uri: name.clone(), reason: LostReason::TimedOut })
+        }
     }
 }
 
@@ -89,16 +99,30 @@ async fn shake_hands(
     stream: &File,
     name: &Rc<str>,
     goal: ClientGoal,
+    kept: &Kept,
+) -> Result<(HandshakeEnd, Vec<u8>), NbdClientError> {
+    let mut buf = Some(kept.take(ring, HANDSHAKE_BYTES).await);
+    let result = converse(ring, stream, name, goal, kept, &mut buf).await;
+    buf.into_iter().for_each(|buf| kept.give(ring, buf));
+    result
+}
+
+async fn converse(
+    ring: &Ring,
+    stream: &File,
+    name: &Rc<str>,
+    goal: ClientGoal,
+    kept: &Kept,
+    memory: &mut Option<Buf>,
 ) -> Result<(HandshakeEnd, Vec<u8>), NbdClientError> {
     let lost = |reason| NbdClientError::Lost { uri: name.clone(), reason };
     let mut machine = ClientHandshake::new(goal);
-    let mut buf = ring.alloc(PIECE_BYTES).await;
     let (mut input, mut out) = (Vec::new(), Vec::new());
     loop {
         let mut need_input = false;
         let step = machine.advance(&input, &mut out);
         // What is to be said is said even if it is a farewell.
-        send_all(ring, stream, &mut out).await.map_err(|errno| lost(LostReason::Transport(errno)))?;
+        send_all(ring, stream, &mut out, kept).await.map_err(|errno| lost(LostReason::Transport(errno)))?;
         let step = step.map_err(|reason| NbdClientError::Handshake { uri: name.clone(), reason })?;
         input.drain(..step.consumed);
         match step.progress {
@@ -108,30 +132,37 @@ async fn shake_hands(
             ClientProgress::Listed(listed) => return Ok((HandshakeEnd::Listed(listed), input)),
         }
         if need_input {
-            buf = receive(ring, stream, buf, &mut input).await.map_err(lost)?;
+            let Some(buf) = memory.take() else { return Err(lost(LostReason::ClosedHere)) };
+            let (buf, received) = receive(ring, stream, buf, &mut input).await;
+            *memory = Some(buf);
+            received.map_err(lost)?;
         }
     }
 }
 
-async fn send_all(ring: &Ring, stream: &File, out: &mut Vec<u8>) -> Result<(), Errno> {
-    for piece in out.chunks(BLOCK_MIN) {
-        let mut buf = ring.alloc(piece.len()).await;
+async fn send_all(ring: &Ring, stream: &File, out: &mut Vec<u8>, kept: &Kept) -> Result<(), Errno> {
+    for piece in out.chunks(SPEECH_BYTES) {
+        let mut buf = kept.take(ring, SPEECH_BYTES).await;
         buf.copy_from(0, piece);
-        ring.send(stream, buf.freeze()).await?;
+        let shared = buf.freeze();
+        let sent = ring.send(stream, shared.slice(0, piece.len())).await;
+        shared.try_thaw().into_iter().for_each(|buf| kept.give(ring, buf));
+        sent?;
     }
     out.clear();
     Ok(())
 }
 
 /// Receives some bytes behind `input`.
-async fn receive(ring: &Ring, stream: &File, buf: Buf, input: &mut Vec<u8>) -> Result<Buf, LostReason> {
+async fn receive(ring: &Ring, stream: &File, buf: Buf, input: &mut Vec<u8>) -> (Buf, Result<(), LostReason>) {
     let (buf, received) = ring.recv(stream, buf).await;
-    match received {
+    let result = match received {
         Ok(0) => Err(LostReason::ClosedByServer),
         Ok(bytes) => {
             input.extend_from_slice(&buf.as_slice()[..bytes as usize]);
-            Ok(buf)
+            Ok(())
         }
         Err(errno) => Err(LostReason::Transport(errno)),
-    }
+    };
+    (buf, result)
 }

@@ -12,8 +12,9 @@
 //! - `uri`: how a person names an export; `options`: how QEMU's programs do.
 //!
 //! On top of the codec, and the only part that knows the ring: `connection`, a client with many requests in flight
-//! (`dial` makes it, `in_flight` keeps its books), and `driver`, which shows one to the block layer. `remote` keeps
-//! connections to one export alive, and `node` is the disk that jobs and guests use on top of it.
+//! (`dial` makes it, `in_flight` keeps its books, `kept` its memory for the next one), and `driver`, which shows one to the
+//! block layer. `remote` keeps connections to one export alive, and `node` is the disk that jobs and guests use on top of
+//! it.
 //!
 //! What must hold: no byte that a peer sends can make this code panic, loop without progress, or keep more memory than
 //! the limits in `constants` allow.
@@ -33,6 +34,7 @@ mod exchange;
 pub mod handshake_client;
 pub mod handshake_server;
 mod in_flight;
+mod kept;
 mod meta_context;
 pub mod node;
 pub mod options;

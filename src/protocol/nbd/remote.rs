@@ -37,6 +37,7 @@ use blockferry_ring::{Nanos, Ring};
 use super::client_error::{LostReason, NbdClientError};
 use super::connection::{ConnectOptions, Connection};
 use super::constants::TransmissionFlags;
+use super::kept::Kept;
 use super::uri::NbdUri;
 use crate::base::limits::{
     NBD_CONNECTIONS_MAX, NBD_GROW_DEPTH, NBD_GROW_PAUSE_NS, NBD_RECONNECT_PAUSE_NS_MAX,
@@ -110,6 +111,8 @@ pub(super) struct Remote {
     options: RemoteOptions,
     name: Rc<str>,
     facts: Facts,
+    /// Memory for one connection at least.
+    kept: Kept,
     connections: RefCell<Vec<Rc<Connection>>>,
     /// What the latest connection can do.
     flags: Cell<TransmissionFlags>,
@@ -135,6 +138,8 @@ pub(super) struct Remote {
 impl Remote {
     /// Connects; tries again for as long as the options say.
     pub(super) async fn open(ring: &Ring, options: RemoteOptions) -> Result<Rc<Remote>, NbdClientError> {
+        let kept = Kept::new(ring)
+            .map_err(|errno| NbdClientError::Connect { uri: options.uri.to_string().into(), errno })?;
         let end = ring.clock().saturating_add(options.open_timeout_ns);
         let mut pause = NBD_RECONNECT_PAUSE_NS_MIN;
         let mut connect = options.connect.clone();
@@ -143,7 +148,7 @@ impl Remote {
                 let left = end.saturating_sub(ring.clock()).max(1);
                 connect.deadline = options.connect.deadline.min(left);
             }
-            let error = match Connection::connect(ring, &options.uri, &connect).await {
+            let error = match Connection::connect_with(ring, &options.uri, &connect, &kept).await {
                 Ok(connection) => break connection,
                 Err(error) => error,
             };
@@ -161,6 +166,7 @@ impl Remote {
             ring: ring.clone(),
             name,
             facts: Facts::of(&connection),
+            kept,
             connections: RefCell::default(),
             flags: Cell::new(connection.flags()),
             has_block_status: Cell::new(connection.has_block_status()),
@@ -318,7 +324,9 @@ impl Remote {
 
     /// A further connection to the same export.
     async fn dial(&self) -> Result<Rc<Connection>, NbdClientError> {
-        let connection = Connection::connect(&self.ring, &self.options.uri, &self.options.connect).await?;
+        let options = &self.options;
+        let connection =
+            Connection::connect_with(&self.ring, &options.uri, &options.connect, &self.kept).await?;
         if !self.facts.hold_for(&Facts::of(&connection)) {
             return Err(NbdClientError::ChangedExport { uri: self.name.clone() });
         }
