@@ -407,6 +407,53 @@ fn a_guest_may_write_only_to_a_disk_whose_format_is_said() {
 }
 
 #[test]
+fn port_0_takes_a_free_one_and_clients_have_the_limits_that_were_said() {
+    let scratch = Scratch::new();
+    let source = scratch.full("source", MIB);
+    let mut server = Process::json(&[
+        "serve",
+        "-f",
+        "raw",
+        "--export",
+        "nbd://127.0.0.1:0/disk",
+        "--export",
+        "nbd://127.0.0.1:0/again",
+        "--max-connections",
+        "2",
+        "--handshake-timeout",
+        "300ms",
+        "--client-requests",
+        "4",
+        "--client-bytes",
+        "1MiB",
+        "--client-iops",
+        "1000000",
+        "--client-speed",
+        "1GiB",
+        &source,
+    ]);
+    let uris = [server.wait_event("listening"), server.wait_event("listening")]
+        .map(|event| event["uri"].as_str().unwrap().to_owned());
+    let address = uris[0].strip_prefix("nbd://").and_then(|rest| rest.strip_suffix("/disk")).unwrap();
+    assert!(!address.ends_with(":0") && uris[1] == format!("nbd://{address}/again"), "{uris:?}");
+    // Two who say nothing take all the room there is, until they are shown the door.
+    let silent = [(); 2].map(|()| std::net::TcpStream::connect(address).unwrap());
+    for uri in &uris {
+        tool("qemu-io", &["-f", "raw", "-c", "write -P 3 0 64k", "-c", "read -P 3 0 64k", uri]);
+    }
+    for mut stream in silent {
+        let mut rest = Vec::new();
+        let _ = std::io::Read::read_to_end(&mut stream, &mut rest);
+    }
+    server.interrupt();
+    assert_eq!(server.end().code, Some(0));
+    for wrong in [["--max-connections", "0"], ["--client-requests", "0"], ["--handshake-timeout", "soon"]] {
+        let ended = run(&["serve", "-r", "--export", &uris[0], wrong[0], wrong[1], &source]);
+        assert_eq!(ended.code, Some(2), "{wrong:?}: {ended}");
+    }
+}
+
+#[test]
 fn clients_go_on_after_the_job_unless_told_otherwise() {
     let scratch = Scratch::new();
     let source = scratch.full("source", 4 * MIB);

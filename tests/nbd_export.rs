@@ -6,11 +6,13 @@ mod disk;
 mod lab;
 #[path = "nbd_export/raw.rs"]
 mod raw;
+#[path = "nbd_export/script.rs"]
+mod script;
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use blockferry::export::nbd::{Export, RemoveMode, ServerConfig};
+use blockferry::export::nbd::{Export, PaceLimits, RemoveMode, ServerConfig};
 use blockferry::graph::node::Root;
 use blockferry_ring::SocketAddress;
 
@@ -371,6 +373,69 @@ fn stalled_clients_go_when_others_need_the_memory() {
     // The first one has done no wrong.
     assert_eq!(patient.call(0, READ, 0, 4096).bytes(), [1; 4096]);
     assert!(lab.inside(|inside| inside.server.clients()) < 41);
+}
+
+#[test]
+fn clients_that_stop_at_any_byte_harm_nobody() {
+    let lab = Lab::new(64 * MIB);
+    let script = script::Script::new();
+    // The farewell would end a session in good order.
+    let all = *script.marks.last().unwrap();
+    let cuts: Vec<usize> = script.cuts().into_iter().filter(|at| *at <= all).step_by(7).collect();
+    assert!(cuts.len() > 60, "{} cuts", cuts.len());
+    let begin = Instant::now();
+    let stalled: Vec<_> = cuts
+        .iter()
+        .map(|cut| {
+            let mut stream = lab.connect();
+            // One that reads nothing may not get rid of all it has to say.
+            stream.set_write_timeout(Some(Duration::from_millis(20))).unwrap();
+            let _ = stream.write_all(&script.bytes[..*cut]);
+            (*cut, stream)
+        })
+        .collect();
+    let fio = [
+        "--name=job",
+        "--ioengine=nbd",
+        "--size=4M",
+        "--rw=randwrite",
+        "--bsrange=512-70k",
+        "--bs_unaligned=1",
+    ];
+    let uri = format!("--uri={}", lab.uri("disk"));
+    run(
+        "fio",
+        &[&fio[..], &[&uri, "--verify_fatal=1", "--verify=crc32c", "--verify_state_save=0", "--iodepth=8"]]
+            .concat(),
+    );
+    lab.qemu_io(&["write -P 1 0 4M", "read -P 1 0 4M", "flush"]);
+    // Handshakes have a second.
+    let served = cuts.iter().filter(|cut| **cut >= script.handshake_bytes).count();
+    lab.wait_for_clients(served);
+    let took = begin.elapsed();
+    assert!(took > Duration::from_millis(900), "handshakes were ended after {took:?}");
+    for (cut, mut stream) in stalled {
+        if cut < script.handshake_bytes {
+            let mut rest = Vec::new();
+            let ended = stream.read_to_end(&mut rest);
+            assert!(ended.is_ok() || rest.len() > 17, "cut at {cut}: {ended:?}");
+        }
+    }
+    lab.wait_for_clients(0);
+}
+
+#[test]
+fn a_client_with_a_pace_keeps_to_it() {
+    let pace = PaceLimits { requests_per_sec: 200, bytes_per_sec: 0 };
+    let lab = Lab::with(8 * MIB, ServerConfig { pace, ..ServerConfig::default() });
+    let mut raw = Raw::structured(lab.connect(), "disk");
+    let begin = Instant::now();
+    let all: Vec<u8> = (0..220).flat_map(|i| Raw::header(0, READ, i, i * 4096, 4096)).collect();
+    raw.stream.write_all(&all).unwrap();
+    (0..220).for_each(|_| assert!(raw.any_reply() < 220));
+    let took = begin.elapsed();
+    // 20 are the burst, the rest takes a second.
+    assert!((Duration::from_millis(950)..Duration::from_secs(10)).contains(&took), "{took:?}");
 }
 
 #[test]

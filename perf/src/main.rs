@@ -1,161 +1,252 @@
-//! Head-to-head measurements of Blockferry against its peers.
+//! `blockferry-perf`: head-to-head measurements of Blockferry against its peers.
 //!
-//! `blockferry-perf copy [DIRECTORY] [ROUNDS] [MIB]` copies a raw disk of incompressible data between
-//! files, contenders in turn, after one round of warming up. What counts is the ratio of two
-//! neighbours in one round; the table shows the median of the ratios with its smallest and largest
-//! value. A contender's time ends when its target is durable. Nothing here passes or fails.
+//! A *scenario* is a piece of work; its *contenders* do it in turn, round after round, after one round of warming up in
+//! which results are verified and system calls counted. `run` writes a file of JSON lines, `report` makes tables and
+//! charts of such files. Nothing here passes or fails. See docs/performance.md for what the figures mean.
+
+mod bare;
+mod copy;
+mod disks;
+mod live;
+mod machine;
+mod nbd;
+mod node;
+mod process;
+mod qsd;
+mod report;
+mod result;
+mod rounds;
+mod scenarios;
+mod stats;
+mod stop;
+mod svg;
+mod sys;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::time::Instant;
+use std::process::ExitCode;
 
-/// One contender: a name and the command line that copies `source` to the existing `target`.
-struct Contender {
-    name: &'static str,
-    command: fn(&Path, &Path) -> Vec<String>,
+use clap::{Parser, Subcommand};
+
+use crate::scenarios::{SCENARIOS, Scenario};
+
+/// What goes wrong here is told to a person and ends the run.
+pub type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// Measures Blockferry head to head with its peers
+#[derive(Debug, Parser)]
+#[command(name = "blockferry-perf", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
 }
 
-const CONTENDERS: [Contender; 3] = [
-    Contender {
-        name: "blockferry mirror",
-        command: |s, t| {
-            let program = std::env::var("BLOCKFERRY").unwrap_or_else(|_| "target/release/blockferry".into());
-            [&program, "mirror", "--quiet", "--force", "-f", "raw", "-F", "raw", &text(s), &text(t)]
-                .map(str::to_owned)
-                .to_vec()
-        },
-    },
-    Contender {
-        name: "qemu-img convert -t none -T none -m 16 -W",
-        command: |s, t| {
-            [
-                "qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "-t", "none", "-T", "none", "-m",
-                "16", "-W",
-            ]
-            .map(str::to_owned)
-            .into_iter()
-            .chain([text(s), text(t)])
-            .collect()
-        },
-    },
-    Contender {
-        name: "dd bs=4M direct",
-        command: |s, t| {
-            vec![
-                "dd".into(),
-                format!("if={}", text(s)),
-                format!("of={}", text(t)),
-                "bs=4M".into(),
-                "iflag=direct".into(),
-                "oflag=direct".into(),
-                "conv=notrunc,fdatasync".into(),
-                "status=none".into(),
-            ]
-        },
-    },
-];
-
-fn text(path: &Path) -> String {
-    path.display().to_string()
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the scenarios
+    List,
+    /// Run scenarios; as root, on an otherwise idle machine
+    Run(RunArgs),
+    /// Make tables and charts of results
+    Report(report::ReportArgs),
+    /// Copy a disk with a bare io_uring loop: what the kernel allows
+    BareCopy(BareArgs),
 }
 
-type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
-
-/// Wall seconds, and the children's CPU seconds.
-fn run(contender: &Contender, source: &Path, target: &Path) -> Fallible<(f64, f64)> {
-    let line = (contender.command)(source, target);
-    let (program, arguments) = line.split_first().ok_or("an empty command line")?;
-    let cpu = children_cpu_seconds()?;
-    let began = Instant::now();
-    let status = Command::new(program).args(arguments).stdin(Stdio::null()).status()?;
-    if !status.success() {
-        return Err(format!("{} ended with {status}", line.join(" ")).into());
-    }
-    std::fs::File::open(target)?.sync_all()?;
-    Ok((began.elapsed().as_secs_f64(), children_cpu_seconds()? - cpu))
+#[derive(Debug, clap::Args)]
+struct RunArgs {
+    /// Scenarios by name, or the start of their names [default: all]
+    #[arg(value_name = "SCENARIO")]
+    scenarios: Vec<String>,
+    /// Rounds that count, after the one of warming up [default: as each scenario needs]
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// Seconds that a row (a contender with all its rounds) may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
+    seconds_max: f64,
+    /// Append the results to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Where to make a folder for files and mounts. Scenarios of the disk measure the disk under it
+    #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
+    scratch: PathBuf,
+    /// Small disks and two rounds: to see whether everything works
+    #[arg(long)]
+    quick: bool,
+    /// Only contenders whose names contain this (may be said more than once)
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    only: Vec<String>,
+    /// Measure `blockferry mirror` with these options too, such as 'lanes=--lanes 2' (may be said more than once)
+    #[arg(long, value_name = "NAME=OPTIONS", value_parser = variant)]
+    ours: Vec<(String, Vec<String>)>,
+    /// The program under test [default: `blockferry` beside this program]
+    #[arg(long, value_name = "FILE")]
+    blockferry: Option<PathBuf>,
 }
 
-/// User and system time of children that have ended, from /proc (ticks of 10 ms).
-fn children_cpu_seconds() -> Fallible<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
-    let after = stat.rsplit_once(')').ok_or("no process name in /proc/self/stat")?.1;
-    let fields: Vec<&str> = after.split_whitespace().collect();
-    let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
-    Ok((ticks(13) + ticks(14)) / 100.0)
+fn variant(text: &str) -> Result<(String, Vec<String>), String> {
+    let (name, options) = text.split_once('=').ok_or("a name, =, and options")?;
+    Ok((name.to_owned(), options.split_whitespace().map(str::to_owned).collect()))
 }
 
-fn fill(path: &Path, bytes: usize) -> Fallible<()> {
-    use std::io::Write;
-    let mut rand = blockferry_ring::rand::Rand::new(1);
-    let mut file = std::fs::File::create(path)?;
-    let mut block = vec![0u8; 1 << 20];
-    for _ in 0..bytes >> 20 {
-        block.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&rand.next_u64().to_le_bytes()));
-        file.write_all(&block)?;
-    }
-    Ok(file.sync_all()?)
+#[derive(Debug, clap::Args)]
+struct BareArgs {
+    #[arg(value_name = "SRC")]
+    source: PathBuf,
+    #[arg(value_name = "DST")]
+    target: PathBuf,
+    /// Blocks in flight, of each thread
+    #[arg(long, default_value_t = 16)]
+    depth: usize,
+    /// Bytes of a block, such as 256KiB
+    #[arg(long, value_parser = block, default_value = "256KiB")]
+    block: usize,
+    /// Threads, each with a ring and a part of the disk
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    /// Copy only data; the target has to be all zeroes
+    #[arg(long)]
+    sparse: bool,
 }
 
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-fn copy(directory: &Path, rounds: usize, mib: usize) -> Fallible<()> {
-    let scratch = directory.join(format!("blockferry-perf-{}", std::process::id()));
-    std::fs::create_dir(&scratch)?;
-    let result = measure(&scratch, rounds, mib);
-    std::fs::remove_dir_all(&scratch)?;
-    result
-}
-
-fn measure(scratch: &Path, rounds: usize, mib: usize) -> Fallible<()> {
-    let (source, target) = (scratch.join("source.img"), scratch.join("target.img"));
-    fill(&source, mib << 20)?;
-    std::fs::copy(&source, &target)?;
-    let mut times: Vec<Vec<(f64, f64)>> = vec![Vec::new(); CONTENDERS.len()];
-    for round in 0..=rounds {
-        for (contender, times) in CONTENDERS.iter().zip(&mut times) {
-            let time = run(contender, &source, &target)?;
-            if round > 0 {
-                times.push(time);
-            }
-        }
-    }
-    let gib = mib as f64 / 1024.0;
-    println!("{mib} MiB, {rounds} rounds\n");
-    println!("{:<44} {:>8} {:>12} {:>24}", "contender", "wall s", "CPU s / GiB", "wall / ours [min..max]");
-    for (i, contender) in CONTENDERS.iter().enumerate() {
-        let mut wall: Vec<f64> = times[i].iter().map(|t| t.0).collect();
-        let mut cpu: Vec<f64> = times[i].iter().map(|t| t.1 / gib).collect();
-        let mut ratio: Vec<f64> = times[i].iter().zip(&times[0]).map(|(t, o)| t.0 / o.0).collect();
-        let (low, high) = ratio.iter().fold((f64::MAX, 0f64), |(l, h), r| (l.min(*r), h.max(*r)));
-        println!(
-            "{:<44} {:>8.3} {:>12.3} {:>10.2} [{low:.2}..{high:.2}]",
-            contender.name,
-            median(&mut wall),
-            median(&mut cpu),
-            median(&mut ratio),
-        );
-    }
-    Ok(())
+fn block(text: &str) -> Result<usize, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "" => 1,
+        "k" | "K" | "KiB" => 1 << 10,
+        "M" | "MiB" => 1 << 20,
+        _ => return Err("a size such as 256KiB or 1MiB".to_owned()),
+    };
+    let bytes = digits.parse::<usize>().ok().and_then(|count| count.checked_mul(unit));
+    let good = |bytes: &usize| (4096..=16 << 20).contains(bytes) && bytes.is_multiple_of(4096);
+    bytes.filter(good).ok_or_else(|| "a multiple of 4 KiB, at most 16 MiB".to_owned())
 }
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let number = |i: usize, default| arguments.get(i).map_or(Ok(default), |a| a.parse::<usize>());
-    let (Some("copy"), Ok(rounds), Ok(mib)) =
-        (arguments.first().map(String::as_str), number(2, 5), number(3, 1024))
-    else {
-        eprintln!("usage: blockferry-perf copy [DIRECTORY] [ROUNDS] [MIB]");
-        return ExitCode::from(2);
+    let result = match Cli::parse().command {
+        Command::List => list(),
+        Command::Run(args) => run(&args),
+        Command::Report(args) => report::main(&args),
+        Command::BareCopy(args) => bare::copy(&bare::BareCopy {
+            source: args.source,
+            target: args.target,
+            depth: args.depth,
+            block_bytes: args.block,
+            threads: args.threads,
+            sparse: args.sparse,
+        }),
     };
-    let directory = arguments.get(1).map_or_else(std::env::temp_dir, PathBuf::from);
-    match copy(&directory, rounds, mib) {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("blockferry-perf: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn list() -> Fallible<()> {
+    for scenario in SCENARIOS {
+        println!("{:<16} {}", scenario.name, scenario.title);
+    }
+    Ok(())
+}
+
+fn chosen(names: &[String]) -> Fallible<Vec<&'static Scenario>> {
+    if names.is_empty() {
+        return Ok(SCENARIOS.iter().collect());
+    }
+    let mut all: Vec<&Scenario> = Vec::new();
+    for name in names {
+        let exact = scenarios::find(name).into_iter().collect::<Vec<_>>();
+        let found = match exact.is_empty() {
+            true => SCENARIOS.iter().filter(|scenario| scenario.name.starts_with(name.as_str())).collect(),
+            false => exact,
+        };
+        if found.is_empty() {
+            return Err(format!("there is no scenario '{name}'; `blockferry-perf list` has them all").into());
+        }
+        all.extend(found);
+    }
+    Ok(all)
+}
+
+fn run(args: &RunArgs) -> Fallible<()> {
+    let scenarios = chosen(&args.scenarios)?;
+    if !rustix::process::geteuid().is_root() {
+        return Err("loop devices, zram devices and mounts need root".into());
+    }
+    stop::listen()?;
+    let perf = std::env::current_exe()?;
+    let blockferry = args.blockferry.clone().unwrap_or_else(|| perf.with_file_name("blockferry"));
+    if !blockferry.exists() {
+        let advice = "build it with `cargo build --release`, or say --blockferry";
+        return Err(format!("'{}' is not there; {advice}", blockferry.display()).into());
+    }
+    let folder = disks::Folder::new(&args.scratch)?;
+    let blockferry = blockferry.display().to_string();
+    let counted = process::can_count();
+    let machine = machine::describe(folder.path(), &blockferry, counted);
+    for (name, value) in &machine.facts {
+        eprintln!("{name}: {value}");
+    }
+    let mut cx = rounds::Context {
+        blockferry,
+        perf: perf.display().to_string(),
+        rounds: args.rounds,
+        seconds_max: args.seconds_max,
+        quick: args.quick,
+        counted,
+        folder: folder.path().to_owned(),
+        variants: args.ours.clone(),
+        only: args.only.clone(),
+        sink: result::Sink::open(args.json.as_deref(), &machine)?,
+    };
+    let mut failed = Vec::new();
+    for scenario in scenarios {
+        let place = folder.path().join(scenario.name);
+        std::fs::create_dir(&place)?;
+        cx.folder.clone_from(&place);
+        eprintln!("{}", scenario.title);
+        if let Err(error) = scenario.run(&mut cx) {
+            stop::check()?;
+            eprintln!("{}: {error}", scenario.name);
+            failed.push(scenario.name);
+        }
+        remove(&place)?;
+    }
+    if failed.is_empty() { Ok(()) } else { Err(format!("not run to the end: {}", failed.join(", ")).into()) }
+}
+
+fn remove(place: &Path) -> Fallible<()> {
+    Ok(std::fs::remove_dir_all(place).map_err(|error| format!("'{}': {error}", place.display()))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_makes_sense() {
+        Cli::command().debug_assert();
+        assert_eq!(block("256KiB"), Ok(1 << 18));
+        assert_eq!((block("1M"), block("8192")), (Ok(1 << 20), Ok(8192)));
+        for wrong in ["", "5", "1G", "1000000M", "MiB"] {
+            assert!(block(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(variant("a=--b c"), Ok(("a".into(), vec!["--b".into(), "c".into()])));
+        assert!(variant("a").is_err());
+    }
+
+    #[test]
+    fn scenarios_are_chosen_by_name_or_by_how_names_begin() {
+        let names = |list: &[&str]| {
+            let list: Vec<String> = list.iter().map(|name| (*name).to_owned()).collect();
+            chosen(&list).map(|all| all.iter().map(|s| s.name).collect::<Vec<_>>())
+        };
+        assert_eq!(names(&["copy-zram"]).unwrap(), ["copy-zram"]);
+        assert_eq!(names(&["live"]).unwrap(), ["live-loop", "live-disk"]);
+        assert_eq!(names(&[]).unwrap().len(), SCENARIOS.len());
+        assert!(names(&["x"]).is_err());
     }
 }

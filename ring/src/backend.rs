@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use crate::Nanos;
 use crate::errno::Errno;
-use crate::op::{FileId, Op};
+use crate::op::{CopyHow, FileId, Op};
 
 /// How long an enter may wait.
 #[derive(Clone, Copy, Debug, Default)]
@@ -100,6 +100,20 @@ impl std::fmt::Display for SocketAddress {
 /// A blocking call for the offload pool.
 pub type Work = Box<dyn FnOnce() + Send>;
 
+/// A range in two files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyRange {
+    /// Where it lies in the file that is read.
+    pub from_offset: u64,
+    /// Where it goes in the file that is written.
+    pub to_offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// A blocking call that gives a number of bytes.
+pub type CopyWork = Box<dyn FnOnce() -> Result<u64, Errno> + Send>;
+
 /// Wakes a sleeping ring from any thread.
 #[derive(Clone)]
 pub struct RemoteWaker(Arc<dyn Fn() + Send + Sync>);
@@ -156,6 +170,16 @@ pub trait Backend {
 
     /// Calls `work` on the offload pool; ends as a completion of `user_data` with result 0.
     fn offload(&mut self, user_data: u64, work: Work) -> Result<(), Errno>;
+
+    /// The call, for the offload pool, that copies a range from one file to another. It holds both files by itself.
+    /// `EOPNOTSUPP` where there is no such call.
+    fn copy_work(
+        &mut self,
+        from: FileId,
+        to: FileId,
+        range: CopyRange,
+        how: CopyHow,
+    ) -> Result<CopyWork, Errno>;
 
     /// Threads that the offload pool has started so far.
     fn offload_threads(&self) -> usize;
@@ -231,6 +255,9 @@ pub trait Backend {
 
     /// Connects. Completes at once on loopback and unix sockets; callers that may block offload it.
     fn connect(&mut self, address: &SocketAddress) -> Result<FileId, Errno>;
+
+    /// Makes a socket that [`Op::Connect`] connects to `address`.
+    fn socket(&mut self, address: &SocketAddress) -> Result<FileId, Errno>;
 
     /// Ends both directions of a stream: operations in flight on it complete.
     fn shutdown_stream(&mut self, file: FileId);

@@ -55,6 +55,20 @@ impl Default for Budget {
     }
 }
 
+/// For how many completions an enter waits when there is nothing but bulk work.
+///
+/// A device that does its I/O synchronously is served by kernel threads, and each of them wakes the ring when it is done:
+/// two context switches an operation where both share a CPU. Waiting for a number of completions turns those into two
+/// for all of them. It is wrong where somebody waits for a single completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// Completions to wait for, if more operations than that are in flight.
+    pub completions: usize,
+    /// For at most this long, in microseconds; then one is enough. Kernels without a minimum wait (before 6.12) know no
+    /// such rule and are asked for one.
+    pub wait_usec: u32,
+}
+
 /// What a turn leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a caller that ignores what is left may sleep too long"]

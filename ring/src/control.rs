@@ -97,7 +97,7 @@ impl Ring {
         Ok((self.wrap(id), address))
     }
 
-    /// Connects.
+    /// Connects, and does not return before that is done or refused: for addresses on this machine.
     pub fn connect(&self, address: &SocketAddress) -> Result<File, Errno> {
         let id = self.0.backend.borrow_mut().connect(address)?;
         Ok(self.wrap(id))

@@ -13,7 +13,7 @@ use slab::Slab;
 use crate::Nanos;
 use crate::arena::Arena;
 use crate::backend::{Backend, Wait};
-use crate::config::Budget;
+use crate::config::{Budget, Patience};
 use crate::exec::{Exec, TaskId};
 use crate::limits;
 use crate::op::{CloseFile, File, FileId, Held, Op, Pieces};
@@ -75,6 +75,7 @@ pub(crate) struct Core {
     pub(crate) this: Weak<Core>,
     pub(crate) budget: Budget,
     pub(crate) fixed_allowed: Cell<bool>,
+    pub(crate) patience: Cell<Option<Patience>>,
 }
 
 impl CloseFile for Core {
@@ -345,10 +346,12 @@ impl Core {
         if may_block {
             let backstop = self.now.get() + limits::SAFETY_BACKSTOP_NANOS;
             wait.deadline = Some(deadline.map_or(backstop, |d| d.min(backstop)));
-            if in_flight >= limits::DEEP_QUEUE {
-                wait.want = in_flight.min(limits::DEEP_WANT);
-                wait.min_wait_usec = limits::DEEP_MIN_WAIT_USEC;
+            let patience = self.patience.get().filter(|patience| in_flight > patience.completions);
+            if let Some(patience) = patience {
+                wait.want = patience.completions;
+                wait.min_wait_usec = patience.wait_usec;
             } else {
+                // Asking for more at once, with a wait of a microsecond, costs a timer an enter: see `docs/architecture.md`.
                 wait.want = 1;
             }
         }

@@ -33,6 +33,7 @@ errnos!(
     EFAULT,
     EBUSY,
     EEXIST,
+    EXDEV,
     ENODEV,
     ENOTDIR,
     EISDIR,
@@ -59,6 +60,7 @@ errnos!(
     EADDRNOTAVAIL,
     ECONNABORTED,
     ESHUTDOWN,
+    ESTALE,
     ENOTTY,
     ELOOP,
     ENAMETOOLONG

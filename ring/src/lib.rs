@@ -44,11 +44,11 @@ pub mod sync;
 mod timer;
 pub mod uring;
 
-pub use backend::{Backend, FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
-pub use config::{Budget, Config, OffloadMode, SetupError, Shutdown, Turn};
+pub use backend::{Backend, CopyRange, FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
+pub use config::{Budget, Config, OffloadMode, Patience, SetupError, Shutdown, Turn};
 pub use errno::Errno;
 pub use mem::{Buf, Region, SharedBuf};
-pub use op::{File, FileId};
+pub use op::{CopyHow, File, FileId};
 pub use operation::{Kind, Operation, PlainKind, ReadKind};
 pub use pool::{Pool, PooledFuture};
 pub use ring::Ring;

@@ -18,12 +18,6 @@ pub const TURN_COMPLETIONS: usize = 256;
 pub const TURN_NANOS: u64 = 500_000;
 /// Bytes of reads and writes that one enter submits: some devices do the I/O inside the enter.
 pub const TURN_BYTES: u64 = 8 << 20;
-/// Operations in flight from which on an enter asks for many completions at once.
-pub const DEEP_QUEUE: usize = 32;
-/// Completions asked for at depth (the kernel runs at most `max(20, want)` deferred ones an enter).
-pub const DEEP_WANT: usize = 256;
-/// The minimum wait that goes with it, in microseconds.
-pub const DEEP_MIN_WAIT_USEC: u32 = 1;
 /// How often one operation is tried again after `EAGAIN` before its owner gets the error.
 pub const EAGAIN_RETRIES: u32 = 64;
 /// From this retry on the ring pauses before it tries again.
@@ -46,3 +40,9 @@ pub const ARENA_BYTES: usize = 24 << 20;
 pub const ARENA_BYTES_FIXED_MIN: usize = 1 << 20;
 /// Pieces of one vectored send.
 pub const SEND_PIECES_MAX: usize = 64;
+/// After so many idle seconds the kernel asks whether the peer of a TCP connection is still there.
+pub const KEEPALIVE_IDLE_SECS: u64 = 30;
+/// It asks again after so many seconds without an answer.
+pub const KEEPALIVE_INTERVAL_SECS: u64 = 10;
+/// After so many questions without an answer the connection is over.
+pub const KEEPALIVE_PROBES: u32 = 6;

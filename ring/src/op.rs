@@ -59,6 +59,15 @@ pub enum Fallocate {
     Allocate,
 }
 
+/// How a range gets from one file to another without passing through this program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CopyHow {
+    /// The files share the blocks from then on (FICLONERANGE): all of the range, or none of it.
+    Reflink,
+    /// By whatever means the kernel or the other machine has (copy_file_range).
+    Offload,
+}
+
 /// One operation.
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
@@ -74,6 +83,8 @@ pub enum Op {
     Discard { file: FileId, offset: u64, len: u64 },
     /// Accept a connection; the result is a [`FileId`].
     Accept { file: FileId },
+    /// Connect a socket to the address that it was made for.
+    Connect { file: FileId },
     /// Receive what has come, up to the memory's length; 0 is the end of the stream.
     Recv { file: FileId, mem: Mem },
     /// Receive until the memory is full; less means the end of the stream.
@@ -111,6 +122,7 @@ impl Op {
             | Op::Fallocate { file, .. }
             | Op::Discard { file, .. }
             | Op::Accept { file }
+            | Op::Connect { file }
             | Op::Recv { file, .. }
             | Op::RecvAll { file, .. }
             | Op::Send { file, .. }
@@ -135,6 +147,7 @@ impl Op {
             Op::Fallocate { .. } => "fallocate",
             Op::Discard { .. } => "discard",
             Op::Accept { .. } => "accept",
+            Op::Connect { .. } => "connect",
             Op::Recv { .. } | Op::RecvAll { .. } => "recv",
             Op::Send { .. } | Op::SendPieces { .. } => "send",
         }

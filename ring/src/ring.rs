@@ -24,14 +24,14 @@ use slab::Slab;
 
 use crate::Nanos;
 use crate::arena::{Arena, BLOCK_MAX, Segment};
-use crate::backend::{Backend, RemoteWaker};
-use crate::config::{Config, SetupError, Shutdown, Turn};
+use crate::backend::{Backend, CopyRange, RemoteWaker, SocketAddress};
+use crate::config::{Config, Patience, SetupError, Shutdown, Turn};
 use crate::core::{Core, Slot, State, user_data};
 use crate::errno::Errno;
 use crate::exec::{Exec, TaskId};
 use crate::limits;
 use crate::mem::{Buf, Region, SharedBuf};
-use crate::op::{CloseFile, Fallocate, File, FileId, Held, Op, Pieces};
+use crate::op::{CloseFile, CopyHow, Fallocate, File, FileId, Held, Op, Pieces};
 use crate::operation::{Kind, Operation, PlainKind, ReadKind};
 use crate::pool::{Pool, PooledFuture};
 use crate::stats::{Stats, add};
@@ -84,6 +84,7 @@ impl Ring {
             this: this.clone(),
             budget: config.budget,
             fixed_allowed: Cell::new(true),
+            patience: Cell::new(None),
         });
         let ring = Ring(core);
         ring.grow_arena(config.arena_bytes)
@@ -151,6 +152,11 @@ impl Ring {
     /// The memory for I/O.
     pub fn arena(&self) -> &Arena {
         &self.0.arena
+    }
+
+    /// From now on the ring waits for several completions at once, where more are in flight; `None` for one.
+    pub fn set_patience(&self, patience: Option<Patience>) {
+        self.0.patience.set(patience);
     }
 
     /// The counters.
@@ -301,6 +307,14 @@ impl Ring {
         Ok(self.wrap(FileId(id)))
     }
 
+    /// Connects, however long the way is. Dropping the future gives the attempt up.
+    pub async fn dial(&self, address: &SocketAddress) -> Result<File, Errno> {
+        let id = self.0.backend.borrow_mut().socket(address)?;
+        let stream = self.wrap(id);
+        self.submit::<PlainKind>(Op::Connect { file: stream.id() }, Held::None, Some(&stream)).await?;
+        Ok(stream)
+    }
+
     /// Receives what has come, up to `buf.len()` bytes; 0 is the end of the stream.
     pub fn recv(&self, stream: &File, buf: Buf) -> Operation<ReadKind> {
         let op = Op::Recv { file: stream.id(), mem: buf.mem() };
@@ -358,6 +372,22 @@ impl Ring {
         operation.await?;
         let value = place.lock().ok().and_then(|mut place| place.take());
         value.ok_or(Errno::EIO)
+    }
+
+    /// Copies a range from one file to another without reading it: see [`CopyHow`]. Gives the bytes copied; fewer than
+    /// asked for only at the end of `from`. Which files can do this is found out by asking: `EOPNOTSUPP`, `EXDEV`,
+    /// `EINVAL` (the range is not aligned to the filesystem's blocks, or there is no such call), `ENOTTY`.
+    ///
+    /// Not ordered with other operations on the range, and not cancelled when the future is dropped.
+    pub async fn copy_range(
+        &self,
+        from: &File,
+        to: &File,
+        range: CopyRange,
+        how: CopyHow,
+    ) -> Result<u64, Errno> {
+        let work = self.0.backend.borrow_mut().copy_work(from.id(), to.id(), range, how)?;
+        self.offload(work).await?
     }
 
     fn submit<K: Kind>(&self, op: Op, held: Held, file: Option<&File>) -> Operation<K> {

@@ -1,11 +1,13 @@
 //! The reactor's edges, in the simulated world: operations that nobody wants any more, and shutdown
 //! with something that never ends.
 
+use std::cell::Cell;
 use std::path::Path;
+use std::rc::Rc;
 
-use blockferry_ring::sim::{FileModel, World, WorldConfig};
+use blockferry_ring::sim::{FileModel, Latency, World, WorldConfig};
 use blockferry_ring::sync::{Either, either};
-use blockferry_ring::{Config, Errno, File, OpenHow, Ring, SocketAddress};
+use blockferry_ring::{Budget, Config, Errno, File, OpenHow, Ring, SocketAddress};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -111,4 +113,97 @@ fn a_shutdown_that_waits_for_long_sleeps_meanwhile() {
     let before = ring.stats().enters.get();
     assert_eq!(ring.shutdown(30 * SECOND).leaked, 1);
     assert!(ring.stats().enters.get() - before < 50);
+}
+
+/// A ring with narrow turns, and a disk.
+fn narrow(budget: Budget) -> (World, Ring, File) {
+    let world = World::new(WorldConfig::new(1));
+    world
+        .add_file("/disk", FileModel { latency: Latency::fixed(SECOND / 10), ..FileModel::regular(8 << 20) });
+    let config = Config { arena_bytes: 16 << 20, budget, ..Config::default() };
+    let ring = Ring::with_backend(world.backend(), &config).unwrap();
+    let file = ring.open(Path::new("/disk"), &OpenHow::default()).unwrap();
+    (world, ring, file)
+}
+
+/// Starts so many reads of `len` bytes; the count of those that have ended.
+fn reads(ring: &Ring, file: &File, count: usize, len: usize) -> Rc<Cell<usize>> {
+    let ended = Rc::new(Cell::new(0));
+    for _ in 0..count {
+        let (r, file, ended) = (ring.clone(), file.clone(), ended.clone());
+        ring.spawn(async move {
+            let buf = r.alloc(len).await;
+            let (_, result) = r.read(&file, 0, buf).await;
+            assert_eq!(result, Ok(len as u32));
+            ended.set(ended.get() + 1);
+        });
+    }
+    ended
+}
+
+#[test]
+fn a_turn_delivers_no_more_completions_than_it_may() {
+    let (world, ring, file) = narrow(Budget { completions: 10, ..Budget::default() });
+    let ended = reads(&ring, &file, 95, 4096);
+    while ring.turn().more_work {}
+    assert_eq!(ended.get(), 0, "the reads are in flight");
+    world.advance(SECOND);
+    for turn in 1..=9 {
+        let left = ring.turn();
+        assert_eq!(ended.get(), turn * 10);
+        assert!(left.more_work, "a caller would sleep with {} undelivered", 95 - ended.get());
+    }
+    let _ = ring.turn();
+    assert_eq!(ended.get(), 95);
+    finish(&ring);
+}
+
+#[test]
+fn a_turn_submits_no_more_bytes_than_it_may() {
+    let (_, ring, file) = narrow(Budget { bytes: 256 << 10, ..Budget::default() });
+    let _ended = reads(&ring, &file, 40, 65_536);
+    let mut before = 0;
+    let mut turns = 0;
+    loop {
+        let turn = ring.turn();
+        turns += 1;
+        assert!(turn.in_flight - before <= 4, "{} reads of 64 KiB left in one turn", turn.in_flight - before);
+        before = turn.in_flight;
+        if !turn.more_work {
+            break;
+        }
+    }
+    assert!(turns >= 10 && before == 40, "{turns} turns, {before} in flight");
+    finish_in_flight(&ring);
+}
+
+#[test]
+fn a_turn_spends_no_more_time_in_tasks_than_it_may() {
+    let budget = 500_000;
+    let (world, ring, _file) = narrow(Budget { nanos: budget, ..Budget::default() });
+    // Tasks that take a tenth of a turn each.
+    let ran = Rc::new(Cell::new(0));
+    for _ in 0..200 {
+        let (world, ran) = (world.clone(), ran.clone());
+        ring.spawn(async move {
+            world.advance(50_000);
+            ran.set(ran.get() + 1);
+        });
+    }
+    let mut turns = 0;
+    while ran.get() < 200 {
+        let before = world.now();
+        let turn = ring.turn();
+        turns += 1;
+        // The clock is looked at after every sixteenth task.
+        assert!(world.now() - before <= budget + 16 * 50_000, "a turn took {} ns", world.now() - before);
+        assert!(turn.more_work || ran.get() == 200);
+    }
+    assert!(turns >= 200 / 32, "{turns} turns");
+    finish(&ring);
+}
+
+/// Like [`finish`], with operations in flight whose tasks go.
+fn finish_in_flight(ring: &Ring) {
+    assert_eq!(ring.shutdown(10 * SECOND).leaked, 0);
 }

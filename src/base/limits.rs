@@ -80,6 +80,8 @@ pub const NBD_OPTION_BYTES_MAX: u32 = 64 * KIB as u32;
 pub const NBD_OPTIONS_PER_HANDSHAKE: usize = 64;
 /// Time in which an NBD handshake has to end, in nanoseconds.
 pub const NBD_HANDSHAKE_NS_MAX: u64 = 10_000_000_000;
+/// What stands for "for ever" where a user wants no time limit, in nanoseconds: a year.
+pub const NBD_PATIENCE_NS: u64 = 365 * 24 * 3600 * 1_000_000_000;
 /// Meta contexts that one NBD client selects.
 pub const NBD_META_CONTEXTS_MAX: usize = 16;
 /// Extents in one NBD block status reply, a context. With its header such a reply fills one block of memory.
@@ -90,8 +92,12 @@ pub const NBD_STATUS_QUESTIONS_PER_REQUEST: usize = 4096;
 pub const NBD_EXPORTS_PER_SERVER: usize = 1024;
 /// Clients connected to one NBD server, those in the handshake included. Further ones wait to be accepted.
 pub const NBD_CLIENTS_PER_SERVER: usize = 128;
+/// The same, as many as a user may allow: silent ones hold 8 KiB of memory each, a third of it together.
+pub const NBD_CLIENTS_PER_SERVER_MAX: usize = 1024;
 /// Requests in flight of one NBD client, until their replies are sent. Further ones stay unread in its socket.
 pub const NBD_IN_FLIGHT_PER_CLIENT: usize = 128;
+/// The same, as many as a user may allow.
+pub const NBD_IN_FLIGHT_PER_CLIENT_MAX: usize = 4096;
 /// Payload bytes that one NBD client holds in flight. Further requests stay unread in its socket. When memory is short
 /// the bound is lower: no client holds more than what it leaves free.
 pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 16 * MIB;
@@ -115,6 +121,24 @@ pub const NBD_STALL_FREE_DIVISOR: usize = 4;
 pub const NBD_ACCEPT_PAUSE_NS: u64 = 100_000_000;
 /// Requests that one NBD client connection keeps in flight. Further ones wait on this side.
 pub const NBD_REQUESTS_IN_FLIGHT_MAX: usize = 1024;
+/// Connections of one NBD disk, where the server allows several and nothing else is said.
+pub const NBD_CONNECTIONS: usize = 4;
+/// The same, as many as a user may ask for.
+pub const NBD_CONNECTIONS_MAX: usize = 16;
+/// A connection with so many requests in flight is reason for another one.
+pub const NBD_GROW_DEPTH: usize = 4;
+/// After an attempt at another connection failed, none is made for so long, in nanoseconds.
+pub const NBD_GROW_PAUSE_NS: u64 = 30_000_000_000;
+/// How long requests wait for a lost NBD connection to come back when nothing else is said, in nanoseconds.
+pub const NBD_RECONNECT_DELAY_NS: u64 = 10_000_000_000;
+/// The first pause between two attempts at connecting, in nanoseconds; doubled with every further one.
+pub const NBD_RECONNECT_PAUSE_NS_MIN: u64 = 50_000_000;
+/// The longest such pause.
+pub const NBD_RECONNECT_PAUSE_NS_MAX: u64 = 1_000_000_000;
+/// How often a request is sent again after its connection was lost.
+pub const NBD_RESENDS_MAX: u32 = 16;
+/// How long extents that an NBD server told of are believed, in nanoseconds: others may write there.
+pub const NBD_STATUS_AGE_NS_MAX: u64 = 1_000_000_000;
 /// Time in which a server has to take a client's farewell, in nanoseconds; then the connection is cut.
 pub const NBD_FAREWELL_NS_MAX: u64 = 5_000_000_000;
 
@@ -137,6 +161,26 @@ pub const MIRROR_BUF_SIZE: u64 = 16 << 20;
 pub const MIRROR_ZERO_BYTES_MAX: u64 = 1 << 30;
 /// How far ahead a mirror asks for holes and data at once.
 pub const MIRROR_STATUS_BYTES_MAX: u64 = 1 << 40;
+/// Copies of one conversion in flight when nothing is said: what fills a device's queue on two processors.
+pub const CONVERT_OPERATIONS: usize = 8;
+/// Copies of one conversion in flight at most (`-m`): each holds a buffer of [`CONVERT_CHUNK_BYTES`].
+pub const CONVERT_OPERATIONS_MAX: usize = 16;
+/// Bytes of one copy of a conversion.
+pub const CONVERT_CHUNK_BYTES: u64 = MIB;
+/// The largest range that one zeroing operation of a conversion covers.
+pub const CONVERT_ZERO_BYTES_MAX: u64 = 1 << 30;
+/// The largest range whose blocks are shared by one call: a cancelled conversion waits for it.
+pub const CONVERT_SHARE_BYTES_MAX: u64 = 256 * MIB;
+/// Extents that one question about the source's holes gives at most.
+pub const CONVERT_EXTENTS_PER_QUESTION: usize = 64;
+/// Pieces known and not yet begun from which on a conversion asks no further.
+pub const CONVERT_EXTENTS_AHEAD_MAX: usize = 64;
+/// Bytes of one step of a comparison.
+pub const COMPARE_CHUNK_BYTES: u64 = MIB;
+/// Steps of one comparison at once; each holds two buffers.
+pub const COMPARE_WORKERS: usize = 8;
+/// Bytes that are read one by one when a damaged disk is salvaged: what is lost around a bad place.
+pub const SALVAGE_BYTES: u64 = 4 * KIB;
 /// The first pause of a job that ignores errors; doubled with every further one.
 pub const ERROR_PAUSE_NANOS_MIN: u64 = 10_000_000;
 /// The longest such pause.
@@ -146,12 +190,18 @@ pub const ERROR_PAUSE_NANOS_MAX: u64 = 2_000_000_000;
 pub const TRACKER_FAILURES_MAX: usize = 16;
 /// How long a drain may take before it is given up.
 pub const DRAIN_NANOS_MAX: u64 = 60_000_000_000;
+/// So much may differ when a mirror shuts the door at its first opportunity; doubled after each step of waiting.
+pub const CLOSING_BYTES_FIRST: u64 = 128 << 10;
+/// Such a step.
+pub const CLOSING_STEP_NANOS: u64 = 20_000_000;
 /// The longest pause between two attempts to shut the door for no longer than guests are to wait.
 pub const DOWNTIME_PAUSE_NANOS_MAX: u64 = 10_000_000_000;
 /// The longest time for which a mirror's guests stand at a shut door, unless something else is said.
 pub const DOWNTIME_NANOS_DEFAULT: u64 = 300_000_000;
 /// The largest range that one zeroing operation of a mirror covers while guests' writes have to wait for it.
 pub const MIRROR_ZERO_BYTES_MAX_BLOCKING: u64 = 32 << 20;
+/// Bytes of one copy of a mirror while source and target share blocks: nothing is read or written.
+pub const MIRROR_SHARED_BYTES: u64 = 64 << 20;
 /// So much may still differ when a mirror shuts the door for a moment and copies the rest, to become ready or to end.
 pub const MIRROR_CLOSING_BYTES_MAX: u64 = 8 << 20;
 /// So much may be left to compare when a verifying pass beside the guests is content: the rest is compared

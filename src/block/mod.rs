@@ -27,7 +27,7 @@ pub use error::{BlockError, Operation};
 pub use permission::{Permission, Permissions};
 pub use pin::Pin;
 
-use blockferry_ring::{Buf, PooledFuture, SharedBuf};
+use blockferry_ring::{Buf, CopyHow, Errno, File, PooledFuture, SharedBuf};
 
 /// What driver calls return: a future in pooled memory.
 pub type IoFuture<'a, T> = PooledFuture<'a, T>;
@@ -128,7 +128,7 @@ pub enum Resolved {
     /// To these bytes of this file.
     File {
         /// The file, for [`blockferry_ring::Ring::read`].
-        file: blockferry_ring::File,
+        file: File,
         /// The offset in it.
         offset: u64,
         /// Held until the read has ended: the bytes stay where they are until then.
@@ -138,6 +138,29 @@ pub enum Resolved {
     Zero,
     /// Nothing is known at once, or the memory or alignment does not fit: take [`Driver::read`].
     Ask,
+}
+
+/// Bytes of a file, to be copied by [`Driver::copy_range`].
+#[derive(Clone, Debug)]
+pub struct CopyFrom {
+    /// The file.
+    pub file: File,
+    /// The offset in it.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// By which means.
+    pub how: CopyHow,
+}
+
+/// Whether this error of [`Driver::copy_range`] says that the range cannot be copied that way, and not that something
+/// is broken.
+pub fn cannot_copy_range(errno: Errno) -> bool {
+    errno.is_unsupported()
+        || matches!(
+            errno,
+            Errno::EXDEV | Errno::EINVAL | Errno::EPERM | Errno::EACCES | Errno::EBADF | Errno::EAGAIN
+        )
 }
 
 /// A disk or a layer of one, as stored.
@@ -187,6 +210,15 @@ pub trait Driver: std::fmt::Debug {
     /// What is known from `offset` on, for at most `len` bytes (above 0).
     fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>>;
 
+    /// Copies bytes of a file to `offset` of this disk by the means of the kernel or the filesystem; nothing passes
+    /// through this program. Where the bytes of a range of another disk lie is told by its [`Driver::resolve`]; nobody
+    /// may write them meanwhile. `None`: this driver has no such means. An error of [`cannot_copy_range`] says that it
+    /// does not work for this pair of files or this range: nothing has changed then, and reading and writing will do.
+    /// After any other error the range may hold anything.
+    fn copy_range(&self, _from: CopyFrom, _offset: u64) -> Option<IoFuture<'_, IoResult>> {
+        None
+    }
+
     /// The fast lane of reads, for a range within the disk and memory of `mem_align`.
     fn resolve(&self, _offset: u64, _len: u64) -> Resolved {
         Resolved::Ask
@@ -207,7 +239,7 @@ pub trait Driver: std::fmt::Debug {
     }
 
     /// The file that holds the image, where it is one on this machine: marks are put on it.
-    fn local_file(&self) -> Option<blockferry_ring::File> {
+    fn local_file(&self) -> Option<File> {
         None
     }
 

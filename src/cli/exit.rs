@@ -13,6 +13,8 @@ pub enum Exit {
     Cancelled,
     /// Contents differ.
     Different,
+    /// A code that this command shares with `qemu-img`.
+    Code(u8),
 }
 
 impl From<Exit> for ExitCode {
@@ -22,6 +24,7 @@ impl From<Exit> for ExitCode {
             Exit::Failed => 1,
             Exit::Cancelled => 3,
             Exit::Different => 4,
+            Exit::Code(code) => code,
         })
     }
 }
@@ -38,6 +41,9 @@ pub enum Failure {
     /// A mirror.
     #[error(transparent)]
     Mirror(#[from] crate::job::mirror::MirrorError),
+    /// A conversion.
+    #[error(transparent)]
+    Convert(#[from] crate::job::convert::ConvertError),
     /// A job verb.
     #[error(transparent)]
     Job(#[from] crate::job::error::JobError),

@@ -1,8 +1,10 @@
 //! Options by which images are named and opened, the same for every subcommand.
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, value_parser};
 
 use super::exit::Failure;
+use crate::base::limits;
+use crate::engine::remote::ServerOptions;
 use crate::engine::{Format, ImageOptions};
 use crate::format::qcow2::Gate;
 use crate::protocol::mark::default_state_dir;
@@ -28,7 +30,7 @@ impl From<CacheMode> for Cache {
 }
 
 /// Options for opening.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct OpenArgs {
     /// Past the page cache or through it
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
@@ -45,6 +47,45 @@ pub struct OpenArgs {
     /// Guess the format of backing files that the image does not tell: never where a guest wrote a raw one
     #[arg(long)]
     pub probe_backing: bool,
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// How servers are treated.
+#[derive(Clone, Debug, Args)]
+pub struct ServerArgs {
+    /// How long requests to a server wait when the connection is lost, such as 30s; 0: they fail at once
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10s")]
+    pub reconnect_delay: u64,
+    /// How long to go on trying to reach a server that does not answer when it is opened; 0: once
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "0")]
+    pub open_timeout: u64,
+    /// Connections to a server at most, where it allows several
+    #[arg(long, value_name = "N", default_value_t = limits::NBD_CONNECTIONS as u64,
+        value_parser = value_parser!(u64).range(1..=limits::NBD_CONNECTIONS_MAX as u64))]
+    pub server_connections: u64,
+}
+
+impl Default for ServerArgs {
+    fn default() -> ServerArgs {
+        let options = ServerOptions::default();
+        ServerArgs {
+            reconnect_delay: options.reconnect_delay_ns,
+            open_timeout: options.open_timeout_ns,
+            server_connections: options.connections_max as u64,
+        }
+    }
+}
+
+impl ServerArgs {
+    /// In the library's terms.
+    pub fn options(&self) -> ServerOptions {
+        ServerOptions {
+            reconnect_delay_ns: self.reconnect_delay,
+            open_timeout_ns: self.open_timeout,
+            connections_max: self.server_connections as usize,
+        }
+    }
 }
 
 /// A format as the user says it.
@@ -73,6 +114,7 @@ impl OpenArgs {
             lock: !self.no_lock,
             gate: self.gate(),
             probe_backing: self.probe_backing,
+            server: self.server.options(),
             ..ImageOptions::default()
         }
     }
@@ -86,6 +128,11 @@ pub fn size(text: &str) -> Result<u64, String> {
 /// A speed as people write it.
 pub fn speed(text: &str) -> Result<u64, String> {
     crate::base::units::parse_speed(text).map_err(|error| error.to_string())
+}
+
+/// A span of time as people write it, in nanoseconds.
+pub fn duration(text: &str) -> Result<u64, String> {
+    crate::base::units::parse_duration(text).map_err(|error| error.to_string())
 }
 
 /// The text of an error as a failure.

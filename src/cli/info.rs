@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{parse_format, state_dir};
+use super::image::{ServerArgs, parse_format, state_dir};
 use super::{Global, config, stats};
 use crate::base::units::fmt_bytes;
 use crate::engine::{Engine, Format, ImageOptions};
@@ -22,12 +22,15 @@ pub struct InfoArgs {
     /// Where unfinished targets that cannot carry a mark themselves were noted (as given to `mirror`)
     #[arg(long, value_name = "DIR")]
     state_dir: Option<std::path::PathBuf>,
+    #[command(flatten)]
+    server: ServerArgs,
 }
 
 /// Runs the command.
 pub fn main(global: &Global, args: &InfoArgs) -> Result<Exit, Failure> {
     let engine = std::rc::Rc::new(Engine::new(&config(global))?);
-    let options = ImageOptions { format: args.format, lock: false, ..ImageOptions::read_only() };
+    let server = args.server.options();
+    let options = ImageOptions { format: args.format, lock: false, server, ..ImageOptions::read_only() };
     let (e, name, marks) = (engine.clone(), args.image.clone(), state_dir(args.state_dir.as_deref()));
     let (driver, mark) = engine.run(async move {
         let driver = e.open(&name, &options).await?.driver().clone();

@@ -3,18 +3,20 @@
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use blockferry_ring::Nanos;
+use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::sync::{Either, either};
+use blockferry_ring::{Nanos, Patience};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
-use super::serve::{Exports, export_uri};
+use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::{Signal, Signals};
 use super::target::{Target, TargetOptions};
 use super::{Global, config, stats};
+use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate, parse_duration};
 use crate::engine::{Engine, Format};
 use crate::graph::node::Node;
@@ -23,6 +25,7 @@ use crate::job::governor::GuestFirst;
 use crate::job::mirror::converge::OnDivergence;
 use crate::job::mirror::verify::{Report, Verifier};
 use crate::job::mirror::{MirrorOptions, SyncMode};
+use crate::job::offload::OffloadPolicy;
 use crate::job::policy::{CopyMode, ErrorAction, OnError};
 use crate::job::runner::{Ending, ErrorPolicies, Job};
 use crate::protocol::mark::MarkInfo;
@@ -47,10 +50,10 @@ cancelled before that.";
 #[derive(Debug, Args)]
 #[command(after_help = AFTER)]
 pub struct MirrorArgs {
-    /// The disk to copy: a file, a block device, mem:SIZE, null:SIZE or delay:TIME:NAME
+    /// The disk to copy: a file, a block device, nbd://HOST/EXPORT, mem:SIZE, null:SIZE or delay:TIME:NAME
     #[arg(value_name = "SRC")]
     source: String,
-    /// Where to: a new file (created with the source's size), or an existing image with --force
+    /// Where to: a new file (created with the source's size), or an existing image or NBD export with --force
     #[arg(value_name = "DST")]
     target: String,
     /// Format of the source. Must be said (raw) when clients may write to it
@@ -109,6 +112,12 @@ pub struct MirrorArgs {
     /// Keep zeroes in the source's data out of the target
     #[arg(long, value_enum, default_value_t = DetectZeroes::Unmap)]
     detect_zeroes: DetectZeroes,
+    /// All of an existing target reads as zeroes: nothing of it is zeroed
+    #[arg(long, requires = "force")]
+    target_is_zero: bool,
+    /// Let source and target share blocks where the filesystem can, if no client can write meanwhile
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = Reflink::Auto)]
+    reflink: Reflink,
     /// Allow a target that is larger than the source; what is behind the source's end stays as it is
     #[arg(long)]
     allow_larger_target: bool,
@@ -126,6 +135,8 @@ pub struct MirrorArgs {
     quiet: bool,
     #[command(flatten)]
     open: OpenArgs,
+    #[command(flatten)]
+    clients: ClientArgs,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -139,10 +150,18 @@ enum Sync {
 enum DetectZeroes {
     /// Copy zeroes as data
     Off,
-    /// Write zeroes by the target's own means; space may be given back
+    /// Write zeroes by the target's own means; its space stays its own
     On,
-    /// The same
+    /// The same, and space is given back where that is possible
     Unmap,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Reflink {
+    /// Where it is possible
+    Auto,
+    /// The copy has blocks of its own
+    Never,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -201,13 +220,34 @@ impl From<Policy> for OnError {
 
 /// Runs the command.
 pub fn main(global: &Global, args: &MirrorArgs) -> Result<Exit, Failure> {
-    let engine = Engine::new(&config(global))?;
+    let mut config = config(global);
+    if args.export.is_empty() && !args.verify {
+        config.arena_bytes = arena_bytes(args.granularity);
+    }
+    let engine = Engine::new(&config)?;
     let signals = Signals::new(engine.ring())?.with_continue(engine.ring())?;
     let (global, engine) = (global.clone(), Rc::new(engine));
     let run = Run { global, engine: engine.clone(), signals };
     // The arguments outlive the future in the process; the future must own them all the same.
     let args = Rc::new(Settings::new(args)?);
     engine.run(async move { run.mirror(&args).await })
+}
+
+/// Memory for a job that shares it with nobody: for all copies that it may have in flight, and something to spare. More
+/// would be zeroed and pinned for nothing, which is a good part of the CPU time of a short copy.
+fn arena_bytes(granularity: Option<u64>) -> usize {
+    let chunk = limits::MIRROR_CHUNK_BYTES.max(granularity.unwrap_or(0)).min(BLOCK_MAX as u64) as usize;
+    limits::MIRROR_OPERATIONS_MAX * chunk + (4 << 20)
+}
+
+/// What is reported at the end.
+struct Outcome<'a> {
+    ending: &'a Ending,
+    elapsed_ns: u64,
+    /// Bytes of the target behind the source's end.
+    tail: Option<u64>,
+    /// Bytes that source and target occupy.
+    allocated: [Option<u64>; 2],
 }
 
 /// The arguments, in the library's terms.
@@ -232,11 +272,15 @@ struct Settings {
     max_downtime: u64,
     deadline: Option<u64>,
     detect_zeroes: bool,
+    may_unmap: bool,
+    target_is_zero: bool,
+    offload: OffloadPolicy,
     allow_larger_target: bool,
     policies: ErrorPolicies,
     state_dir: Option<PathBuf>,
     quiet: bool,
     open: OpenArgs,
+    clients: ClientArgs,
 }
 
 impl Settings {
@@ -279,6 +323,12 @@ impl Settings {
             max_downtime: args.max_downtime,
             deadline: args.deadline,
             detect_zeroes: args.detect_zeroes != DetectZeroes::Off,
+            may_unmap: args.detect_zeroes != DetectZeroes::On,
+            target_is_zero: args.target_is_zero,
+            offload: match args.reflink {
+                Reflink::Auto => OffloadPolicy::Reflink,
+                Reflink::Never => OffloadPolicy::Never,
+            },
             allow_larger_target: args.allow_larger_target,
             policies: ErrorPolicies {
                 source: args.on_source_error.into(),
@@ -287,9 +337,13 @@ impl Settings {
             state_dir: args.state_dir.clone(),
             quiet: args.quiet,
             open: args.open.clone(),
+            clients: args.clients.clone(),
         })
     }
 }
+
+/// As many completions as a job has copies in flight; the time is about what a device with 2 GB/s takes for them.
+const BULK: Patience = Patience { completions: limits::MIRROR_OPERATIONS_MAX, wait_usec: 2_000 };
 
 /// What runs once everything is opened.
 struct Started {
@@ -329,11 +383,21 @@ impl Run {
                 return Err(failure);
             }
         };
+        // With clients, what one of them waits for must not wait for other things.
+        let alone = settings.export.is_empty();
+        if alone && (is_synchronous(&settings.source) || is_synchronous(&settings.target)) {
+            ring.set_patience(Some(BULK));
+        }
         let tail = target.node.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
         let mark = target.marker(&self.engine);
+        // Not the nodes: their uses hold locks.
+        let drivers = [source.driver().clone(), target.node.driver().clone()];
         drop((source, target));
         let ending = self.follow(settings, &job, verifier.as_ref()).await?;
-        let exit = self.report(settings, &job, &ending, ring.clock() - began, tail, verifier.as_ref());
+        let elapsed_ns = ring.clock() - began;
+        let allocated = drivers.map(|driver| driver.allocated_bytes());
+        let result = Outcome { ending: &ending, elapsed_ns, tail, allocated };
+        let exit = self.report(settings, &job, &result, verifier.as_ref());
         // What cannot be told is not said.
         let is_marked = mark.is_set().await.unwrap_or(false);
         drop(mark);
@@ -353,7 +417,7 @@ impl Run {
         target: &Target,
     ) -> Result<Started, Failure> {
         let ring = self.engine.ring();
-        let mut exports = Exports::new(ring);
+        let mut exports = Exports::with_limits(ring, &settings.clients);
         for uri in &settings.export {
             exports.add(&self.engine, source, uri, false, &self.global).await?;
         }
@@ -369,6 +433,9 @@ impl Run {
         options.downtime_nanos_max = settings.max_downtime;
         options.deadline_nanos = settings.deadline;
         options.detect_zeroes = settings.detect_zeroes;
+        options.may_unmap = settings.may_unmap;
+        options.target_is_zero = settings.target_is_zero;
+        options.offload = settings.offload;
         options.allow_larger_target = settings.allow_larger_target;
         options.marker = Some(Box::new(target.marker(&self.engine)));
         let verifier = if settings.verify {
@@ -394,6 +461,7 @@ impl Run {
         let mut progress = Progress::new(&self.global, settings.quiet, ring.clock());
         let mut passed = None;
         let mut ordered = false;
+        let mut asked = false;
         loop {
             let something = either(job.next_event(), self.signals.next());
             match either(something, ring.sleep(INTERVAL_NANOS)).await {
@@ -403,16 +471,18 @@ impl Run {
                     Err(error) => progress.say(&error.to_string()),
                 },
                 Either::First(Either::Second(_)) => {
-                    progress.say(if job.status().is_ready() {
-                        "Finishing: the target becomes complete"
-                    } else {
+                    // Before ready this gives the job up; from then on it ends complete, unless somebody who has
+                    // waited for that in vain (a server may hang) says it again.
+                    let gives_up = !job.status().is_ready() || asked;
+                    progress.say(if gives_up {
                         "Cancelling: the target stays incomplete"
+                    } else {
+                        "Finishing: the target becomes complete; once more gives up"
                     });
-                    // Before ready this gives the job up; from then on it ends complete.
-                    if let Err(error) = job.cancel(!job.status().is_ready()) {
+                    if let Err(error) = job.cancel(gives_up) {
                         progress.say(&error.to_string());
                     }
-                    ordered = true;
+                    (ordered, asked) = (true, true);
                 }
                 Either::Second(()) => progress.update(job, ring.clock()),
             }
@@ -466,11 +536,10 @@ impl Run {
         &self,
         settings: &Settings,
         job: &Job,
-        ending: &Ending,
-        elapsed_ns: u64,
-        tail: Option<u64>,
+        outcome: &Outcome<'_>,
         verifier: Option<&Rc<Verifier>>,
     ) -> Exit {
+        let Outcome { ending, elapsed_ns, tail, allocated: [source_allocated, target_allocated] } = *outcome;
         let details = job.details();
         let verified = verifier.map(|verifier| verifier.report());
         let exit = match ending {
@@ -493,6 +562,8 @@ impl Run {
                     "elapsed-ns": elapsed_ns,
                     "details": details,
                     "target-tail-bytes": tail,
+                    "source-allocated-bytes": source_allocated,
+                    "target-allocated-bytes": target_allocated,
                     "verify": verified,
                 })
             );
@@ -512,12 +583,19 @@ impl Run {
                     );
                 }
                 eprintln!(
-                    "Completed in {}: {} copied ({}), {} zeroed, {} skipped; '{}' equals '{}'{}",
+                    "Completed in {}: {} copied ({}), {}{} zeroed, {} skipped{}; '{}' equals '{}'{}",
                     fmt_duration(elapsed_ns),
                     fmt_bytes(details.bytes_copied),
                     fmt_rate(rate),
+                    match details.bytes_shared {
+                        0 => String::new(),
+                        shared => format!("{} shared, ", fmt_bytes(shared)),
+                    },
                     fmt_bytes(details.bytes_zeroed),
                     fmt_bytes(details.bytes_skipped),
+                    target_allocated.map_or_else(String::new, |bytes| {
+                        format!("; the target occupies {}", fmt_bytes(bytes))
+                    }),
                     settings.target,
                     settings.source,
                     if settings.pivot { " and is in use now" } else { "" },
@@ -533,6 +611,22 @@ impl Run {
         }
         exit
     }
+}
+
+/// Whether a file or device does its I/O in the call that asks for it: such a one refuses requests that must not wait.
+/// io_uring hands its requests to worker threads (zram, tmpfs).
+fn is_synchronous(name: &str) -> bool {
+    use rustix::fs::{Mode, OFlags};
+    let Ok(file) = rustix::fs::open(name, OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())
+    else {
+        return false;
+    };
+    let mut memory = vec![0; 2 * 4096];
+    let start = memory.as_ptr().align_offset(4096);
+    let Some(block) = memory.get_mut(start..start + 4096) else { return false };
+    let mut parts = [std::io::IoSliceMut::new(block)];
+    let result = rustix::io::preadv2(&file, &mut parts, 0, rustix::io::ReadWriteFlags::NOWAIT);
+    matches!(result, Err(rustix::io::Errno::OPNOTSUPP))
 }
 
 fn say_verified(report: &Report, now_ns: u64) {

@@ -1,6 +1,9 @@
 //! The command line: one file a subcommand, and what they share.
 
 pub mod bench;
+pub mod compare;
+pub mod convert;
+pub mod create;
 pub mod demo;
 pub mod doctor;
 pub mod exit;
@@ -8,10 +11,12 @@ pub mod image;
 pub mod info;
 pub mod mirror;
 pub mod progress;
+pub mod resize;
 pub mod serve;
 pub mod signals;
 pub mod stats;
 pub mod target;
+pub mod tool;
 
 use std::process::ExitCode;
 
@@ -66,6 +71,10 @@ enum Command {
     Mirror(Box<mirror::MirrorArgs>),
     Serve(serve::ServeArgs),
     Info(info::InfoArgs),
+    Convert(Box<convert::ConvertArgs>),
+    Compare(Box<compare::CompareArgs>),
+    Create(create::CreateArgs),
+    Resize(resize::ResizeArgs),
     Bench(Box<bench::BenchArgs>),
     Doctor(doctor::DoctorArgs),
 }
@@ -75,13 +84,17 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     start_log(cli.global.verbose);
     let global = &cli.global;
-    let result = match &cli.command {
-        Command::Demo(args) => demo::main(global, args),
-        Command::Mirror(args) => mirror::main(global, args),
-        Command::Serve(args) => serve::main(global, args),
-        Command::Info(args) => info::main(global, args),
-        Command::Bench(args) => bench::main(global, args),
-        Command::Doctor(args) => doctor::main(global, args),
+    let result = match cli.command {
+        Command::Demo(args) => demo::main(global, &args),
+        Command::Mirror(args) => mirror::main(global, &args),
+        Command::Serve(args) => serve::main(global, &args),
+        Command::Info(args) => info::main(global, &args),
+        Command::Convert(args) => convert::main(global, *args),
+        Command::Compare(args) => compare::main(global, &args),
+        Command::Create(args) => create::main(global, args),
+        Command::Resize(args) => resize::main(global, args),
+        Command::Bench(args) => bench::main(global, &args),
+        Command::Doctor(args) => doctor::main(global, &args),
     };
     match result {
         Ok(exit) => exit.into(),

@@ -104,6 +104,39 @@ impl Progress {
         }
     }
 
+    /// Shows how far something is that is no job.
+    pub fn show(&mut self, phase: &'static str, done: u64, len: u64, now_ns: u64) {
+        if let Some((then, before)) = self.last
+            && now_ns > then
+        {
+            let rate = done.saturating_sub(before) as f64 * 1e9 / (now_ns - then) as f64;
+            self.rate = if self.looks < 3 { rate } else { self.rate * 0.7 + rate * 0.3 };
+        }
+        self.last = Some((now_ns, done));
+        self.looks += 1;
+        let eta_ns = (self.rate > 0.0).then(|| (len.saturating_sub(done) as f64 / self.rate * 1e9) as u64);
+        if let Some(bar) = &self.bar {
+            bar.set_length(len.max(1));
+            bar.set_position(done);
+            bar.set_prefix(phase);
+            let eta = eta_ns.map_or_else(|| "-".to_owned(), fmt_duration);
+            let (done, len, rate) = (fmt_bytes(done), fmt_bytes(len), fmt_rate(self.rate as u64));
+            bar.set_message(format!("{done} of {len}  {rate}  ETA {eta}"));
+        }
+        if self.json {
+            let line = json!({
+                "event": "progress",
+                "phase": phase,
+                "offset": done,
+                "len": len,
+                "rate-bytes-per-sec": self.rate as u64,
+                "eta-ns": eta_ns,
+                "elapsed-ns": now_ns - self.began_ns,
+            });
+            println!("{line}");
+        }
+    }
+
     /// Takes the bar away.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {

@@ -5,15 +5,16 @@ use std::rc::Rc;
 
 use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Ring, SocketAddress};
-use clap::Args;
+use clap::{Args, value_parser};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{OpenArgs, failed, parse_format};
+use super::image::{OpenArgs, duration, failed, parse_format, size, speed};
 use super::signals::Signals;
 use super::{Global, config, stats};
+use crate::base::limits;
 use crate::engine::{Engine, Format};
-use crate::export::nbd::{Export, NbdServer, ServerConfig};
+use crate::export::nbd::{Export, NbdServer, PaceLimits, ServerConfig};
 use crate::graph::node::{Node, Root};
 use crate::protocol::nbd::{NbdAddress, NbdUri};
 
@@ -29,7 +30,7 @@ Clients may be many, with several connections each. The server ends with SIGINT 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER)]
 pub struct ServeArgs {
-    /// The disk: a file, a block device, mem:SIZE, null:SIZE or delay:TIME:NAME
+    /// The disk: a file, a block device, nbd://HOST/EXPORT, mem:SIZE, null:SIZE or delay:TIME:NAME
     #[arg(value_name = "IMAGE")]
     image: String,
     /// Where clients connect (may be said more than once; port 0 takes a free one)
@@ -49,6 +50,51 @@ pub struct ServeArgs {
     pid_file: Option<PathBuf>,
     #[command(flatten)]
     open: OpenArgs,
+    #[command(flatten)]
+    clients: ClientArgs,
+}
+
+/// What clients of an export may take, the same for every subcommand that has one.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Limits for NBD clients")]
+pub struct ClientArgs {
+    /// Connections at once, those in the handshake included; further ones wait to be accepted
+    #[arg(long, value_name = "N", default_value_t = limits::NBD_CLIENTS_PER_SERVER as u64,
+        value_parser = value_parser!(u64).range(1..=limits::NBD_CLIENTS_PER_SERVER_MAX as u64))]
+    max_connections: u64,
+    /// Who has not chosen an export in this time is disconnected (0: no limit)
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    handshake_timeout: u64,
+    /// Requests in flight of one connection; further ones stay unread in its socket
+    #[arg(long, value_name = "N", default_value_t = limits::NBD_IN_FLIGHT_PER_CLIENT as u64,
+        value_parser = value_parser!(u64).range(1..=limits::NBD_IN_FLIGHT_PER_CLIENT_MAX as u64))]
+    client_requests: u64,
+    /// Bytes of data in flight of one connection; further ones stay unread in its socket
+    #[arg(long, value_name = "SIZE", default_value = "16MiB", value_parser = size)]
+    client_bytes: u64,
+    /// Requests a second of one connection (0: no limit)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    client_iops: u64,
+    /// Bytes a second, read and written, of one connection; 0 or `unlimited` for no limit
+    #[arg(long, value_name = "RATE", default_value = "0", value_parser = speed)]
+    client_speed: u64,
+}
+
+impl ClientArgs {
+    fn config(&self) -> ServerConfig {
+        let handshake_ns_max = match self.handshake_timeout {
+            0 => limits::NBD_PATIENCE_NS,
+            span => span,
+        };
+        ServerConfig {
+            clients_max: self.max_connections as usize,
+            handshake_ns_max,
+            in_flight_max: self.client_requests as usize,
+            bytes_in_flight_max: self.client_bytes,
+            pace: PaceLimits { requests_per_sec: self.client_iops, bytes_per_sec: self.client_speed },
+            ..ServerConfig::default()
+        }
+    }
 }
 
 /// An NBD URI of the command line.
@@ -64,10 +110,10 @@ pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
     let name = args.image.clone();
     let (global, e) = (global.clone(), engine.clone());
     let (uris, read_only, idle) = (args.export.clone(), args.read_only, args.exit_when_idle);
-    let pid_file = args.pid_file.clone();
+    let (pid_file, clients) = (args.pid_file.clone(), args.clients.clone());
     engine.run(async move {
         let node = e.open(&name, &image).await?;
-        let mut exports = Exports::new(e.ring());
+        let mut exports = Exports::with_limits(e.ring(), &clients);
         for uri in &uris {
             exports.add(&e, &node, uri, read_only, &global).await?;
         }
@@ -94,15 +140,36 @@ pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
 #[derive(Debug)]
 pub struct Exports {
     ring: Ring,
-    servers: Vec<(SocketAddress, NbdServer)>,
+    config: ServerConfig,
+    servers: Vec<Listening>,
     /// What clients may have written to.
     writable: Vec<Root>,
 }
 
+/// A server and where it listens.
+#[derive(Debug)]
+struct Listening {
+    /// As it was said.
+    said: SocketAddress,
+    /// With the port that was taken.
+    real: SocketAddress,
+    server: NbdServer,
+}
+
 impl Exports {
-    /// None yet.
+    /// None yet; clients will have the usual limits.
     pub fn new(ring: &Ring) -> Exports {
-        Exports { ring: ring.clone(), servers: Vec::new(), writable: Vec::new() }
+        Exports {
+            ring: ring.clone(),
+            config: ServerConfig::default(),
+            servers: Vec::new(),
+            writable: Vec::new(),
+        }
+    }
+
+    /// None yet; clients will have the limits that were said.
+    pub fn with_limits(ring: &Ring, clients: &ClientArgs) -> Exports {
+        Exports { config: clients.config(), ..Exports::new(ring) }
     }
 
     /// Gives clients `node` at `uri`, and says where.
@@ -125,22 +192,20 @@ impl Exports {
             default: true,
         };
         let address = resolve(engine.ring(), &uri.address).await?;
-        let known = self.servers.iter().find(|(a, _)| *a == address).map(|(_, server)| server.clone());
-        let mut real = address.clone();
-        let server = match known {
-            Some(server) => {
-                server.add_export(&uri.export, export).map_err(failed)?;
-                server
+        let known = self.servers.iter().find(|listening| listening.said == address);
+        let real = match known {
+            Some(listening) => {
+                listening.server.add_export(&uri.export, export).map_err(failed)?;
+                listening.real.clone()
             }
             None => {
-                let server = NbdServer::new(&self.ring, ServerConfig::default());
+                let server = NbdServer::new(&self.ring, self.config.clone());
                 server.add_export(&uri.export, export).map_err(failed)?;
-                real = server.listen(&address).map_err(failed)?;
-                self.servers.push((address, server.clone()));
-                server
+                let real = server.listen(&address).map_err(failed)?;
+                self.servers.push(Listening { said: address, real: real.clone(), server });
+                real
             }
         };
-        drop(server);
         let shown = NbdUri { address: shown(&real), export: uri.export.clone() }.to_string();
         if global.json {
             println!("{}", json!({"event": "listening", "uri": shown, "bytes": node.driver().len()}));
@@ -152,14 +217,14 @@ impl Exports {
 
     /// Clients that are connected.
     pub fn clients(&self) -> usize {
-        self.servers.iter().map(|(_, server)| server.clients()).sum()
+        self.servers.iter().map(|listening| listening.server.clients()).sum()
     }
 
     /// Waits until clients have been there and none is left.
     pub async fn idle(&self) {
         loop {
-            for (_, server) in &self.servers {
-                server.idle().await;
+            for listening in &self.servers {
+                listening.server.idle().await;
             }
             if self.clients() == 0 {
                 return;
@@ -180,8 +245,8 @@ impl Exports {
 
     /// Ends the service. What clients have written and not flushed is written out, tables of images too.
     pub async fn stop(&self) {
-        for (_, server) in &self.servers {
-            server.stop().await;
+        for listening in &self.servers {
+            listening.server.stop().await;
         }
         for root in &self.writable {
             if let Err(error) = root.node().driver().flush().await {

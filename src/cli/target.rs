@@ -8,12 +8,16 @@
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use blockferry_ring::FileKind;
+
 use super::exit::Failure;
 use super::image::OpenArgs;
 use crate::block::Driver;
+use crate::engine::create::{NewImage, RawPreallocation};
 use crate::engine::open::local_path;
+use crate::engine::remote::is_remote;
 use crate::engine::{Engine, Format, ImageOptions};
-use crate::graph::node::Node;
+use crate::graph::node::{Node, UseKind};
 use crate::protocol::file::{CreateOptions, FileDriver};
 use crate::protocol::mark::{MarkInfo, TargetMark};
 
@@ -45,11 +49,56 @@ pub struct Target {
     mark: MarkInfo,
     /// It was made here, under this path.
     made: Option<PathBuf>,
+    /// It was there, and has been emptied.
+    remade: bool,
 }
 
 impl Target {
-    /// Opens a target; makes it if it is a new file.
+    /// Opens a target; makes it if it is a new file: a raw image, all hole.
     pub async fn open(engine: &Engine, options: TargetOptions<'_>) -> Result<Target, Failure> {
+        let new = NewImage::Raw { len: options.len, preallocation: RawPreallocation::Off };
+        Target::open_or_make(engine, options, &new).await
+    }
+
+    /// Makes a target anew, whatever is there: a file that exists must be one that may be overwritten
+    /// ([`TargetOptions::force`]); it is marked, emptied, and made into what `new` says. A block device is taken as
+    /// it is (raw only).
+    pub async fn make_anew(
+        engine: &Engine,
+        options: TargetOptions<'_>,
+        new: &NewImage,
+    ) -> Result<Target, Failure> {
+        let ring = engine.ring();
+        let options = TargetOptions { format: Some(new.format()), ..options };
+        let path = local_path(options.name);
+        let kind = path.as_ref().map(|path| ring.lookup(path)).transpose();
+        let overwrites = matches!(kind, Ok(Some(Some(FileKind::Regular)))) && options.force;
+        if let (true, Some(path)) = (overwrites, &path) {
+            let name = format!("file:{}", path.display());
+            let raw = ImageOptions { lock: !options.open.no_lock, ..ImageOptions::raw() };
+            let file = engine.open(&name, &raw).await?;
+            let lock = file.attach(UseKind::JobTarget("create"))?;
+            make_state_dir(engine, file.driver(), options.state_dir.as_deref())?;
+            let (driver, state_dir) = (file.driver().clone(), options.state_dir.clone());
+            TargetMark::new(ring, driver, state_dir, options.mark.clone()).set().await?;
+            file.driver().set_len(0).await?;
+            new.write(ring, file.driver()).await?;
+            drop(lock);
+        }
+        let target = Target::open_or_make(engine, options, new).await?;
+        Ok(Target { remade: overwrites, ..target })
+    }
+
+    /// The target was made, or made anew: nothing that was there before can be read from it.
+    pub fn is_fresh(&self) -> bool {
+        self.made.is_some() || self.remade
+    }
+
+    async fn open_or_make(
+        engine: &Engine,
+        options: TargetOptions<'_>,
+        new: &NewImage,
+    ) -> Result<Target, Failure> {
         let ring = engine.ring();
         let mut made = None;
         let mut format = options.format;
@@ -61,10 +110,16 @@ impl Target {
                 return Err(exists(&path));
             }
             if looked.is_none() {
-                make(engine, &path, &options).await?;
+                make(engine, &path, &options, new).await?;
                 made = Some(path);
-                format = format.or(Some(Format::Raw));
+                format = format.or(Some(new.format()));
             }
+        }
+        if is_remote(options.name) && !options.force {
+            return Err(Failure::text(format!(
+                "The target '{}' is a disk of a server, which is left alone. Say --force to overwrite it",
+                options.name
+            )));
         }
         let opened = engine.open(options.name, &options.open.image(format, false)).await;
         let node = match opened {
@@ -77,7 +132,7 @@ impl Target {
                 return Err(error.into());
             }
         };
-        let target = Target { node, state_dir: options.state_dir, mark: options.mark, made };
+        let target = Target { node, state_dir: options.state_dir, mark: options.mark, made, remade: false };
         make_state_dir(engine, target.node.driver(), target.state_dir.as_deref())?;
         Ok(target)
     }
@@ -100,26 +155,46 @@ impl Target {
 
 fn exists(path: &Path) -> Failure {
     Failure::text(format!(
-        "The target '{}' exists and is left alone. Name a new file, or say --force to overwrite it",
+        "'{}' exists and is left alone. Name a new file, or say --force to overwrite it",
         path.display()
     ))
 }
 
-/// Makes a file with its length and its mark under the name `path`, all at once.
-async fn make(engine: &Engine, path: &Path, options: &TargetOptions<'_>) -> Result<(), Failure> {
+/// Makes a file with its mark under the name `path`, all at once.
+async fn make(
+    engine: &Engine,
+    path: &Path,
+    options: &TargetOptions<'_>,
+    new: &NewImage,
+) -> Result<(), Failure> {
+    let mark = async |file: &Rc<dyn Driver>| -> Result<(), Failure> {
+        let state_dir = options.state_dir.clone();
+        make_state_dir(engine, file, state_dir.as_deref())?;
+        let mark = TargetMark::new(engine.ring(), file.clone(), state_dir, options.mark.clone());
+        Ok(mark.set().await?)
+    };
+    make_file(engine, path, new, mark).await
+}
+
+/// Makes an image in a new file, which appears under the name `path` when it is whole. `last` is called with the file
+/// before that.
+pub async fn make_file(
+    engine: &Engine,
+    path: &Path,
+    new: &NewImage,
+    last: impl AsyncFnOnce(&Rc<dyn Driver>) -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let ring = engine.ring();
     let hidden = hidden_name(path);
-    FileDriver::create(ring, &hidden, options.len, CreateOptions::default()).await?;
+    FileDriver::create(ring, &hidden, 0, CreateOptions::default()).await?;
     let result = async {
         let image = ImageOptions { lock: false, ..ImageOptions::raw() };
         let node = engine.open(&format!("file:{}", hidden.display()), &image).await?;
-        let state_dir = options.state_dir.clone();
-        make_state_dir(engine, node.driver(), state_dir.as_deref())?;
-        let mark = TargetMark::new(ring, node.driver().clone(), state_dir, options.mark.clone());
-        mark.set().await?;
+        new.write(ring, node.driver()).await?;
+        last(node.driver()).await?;
         let failed = |errno| match errno {
             blockferry_ring::Errno::EEXIST => exists(path),
-            errno => Failure::text(format!("Making the target '{}' failed: {errno}", path.display())),
+            errno => Failure::text(format!("Making the image '{}' failed: {errno}", path.display())),
         };
         ring.rename_new(&hidden, path).map_err(failed)?;
         ring.sync_directory(&parent(path)).map_err(failed)

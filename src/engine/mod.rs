@@ -7,8 +7,10 @@
 //!   through a [`guest::Guest`] and takes completions and job events from queues. Nothing blocks, and
 //!   with [`OffloadMode::Inline`] no thread is started.
 
+pub mod create;
 pub mod guest;
 pub mod open;
+pub mod remote;
 
 use std::cell::RefCell;
 use std::os::fd::BorrowedFd;
@@ -19,6 +21,7 @@ use blockferry_ring::{Config, Nanos, OffloadMode, Ring, SetupError, Turn};
 
 use crate::block::BlockError;
 use crate::graph::node::{Node, Root};
+use crate::job::convert::{self, ConvertError, ConvertOptions, Tally};
 use crate::job::error::JobError;
 use crate::job::mirror::{self, MirrorError, MirrorOptions};
 use crate::job::registry::Registry;
@@ -57,6 +60,19 @@ impl Jobs {
         let job = mirror::start(&self.ring, source, target, options).await?;
         self.add(&id, &job)?;
         Ok(job)
+    }
+
+    async fn convert(
+        &self,
+        source: &Rc<Node>,
+        target: &Rc<Node>,
+        options: ConvertOptions,
+    ) -> Result<(Job, Rc<Tally>), ConvertError> {
+        let id = options.id.clone();
+        self.list.borrow().check_new_id(&id)?;
+        let (job, tally) = convert::start(&self.ring, source, target, options).await?;
+        self.add(&id, &job)?;
+        Ok((job, tally))
     }
 
     fn add(&self, id: &str, job: &Job) -> Result<(), JobError> {
@@ -118,6 +134,16 @@ impl Engine {
         options: MirrorOptions,
     ) -> Result<Job, MirrorError> {
         self.jobs.mirror(source, target, options).await
+    }
+
+    /// Starts a conversion. It counts as a job of this engine. The tally says what was copied by which means.
+    pub async fn convert(
+        &self,
+        source: &Rc<Node>,
+        target: &Rc<Node>,
+        options: ConvertOptions,
+    ) -> Result<(Job, Rc<Tally>), ConvertError> {
+        self.jobs.convert(source, target, options).await
     }
 
     /// Starts a mirror from outside a task: the result comes as the engine turns.

@@ -5,6 +5,7 @@
 //! | `PATH`, `file:PATH` | a regular file or a block device |
 //! | `mem:SIZE` | memory, all zeroes at first, gone at the end |
 //! | `null:SIZE` | reads zeroes, forgets writes |
+//! | `nbd://…`, `nbd+tcp://…`, `nbd+unix://…`, `nbd:…` | an NBD server's disk; so are `json:{…}` and `driver=nbd,…` |
 //! | `delay:TIME:NAME` | any of these, with so much latency added to every request |
 
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ use crate::protocol::mem::MemDriver;
 use crate::protocol::null::NullDriver;
 use crate::protocol::open::{Cache, OpenOptions};
 
+use super::remote::{ServerOptions, is_remote};
 use crate::format::probe::{FormatError, HEAD_BYTES, choose_format};
 
 pub use crate::format::probe::Format;
@@ -41,6 +43,8 @@ pub struct ImageOptions {
     pub offset: u64,
     /// Raw only: bytes of the disk.
     pub size: Option<u64>,
+    /// How servers are treated.
+    pub server: ServerOptions,
     /// Which other files an image may have opened (its backing file, its data file).
     pub gate: Gate,
     /// A backing file whose format the image does not record may be what its header says, not only raw.
@@ -60,6 +64,7 @@ impl Default for ImageOptions {
             lock: true,
             offset: 0,
             size: None,
+            server: ServerOptions::default(),
             gate: Gate::default(),
             probe_backing: false,
             no_backing: false,
@@ -88,14 +93,17 @@ pub fn local_path(name: &str) -> Option<PathBuf> {
     if let Some(rest) = name.strip_prefix("delay:") {
         return local_path(rest.split_once(':')?.1);
     }
-    let special = ["mem:", "null:", "delay:", "nbd:", "nbd+", "nbds", "gluster", "json:"];
+    let special = ["mem:", "null:", "delay:", "nbd:", "nbd+", "nbds", "gluster", "json:", "driver="];
     (!special.iter().any(|prefix| name.starts_with(prefix))).then(|| PathBuf::from(name))
 }
 
 /// Opens what `name` means. The format is the one that was said, or what the image's own header says by
 /// the safe rule.
 pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
-    let child = open_protocol(ring, name, options)?;
+    let child = match is_remote(name) {
+        true => super::remote::open(ring, name, options).await?,
+        false => open_protocol(ring, name, options)?,
+    };
     let format = match options.format {
         Some(format) => format,
         None if is_fresh(name) => Format::Raw,
@@ -108,7 +116,10 @@ pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<
 
 /// Opens `name` as a qcow2 image, for what only that format has.
 pub async fn open_qcow2(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<Qcow2>, BlockError> {
-    let child = open_protocol(ring, name, options)?;
+    let child = match is_remote(name) {
+        true => super::remote::open(ring, name, options).await?,
+        false => open_protocol(ring, name, options)?,
+    };
     let files = Files::new(ring, options, &child, &[]);
     as_qcow2(ring, child, options, &files).await
 }
@@ -290,8 +301,13 @@ fn open_protocol(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<d
     }
     match local_path(name) {
         Some(path) => open_path(ring, &path, options),
+        None if is_remote(name) => {
+            refuse("A disk on a server is opened in a task, because its server has to be asked.".into())
+        }
         None => refuse(
-            "This protocol is not supported yet. Give a path, mem:SIZE, null:SIZE or delay:TIME:NAME.".into(),
+            "This protocol is not supported yet. Give a path, nbd://HOST/EXPORT, mem:SIZE, null:SIZE or \
+             delay:TIME:NAME."
+                .into(),
         ),
     }
 }

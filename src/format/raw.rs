@@ -9,8 +9,8 @@ use std::rc::Rc;
 use blockferry_ring::{Buf, Errno, File, Ring, SharedBuf};
 
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, Resolved,
-    WriteFlags, ZeroFlags,
+    BlockError, Capabilities, CopyFrom, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions,
+    Resolved, WriteFlags, ZeroFlags,
 };
 
 /// Raw bytes over a child.
@@ -97,6 +97,10 @@ impl Driver for RawDriver {
 
     fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
         self.child.block_status(self.offset + offset, len)
+    }
+
+    fn copy_range(&self, from: CopyFrom, offset: u64) -> Option<IoFuture<'_, IoResult>> {
+        self.child.copy_range(from, self.offset + offset)
     }
 
     fn resolve(&self, offset: u64, len: u64) -> Resolved {

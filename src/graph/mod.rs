@@ -6,6 +6,8 @@ pub mod dirty;
 pub mod load;
 /// Nodes, roots and drain.
 pub mod node;
+/// A job's target.
+pub mod peer;
 /// Who may touch which part of a disk now.
 pub mod ranges;
 /// The filter by which a job knows what its guests change.

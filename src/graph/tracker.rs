@@ -31,12 +31,13 @@ use blockferry_ring::sync::{Notify, either};
 
 use super::dirty::{DirtyMap, DirtyMapError};
 use super::node::{Below, Filter, Mutation};
+use super::peer::Peer;
 use super::ranges::{LockId, LockKind, RangeLocks};
 use crate::base::bucket::TokenBucket;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
-use crate::block::{BlockError, Driver, IoFuture, IoResult};
+use crate::block::{BlockError, IoFuture, IoResult};
 
 /// What guests did, in sums since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,15 +56,6 @@ pub struct GuestTally {
     pub cleaned_bytes: u64,
 }
 
-/// The other side, for changes that go to both.
-#[derive(Debug)]
-pub struct Peer {
-    /// What is written.
-    pub driver: Rc<dyn Driver>,
-    /// Held until the last write has ended, whatever became of the job: its locks on the target.
-    pub keep: Rc<dyn std::any::Any>,
-}
-
 /// What differs between a job's source and its target.
 pub struct Tracker {
     ring: Ring,
@@ -73,8 +65,6 @@ pub struct Tracker {
     copying: RefCell<Vec<(ByteRange, LockId)>>,
     /// Where changes to both sides go; gone when all is over.
     peer: RefCell<Option<Rc<Peer>>>,
-    /// A change of the target has failed.
-    has_target_failed: Cell<bool>,
     blocking: Cell<bool>,
     /// Changes under way that go to the source only.
     passing: Cell<u32>,
@@ -117,7 +107,6 @@ impl Tracker {
             locks: RefCell::new(RangeLocks::new(limits::RANGE_LOCKS_MAX)),
             copying: RefCell::new(Vec::with_capacity(64)),
             peer: RefCell::new(peer),
-            has_target_failed: Cell::new(false),
             blocking: Cell::new(false),
             passing: Cell::new(0),
             tally: Cell::default(),
@@ -177,17 +166,6 @@ impl Tracker {
     /// Every change that is acknowledged from now on is on both sides by then, until this is false again.
     pub fn is_actively_synced(&self) -> bool {
         self.blocking.get() && self.passing.get() == 0 && self.is_clean()
-    }
-
-    /// A change of the target has failed, whosever it was. What it left can be seen there and yet be durable or not,
-    /// whatever flush follows: from then on nothing is taken for zero because it reads as zero.
-    pub fn target_failed(&self) {
-        self.has_target_failed.set(true);
-    }
-
-    /// Whether a change of the target has ever failed.
-    pub fn has_target_failed(&self) -> bool {
-        self.has_target_failed.get()
     }
 
     /// The next failure of the target that met a guest's change.

@@ -95,6 +95,8 @@ pub struct Details {
     pub bytes_zeroed: u64,
     /// Bytes that were alike already: holes and known zeroes.
     pub bytes_skipped: u64,
+    /// Bytes that both sides' files share: copied without reading or writing them.
+    pub bytes_shared: u64,
     /// Bytes known to differ.
     pub bytes_dirty: u64,
     /// Bytes that guests changed since the job began.

@@ -31,6 +31,8 @@ pub enum JobType {
     Stream,
     /// Copies a node as it was at one moment.
     Backup,
+    /// Copies a node that nobody writes. QEMU has no such job: `qemu-img convert` is a program of its own.
+    Convert,
 }
 
 /// Where a job stood when something happened to it.

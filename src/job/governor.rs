@@ -12,6 +12,9 @@
 //! grows by a hundredth with every request and shrinks by one with each that was too slow. While there is
 //! budget the window grows a little; without, it shrinks at once.
 //!
+//! A window that is too small helps nobody: the queues are empty already, and only the job is slower. So
+//! below [`WINDOW_FIRST`] it shrinks only while the job keeps three quarters of the best speed that it had.
+//!
 //! When guests are connected and silent, the job's own requests tell how long the queues are: the window
 //! keeps their latency near its minimum, so that the first guest's request finds a short queue. Without
 //! guests, and with a deadline that would be missed, the window is as large as the user allows.
@@ -25,15 +28,20 @@ use crate::graph::load::Counts;
 /// How often the governor decides.
 pub const LOOK_NANOS: Nanos = 2_000_000;
 /// The smallest window, in bytes.
-pub const WINDOW_MIN: u64 = 64 << 10;
+pub const WINDOW_MIN: u64 = 256 << 10;
 /// The window with which a job begins beside guests, in bytes.
-const WINDOW_FIRST: u64 = 512 << 10;
+const WINDOW_FIRST: u64 = 1 << 20;
+/// Bytes of one copy while the window is small; a window of [`PIECE_LARGE_FROM`] has room for larger ones.
+const PIECE_SMALL: u64 = 128 << 10;
+const PIECE_LARGE_FROM: u64 = 4 << 20;
 /// No goal is below this: it would be noise.
 const GOAL_NANOS_MIN: Nanos = 100_000;
 /// Requests that must have been seen for a quantile to mean something.
-const SAMPLES_MIN: u64 = 64;
+const SAMPLES_MIN: u64 = 1000;
 /// Without a history the goal is so many times the best median.
-const GOAL_PER_MEDIAN: u64 = 5;
+const GOAL_PER_MEDIAN: u64 = 4;
+/// A small window shrinks once in this time: what the last step did must be seen first.
+const SHRINK_NANOS: Nanos = 10_000_000;
 /// Budget that can be saved up or owed, in hundredths of a request.
 const BUDGET_MAX: i64 = 300;
 const BUDGET_MIN: i64 = -300;
@@ -65,10 +73,15 @@ pub struct Governor {
     budget: i64,
     seen: Counts,
     looked_at: Option<Nanos>,
+    shrunk_at: Nanos,
     /// The job's own requests: best latency, and the sum and number of those since the last look.
     own_min: Option<Nanos>,
     own_sum: Nanos,
     own_count: u64,
+    own_bytes: u64,
+    /// Bytes a second of the job, smoothed, and the best of it lately.
+    speed: u64,
+    speed_best: u64,
 }
 
 /// What there is to see at one look.
@@ -102,9 +115,13 @@ impl Governor {
             budget: 0,
             seen: Counts::default(),
             looked_at: None,
+            shrunk_at: 0,
             own_min: None,
             own_sum: 0,
             own_count: 0,
+            own_bytes: 0,
+            speed: 0,
+            speed_best: 0,
         }
     }
 
@@ -113,15 +130,15 @@ impl Governor {
         if self.guest_first == GuestFirst::Off { self.window_max } else { self.window }
     }
 
-    /// Bytes of one copy that suit the window: a few of them fill it.
+    /// Bytes of one copy that suit the window.
     pub fn piece(&self, piece_max: u64) -> u64 {
-        let quarter = (self.window() / 4).max(WINDOW_MIN);
-        (1 << quarter.ilog2()).min(piece_max)
+        if self.window() < PIECE_LARGE_FROM { PIECE_SMALL.min(piece_max) } else { piece_max }
     }
 
     /// The latency that is not to be exceeded, once it is known.
     pub fn goal(&self) -> Option<Nanos> {
-        self.goal
+        let learnt = self.median_min.map(|median| (median * GOAL_PER_MEDIAN).max(GOAL_NANOS_MIN));
+        self.goal.or(learnt.filter(|_| self.guest_first == GuestFirst::Auto))
     }
 
     /// When it wants to look again.
@@ -130,7 +147,8 @@ impl Governor {
     }
 
     /// One of the job's own requests has ended.
-    pub fn own(&mut self, nanos: Nanos) {
+    pub fn own(&mut self, bytes: u64, nanos: Nanos) {
+        self.own_bytes += bytes;
         self.own_min = Some(self.own_min.map_or(nanos, |min| min.min(nanos)));
         self.own_sum = self.own_sum.saturating_add(nanos);
         self.own_count += 1;
@@ -141,10 +159,11 @@ impl Governor {
         if self.guest_first == GuestFirst::Off || self.look_at().is_some_and(|at| sight.now < at) {
             return;
         }
-        if self.looked_at.replace(sight.now).is_none() {
+        let Some(before) = self.looked_at.replace(sight.now) else {
             self.seen = *sight.all;
             return;
-        }
+        };
+        self.measure(sight.now - before);
         let met = sight.all.since(&self.seen);
         self.seen = *sight.all;
         let own = self.own_sum.checked_div(self.own_count);
@@ -158,7 +177,7 @@ impl Governor {
             self.beside(&met, requests);
         } else if let Some(own) = own {
             let bound = (self.own_min.unwrap_or(own) * OWN_STRETCH).max(OWN_NANOS_MIN);
-            if own > bound { self.shrink(9, 10) } else { self.grow() }
+            if own > bound { self.shrink() } else { self.grow() }
         }
     }
 
@@ -169,13 +188,12 @@ impl Governor {
         {
             self.median_min = Some(self.median_min.map_or(median, |min| min.min(median)));
         }
-        let learnt = self.median_min.map(|median| (median * GOAL_PER_MEDIAN).max(GOAL_NANOS_MIN));
-        let Some(goal) = self.goal.or(learnt) else { return };
+        let Some(goal) = self.goal() else { return };
         let slow = met.above(goal);
         let change = requests.min(1 << 20) as i64 - 100 * slow.min(1 << 20) as i64;
         self.budget = (self.budget + change).clamp(BUDGET_MIN, BUDGET_MAX);
         if slow > 0 && self.budget < 0 {
-            self.shrink(3, 4);
+            self.shrink();
         } else if self.budget >= 0 {
             self.grow();
         }
@@ -185,7 +203,117 @@ impl Governor {
         self.window = (self.window + self.window / 32 + 1024).min(self.window_max);
     }
 
-    fn shrink(&mut self, times: u64, of: u64) {
-        self.window = (self.window * times / of).max(WINDOW_MIN.min(self.window_max));
+    fn shrink(&mut self) {
+        let smaller = self.window - self.window / 8;
+        let now = self.looked_at.unwrap_or(0);
+        // A user who names a goal has decided what counts more.
+        let keeps_speed = matches!(self.guest_first, GuestFirst::Goal(_))
+            || self.speed.saturating_mul(4) >= self.speed_best.saturating_mul(3);
+        if smaller >= WINDOW_FIRST {
+            self.window = smaller;
+        } else if !keeps_speed {
+            // The last steps cost too much.
+            if self.window < WINDOW_FIRST {
+                self.grow();
+            }
+        } else if now.saturating_sub(self.shrunk_at) >= SHRINK_NANOS {
+            self.shrunk_at = now;
+            self.window = smaller.max(WINDOW_MIN).min(self.window_max);
+        }
+    }
+
+    fn measure(&mut self, span: Nanos) {
+        let speed = u128::from(self.own_bytes) * 1_000_000_000 / u128::from(span.max(1));
+        let speed = speed.min(u128::from(u64::MAX >> 3)) as u64;
+        self.own_bytes = 0;
+        self.speed = if self.speed == 0 { speed } else { self.speed - self.speed / 8 + speed / 8 };
+        self.speed_best = (self.speed_best - self.speed_best / 4096).max(self.speed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: Nanos = 1_000;
+
+    /// A device that takes requests one after the other: guests wait for what the job has in flight.
+    struct Device {
+        governor: Governor,
+        now: Nanos,
+        all: Counts,
+    }
+
+    impl Device {
+        fn new(guest_first: GuestFirst, before: &Counts) -> Device {
+            Device { governor: Governor::new(guest_first, 16 << 20, before), now: 0, all: Counts::default() }
+        }
+
+        /// Guests send so many requests a look; a byte of the job takes a quarter of a nanosecond.
+        fn run(&mut self, looks: u32, requests: u32, has_guests: bool, is_late: bool) -> u64 {
+            for _ in 0..looks {
+                self.now += LOOK_NANOS;
+                let queue = self.governor.window() / 4;
+                for i in 0..requests {
+                    // Some come when the queue is short.
+                    self.all.add(80 * US + queue * u64::from(i % 8) / 8);
+                }
+                self.governor.own(LOOK_NANOS * 4, queue.max(100 * US));
+                self.governor.look(Sight { now: self.now, all: &self.all, has_guests, is_late });
+            }
+            self.governor.window()
+        }
+    }
+
+    fn idle() -> Counts {
+        let mut counts = Counts::default();
+        (0..5000).for_each(|i| counts.add(if i % 50 == 0 { 200 * US } else { 80 * US }));
+        counts
+    }
+
+    #[test]
+    fn the_window_settles_where_guests_meet_their_goal() {
+        let mut device = Device::new(GuestFirst::Auto, &idle());
+        let goal = device.governor.goal().expect("learnt before the job");
+        assert!((300 * US..500 * US).contains(&goal), "{goal}");
+        let window = device.run(2000, 8, true, false);
+        // A queue of that length is just about what the goal allows.
+        assert!((512 << 10..3 << 20).contains(&window), "{window}");
+    }
+
+    #[test]
+    fn without_a_history_the_best_median_is_the_measure() {
+        let mut device = Device::new(GuestFirst::Auto, &Counts::default());
+        assert_eq!(device.governor.goal(), None);
+        device.run(50, 16, true, false);
+        let goal = device.governor.goal().expect("learnt beside the job");
+        assert!((300 * US..1500 * US).contains(&goal), "{goal}");
+    }
+
+    #[test]
+    fn a_goal_of_the_user_counts_and_off_is_off() {
+        let mut device = Device::new(GuestFirst::Goal(120 * US), &idle());
+        assert_eq!(device.governor.goal(), Some(120 * US));
+        let strict = device.run(2000, 8, true, false);
+        let mut device = Device::new(GuestFirst::Goal(2000 * US), &idle());
+        let lax = device.run(2000, 8, true, false);
+        assert!(strict >= WINDOW_MIN && lax > 4 * strict, "{strict} {lax}");
+        let mut device = Device::new(GuestFirst::Off, &idle());
+        assert_eq!(device.run(100, 8, true, false), 16 << 20);
+    }
+
+    #[test]
+    fn nobody_there_or_a_deadline_open_the_window() {
+        let mut device = Device::new(GuestFirst::Auto, &idle());
+        assert_eq!(device.run(10, 0, false, false), 16 << 20);
+        device.run(2000, 8, true, false);
+        assert_eq!(device.run(1, 8, true, true), 16 << 20);
+    }
+
+    #[test]
+    fn silent_guests_find_a_short_queue() {
+        let mut device = Device::new(GuestFirst::Auto, &idle());
+        let window = device.run(3000, 0, true, false);
+        assert!(window / 4 <= 1000 * US, "a queue of {} ns", window / 4);
     }
 }

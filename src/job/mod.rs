@@ -11,8 +11,14 @@ pub mod status;
 
 /// The shape of every job: a state machine and its hands.
 pub mod body;
+/// Compares two disks that nobody writes.
+pub mod compare;
+/// Copies a disk that nobody writes.
+pub mod convert;
 /// Copies a disk while it is in use.
 pub mod governor;
 pub mod mirror;
+/// Copying without reading.
+pub mod offload;
 /// Runs a job.
 pub mod runner;

@@ -98,6 +98,24 @@ impl Lease<'_> {
         result.map(|_| n)
     }
 
+    /// Hands the part `at..at + len` to `read`, to be filled.
+    pub(super) async fn fill<E>(
+        &mut self,
+        at: usize,
+        len: usize,
+        read: impl AsyncFnOnce(Buf) -> (Buf, Result<(), E>),
+    ) -> Result<(), E> {
+        let Some(whole) = self.buf.take() else { unreachable!("the memory is there between calls") };
+        let (left, rest) = whole.split_at(at);
+        let (middle, right) = rest.split_at(len);
+        let (middle, result) = read(middle).await;
+        match left.unsplit(middle).and_then(|left| left.unsplit(right)) {
+            Ok(whole) => self.buf = Some(whole),
+            Err(_) => unreachable!("the parts of one buffer join again"),
+        }
+        result
+    }
+
     /// Hands the first `len` bytes to `write` as a buffer to be written.
     pub(super) async fn write<T>(
         &mut self,

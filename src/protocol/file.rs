@@ -17,8 +17,8 @@ use super::lock::Locks;
 use super::open::{self, OpenOptions};
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
-    Resolved, WriteFlags, ZeroFlags,
+    BlockError, Capabilities, CopyFrom, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission,
+    Permissions, Resolved, WriteFlags, ZeroFlags,
 };
 
 /// A regular file.
@@ -194,6 +194,10 @@ impl Driver for FileDriver {
 
     fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
         self.leaf.ring().boxed(async move { Ok(self.status(offset, len)) })
+    }
+
+    fn copy_range(&self, from: CopyFrom, offset: u64) -> Option<IoFuture<'_, IoResult>> {
+        Some(self.leaf.ring().boxed(self.leaf.copy_range(from, offset)))
     }
 
     fn resolve(&self, offset: u64, len: u64) -> Resolved {

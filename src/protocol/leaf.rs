@@ -28,13 +28,14 @@ use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::backend::OpenHow;
 use blockferry_ring::op::Fallocate;
 use blockferry_ring::sync::{Notify, join};
-use blockferry_ring::{Buf, Errno, File, FileInfo, FileKind, Ring, SharedBuf};
+use blockferry_ring::{Buf, CopyRange, Errno, File, FileInfo, FileKind, Ring, SharedBuf};
 
 use super::align::{Change, Changes};
 use super::bounce::{Bounce, RESERVE_BYTES, zero_from};
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Capabilities, Extent, IoFuture, IoResult, Limits, Operation, Resolved, WriteFlags, ZeroFlags,
+    BlockError, Capabilities, CopyFrom, Extent, IoFuture, IoResult, Limits, Operation, Resolved, WriteFlags,
+    ZeroFlags,
 };
 
 /// Pages are this large or smaller on every machine: the tail of a file starts at a multiple of it.
@@ -468,6 +469,29 @@ impl Leaf {
             return Err(self.error(operation, range, Errno::EROFS).hint("The image was opened read-only."));
         }
         Ok(())
+    }
+
+    // Copying without reading.
+
+    /// See [`crate::block::Driver::copy_range`].
+    pub(super) async fn copy_range(&self, from: CopyFrom, offset: u64) -> IoResult {
+        let range = ByteRange::at_saturating(offset, from.len);
+        self.check_writable(Operation::Write, range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let change = self.enter(range, false).await;
+        let (from_offset, len) = (from.offset, from.len);
+        let place = CopyRange { from_offset, to_offset: offset, len };
+        let result = self.ring.copy_range(&from.file, &self.file, place, from.how).await;
+        self.forget(range);
+        drop(change);
+        match result {
+            Ok(n) if n == len => Ok(()),
+            // The file that is read is shorter than whoever asked thought.
+            Ok(_) => Err(self.error(Operation::Write, range, Errno::EIO)),
+            Err(errno) => Err(self.error(Operation::Write, range, errno)),
+        }
     }
 
     // Flushing.

@@ -197,6 +197,11 @@ impl Process {
         rustix::process::pidfd_send_signal(&self.pidfd, Signal::INT).expect("a signal to a child");
     }
 
+    /// Sends SIGCONT, which lets a job go on that an error has stopped.
+    pub fn resume(&self) {
+        rustix::process::pidfd_send_signal(&self.pidfd, Signal::CONT).expect("a signal to a child");
+    }
+
     /// Sends SIGKILL and waits for the end: the JSON lines that had not been taken.
     pub fn kill(mut self) -> Vec<Value> {
         self.child.kill().expect("a signal to a child");

@@ -273,7 +273,7 @@ impl Plan {
             deadline_nanos: None,
             verbs: Vec::new(),
             ambush: None,
-            requests: [400, 100, 300],
+            requests: [1000, 500, 4000],
             ready_nanos: 100_000,
             ending: Ending::Complete,
             target_room: None,

@@ -16,10 +16,11 @@ use super::inner::Inner;
 use super::trace::{Entry, Hash};
 use crate::Nanos;
 use crate::backend::{
-    Backend, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait, Work,
+    Backend, CopyRange, CopyWork, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait,
+    Work,
 };
 use crate::errno::Errno;
-use crate::op::{FileId, Op};
+use crate::op::{CopyHow, FileId, Op};
 
 /// What looking at the clock costs.
 const LOOK_NANOS: Nanos = 1_000;
@@ -236,6 +237,10 @@ impl Backend for SimBackend {
         Ok(())
     }
 
+    fn copy_work(&mut self, _: FileId, _: FileId, _: CopyRange, _: CopyHow) -> Result<CopyWork, Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
+
     fn offload_threads(&self) -> usize {
         0
     }
@@ -427,6 +432,14 @@ impl Backend for SimBackend {
     fn connect(&mut self, address: &SocketAddress) -> Result<FileId, Errno> {
         let label = address.to_string();
         self.control(OpKind::Connect, |_| Some(label), |inner, port| inner.connect(port, address))
+    }
+
+    fn socket(&mut self, address: &SocketAddress) -> Result<FileId, Errno> {
+        let mut inner = self.world.0.borrow_mut();
+        if inner.is_dead(self.port) {
+            return Err(Errno::EIO);
+        }
+        Ok(inner.socket(self.port, address))
     }
 
     fn shutdown_stream(&mut self, file: FileId) {

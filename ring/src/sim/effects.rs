@@ -31,6 +31,7 @@ impl Inner {
             Op::Fallocate { mode, offset, len, .. } => self.fallocate(flight, number, mode, offset, len),
             Op::Discard { offset, len, .. } => self.discard(flight, number, offset, len),
             Op::Accept { .. }
+            | Op::Connect { .. }
             | Op::Recv { .. }
             | Op::RecvAll { .. }
             | Op::Send { .. }

@@ -80,6 +80,7 @@ impl OpKind {
             },
             Op::Discard { .. } => OpKind::Discard,
             Op::Accept { .. } => OpKind::Accept,
+            Op::Connect { .. } => OpKind::Connect,
             Op::Recv { .. } | Op::RecvAll { .. } => OpKind::Recv,
             Op::Send { .. } | Op::SendPieces { .. } => OpKind::Send,
         }

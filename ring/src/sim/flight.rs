@@ -18,6 +18,8 @@ pub(super) enum Target {
     Listener(u64),
     /// One end of a connection: its number and side.
     Stream(u64, usize),
+    /// A socket that is to be connected.
+    Socket,
     /// None: an offloaded call.
     Nothing,
 }

@@ -164,6 +164,7 @@ impl Inner {
             Target::Disk(number) => self.submit_disk(flight, number),
             Target::Listener(_) => self.submit_accept(flight),
             Target::Stream(connection, side) => self.submit_stream(flight, connection, side),
+            Target::Socket => self.submit_connect(flight),
             Target::Nothing => {}
         }
     }
@@ -211,6 +212,21 @@ impl Inner {
         if !matches!(flight.op(), Some(Op::Accept { .. })) {
             self.refuse(flight, Errno::ENOTCONN);
             return;
+        }
+        self.flights.insert(id, flight);
+        if !verdict.hang {
+            let span = self.config.stream.latency.draw(&mut self.rand).saturating_add(verdict.delay_nanos);
+            self.at(self.now + span, Event::Effect(id));
+        }
+    }
+
+    fn submit_connect(&mut self, flight: Flight) {
+        let (id, verdict) = (flight.id, flight.verdict);
+        if let Some(errno) = verdict.error {
+            return self.refuse(flight, errno);
+        }
+        if !matches!(flight.op(), Some(Op::Connect { .. })) {
+            return self.refuse(flight, Errno::ENOTCONN);
         }
         self.flights.insert(id, flight);
         if !verdict.hang {
@@ -279,6 +295,10 @@ impl Inner {
                 self.net.accepts_push(listener, id);
                 self.hand_over(listener);
             }
+            (_, Target::Socket) => {
+                let result = self.connect_socket(flight.file).map_or_else(|errno| -errno.0, |()| 0);
+                self.finish(flight, result, 0);
+            }
             _ => {
                 self.flights.insert(id, flight);
             }
@@ -342,6 +362,10 @@ impl Inner {
                 self.end_cancelled(flight, if moved > 0 { moved } else { -libc::ECANCELED });
             }
             Target::Listener(listener) if self.net.accepts_remove(listener, id) || !settled => {
+                let Some(flight) = self.flights.remove(&id) else { return };
+                self.end_cancelled(flight, -libc::ECANCELED);
+            }
+            Target::Socket if !settled => {
                 let Some(flight) = self.flights.remove(&id) else { return };
                 self.end_cancelled(flight, -libc::ECANCELED);
             }
@@ -414,6 +438,7 @@ impl Inner {
             }
             Target::Listener(listener) => self.close_listener(listener),
             Target::Stream(connection, side) => self.close_end(connection, side),
+            Target::Socket => self.net.forget_socket(id),
             Target::Nothing => {}
         }
     }

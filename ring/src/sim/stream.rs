@@ -85,6 +85,8 @@ struct Listener {
 pub(super) struct Net {
     connections: BTreeMap<u64, Connection>,
     listeners: BTreeMap<u64, Listener>,
+    /// Where sockets are to be connected to, by their files.
+    sockets: BTreeMap<u32, SocketAddress>,
     ports_given: u16,
 }
 
@@ -104,6 +106,10 @@ impl Net {
         self.connections.get_mut(&connection).is_some_and(|connection| {
             connection.directions.iter_mut().any(|d| remove(&mut d.sends, id) || remove(&mut d.receives, id))
         })
+    }
+
+    pub(super) fn forget_socket(&mut self, file: u32) {
+        self.sockets.remove(&file);
     }
 
     fn direction(&mut self, connection: u64, side: usize) -> Option<&mut Direction> {
@@ -163,7 +169,31 @@ impl Inner {
         FileId(self.add_file(OpenFile { port, label, target, write: true, direct: false, exclusive: false }))
     }
 
+    /// A socket that is to be connected to `address`. Fault rules know it by the address.
+    pub(super) fn socket(&mut self, port: u32, address: &SocketAddress) -> FileId {
+        let file = self.add_stream(port, address.to_string().into(), Target::Socket);
+        self.net.sockets.insert(file.0, address.clone());
+        file
+    }
+
+    /// Connects a socket.
+    pub(super) fn connect_socket(&mut self, file: u32) -> Result<(), Errno> {
+        let address = self.net.sockets.get(&file).cloned().ok_or(Errno::EBADF)?;
+        let (target, label) = self.make_connection(&address)?;
+        self.net.forget_socket(file);
+        if let Some(open) = self.files.get_mut(&file) {
+            (open.target, open.label) = (target, label);
+        }
+        Ok(())
+    }
+
     pub(super) fn connect(&mut self, port: u32, address: &SocketAddress) -> Result<FileId, Errno> {
+        let (target, label) = self.make_connection(address)?;
+        Ok(self.add_stream(port, label, target))
+    }
+
+    /// A connection that waits to be accepted; what its near end is, and is called.
+    fn make_connection(&mut self, address: &SocketAddress) -> Result<(Target, Rc<str>), Errno> {
         let number = self.next();
         let backlog_max = self.config.stream.backlog;
         let Some((listening, listener)) = self.net.listening(address) else {
@@ -180,7 +210,7 @@ impl Inner {
         self.net.connections.insert(number, connection);
         let span = self.config.stream.latency.draw(&mut self.rand);
         self.at(self.now + span, Event::Accept(listening));
-        Ok(self.add_stream(port, label, Target::Stream(number, 0)))
+        Ok((Target::Stream(number, 0), label))
     }
 
     /// Accepts that wait get connections that wait.
@@ -446,7 +476,7 @@ impl Inner {
                 }
             }
             Target::Listener(listener) => self.shut_listener(listener),
-            Target::Disk(_) | Target::Nothing => {}
+            Target::Disk(_) | Target::Socket | Target::Nothing => {}
         }
     }
 

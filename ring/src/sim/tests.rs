@@ -554,3 +554,44 @@ fn after_a_power_cut_each_sector_holds_what_was_promised_or_something_newer() {
     let newer: u64 = (0..150).map(promises_hold).sum();
     assert!(newer > 1000, "{newer}");
 }
+
+/// Bulk work waits for company, a few operations do not, and nothing waits for what will not come.
+#[test]
+fn patience_is_for_many() {
+    let enters = |patience: Option<crate::Patience>| {
+        let (_world, ring) = world(21);
+        ring.set_patience(patience);
+        let r = ring.clone();
+        ring.block_on(async move {
+            let file = open(&r, "/disk");
+            let readers: Vec<_> = (0..18u64)
+                .map(|lane| {
+                    let (ring, r, file) = (r.clone(), r.clone(), file.clone());
+                    let read = async move {
+                        for i in 0..20 {
+                            let (_, n) = r.read(&file, ((lane + i) % 16) * 4096, r.alloc(4096).await).await;
+                            assert_eq!(n, Ok(4096));
+                        }
+                    };
+                    ring.spawn_with_result(read)
+                })
+                .collect();
+            for reader in readers {
+                reader.take().await;
+            }
+        });
+        let enters = ring.stats().enters.get();
+        // One operation in flight is not made to wait.
+        let (r, before) = (ring.clone(), ring.clock());
+        ring.block_on(async move {
+            let file = open(&r, "/disk");
+            r.read(&file, 0, r.alloc(4096).await).await.1
+        })
+        .unwrap();
+        assert!(ring.clock() - before < SECOND);
+        finish(&ring);
+        enters
+    };
+    let patient = enters(Some(crate::Patience { completions: 16, wait_usec: 5_000_000 }));
+    assert!(patient * 3 < enters(None), "{patient}");
+}

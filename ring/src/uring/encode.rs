@@ -126,6 +126,12 @@ pub(super) fn entry(
                 .flags(libc::SOCK_CLOEXEC)
                 .build())
         }
+        Op::Connect { .. } => {
+            let (address, len) = file.peer.as_ref().map_or((std::ptr::null(), 0), |peer| {
+                (peer.as_ptr().cast::<libc::sockaddr>(), peer.addr_len())
+            });
+            on_file!(file, id, |fd| opcode::Connect::new(fd, address, len).build())
+        }
         Op::Recv { mem, .. } => {
             on_file!(file, id, |fd| opcode::Recv::new(fd, mem.ptr.as_ptr(), mem.len).build())
         }

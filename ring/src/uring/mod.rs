@@ -32,12 +32,13 @@ use slab::Slab;
 
 use crate::Nanos;
 use crate::backend::{
-    Backend, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait, Work,
+    Backend, CopyRange, CopyWork, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait,
+    Work,
 };
 use crate::config::{Config, SetupError};
 use crate::errno::Errno;
 use crate::limits;
-use crate::op::{FileId, Op};
+use crate::op::{CopyHow, FileId, Op};
 use encode::Messages;
 use offload::Offload;
 
@@ -87,6 +88,8 @@ struct Entry {
     fd: OwnedFd,
     /// In the registered table, under the index of this entry.
     fixed: bool,
+    /// Where a socket is to be connected to. The kernel reads it when it takes the operation in.
+    peer: Option<Box<rustix::net::SocketAddrAny>>,
 }
 
 /// The kernel backend.
@@ -197,7 +200,7 @@ impl Uring {
 
     fn add_file(&mut self, fd: OwnedFd) -> FileId {
         let raw = fd.as_raw_fd();
-        let index = self.files.insert(Entry { fd, fixed: false });
+        let index = self.files.insert(Entry { fd, fixed: false, peer: None });
         if self.fixed_files
             && (index as u32) < limits::FIXED_FILES
             && self.ring.submitter().register_files_update(index as u32, &[raw]).is_ok()
@@ -240,7 +243,7 @@ fn forbidden(call: &str, error: &std::io::Error) -> SetupError {
 
 /// Restricts a disabled ring to the operations in use, and enables it.
 fn restrict(ring: &IoUring) -> Result<(), Errno> {
-    const OPERATIONS: [u8; 15] = [
+    const OPERATIONS: [u8; 16] = [
         opcode::Read::CODE,
         opcode::ReadFixed::CODE,
         opcode::Write::CODE,
@@ -249,6 +252,7 @@ fn restrict(ring: &IoUring) -> Result<(), Errno> {
         opcode::Fallocate::CODE,
         opcode::UringCmd16::CODE,
         opcode::Accept::CODE,
+        opcode::Connect::CODE,
         opcode::Recv::CODE,
         opcode::Send::CODE,
         opcode::SendMsg::CODE,
@@ -397,7 +401,7 @@ impl Backend for Uring {
                         self.accepts.swap_remove(at);
                         if result >= 0 {
                             let fd = sys::own(result);
-                            sys::set_nodelay(&fd);
+                            sys::set_stream_options(&fd);
                             result = self.add_file(fd).0 as i32;
                         }
                     }
@@ -415,6 +419,18 @@ impl Backend for Uring {
 
     fn offload(&mut self, user_data: u64, work: Work) -> Result<(), Errno> {
         self.offload.start(user_data, work)
+    }
+
+    fn copy_work(
+        &mut self,
+        from: FileId,
+        to: FileId,
+        range: CopyRange,
+        how: CopyHow,
+    ) -> Result<CopyWork, Errno> {
+        // Descriptors of its own: the call may outlive what the ring holds open.
+        let (from, to) = (sys::duplicate(self.fd(from)?)?, sys::duplicate(self.fd(to)?)?);
+        Ok(Box::new(move || sys::copy_range(&from, &to, range, how)))
     }
 
     fn offload_threads(&self) -> usize {
@@ -544,8 +560,18 @@ impl Backend for Uring {
 
     fn connect(&mut self, address: &SocketAddress) -> Result<FileId, Errno> {
         let fd = sys::connect(address)?;
-        sys::set_nodelay(&fd);
+        sys::set_stream_options(&fd);
         Ok(self.add_file(fd))
+    }
+
+    fn socket(&mut self, address: &SocketAddress) -> Result<FileId, Errno> {
+        let (fd, peer) = sys::socket_for(address)?;
+        sys::set_stream_options(&fd);
+        let id = self.add_file(fd);
+        if let Some(entry) = self.files.get_mut(id.0 as usize) {
+            entry.peer = Some(Box::new(peer));
+        }
+        Ok(id)
     }
 
     fn shutdown_stream(&mut self, file: FileId) {

@@ -4,15 +4,20 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use crate::backend::{FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
+use crate::backend::{CopyRange, FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
 use crate::errno::Errno;
+use crate::limits::{KEEPALIVE_IDLE_SECS, KEEPALIVE_INTERVAL_SECS, KEEPALIVE_PROBES};
+use crate::op::CopyHow;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
+/// Bytes that one call of `copy_file_range` is asked for: the kernel takes no more than 2 GiB.
+const COPY_CALL_BYTES_MAX: usize = 1 << 30;
 /// The call that makes a ring, as [`why_forbidden`] names it.
 pub(super) const SETUP_CALL: &str = "io_uring_setup";
 
@@ -136,6 +141,47 @@ pub(super) fn info(fd: &OwnedFd) -> Result<FileInfo, Errno> {
     Ok(FileInfo { kind, len, allocated, mem_align, offset_align, identity, device })
 }
 
+pub(super) fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
+    Ok(rustix::io::fcntl_dupfd_cloexec(fd, 0)?)
+}
+
+/// Blocks. A reflink is done whole or not at all; an offloaded copy may end early, where the file that is read ends.
+pub(super) fn copy_range(from: &OwnedFd, to: &OwnedFd, range: CopyRange, how: CopyHow) -> Result<u64, Errno> {
+    match how {
+        CopyHow::Reflink => {
+            let clone = libc::file_clone_range {
+                src_fd: from.as_raw_fd().into(),
+                src_offset: range.from_offset,
+                src_length: range.len,
+                dest_offset: range.to_offset,
+            };
+            // SAFETY: both descriptors are open, and the structure is only read, during the call.
+            let result = unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONERANGE, &raw const clone) };
+            if result < 0 { Err(Errno::from_io(&std::io::Error::last_os_error())) } else { Ok(range.len) }
+        }
+        CopyHow::Offload => {
+            let (mut from_offset, mut to_offset) = (range.from_offset, range.to_offset);
+            let mut left = range.len;
+            while left > 0 {
+                let most = usize::try_from(left).unwrap_or(usize::MAX).min(COPY_CALL_BYTES_MAX);
+                match rustix::fs::copy_file_range(
+                    from,
+                    Some(&mut from_offset),
+                    to,
+                    Some(&mut to_offset),
+                    most,
+                ) {
+                    Ok(0) => break,
+                    Ok(n) => left -= (n as u64).min(left),
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            Ok(range.len - left)
+        }
+    }
+}
+
 fn flock(range: LockRange, kind: libc::c_int) -> libc::flock {
     // SAFETY: plain data for which all zeroes is valid; OFD locks want `l_pid` to be 0.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
@@ -255,9 +301,18 @@ pub(super) fn lookup(path: &Path) -> Result<Option<FileKind>, Errno> {
     }
 }
 
-pub(super) fn set_nodelay(fd: &OwnedFd) {
-    // Refused on unix sockets, which have no such delay.
-    let _ = rustix::net::sockopt::set_tcp_nodelay(fd, true);
+/// What every connection gets. Unix sockets refuse it: they have no such delay, and their peers do not vanish unseen.
+pub(super) fn set_stream_options(fd: &OwnedFd) {
+    use rustix::net::sockopt;
+    if sockopt::set_tcp_nodelay(fd, true).is_err() {
+        return;
+    }
+    // A machine that is gone says nothing: ask it, so that its end does not stay half-open for ever. A peer that is there
+    // and merely does not read answers the kernel, and stays.
+    let _ = sockopt::set_socket_keepalive(fd, true);
+    let _ = sockopt::set_tcp_keepidle(fd, Duration::from_secs(KEEPALIVE_IDLE_SECS));
+    let _ = sockopt::set_tcp_keepintvl(fd, Duration::from_secs(KEEPALIVE_INTERVAL_SECS));
+    let _ = sockopt::set_tcp_keepcnt(fd, KEEPALIVE_PROBES);
 }
 
 fn socket(family: AddressFamily) -> Result<OwnedFd, Errno> {
@@ -292,6 +347,14 @@ pub(super) fn listen(address: &SocketAddress) -> Result<(OwnedFd, SocketAddress)
     };
     rustix::net::listen(&fd, BACKLOG)?;
     Ok((fd, address))
+}
+
+/// A socket, and the address that it is to be connected to.
+pub(super) fn socket_for(address: &SocketAddress) -> Result<(OwnedFd, rustix::net::SocketAddrAny), Errno> {
+    match address {
+        SocketAddress::Unix(path) => Ok((socket(AddressFamily::UNIX)?, unix_address(path)?.into())),
+        SocketAddress::Tcp(tcp) => Ok((socket(family(tcp))?, (*tcp).into())),
+    }
 }
 
 pub(super) fn connect(address: &SocketAddress) -> Result<OwnedFd, Errno> {

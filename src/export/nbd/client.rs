@@ -12,6 +12,7 @@ use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::{Buf, Errno, File, Nanos, Ring};
 
 use super::output::Output;
+use super::pace::Pace;
 use super::quota::{Quota, QuotaLimits};
 use super::request::{self, Part, Whole};
 use super::session::{RequestStream, Window, pieces};
@@ -35,6 +36,8 @@ pub(super) struct Client {
     /// The number of `base:allocation`, if it was selected.
     pub(super) allocation_context: Option<u32>,
     pub(super) quota: Rc<Quota>,
+    /// How fast it may ask, where that is limited.
+    pace: Option<Pace>,
     pub(super) output: Output,
     /// Memory for the next block status request.
     pub(super) spare_extents: RefCell<Vec<StatusExtent>>,
@@ -104,6 +107,7 @@ impl Client {
             rules,
             allocation_context: allocation.map(|(number, _)| *number),
             quota: Quota::new(ring, quota),
+            pace: Pace::new(ring, quota.pace),
             output: Output::new(ring, stream, reserve),
             spare_extents: RefCell::default(),
             failures: Cell::new(0),
@@ -135,6 +139,12 @@ impl Client {
             (Err(errno), End::Vanished { .. } | End::Stream(_)) => End::Stream(errno),
             (_, end) => end,
         }
+    }
+
+    /// Shows the client the door: both directions of its stream end, and with them its session.
+    pub(super) fn hang_up(&self) {
+        self.pace.iter().for_each(Pace::end);
+        self.ring.shutdown_stream(&self.stream);
     }
 
     /// Since when the client has kept the server waiting while it holds memory.
@@ -194,6 +204,8 @@ impl Reader {
         let ring = &self.client.ring;
         match self.buf.take() {
             Some(buf) if buf.len() == wanted => buf,
+            // Many clients that fell silent just now would sit on all the memory.
+            Some(buf) if wanted > buf.len() && ring.arena().bytes_used() > ring.arena().bytes() / 2 => buf,
             Some(buf) => ring.arena().try_alloc(wanted).unwrap_or(buf),
             None => ring.alloc(limits::NBD_RECV_BYTES_MIN).await,
         }
@@ -225,6 +237,10 @@ impl Reader {
             let ticket = client.quota.request().await;
             request::fail(client, &request, errno, "", ticket).await;
             return Ok(taken);
+        }
+        if let Some(pace) = &client.pace {
+            let is_data = matches!(request.command, Command::Read | Command::Write);
+            pace.admit(if is_data { request.length } else { 0 }).await;
         }
         match request.command {
             Command::Read if request.length > 0 => self.start_read(request).await,

@@ -7,6 +7,7 @@
 //!     │   request.rs     one request: a task from the disk to its reply
 //!     │   output.rs      replies on their way out, sent together
 //!     │   quota.rs       what a client holds
+//!     │   pace.rs        how fast it may ask
 //!     └ session.rs     what of this needs no I/O
 //! ```
 //!
@@ -20,9 +21,11 @@
 mod client;
 mod handshake;
 mod output;
+mod pace;
 mod quota;
 mod request;
 mod server;
 mod session;
 
+pub use pace::PaceLimits;
 pub use server::{Export, ExportStatus, NbdServer, RemoveMode, ServerConfig, ServerError};

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use blockferry_ring::Ring;
 use blockferry_ring::sync::Notify;
 
+use super::pace::PaceLimits;
 use super::session::may_hold;
 
 /// What a client may hold at once.
@@ -16,6 +17,8 @@ use super::session::may_hold;
 pub(super) struct QuotaLimits {
     pub(super) requests_max: usize,
     pub(super) bytes_max: u64,
+    /// And how fast it may ask for more.
+    pub(super) pace: PaceLimits,
 }
 
 /// What one client holds.

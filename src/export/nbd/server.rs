@@ -16,6 +16,7 @@ use blockferry_ring::{Errno, File, FileKind, Nanos, Ring, SocketAddress};
 use super::client::Client;
 use super::handshake::{Chosen, negotiate, send};
 use super::output::Output;
+use super::pace::PaceLimits;
 use super::quota::QuotaLimits;
 use crate::base::limits;
 use crate::graph::node::Root;
@@ -39,6 +40,8 @@ pub struct ServerConfig {
     pub stall_ns_max: Nanos,
     /// Largest read or write, in bytes: at most [`limits::NBD_REQUEST_BYTES_MAX`].
     pub request_bytes_max: u32,
+    /// How fast one client may ask.
+    pub pace: PaceLimits,
 }
 
 impl Default for ServerConfig {
@@ -50,6 +53,7 @@ impl Default for ServerConfig {
             bytes_in_flight_max: limits::NBD_BYTES_IN_FLIGHT_PER_CLIENT,
             stall_ns_max: limits::NBD_STALL_NS_MAX,
             request_bytes_max: limits::NBD_REQUEST_BYTES_MAX,
+            pace: PaceLimits::default(),
         }
     }
 }
@@ -155,6 +159,16 @@ struct Session {
     client: Option<Rc<Client>>,
 }
 
+impl Session {
+    /// Shows it the door, whatever it waits for.
+    fn hang_up(&self, ring: &Ring) {
+        match &self.client {
+            Some(client) => client.hang_up(),
+            None => ring.shutdown_stream(&self.stream),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
     ring: Ring,
@@ -234,7 +248,7 @@ impl NbdServer {
         entry.removed.set(true);
         for session in self.0.sessions.borrow().values() {
             if session.export.as_ref().is_some_and(|export| Rc::ptr_eq(export, &entry)) {
-                self.0.ring.shutdown_stream(&session.stream);
+                session.hang_up(&self.0.ring);
             }
         }
         Ok(())
@@ -316,7 +330,7 @@ impl NbdServer {
         self.0.stopping.set(true);
         self.stop_accepting().await;
         for session in self.0.sessions.borrow().values() {
-            self.0.ring.shutdown_stream(&session.stream);
+            session.hang_up(&self.0.ring);
         }
         self.0.changed.until(|| self.0.sessions.borrow().is_empty().then_some(())).await;
         self.0.stopping.set(false);
@@ -350,9 +364,9 @@ fn describe(name: &str, export: &Export, config: &ServerConfig) -> ExportInfo {
     let mut flags =
         Flags::SEND_FLUSH | Flags::SEND_FUA | Flags::SEND_DF | Flags::SEND_CACHE | Flags::CAN_MULTI_CONN;
     if !read_only {
-        let fast_zero = export.root.node().driver().capabilities().zero_fast;
-        flags = flags | Flags::SEND_TRIM | Flags::SEND_WRITE_ZEROES;
-        flags = flags.set(Flags::SEND_FAST_ZERO, fast_zero);
+        // That zeroing is fast is no promise: what this says is that a refusal comes fast where it is not. Disks lose
+        // and, by a pivot, win that capability while clients are connected.
+        flags = flags | Flags::SEND_TRIM | Flags::SEND_WRITE_ZEROES | Flags::SEND_FAST_ZERO;
     }
     let maximum_bytes =
         config.request_bytes_max.clamp(limits::NBD_RECV_BYTES_MIN as u32, limits::NBD_REQUEST_BYTES_MAX);
@@ -433,7 +447,7 @@ impl Inner {
                         client = client.id,
                         "an NBD client that does not move is disconnected: memory is short"
                     );
-                    self.ring.shutdown_stream(&client.stream);
+                    client.hang_up();
                 }
             }
         }
@@ -497,6 +511,7 @@ impl Inner {
         let quota = QuotaLimits {
             requests_max: self.config.in_flight_max.max(1),
             bytes_max: self.config.bytes_in_flight_max,
+            pace: self.config.pace,
         };
         let reserve = self.ring.alloc(Output::RESERVE_BYTES).await;
         let client = Client::new(&self.ring, id, stream, root, &negotiated, quota, reserve);

@@ -28,12 +28,13 @@ use std::rc::Rc;
 use blockferry_ring::sync::either;
 use blockferry_ring::{Errno, SharedBuf};
 
-use super::{Peer, Tracker};
+use super::Tracker;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
-use crate::block::{BlockError, IoResult, WriteFlags, ZeroFlags};
+use crate::block::{BlockError, IoResult, ZeroFlags};
 use crate::graph::node::{Below, Mutation};
+use crate::graph::peer::Peer;
 use crate::graph::ranges::{LockId, LockKind};
 
 /// A lock on a range; dropping it lets others in.
@@ -175,7 +176,6 @@ impl Tracker {
         self.count(|tally| tally.mirrored_bytes += sent.len());
         if let Err(error) = mirrored {
             self.dirtied(sent);
-            self.target_failed();
             let mut failures = self.failures.borrow_mut();
             if failures.len() < limits::TRACKER_FAILURES_MAX {
                 failures.push_back(error);
@@ -205,12 +205,11 @@ impl Sent {
     }
 
     async fn send(self, peer: Rc<Peer>) -> Result<(), BlockError> {
-        let target = &peer.driver;
         match self {
-            Sent::Write(range, buf) => target.write(range.start(), buf, WriteFlags::default()).await,
+            Sent::Write(range, buf) => peer.write(range.start(), buf).await,
             Sent::Zeroes(range, may_unmap) => {
-                let flags = ZeroFlags { may_unmap, ..ZeroFlags::default() };
-                target.write_zeroes(range.start(), range.len(), flags).await
+                let (_, result) = peer.make_zero(range, may_unmap).await;
+                result.map_err(|(_, error)| error)
             }
         }
     }

@@ -131,12 +131,23 @@ impl Conduct {
     }
 
     /// One copy has ended after so long.
-    pub fn piece_ended(&mut self, nanos: Nanos) {
-        self.governor.own(nanos);
+    pub fn piece_ended(&mut self, bytes: u64, nanos: Nanos) {
+        self.governor.own(bytes, nanos);
     }
 
-    /// So much may differ when the door is shut: what half of the longest downtime suffices for.
-    pub fn closing_bytes(&self) -> u64 {
+    /// So much may differ when the door is shut, after the job has waited for a better moment for so long: little at
+    /// first, in the end what half of the longest downtime suffices for. Nobody waits when there are no guests.
+    pub fn closing_bytes(&self, waited: Nanos) -> u64 {
+        let most = self.closing_bytes_max();
+        if !self.has_guests() {
+            return most;
+        }
+        let steps = (waited / limits::CLOSING_STEP_NANOS).min(32) as u32;
+        most.min(limits::CLOSING_BYTES_FIRST << steps)
+    }
+
+    /// The most that it will be.
+    pub fn closing_bytes_max(&self) -> u64 {
         let speed = self.convergence.rates().copied;
         if self.settings.downtime_nanos_max == 0 || speed == 0 {
             return limits::MIRROR_CLOSING_BYTES_MAX;

@@ -13,11 +13,13 @@ use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::base::zero::zero_runs;
-use crate::block::{BlockError, Driver, IoFuture, IoResult, WriteFlags, ZeroFlags};
+use crate::block::{BlockError, Driver, IoFuture, IoResult};
 use crate::graph::node::{Drained, Filter, Node, Use, UseKind};
+use crate::graph::peer::Peer;
 use crate::graph::tracker::Tracker;
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
+use crate::job::offload::CopyOffload;
 use crate::job::policy::IoOperation;
 use crate::protocol::mark::TargetMark;
 
@@ -47,6 +49,9 @@ pub(super) struct Parts {
     pub target: Rc<RefCell<Option<Use>>>,
     pub target_node: Rc<Node>,
     pub tracker: Rc<Tracker>,
+    pub peer: Rc<Peer>,
+    /// Copying without reading, for a source at rest.
+    pub offload: CopyOffload,
     pub filter: Rc<dyn Filter>,
     pub drained: RefCell<Option<Drained>>,
     /// The job is over: a drain that succeeds from now on is nobody's.
@@ -63,8 +68,15 @@ pub(super) struct MirrorHands(pub Rc<Parts>);
 impl Hands<Op, Outcome> for MirrorHands {
     fn perform(&self, op: Op) -> PooledFuture<'static, Outcome> {
         let parts = self.0.clone();
-        let ring = self.0.ring.clone();
-        ring.boxed(async move { parts.perform(op).await })
+        let ring = &self.0.ring;
+        // What there are many of must not have futures as large as the largest of the others: that one is many KiB,
+        // more than the pool keeps, and is moved into place each time.
+        match op {
+            Op::Copy(range) => ring.boxed(async move { parts.copy(range).await }),
+            Op::Zero(range) => ring.boxed(async move { parts.zero(range).await }),
+            Op::Status(range) => ring.boxed(async move { parts.status(range).await }),
+            op => ring.boxed(async move { parts.perform(op).await }),
+        }
     }
 
     fn commit(&self, pivot: bool) -> Result<(), JobFailure> {
@@ -104,10 +116,7 @@ impl Parts {
                 Some(marker) => marker.unmark().await.map_err(write_failed),
                 None => Ok(()),
             }),
-            Op::Status(range) => {
-                let status = self.from().block_status(range.start(), range.len()).await;
-                Outcome::Status(range, status.map(|extent| (extent.len, extent.zero)).map_err(read_failed))
-            }
+            Op::Status(range) => self.status(range).await,
             Op::Copy(range) => self.copy(range).await,
             Op::Zero(range) => self.zero(range).await,
             Op::Flush => Outcome::Flushed(self.to().flush().await.map_err(write_failed)),
@@ -132,9 +141,25 @@ impl Parts {
         }
     }
 
+    async fn status(&self, range: ByteRange) -> Outcome {
+        let status = self.from().block_status(range.start(), range.len()).await;
+        Outcome::Status(range, status.map(|extent| (extent.len, extent.zero)).map_err(read_failed))
+    }
+
     async fn copy(&self, range: ByteRange) -> Outcome {
         let mut done = Copied::default();
         let mut at = range.start();
+        if self.source.node().root_count() == 0 && self.offload.is_worth_trying() {
+            self.peer.will_change(range);
+            let result = self.offload.copy(self.from(), self.to(), range).await;
+            match self.peer.changed(result) {
+                Ok(len) => {
+                    done.shared = len;
+                    at += len;
+                }
+                Err(error) => return Outcome::Piece(range, done, Some((at, Some(write_failed(error))))),
+            }
+        }
         while at < range.end() {
             let wanted = (range.end() - at).min(BLOCK_MAX as u64) as usize;
             let Lease { buf, of_reserve } = self.memory.take(wanted).await;
@@ -160,7 +185,8 @@ impl Parts {
         for run in runs {
             let (offset, len) = (piece.start() + run.offset as u64, run.len);
             if run.is_zero {
-                self.make_zero(ByteRange::at_saturating(offset, len as u64), done).await?;
+                let zero = self.make_zero(ByteRange::at_saturating(offset, len as u64), done).await;
+                zero.map_err(|(_, failed)| failed)?;
             } else {
                 self.write(offset, buf.slice(run.offset, len), done).await?;
             }
@@ -170,35 +196,17 @@ impl Parts {
 
     async fn write(&self, offset: u64, buf: SharedBuf, done: &mut Copied) -> Result<(), Failed> {
         let len = buf.len() as u64;
-        self.changed(self.to().write(offset, buf, WriteFlags::default()).await)?;
+        self.peer.write(offset, buf).await.map_err(write_failed)?;
         done.data += len;
         Ok(())
     }
 
-    /// Makes a range of the target zero; what reads as zero already is left alone.
-    async fn make_zero(&self, range: ByteRange, done: &mut Copied) -> Result<(), Failed> {
-        let mut at = range.start();
-        while at < range.end() {
-            let left = range.end() - at;
-            let extent = self.to().block_status(at, left).await.map_err(write_failed)?;
-            let len = extent.len.clamp(1, left);
-            if extent.zero && !self.tracker.has_target_failed() {
-                done.skipped += len;
-            } else {
-                let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
-                self.changed(self.to().write_zeroes(at, len, flags).await)?;
-                done.zeroed += len;
-            }
-            at += len;
-        }
-        Ok(())
-    }
-
-    fn changed(&self, result: IoResult) -> Result<(), Failed> {
-        result.map_err(|error| {
-            self.tracker.target_failed();
-            write_failed(error)
-        })
+    /// Makes a range of the target zero; what is known to be zero, or says so, is left alone.
+    async fn make_zero(&self, range: ByteRange, done: &mut Copied) -> Result<(), (u64, Failed)> {
+        let (zeroed, result) = self.peer.make_zero(range, true).await;
+        done.zeroed += zeroed.zeroed;
+        done.skipped += zeroed.skipped;
+        result.map_err(|(at, error)| (at, write_failed(error)))
     }
 
     async fn zero(&self, range: ByteRange) -> Outcome {
@@ -215,8 +223,8 @@ impl Parts {
                 return Outcome::Piece(range, done, Some((at, None)));
             }
             let len = extent.len.clamp(1, left);
-            if let Err(failed) = self.make_zero(ByteRange::at_saturating(at, len), &mut done).await {
-                return Outcome::Piece(range, done, Some((at, Some(failed))));
+            if let Err((from, failed)) = self.make_zero(ByteRange::at_saturating(at, len), &mut done).await {
+                return Outcome::Piece(range, done, Some((from, Some(failed))));
             }
             at += len;
         }

@@ -75,6 +75,8 @@ pub struct Copied {
     pub zeroed: u64,
     /// Bytes that were alike already.
     pub skipped: u64,
+    /// Bytes that both sides' files share from now on: nothing was read or written.
+    pub shared: u64,
 }
 
 /// A failed request.
@@ -235,16 +237,20 @@ pub struct Mirror {
     seen: GuestTally,
     others: usize,
     ready_told: bool,
+    /// The last piece was shared, not copied.
+    shares: bool,
     /// The door is shut to become ready, not to end.
     for_ready: bool,
     /// The door is shut since then.
     shut_at: Option<Nanos>,
+    /// Since then the job waits for a moment at which little differs.
+    waits_since: Option<Nanos>,
     /// Attempts in a row to end behind a shut door that took too long, and when the next one may begin.
     late_attempts: u32,
     shut_again_at: Nanos,
     downtime_nanos: Nanos,
-    /// Nothing was written to the target since it was flushed, but what came in the meantime.
-    flushed: bool,
+    /// The target was flushed since the job began to wait for its end.
+    preflushed: bool,
     /// The body has returned; it follows until it is finalized.
     pending: bool,
     failure: Option<JobFailure>,
@@ -272,12 +278,14 @@ impl Mirror {
             seen: GuestTally::default(),
             others: 0,
             ready_told: false,
+            shares: false,
             for_ready: false,
             shut_at: None,
+            waits_since: None,
             late_attempts: 0,
             shut_again_at: 0,
             downtime_nanos: 0,
-            flushed: false,
+            preflushed: false,
             pending: false,
             failure: None,
             retry_at: None,
@@ -333,7 +341,8 @@ impl Mirror {
                 self.others -= 1;
                 match result {
                     Ok(()) => {
-                        self.flushed = true;
+                        self.preflushed = true;
+                        self.waits_since.get_or_insert(cx.now);
                         if self.stage == Stage::FlushingForReady {
                             self.flushed_for_ready(cx);
                         } else if self.settings.verify && self.advance(Stage::FlushingLast, Stage::Verifying)
@@ -414,13 +423,15 @@ impl Mirror {
             let piece = self.pieces.swap_remove(at);
             self.bytes_in_flight -= piece.weight;
             if copied.data > 0 {
-                self.conduct.piece_ended(cx.now.saturating_sub(piece.began));
+                self.conduct.piece_ended(copied.data, cx.now.saturating_sub(piece.began));
             }
         }
-        self.flushed &= copied.data == 0 && copied.zeroed == 0;
         self.done.data += copied.data;
         self.done.zeroed += copied.zeroed;
         self.done.skipped += copied.skipped;
+        self.done.shared += copied.shared;
+        // Blocks are shared by the thousand as quickly as one by one.
+        self.shares = copied.shared == range.len() || self.shares && copied.data == 0;
         let rest = undone.as_ref().map(|(from, _)| range.split_at(*from).1).filter(|rest| !rest.is_empty());
         cx.progress.done(range.len() - rest.map_or(0, |rest| rest.len()));
         self.tracker.release(range, rest);
@@ -460,6 +471,10 @@ impl Mirror {
         } else if self.stage == Stage::FlushingForReady {
             self.stage = Stage::Copying;
         }
+        if self.stage == Stage::Copying {
+            // What failed may have been dirty when the target was flushed.
+            self.waits_since = None;
+        }
     }
 
     /// Gives the guests their disk back and goes on following.
@@ -469,6 +484,7 @@ impl Mirror {
         }
         self.door_opened(cx.now);
         self.for_ready = false;
+        (self.waits_since, self.preflushed) = (None, false);
         self.stage = if self.ready_told { Stage::Following } else { Stage::Copying };
     }
 
@@ -477,10 +493,8 @@ impl Mirror {
     fn flushed_for_ready(&mut self, cx: &mut Context<'_, Op>) {
         if self.tracker.is_clean() {
             self.tell_ready(cx);
-        } else if self.is_little() && !cx.orders.hold && cx.now >= self.shut_again_at {
-            self.for_ready = true;
-            self.shut(cx);
         } else {
+            // From now on the job waits for a good moment.
             self.stage = Stage::Copying;
         }
     }
@@ -489,6 +503,7 @@ impl Mirror {
         self.stage = Stage::Following;
         self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN;
         self.ready_told = true;
+        (self.waits_since, self.preflushed) = (None, false);
         self.late_attempts = 0;
         self.conduct.caught_up(cx.now, &self.tracker);
         *cx.report = Some(Report::Ready);
@@ -499,9 +514,13 @@ impl Mirror {
         self.tracker.dirty_bytes() + self.tracker.copying_bytes()
     }
 
-    /// So little is left that guests can wait for it.
-    fn is_little(&self) -> bool {
-        self.left() <= self.conduct.closing_bytes() >> self.late_attempts.min(16)
+    /// So little is left that guests can wait for it. The longer the job has waited for such a moment, the more that is.
+    fn is_little(&self, cx: &mut Context<'_, Op>) -> bool {
+        let left = self.left();
+        let late = self.late_attempts.min(16);
+        let Some(since) = self.waits_since else { return left <= self.conduct.closing_bytes_max() >> late };
+        cx.wake_by(cx.now + limits::CLOSING_STEP_NANOS);
+        left <= self.conduct.closing_bytes(cx.now.saturating_sub(since)) >> late
     }
 
     fn door_opened(&mut self, now: Nanos) {
@@ -529,8 +548,9 @@ impl Mirror {
 
     /// Starts copies as long as there is something to copy and room for it.
     fn copy_on(&mut self, cx: &mut Context<'_, Op>) {
-        let chunk = self.conduct.piece().max(self.tracker.granularity());
-        let window = self.conduct.window().min(self.settings.buf_size);
+        let shared = if self.shares && !self.conduct.has_guests() { limits::MIRROR_SHARED_BYTES } else { 0 };
+        let chunk = self.conduct.piece().max(self.tracker.granularity()).max(shared);
+        let window = self.conduct.window().min(self.settings.buf_size).max(shared);
         let run_max = if self.tracker.is_blocking() {
             limits::MIRROR_ZERO_BYTES_MAX_BLOCKING
         } else {
@@ -594,7 +614,6 @@ impl Mirror {
         if mirrored > 0 {
             // Guests are not made to wait for the limit: the copying makes room for them.
             cx.limiter.charge_debt(cx.now, mirrored);
-            self.flushed = false;
         }
         self.seen = tally;
         while let Some(error) = self.tracker.pop_failure() {
@@ -676,23 +695,28 @@ impl Mirror {
         let left = self.left();
         // All of the disk has been dealt with once: what is left is what guests changed since.
         let passed = cx.progress.offset() >= self.settings.len;
-        let little = self.is_little();
         let alike = left == 0 && self.pieces.is_empty() && self.others == 0 && !self.asking;
-        let may_shut = cx.now >= self.shut_again_at;
-        if !may_shut {
+        let may_shut = cx.now >= self.shut_again_at && self.others == 0;
+        if cx.now < self.shut_again_at {
             cx.wake_by(self.shut_again_at);
         }
         match self.stage {
-            Stage::Copying if alike || passed && little && may_shut && self.others == 0 => {
-                self.stage = Stage::FlushingForReady;
-                self.ask(cx, Op::Flush);
+            Stage::Copying if alike && self.waits_since.is_some() => self.tell_ready(cx),
+            Stage::Copying if alike || passed && may_shut && self.is_little(cx) => {
+                if self.waits_since.is_none() {
+                    self.stage = Stage::FlushingForReady;
+                    self.ask(cx, Op::Flush);
+                } else {
+                    self.for_ready = true;
+                    self.shut(cx);
+                }
             }
             // So little is left that the guests can wait for it.
-            Stage::Following if little && may_shut && self.others == 0 => {
+            Stage::Following if may_shut && (ending || self.pending) && self.is_little(cx) => {
                 if self.pending && cx.orders.finalize
                     || !self.pending && ending && self.settings.auto_finalize
                 {
-                    if self.flushed || !self.conduct.has_guests() {
+                    if self.preflushed || !self.conduct.has_guests() {
                         self.shut(cx);
                     } else {
                         // Most of the flush is not done behind the shut door.
@@ -797,6 +821,7 @@ impl Body for Mirror {
             bytes_copied: self.done.data,
             bytes_zeroed: self.done.zeroed,
             bytes_skipped: self.done.skipped,
+            bytes_shared: self.done.shared,
             bytes_dirty: self.left(),
             bytes_guest: self.seen.bytes,
             errors: self.errors,

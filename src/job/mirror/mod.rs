@@ -28,12 +28,14 @@ use blockferry_ring::{Nanos, Ring};
 use super::event::JobType;
 use super::governor::GuestFirst;
 use super::lifecycle::{JobOptions, parse_speed};
+use super::offload::{CopyOffload, OffloadPolicy};
 use super::policy::CopyMode;
 use super::runner::{ErrorPolicies, Job};
 use crate::base::limits;
 use crate::block::BlockError;
 use crate::graph::node::{Filter, Node, UseKind};
-use crate::graph::tracker::{Peer, Tracker};
+use crate::graph::peer::{Peer, PeerOptions};
+use crate::graph::tracker::Tracker;
 use conduct::{Conduct, ConductSettings};
 use converge::OnDivergence;
 pub use hands::Marker;
@@ -77,6 +79,12 @@ pub struct MirrorOptions {
     pub auto_dismiss: bool,
     /// Look for zeroes in data and keep them out of the target.
     pub detect_zeroes: bool,
+    /// Zeroing may give the target's space back.
+    pub may_unmap: bool,
+    /// All of the target reads as zeroes.
+    pub target_is_zero: bool,
+    /// By which means the bytes of a source at rest may be copied without reading them.
+    pub offload: OffloadPolicy,
     /// Allow a target that is larger than the source.
     pub allow_larger_target: bool,
     /// Puts the mark of an unfinished copy on the target.
@@ -108,6 +116,9 @@ impl MirrorOptions {
             auto_finalize: true,
             auto_dismiss: true,
             detect_zeroes: true,
+            may_unmap: true,
+            target_is_zero: false,
+            offload: OffloadPolicy::default(),
             allow_larger_target: false,
             marker: None,
             verifier: None,
@@ -197,8 +208,9 @@ pub async fn start(
     let job = Job::new(ring, job_options, options.policies);
     let len = from.len();
     let target_use = Rc::new(RefCell::new(Some(target_use)));
-    let peer = Rc::new(Peer { driver: to.clone(), keep: target_use.clone() });
-    let tracker = Tracker::new(ring, len, granularity, Some(peer), job.waker())?;
+    let peer = PeerOptions { granularity, is_zero: options.target_is_zero, may_unmap: options.may_unmap };
+    let peer = Rc::new(Peer::new(to.clone(), target_use.clone(), peer)?);
+    let tracker = Tracker::new(ring, len, granularity, Some(peer.clone()), job.waker())?;
     job.follows_guests(options.copy_mode, &tracker);
     if options.sync != SyncMode::None {
         tracker.set_all();
@@ -232,6 +244,8 @@ pub async fn start(
         target: target_use,
         target_node: target.clone(),
         tracker: tracker.clone(),
+        peer,
+        offload: CopyOffload::new(options.offload),
         filter,
         drained: RefCell::new(None),
         over: Cell::new(false),

@@ -47,6 +47,14 @@ pub enum NbdClientError {
         /// What ended it.
         reason: LostReason,
     },
+    /// What is found under the name is not the export that was opened.
+    #[error(
+        "{uri} is not the export that it was when it was opened: its size, its blocks or its permissions differ."
+    )]
+    ChangedExport {
+        /// The export.
+        uri: Rc<str>,
+    },
     /// The server failed one request.
     #[error("{uri}: a {command:?} request at offset {offset} ({length} bytes) failed: {errno}{}{message}.",
         if message.is_empty() { "" } else { "; the server says: " })]
@@ -142,6 +150,7 @@ impl NbdClientError {
             Self::Resolve { .. } => Errno::EADDRNOTAVAIL,
             Self::Connect { errno, .. } => *errno,
             Self::Handshake { .. } => Errno::EPROTO,
+            Self::ChangedExport { .. } => Errno::ESTALE,
             Self::Lost { reason, .. } => match reason {
                 LostReason::ClosedByServer => Errno::ECONNRESET,
                 LostReason::ClosedHere => Errno::ESHUTDOWN,
@@ -156,6 +165,17 @@ impl NbdClientError {
                 NotSentReason::OutOfRange { .. } | NotSentReason::Unaligned { .. } => Errno::EINVAL,
                 NotSentReason::TooLong { .. } => Errno::EOVERFLOW,
             },
+        }
+    }
+
+    /// Whether the server broke the protocol.
+    pub fn is_broken_protocol(&self) -> bool {
+        match self {
+            Self::Lost { reason, .. } => {
+                matches!(reason, LostReason::Protocol(_) | LostReason::UnknownCookie { .. })
+            }
+            Self::Handshake { reason, .. } => !matches!(reason, ProtocolError::Refused { .. }),
+            _ => false,
         }
     }
 

@@ -98,6 +98,8 @@ struct Shared {
     closing: Cell<bool>,
     /// Told when there is something to send, and when the connection is lost.
     queued: Notify,
+    /// Told when the connection is lost, besides `moved`: whoever makes it anew waits there.
+    keeper: RefCell<Option<Notify>>,
     /// Told when a request has ended or something was sent, and when the connection is lost.
     moved: Notify,
 }
@@ -153,6 +155,7 @@ impl Connection {
             lost: RefCell::default(),
             closing: Cell::new(false),
             queued: ring.notify(),
+            keeper: RefCell::default(),
             moved: ring.notify(),
             negotiated: *negotiated,
         });
@@ -216,6 +219,16 @@ impl Connection {
         self.shared.lost.borrow().clone().map(|reason| self.shared.lost_error(reason))
     }
 
+    /// Whether the connection is over.
+    pub fn is_lost(&self) -> bool {
+        self.shared.is_lost()
+    }
+
+    /// Has `keeper` told when the connection is over.
+    pub(super) fn tell_when_lost(&self, keeper: &Notify) {
+        *self.shared.keeper.borrow_mut() = Some(keeper.clone());
+    }
+
     /// Reads `buf.len()` bytes at `offset`. After an error the buffer's content means nothing.
     pub async fn read(&self, offset: u64, buf: Buf) -> (Buf, Result<(), NbdClientError>) {
         let length = buf.len() as u64;
@@ -241,6 +254,16 @@ impl Connection {
     /// Gives the space of a range back; what is there afterwards is undefined.
     pub async fn trim(&self, offset: u64, length: u64) -> Result<(), NbdClientError> {
         self.shared.ask(header(Command::Trim, CommandFlags::EMPTY, offset, length), Asset::None).await.2
+    }
+
+    /// Suggests that a range will be read soon.
+    pub async fn cache(&self, offset: u64, length: u64) -> Result<(), NbdClientError> {
+        self.shared.ask(header(Command::Cache, CommandFlags::EMPTY, offset, length), Asset::None).await.2
+    }
+
+    /// The error for a request that the server cannot be asked for.
+    pub(super) fn not_offered(&self, command: Command, offset: u64, length: u64) -> NbdClientError {
+        self.shared.not_sent(&header(command, CommandFlags::EMPTY, offset, length), NotSentReason::NotOffered)
     }
 
     /// Makes a range read as zeroes. `flags` may be `FUA`, `NO_HOLE` and `FAST_ZERO`.
@@ -368,6 +391,7 @@ impl Shared {
         let flags = self.negotiated.flags;
         let (needed, writes) = match request.command {
             Command::Flush => (TransmissionFlags::SEND_FLUSH, false),
+            Command::Cache => (TransmissionFlags::SEND_CACHE, false),
             Command::Trim => (TransmissionFlags::SEND_TRIM, true),
             Command::WriteZeroes => (TransmissionFlags::SEND_WRITE_ZEROES, true),
             Command::Write => (TransmissionFlags::EMPTY, true),
@@ -486,6 +510,8 @@ impl Shared {
         self.requests.borrow_mut().lose_all();
         self.wake();
         self.queued.notify();
+        let keeper = self.keeper.borrow().clone();
+        keeper.iter().for_each(Notify::notify);
         self.ring.shutdown_stream(&self.stream);
     }
 

@@ -54,7 +54,7 @@ pub(super) async fn dial(
 async fn connect(ring: &Ring, uri: &NbdUri, name: &Rc<str>) -> Result<File, NbdClientError> {
     let mut errno = Errno::EADDRNOTAVAIL;
     for address in addresses(ring, uri, name).await? {
-        match ring.connect(&address) {
+        match ring.dial(&address).await {
             Ok(stream) => return Ok(stream),
             Err(error) => errno = error,
         }
@@ -68,6 +68,10 @@ async fn addresses(ring: &Ring, uri: &NbdUri, name: &Rc<str>) -> Result<Vec<Sock
         NbdAddress::Unix { path } => return Ok(vec![SocketAddress::Unix(path.clone())]),
         NbdAddress::Tcp { host, port } => (host.clone(), *port),
     };
+    if port == 0 {
+        let reason = "port 0 is for servers, which take a free one; say the port that was taken".into();
+        return Err(NbdClientError::Resolve { uri: name.clone(), reason });
+    }
     if let Ok(address) = host.parse::<IpAddr>() {
         return Ok(vec![SocketAddress::Tcp(SocketAddr::new(address, port))]);
     }

@@ -9,10 +9,11 @@
 //! - `transmission`: requests and replies as a server sees them, headers without allocation.
 //! - `reply_reader`: replies as a client sees them; `pending`: whether they answer what was asked.
 //! - `wire`, `constants`, `errno`, `meta_context`: structures, numbers, error values, metadata contexts.
-//! - `uri`: how a person names an export.
+//! - `uri`: how a person names an export; `options`: how QEMU's programs do.
 //!
 //! On top of the codec, and the only part that knows the ring: `connection`, a client with many requests in flight
-//! (`dial` makes it, `in_flight` keeps its books), and `driver`, which shows one to the block layer.
+//! (`dial` makes it, `in_flight` keeps its books), and `driver`, which shows one to the block layer. `remote` keeps
+//! connections to one export alive, and `node` is the disk that jobs and guests use on top of it.
 //!
 //! What must hold: no byte that a peer sends can make this code panic, loop without progress, or keep more memory than
 //! the limits in `constants` allow.
@@ -33,7 +34,10 @@ pub mod handshake_client;
 pub mod handshake_server;
 mod in_flight;
 mod meta_context;
+pub mod node;
+pub mod options;
 pub mod pending;
+mod remote;
 pub mod reply_reader;
 pub mod transmission;
 pub mod uri;
@@ -53,7 +57,9 @@ pub use handshake_server::{
     ExportDirectory, ExportInfo, Negotiated, ServerHandshake, ServerPolicy, ServerProgress, ServerStep,
 };
 pub use meta_context::MetaContext;
+pub use node::NbdNode;
 pub use pending::{PendingReply, ReplyBody};
+pub use remote::RemoteOptions;
 pub use reply_reader::{
     BlockStatus, DATA_OFFSET_BYTES, ErrorChunk, ReplyHeader, parse_block_status, parse_data_offset,
     parse_error, parse_hole, parse_reply,

@@ -26,7 +26,7 @@ pub enum NbdAddress {
     Tcp {
         /// A name or an address; IPv6 without brackets.
         host: String,
-        /// The port.
+        /// The port. A server that is told 0 takes a free one; nobody can connect to 0.
         port: u16,
     },
     /// A Unix socket.
@@ -81,7 +81,9 @@ pub enum UriError {
         uri: String,
     },
     /// Not a port number.
-    #[error("{port:?} in {uri:?} is not a port. A port is a number from 1 to 65535.")]
+    #[error(
+        "{port:?} in {uri:?} is not a port. A port is a number from 1 to 65535; 0 lets a server take a free one."
+    )]
     BadPort {
         /// The text.
         uri: String,
@@ -237,7 +239,7 @@ fn host_and_port<'a>(uri: &str, server: &'a str) -> Result<(&'a str, Option<u16>
     }
     let parse = |port: &str| {
         let digits = port.bytes().all(|byte| byte.is_ascii_digit());
-        let number = port.parse::<u16>().ok().filter(|number| digits && *number > 0);
+        let number = port.parse::<u16>().ok().filter(|_| digits);
         number.ok_or_else(|| UriError::BadPort { uri: uri.to_owned(), port: port.to_owned() })
     };
     // RFC 3986 lets the port be empty, which means that it is not given.
@@ -398,7 +400,7 @@ mod tests {
         for text in ["nbd://::1/", "nbd://[::1/", "nbd://[::1]x/", "nbd:::1:10809", "nbd://%FF/"] {
             assert_eq!(refused(text), UriError::BadHost { uri: uri(text) }, "{text}");
         }
-        for port in ["0", "65536", "x", "+1", "-1", "1 "] {
+        for port in ["65536", "x", "+1", "-1", "1 "] {
             let text = format!("nbd://h:{port}/");
             assert_eq!(refused(&text), UriError::BadPort { uri: text.clone(), port: uri(port) });
         }

@@ -1,0 +1,334 @@
+//! `blockferry convert`: copies an image that nobody writes to a new one, of any format that is known here.
+//!
+//! Options have the names that `qemu-img convert` gives them. What differs is in docs/tools.md: above all, a target
+//! that exists is left alone unless that is said, and one that is not complete says so.
+
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use blockferry_ring::sync::{Either, either};
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::exit::{Exit, Failure};
+use super::image::{CacheMode, OpenArgs, parse_format, size, speed, state_dir};
+use super::progress::{INTERVAL_NANOS, Progress};
+use super::signals::Signals;
+use super::target::{Target, TargetOptions};
+use super::tool::{OutputArgs, cache, option_pairs, read_options};
+use super::{Global, config, stats};
+use crate::base::limits;
+use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::engine::create::NewImage;
+use crate::engine::{Engine, Format};
+use crate::graph::node::Node;
+use crate::job::convert::{ConvertOptions, Tally, TargetState};
+use crate::job::event::JobEvent;
+use crate::job::offload::OffloadPolicy;
+use crate::job::runner::{Ending, Job};
+use crate::protocol::mark::MarkInfo;
+
+const AFTER: &str = "\
+Examples:
+  A thin copy, compared with its source before it counts as complete:
+      blockferry convert -O raw --verify old.img new.img
+
+  Onto a device that holds zeroes only:
+      blockferry convert -n --target-is-zero -O raw old.img /dev/vg/new
+
+While it runs the target carries a mark that says so; `blockferry info` shows it. The mark is gone when, and
+only when, the target is complete and flushed.";
+
+/// Copy an image that nobody writes to a new one, thin, in any format
+#[derive(Debug, Args)]
+#[command(after_help = AFTER)]
+pub struct ConvertArgs {
+    /// The image to copy
+    #[arg(value_name = "SRC")]
+    source: String,
+    /// Where to: a new file, or an existing image with --force or -n
+    #[arg(value_name = "DST")]
+    target: String,
+    /// Format of the source, if its header should not be asked
+    #[arg(short = 'f', long = "source-format", value_name = "FORMAT", value_parser = parse_format)]
+    source_format: Option<Format>,
+    /// Format of the target
+    #[arg(short = 'O', long = "target-format", value_name = "FORMAT", value_parser = parse_format, default_value = "raw")]
+    target_format: Format,
+    /// Options of the target's format, as NAME=VALUE,NAME=VALUE (may be said more than once)
+    #[arg(short = 'o', long = "target-options", value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Cache mode of the source: none and directsync go past the page cache, the others through it [default: none]
+    #[arg(short = 'T', long = "source-cache", value_name = "CACHE", value_parser = cache)]
+    source_cache: Option<CacheMode>,
+    /// Cache mode of the target [default: none]
+    #[arg(short = 't', long = "target-cache", value_name = "CACHE", value_parser = cache)]
+    target_cache: Option<CacheMode>,
+    /// Write into an existing image, which is not made anew
+    #[arg(short = 'n', long)]
+    no_create: bool,
+    /// The existing image reads as zeroes: zeroes need not be written to it
+    #[arg(long, requires = "no_create")]
+    target_is_zero: bool,
+    /// Make an existing file anew; what is in it is lost
+    #[arg(long, conflicts_with = "no_create")]
+    force: bool,
+    /// Look for zeroes in pieces of this size; 0: do not look, and allocate the target everywhere
+    #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = size, default_value = "4096")]
+    sparse_size: u64,
+    /// Copies in flight, 1 to 16
+    #[arg(short = 'm', long = "parallel", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16), default_value_t = limits::CONVERT_OPERATIONS as u8)]
+    parallel: u8,
+    /// Accepted for its name: writes are never kept in order
+    #[arg(short = 'W', long = "oob-writes")]
+    out_of_order: bool,
+    /// Limit the copying, such as 200MiB (a second)
+    #[arg(short = 'r', long, value_name = "RATE", value_parser = speed, default_value = "0")]
+    rate: u64,
+    /// Share blocks with the source where the filesystem can
+    #[arg(long, value_enum, default_value_t = Reflink::Auto, value_name = "WHEN")]
+    reflink: Reflink,
+    /// Try the kernel's copy_file_range, too, where blocks cannot be shared
+    #[arg(short = 'C', long = "copy-range-offloading")]
+    copy_range: bool,
+    /// Take what cannot be read for zeroes; exit code 1 if there was any
+    #[arg(long)]
+    salvage: bool,
+    /// Read both images back and compare them before the target counts as complete
+    #[arg(long)]
+    verify: bool,
+    /// Open the source though others may be writing it: no locks
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// Show progress (on a terminal it is shown anyway)
+    #[arg(short, long)]
+    progress: bool,
+    /// No output but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// Where to note unfinished targets that cannot carry a mark themselves (block devices, some filesystems)
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Reflink {
+    /// Where both files lie on a filesystem that can
+    #[default]
+    Auto,
+    /// Never: the copy has blocks of its own
+    Never,
+}
+
+/// Runs the command.
+pub fn main(global: &Global, args: ConvertArgs) -> Result<Exit, Failure> {
+    let engine = Rc::new(Engine::new(&config(global))?);
+    let signals = Signals::new(engine.ring())?;
+    // Progress lines belong to --json; --output=json is one document.
+    let run = Run { global: global.clone(), engine: engine.clone(), signals, args };
+    engine.run(async move { run.convert().await })
+}
+
+struct Run {
+    global: Global,
+    engine: Rc<Engine>,
+    signals: Signals,
+    args: ConvertArgs,
+}
+
+impl Run {
+    async fn convert(&self) -> Result<Exit, Failure> {
+        let (args, engine, ring) = (&self.args, &*self.engine, self.engine.ring());
+        let options = read_options(args.source_format, args.source_cache, args.force_share);
+        let source = engine.open(&args.source, &options).await?;
+        let open = OpenArgs { cache: args.target_cache.unwrap_or_default(), ..OpenArgs::default() };
+        let (target, target_state) = self.open_target(&source, &open).await?;
+        let began = ring.clock();
+        let started = self.start(&source, &target, target_state).await;
+        let (job, tally) = match started {
+            Ok(started) => started,
+            Err(failure) => {
+                target.undo(engine).await;
+                return Err(failure);
+            }
+        };
+        let tail = target.node.driver().len() - source.driver().len();
+        let mark = target.marker(engine);
+        drop((source, target));
+        let ending = self.follow(&job).await?;
+        let is_marked = mark.is_set().await.unwrap_or(false);
+        let exit = self.report(&job, &tally, &ending, ring.clock() - began, tail);
+        stats::print(&self.global, ring);
+        match ending {
+            Ending::Failed(text) if exit == Exit::Failed => {
+                let rest = if is_marked { ". The target is incomplete and marked so" } else { "" };
+                Err(Failure::text(format!("The conversion failed: {text}{rest}")))
+            }
+            _ => Ok(exit),
+        }
+    }
+
+    async fn open_target(
+        &self,
+        source: &Rc<Node>,
+        open: &OpenArgs,
+    ) -> Result<(Target, TargetState), Failure> {
+        let args = &self.args;
+        let options = TargetOptions {
+            name: &args.target,
+            format: Some(args.target_format),
+            force: args.force || args.no_create,
+            len: source.driver().len(),
+            open,
+            state_dir: state_dir(args.state_dir.as_deref()),
+            mark: MarkInfo::incomplete("convert", &args.source).started(unix_secs()),
+        };
+        if args.no_create {
+            let path = crate::engine::open::local_path(&args.target);
+            if let Some(path) = path.filter(|path| matches!(self.engine.ring().lookup(path), Ok(None))) {
+                let text = "does not exist, and -n says that it is not to be made";
+                return Err(Failure::text(format!("The target '{}' {text}", path.display())));
+            }
+            let target = Target::open(&self.engine, options).await?;
+            let state = if args.target_is_zero { TargetState::Zero } else { TargetState::Unknown };
+            return Ok((target, state));
+        }
+        let pairs = option_pairs(&args.options)?;
+        let new = NewImage::parse(args.target_format, &pairs, Some(source.driver().len()));
+        let new = new.map_err(Failure::text)?;
+        let target = Target::make_anew(&self.engine, options, &new).await?;
+        let state = match () {
+            () if new.has_backing() => TargetState::Backed,
+            () if target.is_fresh() => TargetState::Zero,
+            () => TargetState::Unknown,
+        };
+        Ok((target, state))
+    }
+
+    async fn start(
+        &self,
+        source: &Rc<Node>,
+        target: &Target,
+        target_state: TargetState,
+    ) -> Result<(Job, Rc<Tally>), Failure> {
+        let args = &self.args;
+        let mut options = ConvertOptions::new("convert0");
+        options.parallel = args.parallel.into();
+        options.speed = i64::try_from(args.rate).map_err(|_| Failure::text("--rate is too large"))?;
+        options.sparse_bytes = args.sparse_size;
+        options.target_state = target_state;
+        options.offload = match (args.reflink, args.copy_range) {
+            (Reflink::Never, _) => OffloadPolicy::Never,
+            (Reflink::Auto, false) => OffloadPolicy::Reflink,
+            (Reflink::Auto, true) => OffloadPolicy::Any,
+        };
+        options.salvage = args.salvage;
+        options.verify = args.verify;
+        options.marker = Some(Box::new(target.marker(&self.engine)));
+        Ok(self.engine.convert(source, &target.node, options).await?)
+    }
+
+    /// Watches the job to its end.
+    async fn follow(&self, job: &Job) -> Result<Ending, Failure> {
+        let ring = self.engine.ring();
+        let mut progress = Progress::new(&self.global, self.args.quiet, ring.clock());
+        loop {
+            let something = either(job.next_event(), self.signals.next());
+            match either(something, ring.sleep(INTERVAL_NANOS)).await {
+                Either::First(Either::First(event)) => self.tell(&event),
+                Either::First(Either::Second(_)) => {
+                    progress.say("Cancelling: the target stays incomplete");
+                    if let Err(error) = job.cancel(true) {
+                        progress.say(&error.to_string());
+                    }
+                }
+                Either::Second(()) => progress.update(job, ring.clock()),
+            }
+            if let Some(ending) = job.ending() {
+                progress.finish();
+                while let Some(event) = job.pop_event() {
+                    self.tell(&event);
+                }
+                return Ok(ending);
+            }
+        }
+    }
+
+    fn tell(&self, event: &JobEvent) {
+        if self.global.json {
+            println!("{}", json!({"event": event.name(), "data": event}));
+        }
+    }
+
+    fn report(&self, job: &Job, tally: &Tally, ending: &Ending, elapsed_ns: u64, tail: u64) -> Exit {
+        let (args, details) = (&self.args, job.details());
+        let lost = tally.bytes_lost.get();
+        let mismatch = tally.mismatch.get();
+        let (word, exit) = match ending {
+            Ending::Completed if lost > 0 => ("completed-with-losses", Exit::Code(1)),
+            Ending::Completed => ("completed", Exit::Done),
+            Ending::Cancelled => ("cancelled", Exit::Cancelled),
+            Ending::Failed(_) if mismatch.is_some() => ("failed", Exit::Different),
+            Ending::Failed(_) => ("failed", Exit::Failed),
+        };
+        let compared = tally.bytes_compared.get();
+        let value = json!({
+            "event": "end",
+            "ending": word,
+            "elapsed-ns": elapsed_ns,
+            "details": details,
+            "bytes-shared": tally.bytes_shared.get(),
+            "bytes-compressed": tally.bytes_compressed.get(),
+            "bytes-lost": lost,
+            "bytes-compared": compared,
+            "mismatch": mismatch,
+            "target-tail-bytes": (tail > 0).then_some(tail),
+        });
+        if args.output.print(&self.global, &value) || args.quiet && exit == Exit::Done {
+            return exit;
+        }
+        match ending {
+            Ending::Completed => {
+                let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
+                let shared = match tally.bytes_shared.get() {
+                    0 => String::new(),
+                    n => format!(", {} of it by sharing blocks", fmt_bytes(n)),
+                };
+                eprintln!(
+                    "Completed in {}: {} copied ({}){shared}, {} zeroed, {} skipped",
+                    fmt_duration(elapsed_ns),
+                    fmt_bytes(details.bytes_copied),
+                    fmt_rate(rate),
+                    fmt_bytes(details.bytes_zeroed),
+                    fmt_bytes(details.bytes_skipped),
+                );
+                if args.verify {
+                    eprintln!("Verified: {} compared, no difference", fmt_bytes(compared));
+                }
+                if tail > 0 {
+                    eprintln!(
+                        "The target is {} larger than the source: what lies behind the source's end holds what it \
+                         held before",
+                        fmt_bytes(tail)
+                    );
+                }
+                if lost > 0 {
+                    eprintln!("{} could not be read and are zeroes in the target", fmt_bytes(lost));
+                }
+            }
+            Ending::Cancelled => eprintln!("Cancelled: '{}' is incomplete and marked so", args.target),
+            Ending::Failed(_) => match mismatch {
+                Some(at) => eprintln!("Verify: source and target differ at offset {at}"),
+                None => {}
+            },
+        }
+        exit
+    }
+}
+
+fn unix_secs() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,125 @@
+//! `blockferry resize`: changes the length of an image.
+
+use std::rc::Rc;
+
+use clap::Args;
+use serde_json::json;
+
+use super::exit::{Exit, Failure};
+use super::image::{parse_format, size};
+use super::tool::OutputArgs;
+use super::{Global, config};
+use crate::base::range::ByteRange;
+use crate::engine::create::{RawPreallocation, preallocate};
+use crate::engine::{Engine, Format, ImageOptions};
+use crate::graph::node::UseKind;
+
+/// Change the length of an image
+#[derive(Debug, Args)]
+pub struct ResizeArgs {
+    /// The image
+    #[arg(value_name = "FILE")]
+    file: String,
+    /// The new length, or by how much it grows (+) or shrinks (-)
+    #[arg(value_name = "[+-]SIZE", allow_hyphen_values = true, value_parser = Change::parse)]
+    change: Change,
+    /// Its format: has to be said if it is raw
+    #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
+    /// Allow the image to shrink: what lies beyond its new end is lost
+    #[arg(long)]
+    shrink: bool,
+    /// What is allocated of the part that is added: off, falloc or full (qcow2: metadata, too)
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    preallocation: String,
+    /// No output but errors
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// What is to become of a length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    To(u64),
+    By(u64),
+    LessBy(u64),
+}
+
+impl Change {
+    fn parse(text: &str) -> Result<Change, String> {
+        match text.as_bytes().first() {
+            Some(b'+') => size(&text[1..]).map(Change::By),
+            Some(b'-') => size(&text[1..]).map(Change::LessBy),
+            _ => size(text).map(Change::To),
+        }
+    }
+
+    fn apply(self, len: u64) -> Option<u64> {
+        let new = match self {
+            Change::To(new) => Some(new),
+            Change::By(more) => len.checked_add(more),
+            Change::LessBy(less) => len.checked_sub(less),
+        };
+        new.filter(|new| *new <= crate::base::limits::DISK_LEN_MAX)
+    }
+}
+
+/// Runs the command.
+pub fn main(global: &Global, args: ResizeArgs) -> Result<Exit, Failure> {
+    let engine = Rc::new(Engine::new(&config(global))?);
+    let args = Rc::new(args);
+    let (e, a) = (engine.clone(), args.clone());
+    let (old, new) = engine.run(async move { resize(&e, &a).await })?;
+    let value = json!({"filename": args.file, "old-virtual-size": old, "virtual-size": new});
+    if !args.output.print(global, &value) && !args.quiet {
+        println!("Image resized.");
+    }
+    Ok(Exit::Done)
+}
+
+async fn resize(engine: &Engine, args: &ResizeArgs) -> Result<(u64, u64), Failure> {
+    let options = ImageOptions { format: args.format, ..ImageOptions::default() };
+    let node = engine.open(&args.file, &options).await?;
+    let _lock = node.attach(UseKind::JobTarget("resize"))?;
+    let driver = node.driver();
+    let old = driver.len();
+    let Some(new) = args.change.apply(old) else {
+        return Err(Failure::text(format!(
+            "The new length of '{}' makes no sense: it has {old} bytes",
+            args.file
+        )));
+    };
+    if new < old && !args.shrink {
+        return Err(Failure::text(format!(
+            "'{}' has {old} bytes, and what lies beyond {new} would be lost. Say --shrink if that is meant",
+            args.file
+        )));
+    }
+    let mode = RawPreallocation::parse(&args.preallocation).map_err(Failure::text)?;
+    if new < old && mode != RawPreallocation::Off {
+        return Err(Failure::text("Preallocation can only be used for growing images"));
+    }
+    driver.set_len(new).await?;
+    if new > old {
+        preallocate(engine.ring(), driver, ByteRange::at_saturating(old, new - old), mode).await?;
+    }
+    driver.flush().await?;
+    Ok((old, new))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_are_said_in_three_ways() {
+        let apply = |text: &str, len| Change::parse(text).unwrap().apply(len);
+        assert_eq!(apply("1M", 5), Some(1 << 20));
+        assert_eq!(apply("+1k", 5), Some(1029));
+        assert_eq!(apply("-5", 5), Some(0));
+        assert_eq!(apply("-6", 5), None);
+        assert!(Change::parse("x").is_err() && Change::parse("+-1").is_err());
+    }
+}

@@ -1,0 +1,147 @@
+//! What the image tools share: options with the names that users of `qemu-img` know.
+
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::Global;
+use super::exit::{Exit, Failure};
+use super::image::CacheMode;
+use crate::engine::{Format, ImageOptions};
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Text
+    #[default]
+    Human,
+    /// One JSON document, as qemu-img prints it
+    Json,
+}
+
+/// Where results go.
+#[derive(Clone, Debug, Args)]
+pub struct OutputArgs {
+    /// Print text, or one JSON document (the global --json prints the same on one line)
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: Output,
+}
+
+impl OutputArgs {
+    /// Prints `value` if JSON was asked for; false if people are to read something.
+    pub fn print(&self, global: &Global, value: &Value) -> bool {
+        if global.json {
+            println!("{value}");
+        } else if self.output == Output::Json {
+            println!("{value:#}");
+        }
+        self.is_json(global)
+    }
+
+    /// Whether JSON was asked for.
+    pub fn is_json(&self, global: &Global) -> bool {
+        global.json || self.output == Output::Json
+    }
+}
+
+/// QEMU's names of cache modes. Here only one thing is chosen by them: past the page cache or through it. Every target
+/// is flushed before it counts as complete, whatever the mode.
+pub fn cache(text: &str) -> Result<CacheMode, String> {
+    match text {
+        "none" | "directsync" | "direct" => Ok(CacheMode::Direct),
+        "writeback" | "writethrough" | "unsafe" | "buffered" => Ok(CacheMode::Buffered),
+        _ => Err(format!(
+            "'{text}' is no cache mode: none and directsync go past the page cache; writeback, writethrough and \
+             unsafe go through it"
+        )),
+    }
+}
+
+/// Options for an image that a tool reads.
+pub fn read_options(format: Option<Format>, cache: Option<CacheMode>, force_share: bool) -> ImageOptions {
+    ImageOptions {
+        format,
+        cache: cache.unwrap_or_default().into(),
+        lock: !force_share,
+        ..ImageOptions::read_only()
+    }
+}
+
+/// Ends a command whose exit code says more than success or failure: failures have this code, not 1.
+pub fn with_code(global: &Global, code: u8, result: Result<Exit, Failure>) -> Result<Exit, Failure> {
+    match result {
+        Ok(exit) => Ok(exit),
+        Err(failure) => {
+            if global.json {
+                println!("{}", json!({"event": "error", "message": failure.to_string()}));
+            }
+            eprintln!("blockferry: {failure}");
+            Ok(Exit::Code(code))
+        }
+    }
+}
+
+/// Options said as `-o NAME=VALUE,NAME=VALUE`, any number of times. A doubled comma is a comma.
+pub fn option_pairs(said: &[String]) -> Result<Vec<(String, String)>, Failure> {
+    let mut pairs = Vec::new();
+    for text in said {
+        for part in text.replace(",,", "\0").split(',').filter(|part| !part.is_empty()) {
+            let part = part.replace('\0', ",");
+            match part.split_once('=') {
+                Some((name, value)) => pairs.push((name.trim().to_owned(), value.to_owned())),
+                None => {
+                    return Err(Failure::text(format!("The option '{part}' has no value: say NAME=VALUE")));
+                }
+            }
+        }
+    }
+    Ok(pairs)
+}
+
+/// A size as `qemu-img` writes it for people: binary units, three digits.
+pub fn human_size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    // Three significant digits, no zeroes at the end.
+    let places = if value >= 100.0 {
+        0
+    } else if value >= 10.0 {
+        1
+    } else {
+        2
+    };
+    let text = format!("{value:.places$}");
+    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    format!("{text} {}", UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_cut_at_single_commas() {
+        let pairs = option_pairs(&["a=1,b=x,,y".into(), "c=".into()]).unwrap();
+        let pairs: Vec<_> = pairs.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+        assert_eq!(pairs, [("a", "1"), ("b", "x,y"), ("c", "")]);
+        assert!(option_pairs(&["a".into()]).is_err());
+    }
+
+    #[test]
+    fn sizes_have_three_digits() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "0.98 KiB"),
+            (1 << 20, "1 MiB"),
+            (339_968, "332 KiB"),
+            (3 << 29, "1.5 GiB"),
+        ] {
+            assert_eq!(human_size(bytes), text);
+        }
+    }
+}

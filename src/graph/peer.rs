@@ -1,0 +1,148 @@
+//! The other side of a job's source: its target, as copies and guests' changes of both sides meet it.
+//!
+//! It remembers what of the target is known to be zero, so that nothing is zeroed twice: a target that began
+//! as zeroes, what the job zeroed, what the target itself says is a hole. And it remembers whether a change
+//! of the target has ever failed. What a failed change left can be seen there and yet be durable or not,
+//! whatever flush follows: from then on nothing is taken for zero because it reads as zero.
+//!
+//! Two operations on the same bytes exclude each other before they come here
+//! ([`super::tracker`]); that is what makes the map true.
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use blockferry_ring::SharedBuf;
+
+use super::dirty::{DirtyMap, DirtyMapError};
+use crate::base::range::ByteRange;
+use crate::block::{BlockError, Driver, IoResult, WriteFlags, ZeroFlags};
+
+/// What the user said of the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerOptions {
+    /// Bytes in a chunk of the map of zeroes.
+    pub granularity: u64,
+    /// All of it reads as zeroes.
+    pub is_zero: bool,
+    /// Zeroing may give space back.
+    pub may_unmap: bool,
+}
+
+/// What came of a zeroing, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Zeroed {
+    /// Made zero.
+    pub zeroed: u64,
+    /// Were zero already.
+    pub skipped: u64,
+}
+
+/// See the module's documentation.
+pub struct Peer {
+    driver: Rc<dyn Driver>,
+    /// Held until the last write has ended, whatever became of the job: its locks on the target.
+    _keep: Rc<dyn Any>,
+    /// Chunks that are not known to be zero.
+    nonzero: RefCell<DirtyMap>,
+    may_unmap: bool,
+    has_failed: Cell<bool>,
+}
+
+impl std::fmt::Debug for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Peer")
+            .field("driver", &self.driver.name())
+            .field("has_failed", &self.has_failed.get())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Peer {
+    /// The target `driver`; `keep` is held as long as anything is under way on it.
+    pub fn new(
+        driver: Rc<dyn Driver>,
+        keep: Rc<dyn Any>,
+        options: PeerOptions,
+    ) -> Result<Peer, DirtyMapError> {
+        let mut nonzero = DirtyMap::new(driver.len(), options.granularity)?;
+        if !options.is_zero {
+            nonzero.set_all();
+        }
+        Ok(Peer {
+            driver,
+            _keep: keep,
+            nonzero: RefCell::new(nonzero),
+            may_unmap: options.may_unmap,
+            has_failed: Cell::new(false),
+        })
+    }
+
+    /// The target's driver.
+    pub fn driver(&self) -> &Rc<dyn Driver> {
+        &self.driver
+    }
+
+    /// Writes all of `buf` at `offset`.
+    pub async fn write(&self, offset: u64, buf: SharedBuf) -> IoResult {
+        self.nonzero.borrow_mut().set(ByteRange::at_saturating(offset, buf.len() as u64));
+        self.changed(self.driver.write(offset, buf, WriteFlags::default()).await)
+    }
+
+    /// The range is about to be changed by other means.
+    pub fn will_change(&self, range: ByteRange) {
+        self.nonzero.borrow_mut().set(range);
+    }
+
+    /// Notes whether a change went well.
+    pub fn changed<T>(&self, result: Result<T, BlockError>) -> Result<T, BlockError> {
+        if result.is_err() {
+            self.has_failed.set(true);
+        }
+        result
+    }
+
+    /// Makes a range zero, where it is not known to be so; with `may_unmap` space may be given back, if the user allows
+    /// it at all.
+    pub async fn make_zero(
+        &self,
+        range: ByteRange,
+        may_unmap: bool,
+    ) -> (Zeroed, Result<(), (u64, BlockError)>) {
+        let mut done = Zeroed::default();
+        let mut at = range.start();
+        while at < range.end() {
+            let unknown = self.nonzero.borrow().next_dirty(at, range.end() - at);
+            let from = unknown.map_or(range.end(), |run| run.start().clamp(at, range.end()));
+            done.skipped += from - at;
+            at = from;
+            let Some(run) = unknown.filter(|_| at < range.end()) else { break };
+            match self.zero_unknown(at, run.end().min(range.end()) - at, may_unmap, &mut done).await {
+                Ok(len) => at += len,
+                Err(error) => return (done, Err((at, error))),
+            }
+        }
+        (done, Ok(()))
+    }
+
+    /// A part about which nothing is known: the target is asked, and zeroed if it does not say that it is a hole.
+    async fn zero_unknown(
+        &self,
+        at: u64,
+        left: u64,
+        may_unmap: bool,
+        done: &mut Zeroed,
+    ) -> Result<u64, BlockError> {
+        let extent = self.driver.block_status(at, left).await?;
+        let len = extent.len.clamp(1, left);
+        if extent.zero && !self.has_failed.get() {
+            done.skipped += len;
+        } else {
+            let flags = ZeroFlags { may_unmap: may_unmap && self.may_unmap, ..ZeroFlags::default() };
+            self.changed(self.driver.write_zeroes(at, len, flags).await)?;
+            done.zeroed += len;
+        }
+        self.nonzero.borrow_mut().clear(ByteRange::at_saturating(at, len));
+        Ok(len)
+    }
+}

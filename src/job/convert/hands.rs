@@ -1,0 +1,292 @@
+//! The conversion's hands: ask, read, share, compress, write, flush, mark.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::{Buf, PooledFuture, Ring, SharedBuf};
+
+use super::machine::{Op, Outcome};
+use super::plan::{What, plan};
+use super::{TargetState, compress};
+use crate::base::limits;
+use crate::base::range::ByteRange;
+use crate::base::zero::zero_runs;
+use crate::block::{BlockError, Driver, Extent, WriteFlags, ZeroFlags};
+use crate::graph::node::Use;
+use crate::job::body::Hands;
+use crate::job::compare::Comparer;
+use crate::job::error::JobFailure;
+use crate::job::mirror::Marker;
+use crate::job::mirror::machine::{Copied, Failed};
+use crate::job::offload::CopyOffload;
+use crate::job::policy::IoOperation;
+
+/// What was done by which means, beside the job's [`crate::job::body::Details`].
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Bytes that were copied without being read.
+    pub bytes_shared: Cell<u64>,
+    /// Bytes that could not be read and count as zeroes.
+    pub bytes_lost: Cell<u64>,
+    /// Bytes of data whose clusters were compressed.
+    pub bytes_compressed: Cell<u64>,
+    /// What they take now.
+    pub bytes_compressed_to: Cell<u64>,
+    /// Bytes compared.
+    pub bytes_compared: Cell<u64>,
+    /// Where source and target differ, if they were found to.
+    pub mismatch: Cell<Option<u64>>,
+}
+
+pub(super) struct Parts {
+    pub ring: Ring,
+    pub source: Use,
+    pub target: Use,
+    pub marker: Option<Box<dyn Marker>>,
+    pub offload: CopyOffload,
+    /// The target's unit of allocation.
+    pub unit: u64,
+    pub sparse_bytes: u64,
+    pub target_state: TargetState,
+    pub compress: bool,
+    pub salvage: bool,
+    pub tally: Rc<Tally>,
+    /// A change of the target has failed: from then on nothing is taken for zero because it reads as zero.
+    pub target_failed: Cell<bool>,
+}
+
+/// The hands of a conversion.
+pub(super) struct ConvertHands(pub Rc<Parts>);
+
+impl Hands<Op, Outcome> for ConvertHands {
+    fn perform(&self, op: Op) -> PooledFuture<'static, Outcome> {
+        let parts = self.0.clone();
+        let ring = self.0.ring.clone();
+        ring.boxed(async move { parts.perform(op).await })
+    }
+
+    fn commit(&self, _pivot: bool) -> Result<(), JobFailure> {
+        Ok(())
+    }
+
+    fn clean_up(&self, forced: bool) {
+        if forced {
+            self.0.to().fail_in_flight();
+        }
+    }
+}
+
+pub(super) fn add(cell: &Cell<u64>, n: u64) {
+    cell.set(cell.get() + n);
+}
+
+impl Parts {
+    fn from(&self) -> &Rc<dyn Driver> {
+        self.source.node().driver()
+    }
+
+    pub(super) fn to(&self) -> &Rc<dyn Driver> {
+        self.target.node().driver()
+    }
+
+    async fn perform(&self, op: Op) -> Outcome {
+        match op {
+            Op::Mark => Outcome::Marked(match &self.marker {
+                Some(marker) => marker.mark().await.map_err(write_failed),
+                None => Ok(()),
+            }),
+            Op::Unmark => Outcome::Unmarked(match &self.marker {
+                Some(marker) => marker.unmark().await.map_err(write_failed),
+                None => Ok(()),
+            }),
+            Op::Status(range) => Outcome::Status(self.status(range).await.map_err(read_failed)),
+            Op::Share(range) => Outcome::Shared(range, self.share(range).await),
+            Op::Copy(range) => {
+                let mut done = Copied::default();
+                let failed = self.copy(range, &mut done).await.err();
+                Outcome::Piece(range, What::Data, done, failed)
+            }
+            Op::Zero(range) => {
+                let mut done = Copied::default();
+                let failed = self.make_zero(range, &mut done).await.err();
+                Outcome::Piece(range, What::Zero, done, failed.map(|failed| (range.start(), failed)))
+            }
+            Op::Flush => Outcome::Flushed(self.to().flush().await.map_err(write_failed)),
+            Op::Verify => Outcome::Verified(self.verify().await),
+        }
+    }
+
+    /// What is in the source from the start of `range` on.
+    async fn status(&self, range: ByteRange) -> Result<Vec<(ByteRange, What)>, BlockError> {
+        let mut extents: Vec<(ByteRange, What)> = Vec::new();
+        let mut at = range.start();
+        while at < range.end() && extents.len() < limits::CONVERT_EXTENTS_PER_QUESTION {
+            let left = range.end() - at;
+            let extent = match self.from().block_status(at, left).await {
+                Ok(extent) => extent,
+                // What cannot even be asked for is read, as far as that goes.
+                Err(_) if self.salvage => Extent::data(left.min(limits::CONVERT_CHUNK_BYTES)),
+                Err(error) => return Err(error),
+            };
+            let what = if self.target_state == TargetState::Backed && !extent.allocated {
+                What::Skip
+            } else if extent.zero {
+                What::Zero
+            } else {
+                What::Data
+            };
+            let piece = ByteRange::at_saturating(at, extent.len.clamp(1, left));
+            at = piece.end();
+            match extents.last_mut() {
+                Some((last, known)) if *known == what => {
+                    *last = ByteRange::at_saturating(last.start(), at - last.start());
+                }
+                _ => extents.push((piece, what)),
+            }
+        }
+        Ok(plan(&extents, self.unit, range.end()))
+    }
+
+    async fn share(&self, range: ByteRange) -> Result<u64, Failed> {
+        let n = self.changed(self.offload.copy(self.from(), self.to(), range).await)?;
+        add(&self.tally.bytes_shared, n);
+        Ok(range.start() + n)
+    }
+
+    async fn copy(&self, range: ByteRange, done: &mut Copied) -> Result<(), (u64, Failed)> {
+        if self.compress {
+            return compress::copy(self, range, done).await.map_err(|failed| (range.start(), failed));
+        }
+        for piece in range.chunks(BLOCK_MAX as u64) {
+            let buf = self.ring.alloc(piece.len() as usize).await;
+            self.copy_piece(piece, buf, done).await.map_err(|failed| (piece.start(), failed))?;
+        }
+        Ok(())
+    }
+
+    async fn copy_piece(&self, piece: ByteRange, buf: Buf, done: &mut Copied) -> Result<(), Failed> {
+        let buf = self.read(piece, buf).await?.freeze();
+        if self.sparse_bytes == 0 {
+            return self.write(piece.start(), buf, done).await;
+        }
+        // A unit of the target is allocated or not: to leave out a part of it saves nothing.
+        let grain = self.sparse_bytes.max(self.unit).min(BLOCK_MAX as u64) as usize;
+        for run in zero_runs(buf.as_slice(), grain) {
+            let offset = piece.start() + run.offset as u64;
+            if run.is_zero {
+                self.make_zero(ByteRange::at_saturating(offset, run.len as u64), done).await?;
+            } else {
+                self.write(offset, buf.slice(run.offset, run.len), done).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a piece of the source, or what can be read of it.
+    pub(super) async fn read(&self, piece: ByteRange, buf: Buf) -> Result<Buf, Failed> {
+        let (mut buf, result) = self.from().read(piece.start(), buf).await;
+        let Err(error) = result else { return Ok(buf) };
+        if !self.salvage {
+            return Err(read_failed(error));
+        }
+        for part in piece.chunks(limits::SALVAGE_BYTES) {
+            let small = self.ring.alloc(part.len() as usize).await;
+            let (small, result) = self.from().read(part.start(), small).await;
+            let at = (part.start() - piece.start()) as usize;
+            match result {
+                Ok(()) => buf.copy_from(at, small.as_slice()),
+                Err(error) => {
+                    tracing::warn!(%error, "what cannot be read counts as zeroes");
+                    buf.as_mut_slice()[at..at + part.len() as usize].fill(0);
+                    add(&self.tally.bytes_lost, part.len());
+                }
+            }
+        }
+        Ok(buf)
+    }
+
+    async fn write(&self, offset: u64, buf: SharedBuf, done: &mut Copied) -> Result<(), Failed> {
+        let len = buf.len() as u64;
+        self.changed(self.to().write(offset, buf, WriteFlags::default()).await)?;
+        done.data += len;
+        Ok(())
+    }
+
+    /// Makes a range of the target zero; what reads as zero already is left alone.
+    pub(super) async fn make_zero(&self, range: ByteRange, done: &mut Copied) -> Result<(), Failed> {
+        if self.sparse_bytes == 0 {
+            return self.write_zeroes_out(range, done).await;
+        }
+        if self.target_state == TargetState::Zero {
+            done.skipped += range.len();
+            return Ok(());
+        }
+        let mut at = range.start();
+        while at < range.end() {
+            let left = range.end() - at;
+            let extent = self.to().block_status(at, left).await.map_err(write_failed)?;
+            let len = extent.len.clamp(1, left);
+            if extent.zero && !self.target_failed.get() {
+                done.skipped += len;
+            } else {
+                let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+                self.changed(self.to().write_zeroes(at, len, flags).await)?;
+                done.zeroed += len;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// For a target that is to be allocated everywhere.
+    async fn write_zeroes_out(&self, range: ByteRange, done: &mut Copied) -> Result<(), Failed> {
+        let mut buf = self.ring.alloc(range.len().min(BLOCK_MAX as u64) as usize).await;
+        buf.as_mut_slice().fill(0);
+        let buf = buf.freeze();
+        for piece in range.chunks(BLOCK_MAX as u64) {
+            let zeroes = buf.slice(0, piece.len() as usize);
+            self.changed(self.to().write(piece.start(), zeroes, WriteFlags::default()).await)?;
+            done.zeroed += piece.len();
+        }
+        Ok(())
+    }
+
+    pub(super) fn changed<T>(&self, result: Result<T, BlockError>) -> Result<T, Failed> {
+        result.map_err(|error| {
+            self.target_failed.set(true);
+            write_failed(error)
+        })
+    }
+
+    async fn verify(&self) -> Result<(), Failed> {
+        let comparer = Comparer::new(&self.ring, self.from(), self.to());
+        let comparer = comparer.up_to(self.from().len()).counting(self.tally.clone());
+        match comparer.run().await {
+            Ok(None) => Ok(()),
+            Ok(Some(offset)) => {
+                self.tally.mismatch.set(Some(offset));
+                let text = format!("Verifying failed: source and target differ at offset {offset}");
+                Err(Failed { operation: IoOperation::Write, errno: blockferry_ring::Errno::EIO.0, text })
+            }
+            Err(error) => Err(read_failed(error)),
+        }
+    }
+}
+
+/// Whether a driver writes compressed clusters.
+pub(super) fn can_compress(to: &Rc<dyn Driver>) -> bool {
+    compress::cluster_bytes(to).is_some()
+}
+
+pub(super) fn failed(operation: IoOperation, error: BlockError) -> Failed {
+    Failed { operation, errno: error.errno.0, text: error.to_string() }
+}
+
+fn read_failed(error: BlockError) -> Failed {
+    failed(IoOperation::Read, error)
+}
+
+fn write_failed(error: BlockError) -> Failed {
+    failed(IoOperation::Write, error)
+}

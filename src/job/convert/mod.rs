@@ -1,0 +1,176 @@
+//! Convert: copies a disk that nobody writes to a new image.
+//!
+//! # Promises
+//! * *completed*: the target equals the source, flushed, verified if that was asked for, its mark removed.
+//! * *cancelled* or failed: the target may be anything, and its mark says so.
+//! * The target is as thin as the source, or thinner: holes are found by asking, zeroes in data by looking.
+//!
+//! # How it differs from a mirror
+//! No guest writes, so there is nothing to track, to drain, or to follow: the disk is walked once, in order, while
+//! copies end in any order. Bytes may be copied without being read ([`super::offload`]), clusters may be
+//! compressed, and what cannot be read may be left out ([`ConvertOptions::salvage`]).
+
+mod compress;
+mod hands;
+pub mod machine;
+mod plan;
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use blockferry_ring::Ring;
+
+use super::error::JobError;
+use super::event::JobType;
+use super::lifecycle::{JobOptions, parse_speed};
+use super::mirror::Marker;
+use super::offload::{CopyOffload, OffloadPolicy};
+use super::runner::{ErrorPolicies, Job};
+use crate::base::limits;
+use crate::block::BlockError;
+use crate::graph::node::{Node, UseKind};
+use hands::{ConvertHands, Parts};
+use machine::{Convert, Settings};
+
+pub use hands::Tally;
+
+/// What is known of the target before anything is written to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TargetState {
+    /// It may hold anything.
+    #[default]
+    Unknown,
+    /// It reads as zeroes everywhere: it is new, or the user says so.
+    Zero,
+    /// It is new, and reads as its backing file does, which holds what the source's backing file holds.
+    Backed,
+}
+
+/// How to convert.
+#[derive(Debug)]
+pub struct ConvertOptions {
+    /// The job's id.
+    pub id: String,
+    /// Copies in flight.
+    pub parallel: usize,
+    /// Bytes a second; 0 is no limit.
+    pub speed: i64,
+    /// What to do about errors.
+    pub policies: ErrorPolicies,
+    /// Zeroes are looked for in pieces of this size; 0: not at all, and holes are written out, so that the target is
+    /// allocated everywhere.
+    pub sparse_bytes: u64,
+    /// What the target holds.
+    pub target_state: TargetState,
+    /// Compress the clusters of the target.
+    pub compress: bool,
+    /// Ways of copying without reading.
+    pub offload: OffloadPolicy,
+    /// What cannot be read counts as zeroes.
+    pub salvage: bool,
+    /// Compare source and target before the end.
+    pub verify: bool,
+    /// Puts the mark of an unfinished copy on the target.
+    pub marker: Option<Box<dyn Marker>>,
+}
+
+impl ConvertOptions {
+    /// The defaults.
+    pub fn new(id: impl Into<String>) -> ConvertOptions {
+        ConvertOptions {
+            id: id.into(),
+            parallel: limits::CONVERT_OPERATIONS,
+            speed: 0,
+            policies: ErrorPolicies::default(),
+            sparse_bytes: 4096,
+            target_state: TargetState::Unknown,
+            compress: false,
+            offload: OffloadPolicy::default(),
+            salvage: false,
+            verify: false,
+            marker: None,
+        }
+    }
+}
+
+/// Why a conversion could not be started. Nothing has changed then.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// Source and target are the same.
+    #[error("Source and target are the same image")]
+    Itself,
+    /// The target does not hold the source.
+    #[error("The target is smaller than the source: {target} of {source_bytes} bytes")]
+    TooSmall {
+        /// Bytes of the target.
+        target: u64,
+        /// Bytes of the source.
+        source_bytes: u64,
+    },
+    /// Not every format can.
+    #[error("Images of the format '{0}' cannot be compressed")]
+    NoCompression(&'static str),
+    /// A job option.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// A lock or permission.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+}
+
+/// Starts a conversion of `source` to `target`. The tally grows while it runs.
+pub async fn start(
+    ring: &Ring,
+    source: &Rc<Node>,
+    target: &Rc<Node>,
+    options: ConvertOptions,
+) -> Result<(Job, Rc<Tally>), ConvertError> {
+    let (from, to) = (source.driver(), target.driver());
+    let same = from.identity().is_some() && from.identity() == to.identity();
+    if same || Rc::ptr_eq(source, target) || Rc::ptr_eq(from, to) {
+        return Err(ConvertError::Itself);
+    }
+    if to.len() < from.len() {
+        return Err(ConvertError::TooSmall { target: to.len(), source_bytes: from.len() });
+    }
+    let cluster = to.limits().cluster_size.map_or(1, u64::from);
+    if options.compress && !hands::can_compress(to) {
+        return Err(ConvertError::NoCompression(to.kind()));
+    }
+    let mut job_options = JobOptions::new(options.id.clone(), JobType::Convert);
+    job_options.speed_bytes_per_sec = parse_speed(options.speed)?;
+    let source_use = source.attach(UseKind::JobSource("convert"))?;
+    let target_use = target.attach(UseKind::JobTarget("convert"))?;
+    let job = Job::new(ring, job_options, options.policies);
+    let offload = CopyOffload::new(if options.compress || options.sparse_bytes == 0 {
+        OffloadPolicy::Never
+    } else {
+        options.offload
+    });
+    let tally = Rc::new(Tally::default());
+    let settings = Settings {
+        len: from.len(),
+        parallel: options.parallel.clamp(1, limits::CONVERT_OPERATIONS_MAX),
+        skip_zeroes: options.target_state == TargetState::Zero && options.sparse_bytes > 0,
+        zeroes_cost: !to.capabilities().zero_fast || options.sparse_bytes == 0,
+        chunk: limits::CONVERT_CHUNK_BYTES.max(if options.compress { cluster } else { 1 }),
+        share: offload.is_worth_trying(),
+        verify: options.verify,
+    };
+    let hands = ConvertHands(Rc::new(Parts {
+        ring: ring.clone(),
+        source: source_use,
+        target: target_use,
+        marker: options.marker,
+        offload,
+        unit: cluster.clamp(4096, limits::CONVERT_CHUNK_BYTES),
+        sparse_bytes: options.sparse_bytes,
+        target_state: options.target_state,
+        compress: options.compress,
+        salvage: options.salvage,
+        tally: tally.clone(),
+        target_failed: Cell::new(false),
+    }));
+    job.start(Convert::new(settings), Rc::new(hands));
+    Ok((job, tally))
+}

@@ -1,0 +1,645 @@
+//! A remote disk as a driver of the block layer: any offset, any length, any memory, on a server that may want whole
+//! blocks and may not know every command.
+//!
+//! What the server does not take as it is, is brought into a form that it takes: long requests are cut, parts of blocks
+//! are read, changed and written back (in order with every other change that overlaps, [`Changes`]), durable writes
+//! become a write and a flush, zeroes become data. Only what was to be fast or not at all is refused. A discard that the
+//! server does not know is left out: not doing so is no error.
+//!
+//! Answers about holes cost a round trip, and servers tell of many extents at once. What a reply told beyond the
+//! question is kept for the next one, until something is written there, and for a second at most, since a server has
+//! other clients.
+//!
+//! A server without flush promises nothing about durability, and nothing here can add it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::{Buf, Errno, Nanos, Ring, SharedBuf};
+
+use super::client_error::{NbdClientError, NotSentReason};
+use super::connection::Connection;
+use super::constants::{AllocationFlags, Command, CommandFlags, TransmissionFlags};
+use super::remote::{Facts, Remote, RemoteOptions};
+use super::transmission::StatusExtent;
+use crate::base::limits::{DISK_LEN_MAX, NBD_STATUS_AGE_NS_MAX};
+use crate::base::range::ByteRange;
+use crate::block::{
+    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
+    WriteFlags, ZeroFlags,
+};
+use crate::protocol::align::{Change, Changes};
+use crate::protocol::bounce::Bounce;
+
+/// Bytes of one request that carries no data: a multiple of every block size, below 4 GiB.
+const RANGE_BYTES_MAX: u64 = 1 << 31;
+
+type NbdResult<T> = Result<T, NbdClientError>;
+
+/// What a reply told of the allocation, from `start` on.
+#[derive(Debug, Default)]
+struct Known {
+    start: u64,
+    extents: VecDeque<StatusExtent>,
+    /// When it was told.
+    at: Nanos,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub struct NbdNode {
+    ring: Ring,
+    remote: Rc<Remote>,
+    facts: Facts,
+    read_only: bool,
+    changes: Changes,
+    /// Memory for parts of blocks, where blocks are larger than a byte.
+    bounce: Bounce,
+    /// The server refuses longer ranges than this to be zeroed or trimmed.
+    range_bytes_max: Cell<u64>,
+    /// The server refuses to zero.
+    zeroes_refused: Cell<bool>,
+    known: RefCell<Known>,
+    /// Changes that were made, to see whether one came between a question and its answer.
+    changes_made: Cell<u64>,
+}
+
+/// What is to be written.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Buf(&'a SharedBuf),
+    Zeroes,
+}
+
+impl NbdNode {
+    /// Connects to an export. With `read_only` nothing will be written to it.
+    pub async fn open(
+        ring: &Ring,
+        options: RemoteOptions,
+        read_only: bool,
+    ) -> Result<Rc<NbdNode>, BlockError> {
+        let name = options.uri.to_string();
+        let remote = Remote::open(ring, options).await.map_err(|error| {
+            BlockError::new(Operation::Open, name.as_str(), error.errno()).hint(error.to_string())
+        })?;
+        let facts = remote.facts();
+        let bounce = Bounce::new(ring).map_err(|errno| {
+            remote.close();
+            BlockError::new(Operation::Open, name.as_str(), errno)
+                .hint("All memory for I/O is in use; give the engine more of it.")
+        })?;
+        if facts.size_bytes > DISK_LEN_MAX {
+            remote.close();
+            return Err(BlockError::new(Operation::Open, name.as_str(), Errno::EFBIG)
+                .hint(format!("The server says that it has {} bytes.", facts.size_bytes)));
+        }
+        if facts.read_only && !read_only {
+            remote.close();
+            return Err(BlockError::new(Operation::Open, name.as_str(), Errno::EROFS)
+                .hint("The server lets nobody write to this export."));
+        }
+        Ok(Rc::new(NbdNode {
+            ring: ring.clone(),
+            facts,
+            read_only: read_only || facts.read_only,
+            changes: Changes::new(ring),
+            bounce,
+            range_bytes_max: Cell::new(RANGE_BYTES_MAX),
+            zeroes_refused: Cell::new(false),
+            known: RefCell::default(),
+            changes_made: Cell::new(0),
+            remote,
+        }))
+    }
+
+    /// Connections to the server at this moment.
+    pub fn connections(&self) -> usize {
+        self.remote.connections()
+    }
+
+    fn block(&self) -> u64 {
+        u64::from(self.facts.block_bytes)
+    }
+
+    /// Bytes of one read or write: what the server takes, in whole blocks.
+    fn payload_max(&self) -> u64 {
+        let max = u64::from(self.facts.payload_bytes_max).min(BLOCK_MAX as u64);
+        (max - max % self.block()).max(self.block())
+    }
+
+    /// The whole blocks around a range; the end of the disk ends its last block.
+    fn around(&self, range: ByteRange) -> ByteRange {
+        let outer = range.align_outward(self.block());
+        ByteRange::at_saturating(outer.start(), outer.end().min(self.facts.size_bytes) - outer.start())
+    }
+
+    fn is_whole(&self, range: ByteRange) -> bool {
+        self.block() == 1 || self.around(range) == range
+    }
+
+    /// The whole blocks inside a range.
+    fn inside(&self, range: ByteRange) -> Option<ByteRange> {
+        let start = range.start().next_multiple_of(self.block());
+        let end = match range.end() {
+            end if end == self.facts.size_bytes => end,
+            end => end - end % self.block(),
+        };
+        ByteRange::new(start, end).ok().filter(|range| !range.is_empty())
+    }
+
+    async fn enter(&self, range: ByteRange, rewrite: bool) -> Option<Change<'_>> {
+        match self.block() {
+            1 => None,
+            _ => Some(self.changes.enter(self.around(range), rewrite).await),
+        }
+    }
+
+    /// After a change, well or badly ended, and before it is acknowledged.
+    fn changed(&self, range: ByteRange) {
+        self.changes_made.set(self.changes_made.get() + 1);
+        self.remote.note_written();
+        let mut known = self.known.borrow_mut();
+        let len: u64 = known.extents.iter().map(|extent| extent.length).sum();
+        if ByteRange::at_saturating(known.start, len).overlaps(range) {
+            known.extents.clear();
+        }
+    }
+
+    fn error(&self, operation: Operation, range: Option<ByteRange>, error: &NbdClientError) -> BlockError {
+        let hint = match error {
+            NbdClientError::Refused { message, .. } if message.is_empty() => None,
+            NbdClientError::Refused { message, .. } => Some(format!("The server says: {message}")),
+            NbdClientError::Lost { reason, .. } => Some(format!("The connection is lost: {reason}")),
+            NbdClientError::NotSent { reason, .. } => Some(format!("It was not sent: {reason}.")),
+            other => Some(other.to_string()),
+        };
+        let place = range.map(|range| (range.start(), range.len()));
+        let block =
+            BlockError { place, ..BlockError::new(operation, self.remote.name().clone(), error.errno()) };
+        match hint {
+            Some(hint) => block.hint(hint),
+            None => block,
+        }
+    }
+
+    fn check_writable(&self, operation: Operation, range: ByteRange) -> IoResult {
+        if !self.read_only {
+            return Ok(());
+        }
+        let name = self.remote.name().clone();
+        Err(BlockError::at(operation, name, range.start(), range.len(), Errno::EROFS)
+            .hint("The disk was opened read-only."))
+    }
+
+    // Reading.
+
+    /// Reads whole blocks, no more than the server takes at once.
+    async fn get(&self, offset: u64, buf: Buf) -> (Buf, NbdResult<()>) {
+        let mut memory = Some(buf);
+        let result = self
+            .remote
+            .call(async |connection: &Connection| {
+                let Some(buf) = memory.take() else { return Ok(()) };
+                let (buf, result) = connection.read(offset, buf).await;
+                memory = Some(buf);
+                result
+            })
+            .await;
+        match memory {
+            Some(buf) => (buf, result),
+            None => unreachable!("a read gives its buffer back"),
+        }
+    }
+
+    /// Reads whole blocks of any number.
+    async fn get_all(&self, offset: u64, buf: Buf) -> (Buf, NbdResult<()>) {
+        let max = self.payload_max() as usize;
+        if buf.len() <= max {
+            return self.get(offset, buf).await;
+        }
+        let (first, mut rest) = buf.split_at(max);
+        let (mut done, mut result) = self.get(offset, first).await;
+        let mut at = offset + max as u64;
+        while !rest.is_empty() {
+            let next = max.min(rest.len());
+            let (part, behind) = rest.split_at(next);
+            let len = part.len() as u64;
+            let part = if result.is_ok() {
+                let (part, got) = self.get(at, part).await;
+                result = got;
+                part
+            } else {
+                part
+            };
+            done = joined(done, part);
+            rest = behind;
+            at += len;
+        }
+        (joined(done, rest), result)
+    }
+
+    async fn read_any(&self, range: ByteRange, mut buf: Buf) -> (Buf, NbdResult<()>) {
+        if range.is_empty() {
+            return (buf, Ok(()));
+        }
+        if self.is_whole(range) {
+            return self.get_all(range.start(), buf).await;
+        }
+        let outer = self.around(range);
+        let mut lease = self.bounce.take(outer.len().min(self.payload_max()) as usize).await;
+        for piece in outer.chunks(self.payload_max().min(lease.len() as u64)) {
+            let came = lease.fill(0, piece.len() as usize, async |part| self.get(piece.start(), part).await);
+            if let Err(error) = came.await {
+                return (buf, Err(error));
+            }
+            if let Some(wanted) = piece.intersect(range) {
+                let at = (wanted.start() - piece.start()) as usize;
+                let bytes = &lease.bytes()[at..at + wanted.len() as usize];
+                buf.copy_from((wanted.start() - range.start()) as usize, bytes);
+            }
+        }
+        (buf, Ok(()))
+    }
+
+    // Writing.
+
+    /// Writes whole blocks, no more than the server takes at once.
+    async fn put(&self, offset: u64, buf: SharedBuf, fua: bool) -> NbdResult<()> {
+        self.remote
+            .call(async |connection: &Connection| {
+                let has_fua = connection.flags().contains(TransmissionFlags::SEND_FUA);
+                connection.write(offset, buf.clone(), fua && has_fua).await?;
+                if fua && !has_fua { flush(connection).await } else { Ok(()) }
+            })
+            .await
+    }
+
+    /// Writes any range. The change is registered already.
+    async fn put_any(&self, range: ByteRange, source: Source<'_>, fua: bool) -> NbdResult<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        if let Source::Buf(buf) = source
+            && self.is_whole(range)
+        {
+            for piece in range.chunks(self.payload_max()) {
+                let at = (piece.start() - range.start()) as usize;
+                self.put(piece.start(), buf.slice(at, piece.len() as usize), fua).await?;
+            }
+            return Ok(());
+        }
+        let outer = self.around(range);
+        let block = self.block() as usize;
+        let mut lease = self.bounce.take(outer.len().min(self.payload_max()) as usize).await;
+        for piece in outer.chunks(self.payload_max().min(lease.len() as u64)) {
+            let Some(ours) = piece.intersect(range) else { continue };
+            let len = piece.len() as usize;
+            // What belongs to others in the first and the last block.
+            if ours.start() > piece.start() {
+                let head = block.min(len);
+                lease.fill(0, head, async |part| self.get(piece.start(), part).await).await?;
+            }
+            if ours.end() < piece.end() && !(ours.start() > piece.start() && len <= block) {
+                let from = (len - 1) / block * block;
+                let at = piece.start() + from as u64;
+                lease.fill(from, len - from, async |part| self.get(at, part).await).await?;
+            }
+            let at = (ours.start() - piece.start()) as usize;
+            let bytes = &mut lease.bytes()[at..at + ours.len() as usize];
+            match source {
+                Source::Buf(buf) => buf.copy_to((ours.start() - range.start()) as usize, bytes),
+                Source::Zeroes => bytes.fill(0),
+            }
+            let written = lease.write(len, async |buf| self.put(piece.start(), buf, fua).await).await;
+            written.unwrap_or(Ok(()))?;
+        }
+        Ok(())
+    }
+
+    async fn write_any(&self, range: ByteRange, buf: SharedBuf, fua: bool) -> NbdResult<()> {
+        let change = self.enter(range, !self.is_whole(range)).await;
+        let result = self.put_any(range, Source::Buf(&buf), fua).await;
+        self.changed(range);
+        drop(change);
+        result
+    }
+
+    async fn flush_all(&self) -> NbdResult<()> {
+        self.remote.note_flush();
+        let result = self.remote.call(async |connection: &Connection| flush(connection).await).await;
+        if result.is_err() {
+            self.remote.note_written();
+        }
+        result
+    }
+
+    // Zeroes and discards.
+
+    async fn zero_any(&self, range: ByteRange, flags: ZeroFlags) -> NbdResult<()> {
+        let middle = self.inside(range);
+        let change = self.enter(range, middle != Some(range)).await;
+        let result = self.zero_parts(range, middle, flags).await;
+        self.changed(range);
+        drop(change);
+        result
+    }
+
+    async fn zero_parts(
+        &self,
+        range: ByteRange,
+        middle: Option<ByteRange>,
+        flags: ZeroFlags,
+    ) -> NbdResult<()> {
+        let Some(middle) = middle else { return self.put_any(range, Source::Zeroes, flags.fua).await };
+        // The part that may be refused comes first.
+        let mut at = middle.start();
+        while at < middle.end() {
+            let len = self.range_bytes_max.get().min(middle.end() - at);
+            let piece = ByteRange::at_saturating(at, len);
+            match self.zero(piece, flags).await {
+                Err(error) if is_too_long(&error) && self.shorten(len) => continue,
+                Err(error) if (is_refusal(&error) || is_too_long(&error)) && !flags.no_fallback => {
+                    if is_refusal(&error) && !self.zeroes_refused.replace(true) {
+                        let uri = self.remote.name();
+                        tracing::info!(%uri, "zeroing is not to be had here; zeroes go out as data");
+                    }
+                    self.put_any(piece, Source::Zeroes, flags.fua).await?;
+                }
+                result => result?,
+            }
+            at += len;
+        }
+        let (head, rest) = range.split_at(middle.start());
+        let (_, tail) = rest.split_at(middle.end());
+        self.put_any(head, Source::Zeroes, flags.fua).await?;
+        self.put_any(tail, Source::Zeroes, flags.fua).await
+    }
+
+    async fn zero(&self, range: ByteRange, flags: ZeroFlags) -> NbdResult<()> {
+        let refused = self.zeroes_refused.get() && !flags.no_fallback;
+        let asked = CommandFlags::EMPTY
+            .set(CommandFlags::NO_HOLE, !flags.may_unmap)
+            .set(CommandFlags::FAST_ZERO, flags.no_fallback);
+        self.remote
+            .call(async |connection: &Connection| {
+                if refused {
+                    return Err(connection.not_offered(Command::WriteZeroes, range.start(), range.len()));
+                }
+                let has_fua = connection.flags().contains(TransmissionFlags::SEND_FUA);
+                let asked = asked.set(CommandFlags::FUA, flags.fua && has_fua);
+                connection.write_zeroes(range.start(), range.len(), asked).await?;
+                if flags.fua && !has_fua { flush(connection).await } else { Ok(()) }
+            })
+            .await
+    }
+
+    /// Notes that ranges of `len` are too long; false when they cannot be made shorter.
+    fn shorten(&self, len: u64) -> bool {
+        let shorter = self.payload_max();
+        let can = len > shorter;
+        if can {
+            self.range_bytes_max.set(shorter);
+        }
+        can
+    }
+
+    async fn trim_any(&self, range: ByteRange) -> NbdResult<()> {
+        let Some(range) = self.inside(range) else { return Ok(()) };
+        let change = self.enter(range, false).await;
+        let mut at = range.start();
+        let mut result = Ok(());
+        while at < range.end() && result.is_ok() {
+            let len = self.range_bytes_max.get().min(range.end() - at);
+            result = self.remote.call(async |connection: &Connection| connection.trim(at, len).await).await;
+            match &result {
+                Err(error) if is_too_long(error) && self.shorten(len) => result = Ok(()),
+                Err(error) if is_refusal(error) => {
+                    // A hint that nobody takes.
+                    result = Ok(());
+                    break;
+                }
+                _ => at += len,
+            }
+        }
+        self.changed(range);
+        drop(change);
+        result
+    }
+
+    // Allocation.
+
+    /// What is known without asking.
+    fn known_at(&self, offset: u64, len: u64) -> Option<Extent> {
+        let mut known = self.known.borrow_mut();
+        if offset < known.start || self.ring.now() > known.at.saturating_add(NBD_STATUS_AGE_NS_MAX) {
+            return None;
+        }
+        // What lies before has been asked for already.
+        while let Some(first) = known.extents.front().copied()
+            && known.start + first.length <= offset
+        {
+            known.extents.pop_front();
+            known.start += first.length;
+        }
+        let first = *known.extents.front()?;
+        let left = known.start + first.length - offset;
+        // The last one may go on behind what the reply told.
+        let is_last = known.extents.len() == 1;
+        (!is_last || left >= len).then(|| extent(first.flags, left.min(len)))
+    }
+
+    async fn status(&self, range: ByteRange) -> NbdResult<Extent> {
+        if let Some(extent) = self.known_at(range.start(), range.len()) {
+            return Ok(extent);
+        }
+        let outer = self.around(range);
+        let made = self.changes_made.get();
+        let extents = self
+            .remote
+            .call(async |connection: &Connection| {
+                if !connection.has_block_status() {
+                    return Ok(Vec::new());
+                }
+                let is_wide = connection.negotiated().style.is_extended();
+                let len = if is_wide { outer.len() } else { outer.len().min(RANGE_BYTES_MAX) };
+                connection.block_status(outer.start(), len).await
+            })
+            .await?;
+        let Some(first) = extents.first().copied() else { return Ok(Extent::data(range.len())) };
+        // Neighbours with the same flags are one extent to who asks.
+        let mut list: VecDeque<StatusExtent> = VecDeque::new();
+        for extent in extents {
+            match list.back_mut() {
+                Some(last) if last.flags == extent.flags => last.length += extent.length,
+                _ => list.push_back(extent),
+            }
+        }
+        let from = range.start() - outer.start();
+        let len = list.front().map_or(first.length, |extent| extent.length);
+        if self.changes_made.get() == made {
+            *self.known.borrow_mut() = Known { start: outer.start(), extents: list, at: self.ring.now() };
+        }
+        // A block that begins before the range may be told of alone: what is asked for has to move.
+        match len.checked_sub(from).filter(|len| *len > 0) {
+            Some(len) => Ok(extent(first.flags, len.min(range.len()))),
+            None => Ok(Extent::data((self.block() - from % self.block()).min(range.len()))),
+        }
+    }
+}
+
+fn joined(left: Buf, right: Buf) -> Buf {
+    match left.unsplit(right) {
+        Ok(buf) => buf,
+        Err(_) => unreachable!("the parts of one buffer join again"),
+    }
+}
+
+fn extent(flags: u64, len: u64) -> Extent {
+    let has = |flag: AllocationFlags| flags & u64::from(flag.0) != 0;
+    Extent { len, zero: has(AllocationFlags::ZERO), allocated: !has(AllocationFlags::HOLE) }
+}
+
+/// Whether the server does not do this at all.
+fn is_refusal(error: &NbdClientError) -> bool {
+    match error {
+        NbdClientError::NotSent { reason, .. } => *reason == NotSentReason::NotOffered,
+        NbdClientError::Refused { .. } => error.errno().is_unsupported(),
+        _ => false,
+    }
+}
+
+/// Whether a shorter range might be taken.
+fn is_too_long(error: &NbdClientError) -> bool {
+    match error {
+        NbdClientError::Refused { .. } => matches!(error.errno(), Errno::EINVAL | Errno::EOVERFLOW),
+        NbdClientError::NotSent { reason, .. } => matches!(reason, NotSentReason::TooLong { .. }),
+        _ => false,
+    }
+}
+
+/// A flush, where there is such a thing.
+async fn flush(connection: &Connection) -> NbdResult<()> {
+    if connection.flags().contains(TransmissionFlags::SEND_FLUSH) { connection.flush().await } else { Ok(()) }
+}
+
+impl Driver for NbdNode {
+    fn kind(&self) -> &'static str {
+        "nbd"
+    }
+
+    fn name(&self) -> &str {
+        self.remote.name()
+    }
+
+    fn len(&self) -> u64 {
+        self.facts.size_bytes
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn limits(&self) -> Limits {
+        let block = self.facts.block_bytes;
+        Limits {
+            request_align: block,
+            zero_align: block,
+            discard_align: block,
+            transfer_max: self.payload_max() as u32,
+            ..Limits::default()
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let can = |flag| !self.read_only && self.remote.offers(flag);
+        let zeroes = can(TransmissionFlags::SEND_WRITE_ZEROES) && !self.zeroes_refused.get();
+        Capabilities {
+            fua: can(TransmissionFlags::SEND_FUA),
+            discard: can(TransmissionFlags::SEND_TRIM),
+            zero_fast: zeroes && can(TransmissionFlags::SEND_FAST_ZERO),
+            zero_unmap: zeroes,
+            status: self.remote.has_block_status(),
+        }
+    }
+
+    fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, buf.len() as u64);
+            let (buf, result) = self.read_any(range, buf).await;
+            (buf, result.map_err(|error| self.error(Operation::Read, Some(range), &error)))
+        })
+    }
+
+    fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, buf.len() as u64);
+            self.check_writable(Operation::Write, range)?;
+            let result = self.write_any(range, buf, flags.fua).await;
+            result.map_err(|error| self.error(Operation::Write, Some(range), &error))
+        })
+    }
+
+    fn flush(&self) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            if self.read_only {
+                return Ok(());
+            }
+            self.flush_all().await.map_err(|error| self.error(Operation::Flush, None, &error))
+        })
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, len);
+            self.check_writable(Operation::Discard, range)?;
+            let result = self.trim_any(range).await;
+            result.map_err(|error| self.error(Operation::Discard, Some(range), &error))
+        })
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, len);
+            self.check_writable(Operation::WriteZeroes, range)?;
+            if range.is_empty() {
+                return Ok(());
+            }
+            let result = self.zero_any(range, flags).await;
+            result.map_err(|error| self.error(Operation::WriteZeroes, Some(range), &error))
+        })
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, len);
+            let result = self.status(range).await;
+            result.map_err(|error| self.error(Operation::BlockStatus, Some(range), &error))
+        })
+    }
+
+    fn set_permissions(&self, permissions: Permissions) -> IoResult {
+        // The protocol has no locks; all there is to say is whether writing makes sense at all.
+        if permissions.uses(Permission::Write) && self.read_only {
+            return Err(BlockError::new(Operation::Lock, self.name(), Errno::EROFS));
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, _len: u64) -> IoFuture<'_, IoResult> {
+        let error = BlockError::new(Operation::Resize, self.name(), Errno::EOPNOTSUPP);
+        self.ring
+            .boxed(async move { Err(error.hint("An NBD export has the size that its server gives it.")) })
+    }
+
+    fn fail_in_flight(&self) {
+        self.remote.fail_in_flight();
+    }
+}
+
+impl Drop for NbdNode {
+    fn drop(&mut self) {
+        self.remote.close();
+    }
+}

@@ -1,0 +1,409 @@
+//! An export that stays: one connection or several, made anew when they are lost.
+//!
+//! Whoever uses a remote disk should not have to know of connections. [`Remote::call`] carries a request out on the
+//! connection that has least to do; when that one is lost on the way, the request goes out again on another, at once or
+//! when there is one.
+//!
+//! # When nobody answers
+//! One task, the *mender*, dials again whenever there is no connection left, with pauses that grow, for as long as the
+//! disk is open. Requests wait for it, but not for ever: for the reconnect delay, counted from the loss; after that they
+//! fail at once until there is a connection (QEMU's `reconnect-delay`). A server that hangs is no lost connection:
+//! requests wait for its answers until somebody cuts them off ([`Remote::fail_in_flight`]), or the kernel finds the peer
+//! gone.
+//!
+//! # What is sent again
+//! Reads, questions and flushes change nothing. Writes, zeroes and trims do the same when they are done twice, as long as
+//! nothing else was written there between, and who has a write in flight at a place orders no other there. So all of them
+//! are sent again. (A server that goes on for long with the requests of a connection that is gone could still carry an old
+//! write out after a newer one; nothing in the protocol keeps it from that, and QEMU's client lives with it, too.) Not sent again are requests whose connection ended because the server broke the protocol (it would
+//! break it again), requests that were lost many times, and all of them if the export that is found afterwards is not the
+//! one that was lost: another size, read-only now, coarser blocks. Then the disk stays broken, because nobody knows what
+//! the other disk holds.
+//!
+//! Of writes that were acknowledged and not flushed nobody can tell whether the server kept them, if it was the server
+//! that went down and not the link. QEMU goes on, and so does this, with a warning.
+//!
+//! # Several connections
+//! Where the server promises that connections see each other's writes, and that a flush covers all of them, more are made
+//! when the first has work for several. They help servers that serve each with a thread of its own. An export that does
+//! not promise that gets one connection, ever.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use blockferry_ring::sync::{Notify, either};
+use blockferry_ring::{Nanos, Ring};
+
+use super::client_error::{LostReason, NbdClientError};
+use super::connection::{ConnectOptions, Connection};
+use super::constants::TransmissionFlags;
+use super::uri::NbdUri;
+use crate::base::limits::{
+    NBD_CONNECTIONS_MAX, NBD_GROW_DEPTH, NBD_GROW_PAUSE_NS, NBD_RECONNECT_PAUSE_NS_MAX,
+    NBD_RECONNECT_PAUSE_NS_MIN, NBD_RESENDS_MAX,
+};
+
+/// How a remote disk is reached.
+#[derive(Clone, Debug)]
+pub struct RemoteOptions {
+    /// Where it is.
+    pub uri: NbdUri,
+    /// Connections at most, where the server allows several; at least one.
+    pub connections_max: usize,
+    /// How long requests wait for a lost connection to come back. 0: they fail at once.
+    pub reconnect_delay_ns: Nanos,
+    /// How long opening tries again. 0: it tries once.
+    pub open_timeout_ns: Nanos,
+    /// What to ask of the server, and how long a connection may take to come about.
+    pub connect: ConnectOptions,
+}
+
+impl RemoteOptions {
+    /// The usual: a few connections, QEMU's `open-timeout` of 0, and some patience with a link that is cut.
+    pub fn new(uri: NbdUri) -> RemoteOptions {
+        RemoteOptions {
+            uri,
+            connections_max: crate::base::limits::NBD_CONNECTIONS,
+            reconnect_delay_ns: crate::base::limits::NBD_RECONNECT_DELAY_NS,
+            open_timeout_ns: 0,
+            connect: ConnectOptions::default(),
+        }
+    }
+}
+
+/// What of an export has to stay as it was when the disk was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Facts {
+    pub(super) size_bytes: u64,
+    pub(super) read_only: bool,
+    /// Multiples of this are what the server takes; a power of two.
+    pub(super) block_bytes: u32,
+    /// What one request may carry.
+    pub(super) payload_bytes_max: u32,
+    multi_conn: bool,
+}
+
+impl Facts {
+    fn of(connection: &Connection) -> Facts {
+        Facts {
+            size_bytes: connection.size(),
+            read_only: connection.is_read_only(),
+            block_bytes: connection.block_sizes().minimum_bytes.max(1),
+            payload_bytes_max: connection.payload_bytes_max(),
+            multi_conn: connection.can_multi_conn(),
+        }
+    }
+
+    /// Whether what holds for `self` holds for `other`, too.
+    fn hold_for(&self, other: &Facts) -> bool {
+        self.size_bytes == other.size_bytes
+            && (self.read_only || !other.read_only)
+            && self.block_bytes >= other.block_bytes
+            && self.payload_bytes_max <= other.payload_bytes_max
+    }
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub(super) struct Remote {
+    ring: Ring,
+    options: RemoteOptions,
+    name: Rc<str>,
+    facts: Facts,
+    connections: RefCell<Vec<Rc<Connection>>>,
+    /// What the latest connection can do.
+    flags: Cell<TransmissionFlags>,
+    has_block_status: Cell<bool>,
+    /// Since when there is no connection.
+    down_since: Cell<Option<Nanos>>,
+    /// Why the latest one was lost, or could not be made.
+    reason: RefCell<NbdClientError>,
+    /// The export is another one now: nothing will ever succeed.
+    changed_export: Cell<bool>,
+    closed: Cell<bool>,
+    /// Requests of an earlier generation have been given up.
+    generation: Cell<u64>,
+    /// Another connection is being made, or should not be tried before this time.
+    growing: Cell<bool>,
+    grow_after: Cell<Nanos>,
+    /// Writes were acknowledged since the latest flush.
+    unflushed: Cell<bool>,
+    /// Told when a connection comes or goes, and at the end.
+    changed: Notify,
+}
+
+impl Remote {
+    /// Connects; tries again for as long as the options say.
+    pub(super) async fn open(ring: &Ring, options: RemoteOptions) -> Result<Rc<Remote>, NbdClientError> {
+        let end = ring.clock().saturating_add(options.open_timeout_ns);
+        let mut pause = NBD_RECONNECT_PAUSE_NS_MIN;
+        let mut connect = options.connect.clone();
+        let connection = loop {
+            if options.open_timeout_ns > 0 {
+                let left = end.saturating_sub(ring.clock()).max(1);
+                connect.deadline = options.connect.deadline.min(left);
+            }
+            let error = match Connection::connect(ring, &options.uri, &connect).await {
+                Ok(connection) => break connection,
+                Err(error) => error,
+            };
+            // Who refuses now may still be getting ready; who breaks the protocol will not learn it.
+            let now = ring.clock();
+            if now >= end || error.is_broken_protocol() {
+                return Err(error);
+            }
+            ring.sleep(pause.min(end - now)).await;
+            pause = (pause * 2).min(NBD_RECONNECT_PAUSE_NS_MAX);
+        };
+        let name: Rc<str> = options.uri.to_string().into();
+        let reason = NbdClientError::Lost { uri: name.clone(), reason: LostReason::ClosedHere };
+        let remote = Rc::new(Remote {
+            ring: ring.clone(),
+            name,
+            facts: Facts::of(&connection),
+            connections: RefCell::default(),
+            flags: Cell::new(connection.flags()),
+            has_block_status: Cell::new(connection.has_block_status()),
+            down_since: Cell::new(None),
+            reason: RefCell::new(reason),
+            changed_export: Cell::new(false),
+            closed: Cell::new(false),
+            generation: Cell::new(0),
+            growing: Cell::new(false),
+            grow_after: Cell::new(0),
+            unflushed: Cell::new(false),
+            changed: ring.notify(),
+            options,
+        });
+        remote.add(connection);
+        ring.spawn(remote.clone().mend());
+        Ok(remote)
+    }
+
+    /// The export's URI.
+    pub(super) fn name(&self) -> &Rc<str> {
+        &self.name
+    }
+
+    /// What holds for the disk's whole life.
+    pub(super) fn facts(&self) -> Facts {
+        self.facts
+    }
+
+    /// What the latest connection offers, whether it is there still or not.
+    pub(super) fn offers(&self, flag: TransmissionFlags) -> bool {
+        self.flags.get().contains(flag)
+    }
+
+    /// Whether the latest connection can be asked for block status.
+    pub(super) fn has_block_status(&self) -> bool {
+        self.has_block_status.get()
+    }
+
+    /// Connections that are there.
+    pub(super) fn connections(&self) -> usize {
+        self.connections.borrow().iter().filter(|connection| !connection.is_lost()).count()
+    }
+
+    /// Carries a request out, on as many connections after each other as it takes.
+    pub(super) async fn call<T>(
+        self: &Rc<Remote>,
+        mut request: impl AsyncFnMut(&Connection) -> Result<T, NbdClientError>,
+    ) -> Result<T, NbdClientError> {
+        let generation = self.generation.get();
+        let mut resends = 0;
+        loop {
+            let connection = self.connection(generation).await?;
+            let error = match request(&connection).await {
+                Err(error) if error.is_lost() => error,
+                result => return result,
+            };
+            self.note_lost(&connection, &error);
+            let is_ours = self.generation.get() == generation && !self.closed.get();
+            if error.is_broken_protocol() || resends == NBD_RESENDS_MAX || !is_ours {
+                return Err(error);
+            }
+            resends += 1;
+            tracing::debug!(uri = %self.name, resends, "a request was lost with its connection and goes out again");
+        }
+    }
+
+    /// A write was acknowledged.
+    pub(super) fn note_written(&self) {
+        self.unflushed.set(true);
+    }
+
+    /// What was acknowledged is about to be flushed.
+    pub(super) fn note_flush(&self) {
+        self.unflushed.set(false);
+    }
+
+    /// Makes all requests that wait or are in flight fail; later ones find a new connection.
+    pub(super) fn fail_in_flight(&self) {
+        self.generation.set(self.generation.get() + 1);
+        let connections = std::mem::take(&mut *self.connections.borrow_mut());
+        connections.iter().for_each(|connection| connection.cut());
+        self.changed.notify();
+    }
+
+    /// Nobody uses the disk any more: says farewell, in the background.
+    pub(super) fn close(&self) {
+        self.closed.set(true);
+        let connections = std::mem::take(&mut *self.connections.borrow_mut());
+        for connection in connections {
+            self.ring.spawn(async move { connection.disconnect().await });
+        }
+        self.changed.notify();
+    }
+
+    /// The connection for the next request, waiting for one if there is none and that is wanted.
+    async fn connection(self: &Rc<Remote>, generation: u64) -> Result<Rc<Connection>, NbdClientError> {
+        loop {
+            if self.closed.get() || self.generation.get() != generation {
+                return Err(NbdClientError::Lost { uri: self.name.clone(), reason: LostReason::ClosedHere });
+            }
+            if let Some(connection) = self.best() {
+                self.grow(&connection);
+                return Ok(connection);
+            }
+            let since = self.down_since.get().unwrap_or(self.ring.clock());
+            self.down_since.set(Some(since));
+            // The mender may sleep still, if this is the first to notice.
+            self.changed.notify();
+            let end = since.saturating_add(self.options.reconnect_delay_ns);
+            if self.changed_export.get() || self.ring.clock() >= end {
+                return Err(self.reason.borrow().clone());
+            }
+            let moved = self.changed.until(|| {
+                let is_over = self.closed.get() || self.changed_export.get();
+                (is_over || self.generation.get() != generation || self.connections() > 0).then_some(())
+            });
+            either(moved, self.ring.sleep_until(end)).await;
+        }
+    }
+
+    /// The one with least to do; among equals the first, so that few requests share one and leave together.
+    fn best(&self) -> Option<Rc<Connection>> {
+        let connections = self.connections.borrow();
+        let there = connections.iter().filter(|connection| !connection.is_lost());
+        there.min_by_key(|connection| connection.in_flight() / NBD_GROW_DEPTH).cloned()
+    }
+
+    /// Makes another connection in the background, where that is allowed and this one has enough to do.
+    fn grow(self: &Rc<Remote>, busy: &Connection) {
+        let wanted = busy.in_flight() >= NBD_GROW_DEPTH && self.facts.multi_conn && !self.growing.get();
+        let max = self.options.connections_max.min(NBD_CONNECTIONS_MAX);
+        if !wanted || self.connections.borrow().len() >= max || self.ring.now() < self.grow_after.get() {
+            return;
+        }
+        self.growing.set(true);
+        let remote = self.clone();
+        self.ring.spawn(async move {
+            let closed = remote.changed.until(|| remote.closed.get().then_some(()));
+            let made = either(remote.dial(), closed).await;
+            remote.growing.set(false);
+            match made {
+                blockferry_ring::sync::Either::First(Ok(connection)) if !remote.closed.get() => {
+                    remote.add(connection);
+                }
+                blockferry_ring::sync::Either::First(Err(error)) => {
+                    // Some servers take one client at a time whatever they say.
+                    tracing::debug!(uri = %remote.name, %error, "no further connection");
+                    remote.grow_after.set(remote.ring.clock().saturating_add(NBD_GROW_PAUSE_NS));
+                }
+                _ => {}
+            }
+        });
+    }
+
+    /// A further connection to the same export.
+    async fn dial(&self) -> Result<Rc<Connection>, NbdClientError> {
+        let connection = Connection::connect(&self.ring, &self.options.uri, &self.options.connect).await?;
+        if !self.facts.hold_for(&Facts::of(&connection)) {
+            return Err(NbdClientError::ChangedExport { uri: self.name.clone() });
+        }
+        if !connection.can_multi_conn() && self.connections() > 0 {
+            return Err(NbdClientError::ChangedExport { uri: self.name.clone() });
+        }
+        Ok(connection)
+    }
+
+    fn add(&self, connection: Rc<Connection>) {
+        connection.tell_when_lost(&self.changed);
+        self.flags.set(connection.flags());
+        self.has_block_status.set(connection.has_block_status());
+        self.connections.borrow_mut().push(connection);
+        self.down_since.set(None);
+        self.changed.notify();
+    }
+
+    fn note_lost(&self, connection: &Rc<Connection>, error: &NbdClientError) {
+        let mut connections = self.connections.borrow_mut();
+        let before = connections.len();
+        connections.retain(|other| !Rc::ptr_eq(other, connection));
+        if connections.len() < before {
+            *self.reason.borrow_mut() = error.clone();
+        }
+    }
+
+    /// Dials whenever there is no connection, until the disk is closed.
+    async fn mend(self: Rc<Remote>) {
+        let closed = || self.closed.get().then_some(());
+        loop {
+            let is_needed = || {
+                let down = self.connections() == 0 && !self.changed_export.get();
+                (self.closed.get() || down).then_some(())
+            };
+            self.changed.until(is_needed).await;
+            if self.closed.get() {
+                return;
+            }
+            self.forget_lost();
+            let mut pause = NBD_RECONNECT_PAUSE_NS_MIN;
+            while self.connections() == 0 {
+                match either(self.dial(), self.changed.until(closed)).await {
+                    blockferry_ring::sync::Either::Second(()) => return,
+                    blockferry_ring::sync::Either::First(Ok(connection)) => {
+                        tracing::info!(uri = %self.name, "connected again");
+                        self.add(connection);
+                        break;
+                    }
+                    blockferry_ring::sync::Either::First(Err(error)) => {
+                        tracing::debug!(uri = %self.name, %error, "connecting again failed");
+                        let is_another = matches!(error, NbdClientError::ChangedExport { .. });
+                        *self.reason.borrow_mut() = error;
+                        if is_another {
+                            tracing::error!(uri = %self.name, "the export is not the one that it was: given up");
+                            self.changed_export.set(true);
+                            self.changed.notify();
+                            break;
+                        }
+                    }
+                }
+                either(self.ring.sleep(pause), self.changed.until(closed)).await;
+                pause = (pause * 2).min(NBD_RECONNECT_PAUSE_NS_MAX);
+            }
+        }
+    }
+
+    /// Notes that there is no connection any more, and why.
+    fn forget_lost(&self) {
+        let lost = std::mem::take(&mut *self.connections.borrow_mut());
+        if let Some(error) = lost.iter().find_map(|connection| connection.lost()) {
+            *self.reason.borrow_mut() = error;
+        }
+        let since = self.down_since.get().unwrap_or(self.ring.clock());
+        self.down_since.set(Some(since));
+        let reason = self.reason.borrow().to_string();
+        if self.unflushed.get() {
+            tracing::warn!(
+                uri = %self.name,
+                reason,
+                "the connection is lost and will be made anew; if the server itself went down, writes that were \
+                 acknowledged and not flushed may be gone"
+            );
+        } else {
+            tracing::info!(uri = %self.name, reason, "the connection is lost and will be made anew");
+        }
+    }
+}

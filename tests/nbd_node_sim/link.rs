@@ -1,0 +1,128 @@
+//! A link in the simulated world between a client and a server. On its first connection it does harm once, at a given
+//! byte of what the server sends; later connections are left alone.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use blockferry_ring::sync::{Either, Notify, either};
+use blockferry_ring::{File, Ring, SocketAddress};
+
+/// The harm, and the byte at which it is done.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Harm {
+    /// Nothing comes any more.
+    Stall(u64),
+    /// Both ends are cut.
+    Cut(u64),
+    /// Some bits are turned over.
+    Flip(u64, u8),
+    /// Rubbish comes instead of the rest.
+    Rubbish(u64),
+}
+
+impl Harm {
+    fn at(self) -> u64 {
+        match self {
+            Harm::Stall(at) | Harm::Cut(at) | Harm::Flip(at, _) | Harm::Rubbish(at) => at,
+        }
+    }
+}
+
+struct Inner {
+    ring: Ring,
+    server: SocketAddress,
+    /// Taken by the first connection.
+    harm: Cell<Option<Harm>>,
+    streams: RefCell<Vec<File>>,
+    closed: Cell<bool>,
+    over: Notify,
+}
+
+pub struct Link(Rc<Inner>);
+
+impl Link {
+    pub fn new(ring: &Ring, near: &str, far: &str, harm: Harm) -> Link {
+        let (listener, _) = ring.listen(&SocketAddress::Unix(near.into())).unwrap();
+        let inner = Rc::new(Inner {
+            ring: ring.clone(),
+            server: SocketAddress::Unix(far.into()),
+            harm: Cell::new(Some(harm)),
+            streams: RefCell::default(),
+            closed: Cell::new(false),
+            over: ring.notify(),
+        });
+        let link = inner.clone();
+        ring.spawn(async move {
+            loop {
+                let over = link.over.until(|| link.closed.get().then_some(()));
+                let Either::Second(Ok(near)) = either(over, link.ring.accept(&listener)).await else {
+                    return;
+                };
+                let Ok(far) = link.ring.connect(&link.server) else { continue };
+                link.streams.borrow_mut().extend([near.clone(), far.clone()]);
+                let harm = link.harm.take();
+                let (one, other) = (link.clone(), link.clone());
+                let (a, b) = (near.clone(), far.clone());
+                link.ring.spawn(async move { one.pump(&a, &b, None).await });
+                link.ring.spawn(async move { other.pump(&far, &near, harm).await });
+            }
+        });
+        Link(inner)
+    }
+
+    pub fn close(&self) {
+        self.0.closed.set(true);
+        self.0.over.notify();
+        self.0.streams.borrow().iter().for_each(|stream| self.0.ring.shutdown_stream(stream));
+        self.0.streams.borrow_mut().clear();
+    }
+}
+
+impl Inner {
+    async fn pump(&self, from: &File, to: &File, harm: Option<Harm>) {
+        let mut passed = 0u64;
+        loop {
+            let (mut buf, received) = self.ring.recv(from, self.ring.alloc(16 << 10).await).await;
+            let count = match received {
+                Ok(count) if count > 0 => count as usize,
+                _ => break,
+            };
+            buf.truncate(count);
+            let end = passed + count as u64;
+            let hit = harm.filter(|harm| harm.at() < end);
+            // From the place of the harm on.
+            let at = hit.map_or(count, |harm| harm.at().saturating_sub(passed) as usize);
+            let mut silent = false;
+            match hit {
+                None => {}
+                Some(Harm::Stall(_)) => silent = true,
+                Some(Harm::Cut(_)) => {
+                    buf.truncate(at.max(1));
+                    if at > 0 {
+                        let _ = self.ring.send(to, buf.freeze()).await;
+                    }
+                    break;
+                }
+                Some(Harm::Flip(place, bits)) if place >= passed => buf.as_mut_slice()[at] ^= bits,
+                Some(Harm::Flip(..)) => {}
+                Some(Harm::Rubbish(_)) => {
+                    let rubbish = buf.as_mut_slice()[at..].iter_mut().enumerate();
+                    rubbish.for_each(|(i, byte)| *byte = (i as u8).wrapping_mul(0x9d) ^ 0x5a);
+                }
+            }
+            if silent && at == 0 {
+                passed = end;
+                continue;
+            }
+            if silent {
+                buf.truncate(at);
+            }
+            passed = end;
+            if self.ring.send(to, buf.freeze()).await.is_err() {
+                break;
+            }
+        }
+        self.ring.shutdown_stream(to);
+        self.ring.shutdown_stream(from);
+    }
+}
