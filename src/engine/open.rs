@@ -116,7 +116,10 @@ pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<
 
 /// Opens `name` as a qcow2 image, for what only that format has.
 pub async fn open_qcow2(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<Qcow2>, BlockError> {
-    let child = open_protocol(ring, name, options)?;
+    let child = match is_remote(name) {
+        true => super::remote::open(ring, name, options).await?,
+        false => open_protocol(ring, name, options)?,
+    };
     let files = Files::new(ring, options, &child, &[]);
     as_qcow2(ring, child, options, &files).await
 }
