@@ -399,11 +399,11 @@ fn a_guest_may_write_only_to_a_disk_whose_format_is_said() {
     server.interrupt();
     assert_eq!(server.end().code, Some(0));
     // A header of another format is never taken for raw bytes unless that is said.
-    let qcow2 = scratch.path("qcow2");
-    tool("qemu-img", &["create", "-f", "qcow2", &qcow2, "1M"]);
-    refused(&["mirror", &qcow2, &target], &["qcow2"]);
-    run_json(&["mirror", "-f", "raw", &qcow2, &target]);
-    assert_equal(&qcow2, &target);
+    let vdi = scratch.path("vdi");
+    tool("qemu-img", &["create", "-f", "vdi", &vdi, "1M"]);
+    refused(&["mirror", &vdi, &target], &["vdi"]);
+    run_json(&["mirror", "-f", "raw", &vdi, &target]);
+    assert_equal(&vdi, &target);
 }
 
 #[test]
