@@ -224,6 +224,11 @@ pub trait Driver: std::fmt::Debug {
         Resolved::Ask
     }
 
+    /// A layer lies below this one and shows where this one holds nothing.
+    fn has_backing(&self) -> bool {
+        false
+    }
+
     /// Drivers below this one.
     fn children(&self) -> Vec<std::rc::Rc<dyn Driver>> {
         Vec::new()

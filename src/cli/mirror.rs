@@ -15,10 +15,14 @@ use super::progress::{INTERVAL_NANOS, Progress};
 use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::{Signal, Signals};
 use super::target::{Target, TargetOptions};
+use super::tool::option_pairs;
 use super::{Global, config, stats};
 use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate, parse_duration};
+use crate::engine::create::NewImage;
+use crate::engine::qcow2::{format as image_format, qcow2};
 use crate::engine::{Engine, Format};
+use crate::format::qcow2::Qcow2;
 use crate::graph::node::Node;
 use crate::job::event::JobEvent;
 use crate::job::governor::GuestFirst;
@@ -62,6 +66,9 @@ pub struct MirrorArgs {
     /// Format of the target. Must be said (raw) for an existing one
     #[arg(short = 'F', long, value_name = "FORMAT", value_parser = parse_format)]
     target_format: Option<Format>,
+    /// Options of the target's format if it is made, as NAME=VALUE,NAME=VALUE (may be said more than once)
+    #[arg(short, long, value_name = "OPTIONS")]
+    options: Vec<String>,
     /// What to copy: all of it; what is above the backing file (all, where there is none); only new writes
     #[arg(long, value_enum, default_value_t = Sync::Full)]
     sync: Sync,
@@ -256,6 +263,7 @@ struct Settings {
     target: String,
     format: Option<Format>,
     target_format: Option<Format>,
+    target_options: Vec<(String, String)>,
     sync: SyncMode,
     export: Vec<NbdUri>,
     pivot: bool,
@@ -296,6 +304,7 @@ impl Settings {
             target: args.target.clone(),
             format: args.format,
             target_format: args.target_format,
+            target_options: option_pairs(&args.options)?,
             sync: match args.sync {
                 Sync::Full => SyncMode::Full,
                 Sync::Top => SyncMode::Top,
@@ -374,7 +383,7 @@ impl Run {
             state_dir: state_dir(settings.state_dir.as_deref()),
             mark: MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
         };
-        let target = Target::open(&self.engine, options).await?;
+        let target = self.open_target(settings, &source, options).await?;
         let started = self.start(settings, &source, &target).await;
         let Started { exports, job, verifier, began } = match started {
             Ok(started) => started,
@@ -407,6 +416,30 @@ impl Run {
         exports.stop().await;
         stats::print(&self.global, &ring);
         exit_of(exit, ending, is_marked)
+    }
+
+    /// Opens the target, or makes it: raw, or in the format that was said. An overlay of the source's backing file if only
+    /// what lies above that is copied.
+    async fn open_target(
+        &self,
+        settings: &Settings,
+        source: &Rc<Node>,
+        options: TargetOptions<'_>,
+    ) -> Result<Target, Failure> {
+        let format = options.format.unwrap_or(Format::Raw);
+        let mut new = NewImage::parse(format, &settings.target_options, Some(options.len))
+            .map_err(|text| Failure::text(format!("The target '{}': {text}", options.name)))?;
+        if let NewImage::Qcow2(new) = &mut new
+            && settings.sync == SyncMode::Top
+            && new.backing_file.is_none()
+            && let Some(backing) = qcow2(source.driver()).and_then(Qcow2::backing)
+        {
+            let name = std::path::absolute(backing.name())
+                .map_err(|error| Failure::text(format!("The backing file '{}': {error}", backing.name())))?;
+            new.backing_file = Some(name.display().to_string());
+            new.backing_fmt = Some(image_format(&backing).name().to_owned());
+        }
+        Target::open_as(&self.engine, options, &new).await
     }
 
     /// Opens the exports and starts the job.

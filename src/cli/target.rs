@@ -60,6 +60,15 @@ impl Target {
         Target::open_or_make(engine, options, &new).await
     }
 
+    /// Opens a target; makes it as `new` says if it is a new file.
+    pub async fn open_as(
+        engine: &Engine,
+        options: TargetOptions<'_>,
+        new: &NewImage,
+    ) -> Result<Target, Failure> {
+        Target::open_or_make(engine, options, new).await
+    }
+
     /// Makes a target anew, whatever is there: a file that exists must be one that may be overwritten
     /// ([`TargetOptions::force`]); it is marked, emptied, and made into what `new` says. A block device is taken as
     /// it is (raw only).

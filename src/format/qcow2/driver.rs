@@ -143,6 +143,10 @@ impl Driver for Qcow2 {
         self.resolve_now(offset, len)
     }
 
+    fn has_backing(&self) -> bool {
+        self.backing().is_some()
+    }
+
     fn children(&self) -> Vec<Rc<dyn Driver>> {
         [Some(self.file.clone()), self.data_file.clone(), self.below()].into_iter().flatten().collect()
     }

@@ -112,6 +112,7 @@ impl Parts {
                 Some(marker) => marker.mark().await.map_err(write_failed),
                 None => Ok(()),
             }),
+            Op::Scan => Outcome::Scanned(self.scan().await.map_err(read_failed)),
             Op::Unmark => Outcome::Unmarked(match &self.marker {
                 Some(marker) => marker.unmark().await.map_err(write_failed),
                 None => Ok(()),
@@ -144,6 +145,23 @@ impl Parts {
     async fn status(&self, range: ByteRange) -> Outcome {
         let status = self.from().block_status(range.start(), range.len()).await;
         Outcome::Status(range, status.map(|extent| (extent.len, extent.zero)).map_err(read_failed))
+    }
+
+    /// Makes dirty what the source's uppermost layer holds itself, data and zeroes. What guests change meanwhile is
+    /// dirty by their own doing.
+    async fn scan(&self) -> Result<(), BlockError> {
+        let len = self.from().len();
+        let mut at = 0;
+        while at < len && !self.over.get() {
+            let extent = self.from().block_status(at, len - at).await?;
+            let range = ByteRange::at_saturating(at, extent.len.clamp(1, len - at));
+            if extent.allocated {
+                self.tracker.set(range);
+            }
+            at = range.end();
+            self.ring.yield_now().await;
+        }
+        Ok(())
     }
 
     async fn copy(&self, range: ByteRange) -> Outcome {

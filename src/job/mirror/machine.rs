@@ -6,9 +6,9 @@
 //!
 //! # How it proceeds
 //! ```text
-//! Marking → Copying → FlushingForReady → Following ──────────────┐ complete or soft cancel, and clean
-//!                          ↑      │ dirty again                  │
-//!                          └──────┘                              ├─ finalize later: Returned → pending,
+//! Marking → [Scanning] → Copying → FlushingForReady → Following ──────────────┐ complete or soft cancel, and clean
+//!                           ↑     │ dirty again                  │
+//!                           └─────┘                              ├─ finalize later: Returned → pending,
 //!                                                                │  following goes on until finalize
 //!   Settled ← Unmarking ← [Verifying] ← FlushingLast ← Closing ← Draining ┘
 //! ```
@@ -48,6 +48,8 @@ use crate::job::policy::{CopyMode, ErrorAction, IoOperation};
 pub enum Op {
     /// Put the mark of an unfinished copy on the target.
     Mark,
+    /// Make dirty what the source's uppermost layer holds itself.
+    Scan,
     /// Ask the source for holes and data.
     Status(ByteRange),
     /// Copy a claimed piece.
@@ -95,6 +97,8 @@ pub struct Failed {
 pub enum Outcome {
     /// The mark is on the target, durably.
     Marked(Result<(), Failed>),
+    /// What the uppermost layer holds is dirty.
+    Scanned(Result<(), Failed>),
     /// From the start of the range on, so many bytes are a hole or not.
     Status(ByteRange, Result<(u64, bool), Failed>),
     /// A piece ended: what was done, the offset from which on it was not done, and why if it failed.
@@ -117,6 +121,8 @@ pub enum Outcome {
 pub enum Stage {
     /// The target is being marked.
     Marking,
+    /// The uppermost layer is being looked through.
+    Scanning,
     /// Not yet alike.
     Copying,
     /// Alike, but for the flush.
@@ -143,6 +149,7 @@ impl Stage {
     fn name(self) -> &'static str {
         match self {
             Stage::Marking => "marking",
+            Stage::Scanning => "scan",
             Stage::Copying => "bulk",
             Stage::FlushingForReady => "flush",
             Stage::Following => "follow",
@@ -191,6 +198,8 @@ pub struct Settings {
     pub zeroes_cost: bool,
     /// Settle before the body returns, because finalizing follows at once.
     pub auto_finalize: bool,
+    /// Only what the source's uppermost layer holds is to be copied: look through it first.
+    pub scans: bool,
     /// Compare source and target before the end.
     pub verify: bool,
     /// Sizes differ in a way that was not allowed: fail after the start.
@@ -227,6 +236,8 @@ pub struct Mirror {
     conduct: Conduct,
     /// What the source said of a range: a hole or not. Whoever acts on it asks again.
     hint: Option<Hint>,
+    /// The uppermost layer has yet to be looked through.
+    scans: bool,
     /// The mark is on the target: data may be written.
     marked: bool,
     marking: bool,
@@ -270,6 +281,7 @@ impl Mirror {
             cursor: 0,
             conduct,
             hint: None,
+            scans: settings.scans,
             marked: false,
             marking: false,
             asking: false,
@@ -332,7 +344,18 @@ impl Mirror {
                 match result {
                     Ok(()) => {
                         self.marked = true;
-                        self.advance(Stage::Marking, Stage::Copying);
+                        let next = if self.scans { Stage::Scanning } else { Stage::Copying };
+                        self.advance(Stage::Marking, next);
+                    }
+                    Err(failed) => self.error(cx, failed),
+                }
+            }
+            Outcome::Scanned(result) => {
+                self.others -= 1;
+                match result {
+                    Ok(()) => {
+                        self.scans = false;
+                        self.advance(Stage::Scanning, Stage::Copying);
                     }
                     Err(failed) => self.error(cx, failed),
                 }
@@ -677,6 +700,9 @@ impl Mirror {
         {
             self.marking = true;
             self.ask(cx, Op::Mark);
+        }
+        if self.stage == Stage::Scanning && self.others == 0 {
+            self.ask(cx, Op::Scan);
         }
         if self.marked && self.stage.copies() {
             self.copy_on(cx);

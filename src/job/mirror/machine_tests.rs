@@ -40,6 +40,7 @@ impl Bench {
             buf_size: 16 * MIB,
             zeroes_cost: false,
             auto_finalize: true,
+            scans: false,
             verify: false,
             sizes_differ: false,
         };
@@ -100,6 +101,7 @@ impl Bench {
             let op = todo.remove(0);
             let more = match op {
                 Op::Mark => self.done(Outcome::Marked(Ok(()))),
+                Op::Scan => self.done(Outcome::Scanned(Ok(()))),
                 Op::Status(range) => self.done(Outcome::Status(range, Ok((range.len(), false)))),
                 Op::Copy(range) | Op::Zero(range) => {
                     self.done(Outcome::Piece(range, Copied::default(), None))

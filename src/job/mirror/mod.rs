@@ -212,7 +212,9 @@ pub async fn start(
     let peer = Rc::new(Peer::new(to.clone(), target_use.clone(), peer)?);
     let tracker = Tracker::new(ring, len, granularity, Some(peer.clone()), job.waker())?;
     job.follows_guests(options.copy_mode, &tracker);
-    if options.sync != SyncMode::None {
+    // Without a layer below, the uppermost one is the whole disk.
+    let scans = options.sync == SyncMode::Top && from.has_backing();
+    if options.sync != SyncMode::None && !scans {
         tracker.set_all();
     }
     let filter: Rc<dyn Filter> = tracker.clone();
@@ -234,6 +236,7 @@ pub async fn start(
         buf_size,
         zeroes_cost: !to.capabilities().zero_fast,
         auto_finalize: options.auto_finalize,
+        scans,
         verify: options.verifier.is_some(),
         sizes_differ,
     };

@@ -1,0 +1,73 @@
+//! Mirrors of images with layers: targets that are made in a format, copies of the uppermost layer only.
+
+mod common;
+
+use common::image::{MIB, Scratch, allocated};
+use common::{event, is_marked, run, run_json, tool};
+
+/// An overlay with some data of its own, over a base that is full; and its sparse places.
+fn chain(scratch: &Scratch) -> (String, String) {
+    let base = scratch.path("base.qcow2");
+    let full = scratch.full("full.img", 24 * MIB);
+    tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &full, &base]);
+    let top = scratch.path("top.qcow2");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", &top]);
+    for command in
+        ["write -P 0x11 1M 300k", "write -P 0x22 9M 64k", "write -z 12M 1M", "write -P 0x33 23M 4k"]
+    {
+        tool("qemu-io", &["-f", "qcow2", "-c", command, &top]);
+    }
+    (base, top)
+}
+
+fn compare(a: &str, b: &str, format: &str) {
+    tool("qemu-img", &["compare", "-f", "qcow2", "-F", format, a, b]);
+}
+
+#[test]
+fn only_the_uppermost_layer_is_copied_to_an_overlay_of_the_same_backing_file() {
+    let scratch = Scratch::new();
+    let (base, top) = chain(&scratch);
+    let copy = scratch.path("copy.qcow2");
+    let lines = run_json(&["mirror", "-f", "qcow2", &top, "-F", "qcow2", &copy, "--sync", "top"]);
+    let details = &event(&lines, "end")["details"];
+    let copied = details["bytes-copied"].as_u64().unwrap();
+    assert!((364 * 1024..MIB).contains(&copied), "{details}");
+    compare(&top, &copy, "qcow2");
+    tool("qemu-img", &["check", "-f", "qcow2", &copy]);
+    assert!(allocated(&copy) < 2 * MIB, "what lies below is not copied");
+    let info = run_json(&["info", "-f", "qcow2", &copy]).pop().unwrap();
+    assert_eq!(info["full-backing-filename"].as_str(), Some(base.as_str()), "{info:#}");
+    assert!(!is_marked(&copy));
+    // Everything, to an image without layers.
+    let whole = scratch.path("whole.qcow2");
+    run_json(&[
+        "mirror",
+        "-f",
+        "qcow2",
+        &top,
+        "-F",
+        "qcow2",
+        "-o",
+        "cluster_size=2M,compat=1.1",
+        &whole,
+        "--verify",
+    ]);
+    compare(&top, &whole, "qcow2");
+    tool("qemu-img", &["check", "-f", "qcow2", &whole]);
+    let raw = scratch.path("raw.img");
+    run_json(&["mirror", "-f", "qcow2", &top, &raw, "--verify"]);
+    compare(&top, &raw, "raw");
+}
+
+#[test]
+fn options_that_the_format_does_not_have_are_refused_and_nothing_is_made() {
+    let scratch = Scratch::new();
+    let source = scratch.full("source.img", MIB);
+    let target = scratch.path("target.img");
+    for options in [&["-o", "cluster_size=64k"][..], &["-F", "qcow2", "-o", "no_such=1"], &["-o", "x"]] {
+        let ended = run(&[&["mirror", &source, &target], options].concat());
+        assert_eq!(ended.code, Some(1), "{ended}");
+        assert!(!std::path::Path::new(&target).exists());
+    }
+}
