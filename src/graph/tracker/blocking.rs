@@ -111,7 +111,7 @@ impl Tracker {
         }
         let mut copy = self.ring.arena().try_alloc(buf.len())?;
         copy.truncate(buf.len());
-        copy.copy_from(0, buf.as_slice());
+        buf.copy_to(0, copy.as_mut_slice());
         Some(copy.freeze())
     }
 
