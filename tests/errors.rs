@@ -5,6 +5,7 @@ mod common;
 
 use std::path::Path;
 
+use common::filesystem::Mounted;
 use common::image::{MIB, Scratch, assert_equal, content, difference};
 use common::writer::{Plan, Writer};
 use common::{Process, assert_same, event, is_marked, tool};
@@ -12,37 +13,27 @@ use serde_json::Value;
 
 const IMAGE_BYTES: u64 = 24 * MIB;
 
-/// A small ext4 filesystem in a file, unmounted at the end.
+/// A small ext4 filesystem that is almost full.
 struct Small {
-    mount: String,
+    filesystem: Mounted,
     ballast: String,
 }
 
 impl Small {
     /// With room for `free_bytes` besides a file that takes all the rest.
     fn new(scratch: &Scratch, free_bytes: u64) -> Small {
-        let image = scratch.path("small.img");
-        std::fs::File::create(&image).and_then(|file| file.set_len(80 * MIB)).unwrap();
-        tool("mkfs.ext4", &["-q", "-m", "0", "-O", "^has_journal", &image]);
-        let mount = scratch.path("small");
-        std::fs::create_dir(&mount).unwrap();
-        tool("mount", &["-o", "loop", &image, &mount]);
-        let small = Small { ballast: format!("{mount}/ballast"), mount };
-        let text = tool("df", &["--output=avail", "-B1", &small.mount]);
+        let make = ["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal"];
+        let filesystem = Mounted::new(scratch.dir(), 80 * MIB, &make);
+        let text = tool("df", &["--output=avail", "-B1", &filesystem.path("")]);
         let avail: u64 = text.lines().last().and_then(|line| line.trim().parse().ok()).expect("a number");
         let ballast = (avail - free_bytes).to_string();
+        let small = Small { ballast: filesystem.path("ballast"), filesystem };
         tool("fallocate", &["-l", &ballast, &small.ballast]);
         small
     }
 
     fn make_room(&self) {
         std::fs::remove_file(&self.ballast).unwrap();
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg(&self.mount).status();
     }
 }
 
@@ -56,7 +47,7 @@ fn is_status(event: &Value, status: &str) -> bool {
 
 /// A full target stops the job once; with room it goes on with what failed, and completes.
 fn full_then_room(options: &[&str], source: &str, small: &Small) -> (Vec<Value>, Vec<Value>) {
-    let target = format!("{}/target.img", small.mount);
+    let target = small.filesystem.path("target.img");
     let fixed = ["mirror", source, &target, "--on-target-error", "enospc", "--buf-size", "4MiB"];
     let mut job = Process::json(&[&fixed, options].concat());
     let mut before = Vec::new();
@@ -93,7 +84,7 @@ fn a_full_target_stops_the_job_and_room_lets_it_complete() {
     // What had been copied was not copied again.
     let copied = end["details"]["bytes-copied"].as_u64().unwrap();
     assert!((IMAGE_BYTES..IMAGE_BYTES + 5 * MIB).contains(&copied), "{copied}");
-    assert_same(&source, &format!("{}/target.img", small.mount));
+    assert_same(&source, &small.filesystem.path("target.img"));
 }
 
 #[test]
@@ -101,7 +92,7 @@ fn report_ends_the_job_and_the_target_stays_marked() {
     let scratch = Scratch::new();
     let source = scratch.full("source.img", IMAGE_BYTES);
     let small = Small::new(&scratch, 9 * MIB);
-    let target = format!("{}/target.img", small.mount);
+    let target = small.filesystem.path("target.img");
     let ended = Process::json(&["mirror", &source, &target]).end();
     assert_eq!(ended.code, Some(1), "{ended}");
     let text = ended.to_string();
@@ -116,7 +107,7 @@ fn clients_do_not_notice_a_full_target_in_write_blocking_mode() {
     let source = scratch.full("source.img", IMAGE_BYTES);
     let base = content(&source);
     let small = Small::new(&scratch, 9 * MIB);
-    let target = format!("{}/target.img", small.mount);
+    let target = small.filesystem.path("target.img");
     let socket = scratch.path("disk.sock");
     let uri = format!("nbd+unix:///disk?socket={socket}");
     let mut job = Process::json(&[

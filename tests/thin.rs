@@ -4,6 +4,7 @@ mod common;
 
 use std::os::unix::fs::MetadataExt;
 
+use common::filesystem::Mounted;
 use common::image::{MIB, Scratch, allocated, assert_equal, content};
 use common::{LoopDevice, Process, assert_same, event, run_json, tool};
 use serde_json::Value;
@@ -17,36 +18,11 @@ fn bytes(end: &Value, name: &str) -> u64 {
     end["details"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {end:#}"))
 }
 
-/// Something mounted, unmounted at the end.
-struct Mounted(String);
-
-impl Mounted {
-    fn new(arguments: &[&str], at: &str) -> Mounted {
-        std::fs::create_dir(at).unwrap();
-        tool("mount", &[arguments, &[at]].concat());
-        Mounted(at.to_owned())
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        // The ring of a process that has just ended may hold it for a moment.
-        for _ in 0..50 {
-            let done = std::process::Command::new("umount").arg(&self.0).output();
-            if done.is_ok_and(|done| done.status.success()) {
-                return;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(100));
-        }
-    }
-}
-
 #[test]
 fn a_loop_device_that_loses_punch_hole_on_the_way_is_no_error() {
     let scratch = Scratch::new();
-    let at = scratch.path("tmpfs");
-    let _tmpfs = Mounted::new(&["-t", "tmpfs", "-o", "size=64M", "none"], &at);
-    let backing = format!("{at}/device.img");
+    let tmpfs = Mounted::tmpfs(scratch.dir(), 64 * MIB);
+    let backing = tmpfs.path("device.img");
     std::fs::write(&backing, vec![0xa5; 16 << 20]).unwrap();
     let device = LoopDevice::new(&backing, 512);
     let source = scratch.holey("source.img", 16 * MIB, &[(MIB, MIB), (9 * MIB, 64 << 10)]);
@@ -114,32 +90,28 @@ fn zeroes_in_data_are_kept_out_or_in_as_the_user_says() {
 #[test]
 fn a_disk_at_rest_is_shared_where_the_filesystem_can() {
     let scratch = Scratch::new();
-    let image = scratch.path("xfs.img");
-    std::fs::File::create(&image).and_then(|file| file.set_len(440 * MIB)).unwrap();
-    tool("mkfs.xfs", &["-q", "-m", "reflink=1", &image]);
-    let at = scratch.path("xfs");
-    let _xfs = Mounted::new(&["-o", "loop", &image], &at);
-    let source = format!("{at}/source.img");
+    let xfs = Mounted::xfs(scratch.dir(), 440 * MIB);
+    let source = xfs.path("source.img");
     std::fs::copy(scratch.full("origin.img", 150 * MIB + 512), &source).unwrap();
-    let target = format!("{at}/target.img");
+    let target = xfs.path("target.img");
     let end = mirror(&[&source, &target, "--verify"]);
     let shared = bytes(&end, "bytes-shared");
     assert!(shared >= 150 * MIB, "{end:#}");
     assert!(bytes(&end, "bytes-copied") <= MIB, "{end:#}");
     assert_same(&source, &target);
     // Three images of 150 MiB would not fit.
-    let another = format!("{at}/another.img");
+    let another = xfs.path("another.img");
     mirror(&[&source, &another]);
     assert_same(&source, &another);
     // With clients there is no sharing: what is under way has no order against it.
-    let own = format!("{at}/own.img");
+    let own = xfs.path("own.img");
     let socket = scratch.path("disk.sock");
     let uri = format!("nbd+unix:///disk?socket={socket}");
     std::fs::remove_file(&another).unwrap();
     std::fs::remove_file(&target).unwrap();
     let served = mirror(&[&source, &own, "-f", "raw", "--export", &uri]);
     assert_eq!(bytes(&served, "bytes-shared"), 0);
-    let never = format!("{at}/never.img");
+    let never = xfs.path("never.img");
     std::fs::remove_file(&own).unwrap();
     let end = mirror(&[&source, &never, "--reflink", "never"]);
     assert_eq!((bytes(&end, "bytes-shared"), bytes(&end, "bytes-copied")), (0, 150 * MIB + 512));
@@ -149,10 +121,9 @@ fn a_disk_at_rest_is_shared_where_the_filesystem_can() {
 #[test]
 fn a_huge_sparse_disk_costs_memory_for_what_is_dirty_only() {
     let scratch = Scratch::new();
-    let at = scratch.path("tmpfs");
     // A filesystem without a limit of 16 TiB for a file.
-    let _tmpfs = Mounted::new(&["-t", "tmpfs", "-o", "size=256M", "none"], &at);
-    let source = format!("{at}/huge.img");
+    let tmpfs = Mounted::tmpfs(scratch.dir(), 256 * MIB);
+    let source = tmpfs.path("huge.img");
     let len = 64_u64 << 40;
     let file = std::fs::File::create(&source).unwrap();
     let result = file.set_len(len);
@@ -162,7 +133,7 @@ fn a_huge_sparse_disk_costs_memory_for_what_is_dirty_only() {
         std::os::unix::fs::FileExt::write_all_at(&file, &[0x5a; 8192], place).unwrap();
     }
     drop(file);
-    let target = format!("{at}/copy.img");
+    let target = tmpfs.path("copy.img");
     // A flat map of its chunks would be 128 MiB, and there are several maps.
     let mut command = std::process::Command::new("prlimit");
     command.args(["--as=268435456", env!("CARGO_BIN_EXE_blockferry"), "--json", "mirror", &source, &target]);

@@ -8,12 +8,12 @@ use std::rc::Rc;
 
 use blockferry_ring::Config;
 use blockferry_ring::sync::{Either, either};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::json;
 
 use super::create::{add_backing, backing_len};
 use super::exit::{Exit, Failure};
-use super::image::{CacheMode, GateArgs, OpenArgs, parse_format, size, speed, state_dir};
+use super::image::{CacheMode, GateArgs, OpenArgs, Reflink, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::Signals;
 use super::target::{Target, TargetOptions};
@@ -129,15 +129,6 @@ pub struct ConvertArgs {
     gate: GateArgs,
     #[command(flatten)]
     output: OutputArgs,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum Reflink {
-    /// Where both files lie on a filesystem that can
-    #[default]
-    Auto,
-    /// Never: the copy has blocks of its own
-    Never,
 }
 
 /// Runs the command.

@@ -144,6 +144,16 @@ pub fn duration(text: &str) -> Result<u64, String> {
     crate::base::units::parse_duration(text).map_err(|error| error.to_string())
 }
 
+/// Whether blocks are shared instead of copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Reflink {
+    /// Where both files lie on a filesystem that can
+    #[default]
+    Auto,
+    /// Never: the copy has blocks of its own
+    Never,
+}
+
 /// The text of an error as a failure.
 pub fn failed(error: impl std::fmt::Display) -> Failure {
     Failure::text(error.to_string())

@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{OpenArgs, parse_format, size, speed, state_dir};
+use super::image::{OpenArgs, Reflink, duration, parse_format, size, speed, state_dir};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::{Signal, Signals};
@@ -18,7 +18,7 @@ use super::target::{Target, TargetOptions};
 use super::tool::option_pairs;
 use super::{Global, config, stats};
 use crate::base::limits;
-use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate, parse_duration};
+use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::engine::create::NewImage;
 use crate::engine::qcow2::{format as image_format, qcow2};
 use crate::engine::{Engine, Format};
@@ -164,14 +164,6 @@ enum DetectZeroes {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Reflink {
-    /// Where it is possible
-    Auto,
-    /// The copy has blocks of its own
-    Never,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
 enum CopyModeArg {
     /// What clients change is copied later
     Background,
@@ -195,10 +187,6 @@ fn guest_first(text: &str) -> Result<GuestFirst, String> {
         "off" => Ok(GuestFirst::Off),
         time => duration(time).map(GuestFirst::Goal),
     }
-}
-
-fn duration(text: &str) -> Result<u64, String> {
-    if text == "0" { Ok(0) } else { parse_duration(text).map_err(|error| error.to_string()) }
 }
 
 /// The error policies, as clap shows them.

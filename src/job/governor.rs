@@ -141,9 +141,9 @@ impl Governor {
         self.goal.or(learnt.filter(|_| self.guest_first == GuestFirst::Auto))
     }
 
-    /// When it wants to look again.
-    pub fn look_at(&self) -> Option<Nanos> {
-        self.looked_at.map(|at| at + LOOK_NANOS)
+    /// Whether it is time to look.
+    pub fn is_due(&self, now: Nanos) -> bool {
+        self.guest_first != GuestFirst::Off && self.looked_at.is_none_or(|at| now >= at + LOOK_NANOS)
     }
 
     /// One of the job's own requests has ended.
@@ -156,7 +156,7 @@ impl Governor {
 
     /// Looks, if it is time.
     pub fn look(&mut self, sight: Sight<'_>) {
-        if self.guest_first == GuestFirst::Off || self.look_at().is_some_and(|at| sight.now < at) {
+        if !self.is_due(sight.now) {
             return;
         }
         let Some(before) = self.looked_at.replace(sight.now) else {

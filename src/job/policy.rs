@@ -6,7 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::error::ENOSPC;
+use super::error::{ENOSPC, JobFailure};
+use crate::block::BlockError;
 
 /// What the user wants done about a failed request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -101,6 +102,35 @@ impl IoStatus {
             IoStatus::Ok => IoStatus::Failed,
             already => already,
         }
+    }
+}
+
+/// A failed request of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failed {
+    /// Which side.
+    pub operation: IoOperation,
+    /// Its number (positive).
+    pub errno: i32,
+    /// The whole sentence.
+    pub text: String,
+}
+
+impl Failed {
+    /// The source could not be read.
+    pub fn read(error: BlockError) -> Failed {
+        Failed { operation: IoOperation::Read, errno: error.errno.0, text: error.to_string() }
+    }
+
+    /// The target could not be changed or flushed.
+    pub fn write(error: BlockError) -> Failed {
+        Failed { operation: IoOperation::Write, errno: error.errno.0, text: error.to_string() }
+    }
+}
+
+impl From<Failed> for JobFailure {
+    fn from(failed: Failed) -> JobFailure {
+        JobFailure::with_text(failed.errno, failed.text)
     }
 }
 

@@ -2,8 +2,13 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use super::tool;
+
+fn text(path: &Path) -> String {
+    path.to_str().expect("a path in UTF-8").to_owned()
+}
 
 /// A mounted filesystem. Unmounted when it goes; its file goes with the folder it is in.
 pub struct Mounted {
@@ -21,8 +26,16 @@ impl Mounted {
         Mounted::new(folder, len, &["mkfs.ext4", "-q", "-F"])
     }
 
-    fn new(folder: &Path, len: u64, make: &[&str]) -> Mounted {
-        let text = |path: &Path| path.to_str().expect("a path in UTF-8").to_owned();
+    /// One in memory. Needs root.
+    pub fn tmpfs(folder: &Path, len: u64) -> Mounted {
+        let at = text(&folder.join("mounted"));
+        std::fs::create_dir(&at).expect("a folder to mount on");
+        tool("mount", &["-t", "tmpfs", "-o", &format!("size={len}"), "none", &at]);
+        Mounted { at }
+    }
+
+    /// One that this command makes in a file. Needs root.
+    pub fn new(folder: &Path, len: u64, make: &[&str]) -> Mounted {
         let (file, at) = (text(&folder.join("filesystem")), text(&folder.join("mounted")));
         std::fs::File::create(&file).and_then(|f| f.set_len(len)).expect("a file for a filesystem");
         std::fs::create_dir(&at).expect("a folder to mount on");
@@ -39,7 +52,13 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // A loop device made by mount goes with the mount. There is nothing more to do about a failure here.
-        let _ = Command::new("umount").arg(&self.at).status();
+        // A loop device made by mount goes with the mount. A ring that has just ended may hold a file for a moment.
+        for _ in 0..50 {
+            let ended = Command::new("umount").arg(&self.at).output();
+            if ended.is_ok_and(|ended| ended.status.success()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 }

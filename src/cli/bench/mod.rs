@@ -21,11 +21,11 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{OpenArgs, failed, parse_format, size};
+use super::image::{OpenArgs, duration, failed, parse_format, size};
 use super::signals::Signals;
 use super::{Global, config, stats};
 use crate::base::range::ByteRange;
-use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration, parse_duration, parse_size};
+use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration, parse_size};
 use crate::engine::Format;
 use ack_log::AckLog;
 use check::{CheckReport, Expectation, check_on};
@@ -183,10 +183,6 @@ fn block_bytes(text: &str) -> Result<u32, String> {
     u32::try_from(bytes).ok().filter(|_| good).ok_or_else(|| {
         format!("a block is a multiple of 512 bytes, at most {}", fmt_bytes(load::BLOCK_BYTES_MAX.into()))
     })
-}
-
-fn duration(text: &str) -> Result<u64, String> {
-    parse_duration(text).map_err(|error| error.to_string())
 }
 
 fn range(text: &str) -> Result<ByteRange, String> {

@@ -18,9 +18,9 @@ use crate::job::body::Hands;
 use crate::job::compare::Comparer;
 use crate::job::error::JobFailure;
 use crate::job::mirror::Marker;
-use crate::job::mirror::machine::{Copied, Failed};
+use crate::job::mirror::machine::Copied;
 use crate::job::offload::CopyOffload;
-use crate::job::policy::IoOperation;
+use crate::job::policy::{Failed, IoOperation};
 
 /// What was done by which means, beside the job's [`crate::job::body::Details`].
 #[derive(Debug, Default)]
@@ -91,14 +91,14 @@ impl Parts {
     async fn perform(&self, op: Op) -> Outcome {
         match op {
             Op::Mark => Outcome::Marked(match &self.marker {
-                Some(marker) => marker.mark().await.map_err(write_failed),
+                Some(marker) => marker.mark().await.map_err(Failed::write),
                 None => Ok(()),
             }),
             Op::Unmark => Outcome::Unmarked(match &self.marker {
-                Some(marker) => marker.unmark().await.map_err(write_failed),
+                Some(marker) => marker.unmark().await.map_err(Failed::write),
                 None => Ok(()),
             }),
-            Op::Status(range) => Outcome::Status(self.status(range).await.map_err(read_failed)),
+            Op::Status(range) => Outcome::Status(self.status(range).await.map_err(Failed::read)),
             Op::Share(range) => Outcome::Shared(range, self.share(range).await),
             Op::Copy(range) => {
                 let mut done = Copied::default();
@@ -110,8 +110,9 @@ impl Parts {
                 let failed = self.make_zero(range, &mut done).await.err();
                 Outcome::Piece(range, What::Zero, done, failed.map(|failed| (range.start(), failed)))
             }
-            Op::Flush => Outcome::Flushed(self.to().flush().await.map_err(write_failed)),
-            Op::Verify => Outcome::Verified(self.verify().await),
+            Op::Flush => Outcome::Flushed(self.to().flush().await.map_err(Failed::write)),
+            // In a future of its own: copies must not carry its size.
+            Op::Verify => Outcome::Verified(self.ring.boxed(self.verify()).await),
         }
     }
 
@@ -219,7 +220,7 @@ impl Parts {
         let (mut buf, result) = self.from().read(piece.start(), buf).await;
         let Err(error) = result else { return Ok(buf) };
         if !self.salvage {
-            return Err(read_failed(error));
+            return Err(Failed::read(error));
         }
         for part in piece.chunks(limits::SALVAGE_BYTES) {
             let small = self.ring.alloc(part.len() as usize).await;
@@ -256,7 +257,7 @@ impl Parts {
         let mut at = range.start();
         while at < range.end() {
             let left = range.end() - at;
-            let extent = self.to().block_status(at, left).await.map_err(write_failed)?;
+            let extent = self.to().block_status(at, left).await.map_err(Failed::write)?;
             let len = extent.len.clamp(1, left);
             if extent.zero && !self.target_failed.get() {
                 done.skipped += len;
@@ -286,7 +287,7 @@ impl Parts {
     fn changed<T>(&self, result: Result<T, BlockError>) -> Result<T, Failed> {
         result.map_err(|error| {
             self.target_failed.set(true);
-            write_failed(error)
+            Failed::write(error)
         })
     }
 
@@ -300,19 +301,7 @@ impl Parts {
                 let text = format!("Verifying failed: source and target differ at offset {offset}");
                 Err(Failed { operation: IoOperation::Write, errno: blockferry_ring::Errno::EIO.0, text })
             }
-            Err(error) => Err(read_failed(error)),
+            Err(error) => Err(Failed::read(error)),
         }
     }
-}
-
-fn failed(operation: IoOperation, error: BlockError) -> Failed {
-    Failed { operation, errno: error.errno.0, text: error.to_string() }
-}
-
-fn read_failed(error: BlockError) -> Failed {
-    failed(IoOperation::Read, error)
-}
-
-fn write_failed(error: BlockError) -> Failed {
-    failed(IoOperation::Write, error)
 }

@@ -18,8 +18,8 @@ use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::job::body::{Body, Context, Details, Event, Report};
 use crate::job::error::JobFailure;
-use crate::job::mirror::machine::{Copied, Failed};
-use crate::job::policy::ErrorAction;
+use crate::job::mirror::machine::Copied;
+use crate::job::policy::{ErrorAction, Failed};
 
 /// What the machine asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -234,7 +234,7 @@ impl Convert {
             Outcome::Verified(Err(failed)) => {
                 self.others -= 1;
                 // No policy forgives a copy that differs.
-                self.failure = Some(failure(failed));
+                self.failure = Some(failed.into());
             }
             Outcome::Verified(Ok(())) => self.stage_ended(cx, Ok(()), Stage::Verifying, Stage::Unmarking),
             Outcome::Unmarked(result) => self.stage_ended(cx, result, Stage::Unmarking, Stage::Settled),
@@ -268,7 +268,7 @@ impl Convert {
             return;
         }
         match (cx.on_error)(failed.operation, failed.errno) {
-            ErrorAction::Report => self.failure = Some(failure(failed)),
+            ErrorAction::Report => self.failure = Some(failed.into()),
             ErrorAction::Stop => {
                 self.retry_at = None;
                 cx.orders.hold = true;
@@ -390,10 +390,6 @@ impl Convert {
         *cx.report = Some(if self.returned { Report::Prepared(result) } else { Report::Returned(result) });
         self.stage = Stage::Over;
     }
-}
-
-fn failure(failed: Failed) -> JobFailure {
-    JobFailure::with_text(failed.errno, failed.text)
 }
 
 impl Body for Convert {

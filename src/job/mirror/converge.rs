@@ -96,8 +96,8 @@ impl Convergence {
         let smooth = |old: u64, new: u64| if first { new } else { old - old / 4 + new / 4 };
         self.sampled_nanos = self.sampled_nanos.saturating_add(span);
         self.rates.copied = smooth(self.rates.copied, rate(sample.done, last.done));
-        let dirtied = |tally: &GuestTally| tally.dirtied_bytes;
-        self.rates.dirtied = smooth(self.rates.dirtied, rate(dirtied(&sample.tally), dirtied(&last.tally)));
+        let dirtied = rate(sample.tally.dirtied_bytes, last.tally.dirtied_bytes);
+        self.rates.dirtied = smooth(self.rates.dirtied, dirtied);
         self.touched = smooth(self.touched, rate(sample.tally.touched_bytes, last.tally.touched_bytes));
         let clean = sample.len.saturating_sub(sample.left).max(sample.len / 16).max(1);
         let scaled = u128::from(self.rates.dirtied) * u128::from(sample.len) / u128::from(clean);
@@ -124,8 +124,8 @@ impl Convergence {
         let most = (self.rates.copied / 100 * SHARE_PERCENT_MAX).max(PACE_MIN);
         match pace {
             0 => self.touched.clamp(PACE_MIN, most.max(self.touched / 2)),
-            _ if self.touched > most => (pace - pace / 8).max(most).max(PACE_MIN),
-            _ => (pace + pace / 32 + 1).min(most.max(PACE_MIN)),
+            _ if self.touched > most => (pace - pace / 8).max(most),
+            _ => (pace + pace / 32 + 1).min(most),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::{Buf, PooledFuture, Ring, SharedBuf};
 
-use super::machine::{Copied, Failed, Op, Outcome};
+use super::machine::{Copied, Op, Outcome};
 use super::memory::{Lease, Memory};
 use super::verify::Verifier;
 use crate::base::limits;
@@ -20,7 +20,7 @@ use crate::graph::tracker::Tracker;
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
 use crate::job::offload::CopyOffload;
-use crate::job::policy::IoOperation;
+use crate::job::policy::Failed;
 use crate::protocol::mark::TargetMark;
 
 /// Says on the target that it is not complete, and takes that back.
@@ -69,13 +69,24 @@ impl Hands<Op, Outcome> for MirrorHands {
     fn perform(&self, op: Op) -> PooledFuture<'static, Outcome> {
         let parts = self.0.clone();
         let ring = &self.0.ring;
-        // What there are many of must not have futures as large as the largest of the others: that one is many KiB,
-        // more than the pool keeps, and is moved into place each time.
+        // Each has a future of its own: one for all would be as large as the largest, many KiB, more than the pool
+        // keeps, and would be moved into place for every copy.
         match op {
             Op::Copy(range) => ring.boxed(async move { parts.copy(range).await }),
             Op::Zero(range) => ring.boxed(async move { parts.zero(range).await }),
             Op::Status(range) => ring.boxed(async move { parts.status(range).await }),
-            op => ring.boxed(async move { parts.perform(op).await }),
+            Op::Mark => ring.boxed(async move { parts.mark().await }),
+            Op::Unmark => ring.boxed(async move { parts.unmark().await }),
+            Op::Scan => ring.boxed(async move { Outcome::Scanned(parts.scan().await.map_err(Failed::read)) }),
+            Op::Flush => {
+                ring.boxed(async move { Outcome::Flushed(parts.to().flush().await.map_err(Failed::write)) })
+            }
+            Op::Drain => ring.boxed(async move { parts.drain().await }),
+            Op::Undrain => {
+                parts.drained.borrow_mut().take();
+                ring.boxed(async { Outcome::Undrained })
+            }
+            Op::Verify => ring.boxed(async move { parts.verify().await }),
         }
     }
 
@@ -106,45 +117,43 @@ impl Parts {
         self.target_node.driver()
     }
 
-    async fn perform(&self, op: Op) -> Outcome {
-        match op {
-            Op::Mark => Outcome::Marked(match &self.marker {
-                Some(marker) => marker.mark().await.map_err(write_failed),
-                None => Ok(()),
-            }),
-            Op::Scan => Outcome::Scanned(self.scan().await.map_err(read_failed)),
-            Op::Unmark => Outcome::Unmarked(match &self.marker {
-                Some(marker) => marker.unmark().await.map_err(write_failed),
-                None => Ok(()),
-            }),
-            Op::Status(range) => self.status(range).await,
-            Op::Copy(range) => self.copy(range).await,
-            Op::Zero(range) => self.zero(range).await,
-            Op::Flush => Outcome::Flushed(self.to().flush().await.map_err(write_failed)),
-            Op::Drain => match self.source.node().drain(limits::DRAIN_NANOS_MAX).await {
-                Ok(drained) => {
-                    // Given up meanwhile, with operations in flight that hold this: the door must not wait for them.
-                    if !self.over.get() {
-                        self.drained.replace(Some(drained));
-                    }
-                    Outcome::Drained(true)
+    async fn mark(&self) -> Outcome {
+        Outcome::Marked(match &self.marker {
+            Some(marker) => marker.mark().await.map_err(Failed::write),
+            None => Ok(()),
+        })
+    }
+
+    async fn unmark(&self) -> Outcome {
+        Outcome::Unmarked(match &self.marker {
+            Some(marker) => marker.unmark().await.map_err(Failed::write),
+            None => Ok(()),
+        })
+    }
+
+    async fn drain(&self) -> Outcome {
+        match self.source.node().drain(limits::DRAIN_NANOS_MAX).await {
+            Ok(drained) => {
+                // Given up meanwhile, with operations in flight that hold this: the door must not wait for them.
+                if !self.over.get() {
+                    self.drained.replace(Some(drained));
                 }
-                Err(_) => Outcome::Drained(false),
-            },
-            Op::Verify => Outcome::Verified(match &self.verifier {
-                Some(verifier) => verifier.finish().await,
-                None => Ok(()),
-            }),
-            Op::Undrain => {
-                self.drained.borrow_mut().take();
-                Outcome::Undrained
+                Outcome::Drained(true)
             }
+            Err(_) => Outcome::Drained(false),
         }
+    }
+
+    async fn verify(&self) -> Outcome {
+        Outcome::Verified(match &self.verifier {
+            Some(verifier) => verifier.finish().await,
+            None => Ok(()),
+        })
     }
 
     async fn status(&self, range: ByteRange) -> Outcome {
         let status = self.from().block_status(range.start(), range.len()).await;
-        Outcome::Status(range, status.map(|extent| (extent.len, extent.zero)).map_err(read_failed))
+        Outcome::Status(range, status.map(|extent| (extent.len, extent.zero)).map_err(Failed::read))
     }
 
     /// Makes dirty what the source's uppermost layer holds itself, data and zeroes. What guests change meanwhile is
@@ -175,7 +184,7 @@ impl Parts {
                     done.shared = len;
                     at += len;
                 }
-                Err(error) => return Outcome::Piece(range, done, Some((at, Some(write_failed(error))))),
+                Err(error) => return Outcome::Piece(range, done, Some((at, Some(Failed::write(error))))),
             }
         }
         while at < range.end() {
@@ -194,7 +203,7 @@ impl Parts {
 
     async fn copy_piece(&self, piece: ByteRange, buf: Buf, done: &mut Copied) -> Result<(), Failed> {
         let (buf, result) = self.from().read(piece.start(), buf).await;
-        result.map_err(read_failed)?;
+        result.map_err(Failed::read)?;
         let buf = buf.freeze();
         if !self.detect_zeroes {
             return self.write(piece.start(), buf, done).await;
@@ -214,7 +223,7 @@ impl Parts {
 
     async fn write(&self, offset: u64, buf: SharedBuf, done: &mut Copied) -> Result<(), Failed> {
         let len = buf.len() as u64;
-        self.peer.write(offset, buf).await.map_err(write_failed)?;
+        self.peer.write(offset, buf).await.map_err(Failed::write)?;
         done.data += len;
         Ok(())
     }
@@ -224,7 +233,7 @@ impl Parts {
         let (zeroed, result) = self.peer.make_zero(range, true).await;
         done.zeroed += zeroed.zeroed;
         done.skipped += zeroed.skipped;
-        result.map_err(|(at, error)| (at, write_failed(error)))
+        result.map_err(|(at, error)| (at, Failed::write(error)))
     }
 
     async fn zero(&self, range: ByteRange) -> Outcome {
@@ -235,7 +244,7 @@ impl Parts {
             // Asked again now that the piece is claimed: a change from here on makes it dirty again.
             let extent = match self.from().block_status(at, left).await {
                 Ok(extent) => extent,
-                Err(error) => return Outcome::Piece(range, done, Some((at, Some(read_failed(error))))),
+                Err(error) => return Outcome::Piece(range, done, Some((at, Some(Failed::read(error))))),
             };
             if !extent.zero {
                 return Outcome::Piece(range, done, Some((at, None)));
@@ -288,16 +297,4 @@ impl Parts {
         }
         Ok(())
     }
-}
-
-fn failed(operation: IoOperation, error: BlockError) -> Failed {
-    Failed { operation, errno: error.errno.0, text: error.to_string() }
-}
-
-fn read_failed(error: BlockError) -> Failed {
-    failed(IoOperation::Read, error)
-}
-
-fn write_failed(error: BlockError) -> Failed {
-    failed(IoOperation::Write, error)
 }

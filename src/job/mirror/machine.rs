@@ -41,7 +41,7 @@ use crate::base::range::ByteRange;
 use crate::graph::tracker::{GuestTally, Tracker};
 use crate::job::body::{Body, Context, Details, Event, Report};
 use crate::job::error::JobFailure;
-use crate::job::policy::{CopyMode, ErrorAction, IoOperation};
+use crate::job::policy::{CopyMode, ErrorAction, Failed, IoOperation};
 
 /// What the machine asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,17 +79,6 @@ pub struct Copied {
     pub skipped: u64,
     /// Bytes that both sides' files share from now on: nothing was read or written.
     pub shared: u64,
-}
-
-/// A failed request.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failed {
-    /// Which side.
-    pub operation: IoOperation,
-    /// Its number.
-    pub errno: i32,
-    /// The whole sentence.
-    pub text: String,
 }
 
 /// What came of an operation.
@@ -389,7 +378,7 @@ impl Mirror {
                         }
                     }
                     // No policy forgives a copy that differs.
-                    Err(failed) => self.failure = Some(failure(failed)),
+                    Err(failed) => self.failure = Some(failed.into()),
                 }
             }
             Outcome::Unmarked(result) => {
@@ -474,11 +463,11 @@ impl Mirror {
         let closing = self.stage.is_closing();
         if closing && self.pending {
             // Finalizing: there is no way back.
-            self.failure = Some(failure(failed));
+            self.failure = Some(failed.into());
             return;
         }
         match (cx.on_error)(failed.operation, failed.errno) {
-            ErrorAction::Report => self.failure = Some(failure(failed)),
+            ErrorAction::Report => self.failure = Some(failed.into()),
             ErrorAction::Stop => {
                 self.retry_at = None;
                 // Stopped from now on, not from the next step on: this one must not try the range again.
@@ -555,10 +544,9 @@ impl Mirror {
     /// Opens a door that has been shut for as long as it may be.
     fn keep_downtime(&mut self, cx: &mut Context<'_, Op>) {
         let Some(by) = self.shut_at.and_then(|since| self.conduct.open_by(since)) else { return };
-        if !self.stage.may_reopen() {
-        } else if cx.now < by {
+        if self.stage.may_reopen() && cx.now < by {
             cx.wake_by(by);
-        } else {
+        } else if self.stage.may_reopen() {
             tracing::info!(
                 attempts = self.late_attempts,
                 "the mirror's end takes too long for its guests; later again"
@@ -640,9 +628,7 @@ impl Mirror {
         }
         self.seen = tally;
         while let Some(error) = self.tracker.pop_failure() {
-            let failed =
-                Failed { operation: IoOperation::Write, errno: error.errno.0, text: error.to_string() };
-            self.error(cx, failed);
+            self.error(cx, Failed::write(error));
         }
     }
 
@@ -816,10 +802,6 @@ impl Mirror {
 
 fn first(run: ByteRange, len: u64) -> ByteRange {
     run.split_at(run.start().saturating_add(len)).0
-}
-
-fn failure(failed: Failed) -> JobFailure {
-    JobFailure::with_text(failed.errno, failed.text)
 }
 
 impl Body for Mirror {

@@ -15,7 +15,6 @@ use std::rc::Rc;
 use blockferry_ring::sync::join;
 use blockferry_ring::{Buf, Nanos, Ring};
 
-use super::machine::Failed;
 use super::memory::Memory;
 use crate::base::limits;
 use crate::base::range::ByteRange;
@@ -23,7 +22,7 @@ use crate::block::{BlockError, Driver};
 use crate::graph::dirty::DirtyMapError;
 use crate::graph::node::Filter;
 use crate::graph::tracker::Tracker;
-use crate::job::policy::IoOperation;
+use crate::job::policy::{Failed, IoOperation};
 
 /// Bytes of one piece: what one buffer holds.
 const PIECE_BYTES: u64 = 1 << 20;
