@@ -122,19 +122,41 @@ pub struct Node {
     /// Layers above that are in use.
     used_above: Cell<u32>,
     access: Access,
+    /// The chain below is being changed.
+    relinking: Cell<bool>,
     load: Load,
     readers: RefCell<Option<Rc<dyn Fn(ByteRange)>>>,
 }
 
 /// Who needs a layer to be writable that was opened to be read.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Access {
     holders: Cell<u32>,
     /// It was opened to be read only, and will be so again.
     reopened: Cell<bool>,
     /// One at a time changes it.
     busy: Cell<bool>,
-    free: Notify,
+}
+
+/// Nobody else does the same meanwhile.
+#[derive(Debug)]
+pub struct Alone<'a> {
+    busy: &'a Cell<bool>,
+    changed: &'a Notify,
+}
+
+impl<'a> Alone<'a> {
+    async fn enter(busy: &'a Cell<bool>, changed: &'a Notify) -> Alone<'a> {
+        changed.until(|| (!busy.replace(true)).then_some(())).await;
+        Alone { busy, changed }
+    }
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.busy.set(false);
+        self.changed.notify();
+    }
 }
 
 impl std::fmt::Debug for Node {
@@ -288,12 +310,8 @@ impl Node {
             below: RefCell::new(below),
             uses_below: Cell::new(false),
             used_above: Cell::new(0),
-            access: Access {
-                holders: Cell::new(0),
-                reopened: Cell::new(false),
-                busy: Cell::new(false),
-                free: ring.notify(),
-            },
+            access: Access::default(),
+            relinking: Cell::new(false),
             load: Load::default(),
             readers: RefCell::default(),
         })
@@ -434,26 +452,25 @@ impl Node {
         Ok(old)
     }
 
+    /// Waits for whoever changes the chain below this node, and keeps others from it.
+    pub async fn relinking(&self) -> Alone<'_> {
+        Alone::enter(&self.relinking, &self.changed).await
+    }
+
     /// Sees to it that the driver can be written, until [`Node::release_writable`]. Whoever calls has a use that writes.
     pub async fn hold_writable(&self) -> IoResult {
-        let access = &self.access;
-        access.free.until(|| (!access.busy.replace(true)).then_some(())).await;
-        let result = match self.driver.is_read_only() {
-            true => self.reopen(false).await,
-            false => Ok(()),
-        };
-        if result.is_ok() {
-            access.holders.set(access.holders.get() + 1);
+        let _alone = Alone::enter(&self.access.busy, &self.changed).await;
+        if self.driver.is_read_only() {
+            self.reopen(false).await?;
         }
-        access.busy.set(false);
-        access.free.notify();
-        result
+        self.access.holders.set(self.access.holders.get() + 1);
+        Ok(())
     }
 
     /// The last who needed it so restores how the driver was open.
     pub async fn release_writable(&self) {
+        let _alone = Alone::enter(&self.access.busy, &self.changed).await;
         let access = &self.access;
-        access.free.until(|| (!access.busy.replace(true)).then_some(())).await;
         access.holders.set(access.holders.get() - 1);
         if access.holders.get() == 0
             && access.reopened.get()
@@ -461,8 +478,6 @@ impl Node {
         {
             tracing::warn!(%error, "a layer stays open to be written");
         }
-        access.busy.set(false);
-        access.free.notify();
     }
 
     /// It stays writable when the last who needed it so lets go: a guest writes it from now on.
@@ -474,8 +489,9 @@ impl Node {
         match self.driver.reopen(read_only) {
             Some(reopening) => reopening.await?,
             None => {
-                return Err(BlockError::new(Operation::Open, self.driver.name(), Errno::EROFS)
-                    .hint("It was opened to be read only, and cannot be opened otherwise while it is in use."));
+                return Err(BlockError::new(Operation::Open, self.driver.name(), Errno::EROFS).hint(
+                    "It was opened to be read only, and cannot be opened otherwise while it is in use.",
+                ));
             }
         }
         // What has to be locked depends on the access.

@@ -24,7 +24,7 @@
 
 use std::rc::Rc;
 
-use blockferry_ring::{Ring, SharedBuf};
+use blockferry_ring::{Errno, Ring, SharedBuf};
 
 use super::event::JobType;
 use super::mirror::{self, MirrorOptions};
@@ -83,13 +83,11 @@ pub async fn start(
     }
     uses.push(base.attach(UseKind::JobBase("commit"))?);
     let base = Writable::hold(ring, base, uses).await?;
-    let overlay = chain[at - 1].clone();
     // Where the uppermost layer is shorter than the base, the overlay shows zeroes.
-    let len = top.driver().len().max(base.node().driver().len().min(overlay.driver().len()));
+    let len = top.driver().len().max(base.node().driver().len().min(chain[at - 1].driver().len()));
     let direction = Rc::new(Down {
         ring: ring.clone(),
         front: front.clone(),
-        overlay,
         base,
         layers,
         backing_file: options.backing_file.clone(),
@@ -136,31 +134,52 @@ async fn start_active(
 struct Down {
     ring: Ring,
     front: Rc<Node>,
-    /// The layer above the uppermost that is merged.
-    overlay: Rc<Node>,
     base: Writable,
     layers: Vec<Rc<Node>>,
     backing_file: Option<String>,
 }
 
 impl Down {
-    /// In a drain: the overlay records the base, durably, and then reads from it.
+    /// The layer above the uppermost that is merged, as it is now: a stream may have replaced it.
+    fn overlay(&self) -> Option<Rc<Node>> {
+        let chain = self.front.chain();
+        let at = chain.iter().position(|node| Rc::ptr_eq(node, &self.layers[0]))?;
+        chain.get(at.checked_sub(1)?).cloned()
+    }
+
     async fn link(&self) -> Result<(), Failed> {
-        let Some(lowest) = self.layers.last() else { return Ok(()) };
+        let _alone = self.front.relinking().await;
+        let Some(overlay) = self.overlay() else {
+            let text =
+                format!("'{}' is no longer in the chain of '{}'", self.layers[0].name(), self.front.name());
+            return Err(Failed { operation: IoOperation::Write, errno: Errno::EPERM.0, text });
+        };
+        let editor = overlay.attach(UseKind::Editor).map_err(Failed::write)?;
+        overlay.hold_writable().await.map_err(Failed::write)?;
+        let result = self.link_to_base(&overlay).await;
+        overlay.release_writable().await;
+        drop(editor);
+        result
+    }
+
+    /// In a drain: the overlay records the base, durably, and then reads from it.
+    async fn link_to_base(&self, overlay: &Rc<Node>) -> Result<(), Failed> {
+        let (Some(lowest), Some(layer)) = (self.layers.last(), overlay.driver().as_layer()) else {
+            return Ok(());
+        };
+        let base = self.base.node();
         let name = match &self.backing_file {
             Some(name) => name.clone(),
-            None => name_for(&self.overlay, lowest, self.base.node()),
+            None => name_for(overlay, lowest, base),
         };
-        let Some(overlay) = self.overlay.driver().as_layer() else { return Ok(()) };
-        let format = self.base.node().driver().format();
         let drained = self.front.drain(limits::DRAIN_NANOS_MAX).await.map_err(|errno| Failed {
             operation: IoOperation::Write,
             errno: errno.0,
             text: "Draining the disk timed out: a guest's request does not end".into(),
         })?;
-        overlay.record_backing(Some((&name, format))).await.map_err(Failed::write)?;
+        layer.record_backing(Some((&name, base.driver().format()))).await.map_err(Failed::write)?;
         // From here on there is no way back, and nothing that can fail but to give locks up.
-        if let Err(error) = self.overlay.set_below(Some(self.base.node().clone())) {
+        if let Err(error) = overlay.set_below(Some(base.clone())) {
             tracing::warn!(%error, "locks of layers that are merged could not be given back");
         }
         drop(drained);
@@ -220,14 +239,7 @@ impl Direction for Down {
     }
 
     fn relink(&self) -> IoFuture<'_, Result<(), Failed>> {
-        self.ring.boxed(async move {
-            let editor = self.overlay.attach(UseKind::Editor).map_err(Failed::write)?;
-            self.overlay.hold_writable().await.map_err(Failed::write)?;
-            let result = self.link().await;
-            self.overlay.release_writable().await;
-            drop(editor);
-            result
-        })
+        self.ring.boxed(self.link())
     }
 
     fn restore(&self) -> IoFuture<'_, ()> {

@@ -17,7 +17,6 @@
 //! Semantics: QEMU's `block-stream` (qapi/block-core.json). What differs: many requests are in flight; data does not wait
 //! in a guest's read: that is answered first, and filled then; `ignore` tries again, with a pause.
 
-use std::cell::RefCell;
 use std::rc::Rc;
 
 use blockferry_ring::{Ring, SharedBuf};
@@ -30,7 +29,7 @@ use super::sweep::{self, ChainError, Direction, Plan, SweepOptions};
 use super::writable::Writable;
 use crate::base::limits;
 use crate::base::range::ByteRange;
-use crate::block::{BlockError, Fill, Held, Holds, IoFuture, Layer};
+use crate::block::{BlockError, Fill, Holds, IoFuture, Layer};
 use crate::graph::chain::{held_by, name_for};
 use crate::graph::node::{Node, UseKind};
 
@@ -94,7 +93,7 @@ pub async fn start(
         front: front.clone(),
         top,
         whole: to == chain.len(),
-        mids: RefCell::new(mids),
+        mids,
         backing_file: options.backing_file.clone(),
     });
     let plan = Plan {
@@ -119,7 +118,7 @@ struct Up {
     top: Writable,
     /// No backing file is left at the end.
     whole: bool,
-    mids: RefCell<Vec<Rc<Node>>>,
+    mids: Vec<Rc<Node>>,
     backing_file: Option<String>,
 }
 
@@ -136,8 +135,7 @@ impl Up {
         if own.what != Holds::Nothing {
             return Ok((own.len, What::Skip));
         }
-        let mids = self.mids.borrow().clone();
-        let held: Held = held_by(&mids, offset, own.len.clamp(1, len)).await?;
+        let held = held_by(&self.mids, offset, own.len.clamp(1, len)).await?;
         let what = match held.what {
             Holds::Data => What::Data,
             // Without a backing file what is not held reads as zeroes.
@@ -149,7 +147,8 @@ impl Up {
 
     /// In a drain: the top records its new backing file, durably, and then reads from it.
     async fn link(&self) -> Result<(), Failed> {
-        let Some(bottom) = self.mids.borrow().last().cloned() else { return Ok(()) };
+        let _alone = self.front.relinking().await;
+        let Some(bottom) = self.mids.last() else { return Ok(()) };
         let drained = self.front.drain(limits::DRAIN_NANOS_MAX).await.map_err(|errno| Failed {
             operation: IoOperation::Read,
             errno: errno.0,
@@ -159,7 +158,7 @@ impl Up {
         let base = if self.whole { None } else { bottom.below() };
         let name = base.as_ref().map(|base| match &self.backing_file {
             Some(name) => name.clone(),
-            None => name_for(self.top.node(), &bottom, base),
+            None => name_for(self.top.node(), bottom, base),
         });
         let record = match (&name, &base) {
             (Some(name), Some(base)) => Some((name.as_str(), base.driver().format())),

@@ -46,7 +46,12 @@ fn bytes(permissions: Permissions) -> impl Iterator<Item = u64> {
 impl Locks {
     /// No locks yet. `name` is what errors call the file.
     pub fn new(ring: &Ring, file: &File, name: Rc<str>) -> Locks {
-        Locks { ring: ring.clone(), file: RefCell::new(file.clone()), name, held: Cell::new(Permissions::NONE) }
+        Locks {
+            ring: ring.clone(),
+            file: RefCell::new(file.clone()),
+            name,
+            held: Cell::new(Permissions::NONE),
+        }
     }
 
     /// What is locked.
@@ -83,7 +88,13 @@ impl Locks {
         for start in bytes(self.held.get()) {
             self.ring.lock_shared(file, byte(start)).map_err(|errno| self.failed(errno))?;
         }
-        self.file.replace(file.clone());
+        // A read under way may keep the old handle open for a while. It must not be in our own way.
+        let old = self.file.replace(file.clone());
+        for start in bytes(self.held.get()) {
+            if let Err(errno) = self.ring.unlock(&old, byte(start)) {
+                tracing::warn!(image = %self.name, %errno, byte = start, "a lock could not be given back");
+            }
+        }
         Ok(())
     }
 

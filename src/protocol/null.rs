@@ -24,7 +24,12 @@ pub struct NullDriver {
 impl NullDriver {
     /// A disk of `len` bytes.
     pub fn new(ring: &Ring, name: impl Into<String>, len: u64, read_only: bool) -> NullDriver {
-        NullDriver { ring: ring.clone(), name: name.into(), len: Cell::new(len), read_only: Cell::new(read_only) }
+        NullDriver {
+            ring: ring.clone(),
+            name: name.into(),
+            len: Cell::new(len),
+            read_only: Cell::new(read_only),
+        }
     }
 
     fn done(&self) -> IoFuture<'_, IoResult> {

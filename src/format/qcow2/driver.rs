@@ -8,8 +8,8 @@ use super::header::autoclear;
 use super::image::{Fault, Qcow2};
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, Fill, Held, IoFuture, IoResult, Layer, Limits, Operation, Permissions, Resolved,
-    WriteFlags, ZeroFlags,
+    BlockError, Capabilities, Driver, Extent, Fill, Held, IoFuture, IoResult, Layer, Limits, Operation,
+    Permissions, Resolved, WriteFlags, ZeroFlags,
 };
 
 impl Qcow2 {
@@ -61,7 +61,13 @@ impl Driver for Qcow2 {
         let v3 = self.header.borrow().version >= 3;
         let raw = self.header.borrow().autoclear & autoclear::DATA_FILE_RAW != 0;
         let zero = !self.read_only.get() && v3 && !raw;
-        Capabilities { fua: false, discard: !self.read_only.get(), zero_fast: zero, zero_unmap: zero, status: true }
+        Capabilities {
+            fua: false,
+            discard: !self.read_only.get(),
+            zero_fast: zero,
+            zero_unmap: zero,
+            status: true,
+        }
     }
 
     fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {

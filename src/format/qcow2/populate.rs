@@ -40,7 +40,8 @@ impl Qcow2 {
         };
         let mut at = range.start();
         while at < range.end() {
-            let end = range.end().min(self.g.cluster_start(at).saturating_add(step.max(self.g.cluster_size())));
+            let end =
+                range.end().min(self.g.cluster_start(at).saturating_add(step.max(self.g.cluster_size())));
             let part = ByteRange::at_saturating(at, end - at);
             let claim = self.claims.enter(self.clusters_of(part), true).await;
             self.populate_claimed(range, part, fill).await?;

@@ -49,9 +49,9 @@ impl Hands<Op, Outcome> for SweepHands {
                 let failed = parts.make_zero(range, &mut done).await.err();
                 Outcome::Piece(range, What::Zero, done, failed.map(|failed| (range.start(), failed)))
             }),
-            Op::Status(range) => ring.boxed(async move {
-                Outcome::Status(parts.status(range).await.map_err(Failed::read))
-            }),
+            Op::Status(range) => {
+                ring.boxed(async move { Outcome::Status(parts.status(range).await.map_err(Failed::read)) })
+            }
             other => ring.boxed(async move { parts.perform(other).await }),
         }
     }
@@ -76,7 +76,9 @@ impl Parts {
 
     async fn perform(&self, op: Op) -> Outcome {
         match op {
-            Op::Prepare => Outcome::Prepared(self.direction.prepare().await.map_err(|error| self.failed(error))),
+            Op::Prepare => {
+                Outcome::Prepared(self.direction.prepare().await.map_err(|error| self.failed(error)))
+            }
             Op::Flush => {
                 let result = self.direction.target().driver().flush().await;
                 Outcome::Flushed(result.map_err(|error| self.failed(error)))

@@ -17,8 +17,8 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-use blockferry_ring::sync::Notify;
 use blockferry_ring::Nanos;
+use blockferry_ring::sync::Notify;
 
 use crate::base::limits;
 use crate::base::range::ByteRange;

@@ -169,7 +169,8 @@ pub(super) async fn start(ring: &Ring, plan: Plan, options: &SweepOptions) -> Re
     job_options.auto_dismiss = options.auto_dismiss;
     let memory = Memory::without_reserve(ring);
     memory.reserve().await;
-    let job = Job::new(ring, job_options, ErrorPolicies { source: options.on_error, target: options.on_error });
+    let job =
+        Job::new(ring, job_options, ErrorPolicies { source: options.on_error, target: options.on_error });
     let wishes = plan.follows_reads.then(|| Rc::new(Wishes::new(job.waker())));
     if let Some(wishes) = &wishes {
         let wishes = wishes.clone();
