@@ -202,7 +202,9 @@ impl Life {
                 self.count("jobs refused");
                 return;
             }
-            Err(ChainError::Block(error)) if error.errno == Errno::EIO => {
+            Err(ChainError::Block(error))
+                if [Errno::EIO, Errno::ENOSPC].contains(&error.errno) && self.faulty =>
+            {
                 self.count("starts that failed");
                 return;
             }
@@ -219,9 +221,14 @@ impl Life {
         // What is on its way ends.
         for _ in 0..SETTLE_MILLIS_MAX {
             self.ring.sleep(1_000_000).await;
-            let in_use = |node: &Rc<Node>| Rc::ptr_eq(node, &self.root.node()) || Rc::ptr_eq(node, &self.front);
+            let in_use =
+                |node: &Rc<Node>| Rc::ptr_eq(node, &self.root.node()) || Rc::ptr_eq(node, &self.front);
             let free = |node: &Rc<Node>| node.attach(UseKind::JobSource("probe")).is_ok();
-            if aim.nodes.iter().all(|node| free(node) && (in_use(node) || self.faulty || node.driver().is_read_only())) {
+            if aim
+                .nodes
+                .iter()
+                .all(|node| free(node) && (in_use(node) || self.faulty || node.driver().is_read_only()))
+            {
                 break;
             }
         }
