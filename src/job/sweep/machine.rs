@@ -530,3 +530,7 @@ impl Body for Sweep {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;
