@@ -298,7 +298,11 @@ impl Life {
                     self.wrong(format!("{id} completed and left layers in the chain"));
                 }
                 self.changed.set(self.changed.get() || !aim.active || pivoted);
-                if let (Kind::Commit, Some(view), Some(base)) = (plan.kind, view, aim.nodes.last()) {
+                // An active commit beside it may have changed the base since.
+                let settled = aim.active || self.counts.borrow().get("commits, active") == 0;
+                if let (Kind::Commit, true, Some(view), Some(base)) =
+                    (plan.kind, settled, view, aim.nodes.last())
+                {
                     match bytes_of(&self.ring, base.driver(), view.len() as u64).await {
                         Ok(bytes) if bytes != view => {
                             self.wrong(format!("{id}: the base does not hold the top"))
