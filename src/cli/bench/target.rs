@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use blockferry_ring::Ring;
 
-use crate::block::{BlockError, Driver, Permissions};
+use crate::block::{BlockError, Driver, IoResult, Permissions};
 use crate::engine::ImageOptions;
 use crate::protocol::nbd::{ConnectOptions, Connection, NbdClientError, NbdDriver, NbdUri, UriError};
 
@@ -124,6 +124,15 @@ impl Target {
         let read_only = options.image.read_only;
         driver.set_permissions(if read_only { Permissions::READER } else { Permissions::USER })?;
         Ok(Target::of_driver(driver))
+    }
+
+    /// What was written to an image that was opened here is durable afterwards, its tables too: they are written late, and
+    /// clusters that a read was looking at are freed late. An NBD server looks after its own.
+    pub async fn settle(&self) -> IoResult {
+        for lane in self.lanes.iter().filter(|lane| lane.connection.is_none()) {
+            lane.driver.flush().await?;
+        }
+        Ok(())
     }
 
     /// The ways to it; at least one.
