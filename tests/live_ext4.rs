@@ -10,6 +10,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
+use common::filesystem::blocks_of;
 use common::image::{Dice, MIB, Scratch, content, difference, pattern};
 use common::writer::{Plan, Writer};
 use common::{Process, assert_same, event, is_marked, tool};
@@ -36,25 +37,6 @@ fn make_tree(root: &Path) {
     let mut bytes = vec![0; LARGE_BYTES as usize];
     pattern(0, 2, &mut bytes);
     std::fs::write(root.join("large"), bytes).unwrap();
-}
-
-/// The offsets of the data blocks of `/large`, from the extents that debugfs prints: `(0-2047):8192-10239, …`.
-fn blocks_of_large(image: &str) -> Vec<u64> {
-    let text = tool("debugfs", &["-R", "stat /large", image]);
-    let (_, extents) = text.split_once("EXTENTS:").expect("a file with extents");
-    let mut offsets = Vec::new();
-    for extent in extents.split(',') {
-        let (logical, physical) = extent.trim().split_once(':').expect("an extent");
-        if logical.starts_with("(ETB") {
-            // A block of the tree itself: not data.
-            continue;
-        }
-        let (first, last) = physical.split_once('-').unwrap_or((physical, physical));
-        let number = |text: &str| text.trim().parse::<u64>().expect("the number of a block");
-        offsets.extend((number(first)..=number(last)).map(|block| block * BLOCK_BYTES));
-    }
-    assert_eq!(offsets.len() as u64 * BLOCK_BYTES, LARGE_BYTES, "{text}");
-    offsets
 }
 
 /// A filesystem to move.
@@ -84,7 +66,8 @@ impl Lab {
         tool("mke2fs", &["-q", "-t", "ext4", "-b", "4096", "-d", tree.to_str().unwrap(), &original, &size]);
         std::fs::remove_dir_all(&tree).unwrap();
         assert_whole(&original);
-        let blocks = blocks_of_large(&original);
+        let blocks = blocks_of(&original, "/large");
+        assert_eq!(blocks.len() as u64 * BLOCK_BYTES, LARGE_BYTES);
         Lab { scratch, original, blocks }
     }
 

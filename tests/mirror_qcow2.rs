@@ -2,8 +2,9 @@
 
 mod common;
 
-use common::image::{MIB, Scratch, allocated};
-use common::{event, is_marked, run, run_json, tool};
+use common::image::{MIB, Scratch, allocated, content};
+use common::writer::{Plan, Writer};
+use common::{Process, event, is_marked, run, run_json, tool};
 
 /// An overlay with some data of its own, over a base that is full; and its sparse places.
 fn chain(scratch: &Scratch) -> (String, String) {
@@ -69,5 +70,75 @@ fn options_that_the_format_does_not_have_are_refused_and_nothing_is_made() {
         let ended = run(&[&["mirror", &source, &target], options].concat());
         assert_eq!(ended.code, Some(1), "{ended}");
         assert!(!std::path::Path::new(&target).exists());
+    }
+}
+
+/// Clients write blocks of 4 KiB to an overlay that is copied in pieces of 4 KiB to one with clusters of 2 MiB, over the
+/// same backing file; then they go on, on that one.
+#[test]
+fn an_overlay_moves_under_its_clients_to_one_with_larger_clusters() {
+    let scratch = Scratch::new();
+    let (base, top) = chain(&scratch);
+    let (model, copy) = (scratch.path("model"), scratch.path("copy.qcow2"));
+    tool("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", &top, &model]);
+    let base_before = content(&base);
+    let socket = std::path::PathBuf::from(scratch.path("socket"));
+    let uri = format!("nbd+unix:///disk?socket={}", socket.display());
+    let line =
+        ["mirror", "-f", "qcow2", "--sync", "top", "--granularity", "4KiB", "--speed", "4MiB", "--pivot"];
+    let target = ["--export", &uri, &top, "-F", "qcow2", "-o", "cluster_size=2M", &copy];
+    let mut mirror = Process::json(&[&line[..], &target].concat());
+    mirror.wait_event("listening");
+    let writer = Writer::start(&Plan::anywhere(&socket, 24 * MIB, 3), false);
+    let end = mirror.wait_event("end");
+    assert_eq!((&end["ending"], &end["pivot"]), (&"completed".into(), &true.into()));
+    writer.wait_more(300);
+    let history = writer.stop();
+    let ended = mirror.end();
+    assert_eq!(ended.code, Some(0), "{ended}");
+    history.apply_to_file(&model);
+    compare(&copy, &model, "raw");
+    for image in [&top, &copy] {
+        tool("qemu-img", &["check", "-q", "-f", "qcow2", image]);
+    }
+    let info = run_json(&["info", "-f", "qcow2", &copy]).pop().unwrap();
+    assert_eq!(info["full-backing-filename"].as_str(), Some(base.as_str()), "{info:#}");
+    assert_eq!(info["cluster-size"].as_u64(), Some(2 * MIB), "{info:#}");
+    assert!(content(&base) == base_before, "the backing file is only read");
+}
+
+/// The load generator on images of this format: everything it read was what it had written, and QEMU finds the same.
+#[test]
+fn a_load_on_an_image_is_verified() {
+    let scratch = Scratch::new();
+    let (_, overlay) = chain(&scratch);
+    let plain = scratch.path("plain.qcow2");
+    let options = "cluster_size=16k,extended_l2=on,refcount_bits=64";
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, &plain, "32M"]);
+    for (number, image) in [&overlay, &plain].into_iter().enumerate() {
+        let log = scratch.path(&format!("log{number}"));
+        let load = [
+            "bench",
+            "-f",
+            "qcow2",
+            "-n",
+            "4000",
+            "-d",
+            "16",
+            "-p",
+            "40",
+            "--verify",
+            "--flush-every",
+            "300",
+        ];
+        let lines = run_json(&[&load[..], &["--log", &log, image]].concat());
+        let verify = &event(&lines, "report")["report"]["verify"];
+        assert!(verify["reads-verified"].as_u64() > Some(100), "{verify:#}");
+        assert!(verify["at-end"]["verified"].as_u64() > Some(1000), "{verify:#}");
+        tool("qemu-img", &["check", "-q", "-f", "qcow2", image]);
+        run_json(&["bench", "-f", "qcow2", "--check-log", &log, image]);
+        let raw = scratch.path(&format!("raw{number}"));
+        tool("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", image, &raw]);
+        run_json(&["bench", "--check-log", &log, &raw]);
     }
 }

@@ -242,6 +242,113 @@ fn bitmaps_are_kept_and_never_believed_wrongly() {
     assert!(by_qemu.contains("in-use") && by_qemu.contains("resting"), "{by_qemu}");
 }
 
+fn be64(path: &str, at: u64) -> u64 {
+    u64::from_be_bytes(peek(path, at, 8).try_into().expect("eight bytes"))
+}
+
+/// Tables that are said to lie far beyond the end of the file: nothing is read there, nothing written, and whoever
+/// asks is told.
+#[test]
+fn tables_in_the_void_are_refused_and_reported() {
+    let (scratch, ring) = (Scratch::new(), ring());
+    let path = scratch.path("image");
+    let void = 1u64 << 55;
+    let offset = 0x00ff_ffff_ffff_fe00;
+    for case in [
+        "L1 table",
+        "refcount table",
+        "L2 table",
+        "refcount block",
+        "guest data",
+        "snapshots",
+        "L1 of a snapshot",
+    ] {
+        let (_, model) = sample(&scratch, &ring, &of_size(2 << 20), 4);
+        with(&ring, &path, &options(false), async |image| image.snapshot_create("s", (0, 0)).await.unwrap());
+        let (l1, refs, snapshots) = (be64(&path, 40), be64(&path, 48), be64(&path, 64));
+        let l2 = be64(&path, l1) & offset;
+        let first = (0..8192).find(|i| be64(&path, l2 + i * 8) & offset != 0).expect("a cluster of data") * 8;
+        let (at, what) = match case {
+            "L1 table" => (40, "its L1 table at"),
+            "refcount table" => (48, "its refcount table at"),
+            "L2 table" => (l1, "an L2 table at"),
+            "refcount block" => (refs, "a refcount block at"),
+            "guest data" => (l2 + first, "guest data at"),
+            "snapshots" => (64, "its table of snapshots at"),
+            _ => (snapshots, "the L1 table of a snapshot at"),
+        };
+        let marks = be64(&path, at) & 1 << 63;
+        let marks = if case == "guest data" { 1 << 63 } else { marks };
+        if case == "guest data" {
+            // It is not shared any more.
+            patch(&path, l1, &(l2 | 1 << 63).to_be_bytes());
+        }
+        patch(&path, at, &(void | marks).to_be_bytes());
+        let len = std::fs::metadata(&path).expect("an image").len();
+        let (r, p) = (ring.clone(), path.clone());
+        let said = ring.block_on(async move {
+            let mut said = Vec::new();
+            let image = match open_qcow2(&r, &p, &options(false)).await {
+                Ok(image) => image,
+                Err(error) => return error.to_string(),
+            };
+            let write = |image: std::rc::Rc<blockferry::format::qcow2::Qcow2>, at: u64| {
+                let r = r.clone();
+                async move { image.write(at, r.alloc(65_536).await.freeze(), WriteFlags::default()).await }
+            };
+            said.push(image.snapshot_apply("s").await.err());
+            said.push(write(image.clone(), first / 8 * 65_536).await.err());
+            said.push(image.snapshot_delete("s").await.err());
+            said.push(image.flush().await.err());
+            said.into_iter().flatten().map(|error| error.to_string()).collect::<Vec<_>>().join("\n")
+        });
+        assert!(said.contains(what) && said.contains("beyond the end of the file"), "{case}: {said}");
+        let report = check(&ring, &path, Repair::None);
+        let there = report.messages.iter().any(|line| line.contains("beyond the end of the file"));
+        assert!(there && report.corruptions > 0, "{case}: {:?}", report.messages);
+        // What repairs can do differs; they come to an end, and the file stays as long as it can be.
+        check(&ring, &path, Repair::All);
+        let after = std::fs::metadata(&path).expect("an image").len();
+        assert!(after < len + (4 << 20), "{case}: the file has grown from {len} to {after}");
+        if case == "refcount block" || case == "refcount table" {
+            assert!(check(&ring, &path, Repair::None).is_clean(), "{case}");
+            assert_bytes(case, &content(&ring, &path), &model);
+        }
+    }
+}
+
+/// A file that claims to be very long costs a check what it occupies, and so do tables that lead to one place often.
+#[test]
+fn checks_take_as_long_as_a_file_is_large() {
+    let (scratch, ring) = (Scratch::new(), ring());
+    let path = scratch.path("image");
+    // An L1 table of 32 MiB whose entries all lead to one L2 table, in a file of 8 TiB.
+    let disk = 128u64 << 30;
+    create(&ring, &path, &CreateOptions { cluster_size: 512, ..of_size(disk) });
+    let r = ring.clone();
+    with(&ring, &path, &options(false), async move |image| {
+        let mut buf = r.alloc(32 << 10).await;
+        buf.as_mut_slice().fill(1);
+        image.write(0, buf.freeze(), WriteFlags::default()).await.unwrap();
+    });
+    let l1 = be64(&path, 40);
+    let entry = be64(&path, l1);
+    let entries = u64::from(u32::from_be_bytes(peek(&path, 36, 4).try_into().expect("four bytes")));
+    assert_eq!(entries, 4 << 20);
+    let all: Vec<u8> = (0..entries).flat_map(|_| entry.to_be_bytes()).collect();
+    patch(&path, l1, &all);
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .expect("an image")
+        .set_len(8 << 40)
+        .expect("a length");
+    let why = refusal(&ring, &path, options(false));
+    assert!(why.contains("two entries of its L1 table lead to"), "{why}");
+    let report = check(&ring, &path, Repair::None);
+    assert!(report.corruptions >= 64, "{:?}", report.messages.first());
+}
+
 #[test]
 fn chains_have_an_end() {
     let (scratch, ring) = (Scratch::new(), ring());

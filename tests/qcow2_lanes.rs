@@ -69,6 +69,74 @@ fn reads_that_hit_cached_tables_are_leaf_operations_at_once() {
     });
 }
 
+/// A read of 1 MiB over four layers, of which each holds every fourth cluster: what lies together in a file is one
+/// operation, all of them go out at once, and nothing is allocated for each piece.
+#[test]
+fn large_reads_over_a_chain_take_as_few_operations_as_its_files_allow() {
+    let (scratch, ring) = (Scratch::new(), ring());
+    let (size, cluster, depth) = (4u64 << 20, 65_536u64, 4u64);
+    for number in 0..depth {
+        let (path, below) = (scratch.path(&format!("l{number}")), format!("l{}", number.saturating_sub(1)));
+        create(&ring, &path, &layer(size, (number > 0).then_some(&below)));
+        let r = ring.clone();
+        with(&ring, &path, &options(false), async move |image| {
+            for at in (number * cluster..size).step_by((depth * cluster) as usize) {
+                let mut buf = r.alloc(cluster as usize).await;
+                buf.as_mut_slice().fill((at / cluster) as u8 + 1);
+                image.write(at, buf.freeze(), WriteFlags::default()).await.unwrap();
+            }
+        });
+    }
+    // And one whose clusters lie in the file in the reverse order.
+    create(&ring, &scratch.path("reverse"), &layer(size, None));
+    let r = ring.clone();
+    with(&ring, &scratch.path("reverse"), &options(false), async move |image| {
+        for at in (0..size / cluster).rev().map(|number| number * cluster) {
+            let mut buf = r.alloc(cluster as usize).await;
+            buf.as_mut_slice().fill((at / cluster) as u8 + 1);
+            image.write(at, buf.freeze(), WriteFlags::default()).await.unwrap();
+        }
+    });
+    for (name, wanted) in [("l3", depth), ("reverse", 1)] {
+        // Of its own, so that its statistics are those of these reads.
+        let ring = common::qcow2::ring();
+        let (r, path) = (ring.clone(), scratch.path(name));
+        ring.block_on(async move {
+            let image = open_qcow2(&r, &path, &options(true)).await.unwrap();
+            let read = async |at: u64, len: u64| {
+                let (buf, result) = image.read(at, r.alloc(len as usize).await).await;
+                result.unwrap();
+                for (i, part) in buf.as_slice().chunks(cluster as usize).enumerate() {
+                    let value = (at / cluster) as u8 + i as u8 + 1;
+                    assert!(
+                        part.iter().all(|byte| *byte == value),
+                        "{name}: cluster {i} of the read at {at}"
+                    );
+                }
+            };
+            // The tables of all layers, and memory for futures.
+            read(0, 1 << 20).await;
+            let (before, batch) = (image.counted(), r.stats().batch_max.get());
+            let (operations, tasks, misses) =
+                (r.stats().operations.get(), r.stats().tasks.get(), r.pool().misses());
+            let memory = allocations();
+            read(1 << 20, 1 << 20).await;
+            let memory = allocations() - memory;
+            assert_eq!(r.stats().operations.get() - operations, wanted, "{name}: operations");
+            assert_eq!(
+                (r.stats().tasks.get(), r.pool().misses()),
+                (tasks, misses),
+                "{name}: no task, no memory"
+            );
+            let after = image.counted();
+            assert_eq!((after.gathered - before.gathered, after.loads - before.loads), (1, 0), "{name}");
+            assert!(r.stats().batch_max.get() >= wanted.max(batch), "{name}: all at once");
+            // A few lists, and two for each operation with several pieces.
+            assert!(memory <= 8 + 3 * wanted, "{name}: {memory} allocations");
+        });
+    }
+}
+
 #[test]
 fn sequential_writes_are_contiguous_and_tables_are_read_ahead() {
     let (scratch, ring) = (Scratch::new(), ring());

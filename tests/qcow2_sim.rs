@@ -11,20 +11,19 @@ use blockferry::base::planted::{Bug, plant};
 use blockferry::base::rng::Rng;
 use blockferry::block::{BlockError, Driver, IoFuture, Permissions, WriteFlags, ZeroFlags};
 use blockferry::format::qcow2::{
-    Backing, CreateOptions, OpenFiles, OpenOptions, Preallocation, Qcow2, Repair, Wanted,
+    Backing, Compat, CreateOptions, OpenFiles, OpenOptions, Preallocation, Qcow2, Repair, Wanted,
 };
 use blockferry::protocol::open::{Cache, OpenOptions as FileOptions};
-use blockferry_ring::sim::{FileModel, OpKind, World, WorldConfig};
+use blockferry_ring::sim::{Fault, FaultRule, FileModel, OpKind, World, WorldConfig};
 use blockferry_ring::{Config, Errno, Ring};
 
 #[path = "common/ledger.rs"]
 mod ledger;
 
-use ledger::{Model, SECTOR, stamp};
+use ledger::{Model, OF_BASE, SECTOR, stamp};
 
 const DISK: &str = "/disk";
 const BASE: &str = "/base";
-use ledger::OF_BASE;
 
 #[derive(Debug)]
 struct NoFiles;
@@ -310,64 +309,151 @@ async fn administer(image: &Qcow2, act: usize) {
     result.expect("it works");
 }
 
-/// After a cut in the midst of one of these the image opens, and its disk is as before or as after. A snapshot
-/// that is being taken may leave clusters that are counted twice and marked as sole: nothing is lost by that,
-/// and it is the one thing besides leaks that a check may find.
+/// What is found after a cut.
+#[derive(Debug)]
+struct Found {
+    bytes: Vec<u8>,
+    backing: Option<String>,
+    /// It said that it was dirty.
+    dirty: bool,
+    /// What a check found before anything was repaired.
+    corruptions: u64,
+}
+
+/// Opens what a cut has left: as it is; then to write, which repairs what says that it is dirty; then again.
+fn open_after_cut(world: &World, v2: bool) -> Result<Found, String> {
+    let ring = ring(world);
+    let r = ring.clone();
+    ring.block_on(async move {
+        let told = |what: &str, error: BlockError| format!("{what}: {error}");
+        let look = async || {
+            let image = open(&r, false, true, true).await.map_err(|e| told("opening", e))?;
+            let report = image.check(Repair::None).await.map_err(|e| told("checking", e))?;
+            let info = image.info().await.map_err(|e| told("facts", e))?;
+            let bytes = read_all(&r, &image).await.map_err(|e| told("reading", e))?;
+            image.set_permissions(Permissions::NONE).map_err(|e| told("unlocking", e))?;
+            Ok::<_, String>((report, info, bytes))
+        };
+        let (report, info, bytes) = look().await?;
+        let only_marks =
+            report.messages.iter().all(|line| !line.starts_with("ERROR") || line.contains("OFLAG_COPIED"));
+        let allowed = report.corruptions == 0 || (only_marks && (info.dirty || v2));
+        if !allowed || report.check_errors > 0 {
+            return Err(format!("dirty: {}, {:?}", info.dirty, report.messages));
+        }
+        let image = open(&r, false, false, false).await.map_err(|e| told("opening to write", e))?;
+        image.set_permissions(Permissions::NONE).map_err(|e| told("unlocking", e))?;
+        drop(image);
+        let (again, info_again, bytes_again) = look().await?;
+        let repaired = again.corruptions == 0 && (again.leaks == 0 || !info.dirty);
+        if info_again.dirty || !(repaired || v2) || bytes != bytes_again {
+            return Err(format!("after a repair: {:?}", again.messages));
+        }
+        let backing = info.backing_filename;
+        Ok(Found { bytes, backing, dirty: info.dirty, corruptions: report.corruptions })
+    })
+}
+
+/// After a cut in the midst of one of these the image opens, and its disk is as before or as after. A check finds
+/// leaks at worst, or the image says that it is dirty, and is whole once it was opened to be written. Version 2
+/// cannot say so: there marks of sole references may be wrong, which is the one thing besides leaks.
 #[test]
 fn a_power_cut_at_every_event_of_what_else_changes_an_image() {
-    let mut inspected = 0;
-    for (seed, acts) in
-        [(1, vec![0]), (2, vec![1]), (3, vec![2]), (4, vec![3, 4, 5, 6]), (5, vec![7, 8]), (6, vec![3, 6])]
-    {
-        let size = 200 << 10;
-        let create = CreateOptions { size, cluster_size: 512, refcount_bits: 16, ..CreateOptions::default() };
-        let story = Story { seed, create, backed: false, steps: 12, lanes: 2, capacity: None };
-        let (world, ring) = world(&story);
-        let model = Rc::new(RefCell::new(Model::over_base(size, false)));
-        let (r, s) = (ring.clone(), story.clone());
-        let image = ring.block_on(async move { tell(r, s, model, true).await }).expect("it opens");
-        for act in acts {
-            let read = |world: &World| {
-                let ring = self::ring(world);
-                let r = ring.clone();
-                ring.block_on(async move {
-                    let image = open(&r, false, true, true).await.expect("it opens");
-                    let report = image.check(Repair::None).await.expect("a check");
-                    let bad = report
-                        .messages
-                        .iter()
-                        .find(|line| line.starts_with("ERROR") && !line.contains("OFLAG_COPIED"));
-                    assert!(bad.is_none() && report.check_errors == 0, "act {act}: {bad:?}");
-                    let sure = !matches!(act, 3..=6);
-                    assert!(!sure || report.corruptions == 0, "act {act}: {:?}", report.messages);
-                    let info = image.info().await.expect("facts");
-                    (read_all(&r, &image).await.expect("bytes"), info.backing_filename)
-                })
-            };
-            let before = read(&world.fork_after_power_cut(1));
-            let i = image.clone();
-            let done = ring.spawn_with_result(async move { administer(&i, act).await });
-            let mut seen = world.events();
-            let mut found = Vec::new();
-            while !done.is_given() {
-                let _ = ring.turn_blocking();
-                if world.events() > seen {
-                    seen = world.events();
-                    found.extend((0..4).map(|cut| read(&world.fork_after_power_cut(seen * 4 + cut))));
-                }
+    let (mut inspected, mut dirty, mut damaged) = (0, 0, 0);
+    let resize_and_rename = [vec![0], vec![1], vec![2], vec![7, 8]];
+    let snapshots = [vec![3, 4, 5, 6], vec![3, 6], vec![3, 5, 4, 6]];
+    for (seed, acts) in resize_and_rename.into_iter().chain(snapshots).enumerate() {
+        for v2 in [false, true] {
+            if v2 && acts[0] != 3 {
+                continue;
             }
-            let after = read(&world.fork_after_power_cut(2));
-            inspected += found.len();
-            for state in found {
-                let cut = |a: &[u8], b: &[u8]| a.starts_with(b) || b.starts_with(a);
-                let same = [&before, &after].iter().any(|known| {
-                    state.1 == known.1 && cut(&state.0, &known.0) && state.0.len() == known.0.len()
-                });
-                assert!(same, "act {act}: neither as before nor as after");
+            let (size, compat) = (200 << 10, if v2 { Compat::V2 } else { Compat::V3 });
+            let create = CreateOptions {
+                size,
+                cluster_size: 512,
+                refcount_bits: 16,
+                compat,
+                ..CreateOptions::default()
+            };
+            let seed = seed as u64 + 1;
+            let story = Story { seed, create, backed: false, steps: 12, lanes: 2, capacity: None };
+            let (world, ring) = world(&story);
+            let model = Rc::new(RefCell::new(Model::over_base(size, false)));
+            let (r, s) = (ring.clone(), story.clone());
+            let image = ring.block_on(async move { tell(r, s, model, true).await }).expect("it opens");
+            for act in acts.iter().copied() {
+                let read = |world: &World| {
+                    open_after_cut(world, v2).unwrap_or_else(|why| panic!("seed {seed}, act {act}: {why}"))
+                };
+                let before = read(&world.fork_after_power_cut(1));
+                let i = image.clone();
+                let done = ring.spawn_with_result(async move { administer(&i, act).await });
+                let mut seen = world.events();
+                let mut found = Vec::new();
+                while !done.is_given() {
+                    let _ = ring.turn_blocking();
+                    if world.events() > seen {
+                        seen = world.events();
+                        found.extend((0..4).map(|cut| read(&world.fork_after_power_cut(seen * 4 + cut))));
+                    }
+                }
+                let after = read(&world.fork_after_power_cut(2));
+                assert!(!before.dirty && !after.dirty, "act {act}: a mark was forgotten");
+                inspected += found.len();
+                for state in found {
+                    dirty += u32::from(state.dirty);
+                    damaged += u32::from(state.dirty && state.corruptions > 0);
+                    let cut = |a: &[u8], b: &[u8]| a.starts_with(b) || b.starts_with(a);
+                    let same = [&before, &after].iter().any(|known| {
+                        let bytes = (&state.bytes, &known.bytes);
+                        state.backing == known.backing
+                            && cut(bytes.0, bytes.1)
+                            && bytes.0.len() == bytes.1.len()
+                    });
+                    assert!(same, "act {act}: neither as before nor as after");
+                }
             }
         }
     }
-    assert!(inspected > 900, "{inspected}");
+    println!(
+        "{inspected} cuts; {dirty} left an image that was dirty, {damaged} of them one that needed repair"
+    );
+    assert!(inspected > 900 && dirty > 100 && damaged > 20, "{inspected} {dirty} {damaged}");
+}
+
+/// Reads of many clusters, of an image and of what is below it: short transfers are finished, and an operation that
+/// fails once is asked for again by whoever knows what it means. Never do bytes end up in a wrong place.
+#[test]
+fn reads_of_many_places_come_whole_through_short_transfers_and_failures() {
+    let (mut gathered, mut shorts, mut struck) = (0, 0, 0);
+    for seed in 200..212 {
+        let story = Story { backed: true, ..Story::draw(seed, 25) };
+        let (world, ring) = world(&story);
+        let model = Rc::new(RefCell::new(Model::over_base(story.create.size, true)));
+        let (r, s, m) = (ring.clone(), story.clone(), model.clone());
+        let image = ring.block_on(async move { tell(r, s, m, true).await }).expect("it opens");
+        let read = |image: &Rc<Qcow2>| {
+            let (r, image) = (ring.clone(), image.clone());
+            ring.block_on(async move { read_all(&r, &image).await })
+        };
+        let bytes = read(&image).expect("bytes");
+        model.borrow().check_live(&bytes).unwrap();
+        world.add_fault(FaultRule::new(OpKind::Read, "/", 30_000, Fault::Short));
+        world.add_fault(FaultRule::new(OpKind::Read, "/", 10_000, Fault::Again));
+        assert!(read(&image).expect("bytes") == bytes, "seed {seed}");
+        shorts += world.fault_counts().shorts;
+        world.heal();
+        for (nth, path) in (1..12).flat_map(|nth| [(nth, DISK), (nth, BASE)]) {
+            world.fail_nth(OpKind::Read, path, nth, Errno::EIO);
+            if let Ok(found) = read(&image) {
+                assert!(found == bytes, "seed {seed}, read number {nth} of {path}");
+            }
+            struck += u32::from(world.one_shots_left() == 0);
+            world.heal();
+        }
+        gathered += image.counted().gathered;
+    }
+    assert!(gathered > 200 && shorts > 100 && struck > 100, "{gathered} {shorts} {struck}");
 }
 
 #[test]

@@ -157,7 +157,7 @@ enum How {
     Job { aio: &'static str, arguments: Value },
 }
 
-fn words(text: &str) -> Vec<String> {
+pub fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
@@ -283,7 +283,7 @@ pub fn run(cx: &mut Context, name: &str, setup: &Setup) -> Fallible<()> {
 }
 
 /// Turns what was counted over the whole run into what it is a GiB.
-fn a_gib(values: &mut Values, bytes: u64) {
+pub fn a_gib(values: &mut Values, bytes: u64) {
     let gib = bytes as f64 / f64::from(1 << 30);
     for (from, to) in [
         ("cpu-secs", "cpu-secs-a-gib"),
@@ -301,16 +301,19 @@ fn a_gib(values: &mut Values, bytes: u64) {
 }
 
 /// One run.
-struct Task<'a> {
-    source: &'a Path,
-    target: &'a Path,
-    before: &'a [String],
-    folder: &'a Path,
-    count: bool,
+pub struct Task<'a> {
+    pub source: &'a Path,
+    pub target: &'a Path,
+    /// What goes before each command line.
+    pub before: &'a [String],
+    pub folder: &'a Path,
+    /// Count system calls.
+    pub count: bool,
 }
 
 impl Task<'_> {
-    fn tool(&self, line: &[String], durable: bool, ours: bool) -> Fallible<Values> {
+    /// Runs a command, in which SRC and DST stand for the disks.
+    pub fn tool(&self, line: &[String], durable: bool, ours: bool) -> Fallible<Values> {
         let place = |word: &String| match word.as_str() {
             "SRC" => self.source.display().to_string(),
             "DST" => self.target.display().to_string(),
@@ -343,9 +346,15 @@ impl Task<'_> {
     }
 
     fn job(&self, aio: &str, arguments: &Value) -> Fallible<Values> {
+        let nodes = [qsd::node("src", self.source, aio)?, qsd::node("dst", self.target, aio)?];
+        self.job_between(nodes, arguments)
+    }
+
+    /// Runs a mirror job of qemu-storage-daemon between two nodes, `src` and `dst`, until it is ready.
+    pub fn job_between(&self, nodes: [Value; 2], arguments: &Value) -> Fallible<Values> {
         let mut qsd = Qsd::start(self.folder, self.before, &[])?;
-        for (name, path) in [("src", self.source), ("dst", self.target)] {
-            qsd.monitor.execute("blockdev-add", qsd::node(name, path, aio)?)?;
+        for node in nodes {
+            qsd.monitor.execute("blockdev-add", node)?;
         }
         let counter = match self.count {
             true => Some(Counter::attach(qsd.daemon.pid(), &self.folder.join("counts"))?),

@@ -5,6 +5,7 @@
 //! charts of such files. Nothing here passes or fails. See docs/performance.md for what the figures mean.
 
 mod bare;
+mod convert;
 mod copy;
 mod disks;
 mod live;
@@ -12,6 +13,7 @@ mod machine;
 mod nbd;
 mod node;
 mod process;
+mod qcow2;
 mod qsd;
 mod report;
 mod result;

@@ -294,8 +294,12 @@ const OURS: &[(&str, &str)] = &[
 
 fn table(scenario: &Scenario, rows: &[Row]) -> String {
     let (columns, metrics): (&[Column], &[(&str, &str)]) = match scenario.kind {
-        Kind::Copy(_) => (COPY, &[("wall-secs", "wall: ours/this"), ("cpu-secs-a-gib", "CPU: ours/this")]),
-        Kind::Nbd | Kind::Node => (SERVE, &[("iops", "IOPS: ours/this"), ("cpu-us-an-io", "CPU: ours/this")]),
+        Kind::Copy(_) | Kind::Convert => {
+            (COPY, &[("wall-secs", "wall: ours/this"), ("cpu-secs-a-gib", "CPU: ours/this")])
+        }
+        Kind::Nbd | Kind::Node | Kind::Qcow2Node => {
+            (SERVE, &[("iops", "IOPS: ours/this"), ("cpu-us-an-io", "CPU: ours/this")])
+        }
         Kind::Live(_) => (LIVE, &[]),
     };
     let used: Vec<&Column> =

@@ -37,6 +37,8 @@ pub enum Kind {
     Copy(Setup),
     Nbd,
     Node,
+    Convert,
+    Qcow2Node,
     Live(crate::live::Place),
 }
 
@@ -269,6 +271,44 @@ pub const SCENARIOS: &[Scenario] = &[
         ],
     },
     Scenario {
+        name: "convert",
+        title: "Convert, files of 2 GiB on XFS on a loop device on tmpfs",
+        what: "Each layer of a chain holds a quarter of the disk, in clusters of 64 KiB at random places and in random order. \
+               The target is new each time. Figures are a GiB of data. The bare ring copies the same bytes from one raw file \
+               to another.",
+        kind: Kind::Convert,
+        chart: "wall-secs",
+        goals: &[
+            goal("wall-secs", Less, Role::Peer, "", 1.0, "at least as fast as the best peer with O_DIRECT"),
+            in_case(
+                "qcow2 to qcow2, depth 4",
+                goal("wall-secs", Less, Role::Peer, "", 1.0 / 1.5, "1.5 times as fast at depth 4"),
+            ),
+            in_case(
+                "qcow2 to qcow2, depth 4",
+                goal("cpu-secs-a-gib", Less, Role::Peer, "", 1.0 / 3.0, "a third of the CPU at depth 4"),
+            ),
+            in_case(
+                "qcow2 to raw, depth 4",
+                goal("wall-secs", Less, Role::Peer, "", 1.0 / 1.5, "1.5 times as fast at depth 4"),
+            ),
+            in_case(
+                "qcow2 to raw, depth 4",
+                goal("cpu-secs-a-gib", Less, Role::Peer, "", 1.0 / 3.0, "a third of the CPU at depth 4"),
+            ),
+        ],
+    },
+    Scenario {
+        name: "qcow2-node",
+        title: "Random reads and writes of 4 KiB through a qcow2 node, on XFS on a loop device on tmpfs",
+        what: "No server between: each program opens the image itself. Cached: 4 GiB in clusters of 64 KiB, full of data. Not \
+               cached: 64 GiB in clusters of 4 KiB, whose L2 tables take four times the memory that either program keeps for \
+               them (32 MiB); data clusters are holes at first. qemu-img bench goes at a fixed stride, the others at random.",
+        kind: Kind::Qcow2Node,
+        chart: "iops",
+        goals: &[goal("iops", More, Role::Peer, "qemu", 1.0, "at least as fast as qemu-img bench")],
+    },
+    Scenario {
         name: "live-loop",
         title: "A client beside a mirror, loop devices on tmpfs, 4 GiB",
         what: "One client writes 4 KiB at random over NBD while the disk that it writes to is mirrored: how long its \
@@ -299,6 +339,8 @@ impl Scenario {
             Kind::Copy(setup) => crate::copy::run(cx, self.name, setup),
             Kind::Nbd => crate::nbd::run(cx, self.name),
             Kind::Node => crate::node::run(cx, self.name),
+            Kind::Convert => crate::convert::run(cx, self.name),
+            Kind::Qcow2Node => crate::qcow2::run(cx, self.name),
             Kind::Live(place) => crate::live::run(cx, self.name, *place),
         }
     }
@@ -313,7 +355,9 @@ mod tests {
         for (i, scenario) in SCENARIOS.iter().enumerate() {
             assert!(SCENARIOS[..i].iter().all(|other| other.name != scenario.name));
             for goal in scenario.goals.iter().filter(|goal| !goal.case.is_empty()) {
-                assert!(crate::nbd::CASES.iter().any(|case| case.name == goal.case), "{}", goal.case);
+                let cases = crate::nbd::CASES.iter().map(|case| case.name);
+                let converted = crate::convert::CASES.iter().map(|case| case.name);
+                assert!(cases.chain(converted).any(|name| name == goal.case), "{}", goal.case);
             }
         }
         assert!(find("copy-loop").is_some() && find("else").is_none());

@@ -167,7 +167,7 @@ impl Core {
                 Onward::Ended => {}
             }
             match op {
-                Op::Read { .. } => add(&self.stats.bytes_read, slot.done as u64),
+                Op::Read { .. } | Op::ReadPieces { .. } => add(&self.stats.bytes_read, slot.done as u64),
                 Op::Write { .. } => add(&self.stats.bytes_written, slot.done as u64),
                 _ => {}
             }
@@ -216,7 +216,7 @@ impl Core {
         slot.done += result as usize;
         // Only refusals in a row count.
         slot.retries = 0;
-        if let (Op::SendPieces { .. }, Held::Pieces { mems, .. }) = (op, &mut slot.held) {
+        if let Held::Pieces { mems, .. } | Held::Bufs { mems, .. } = &mut slot.held {
             let total: usize = mems.iter().map(|m| m.len()).sum();
             // `mems` is cut in place, so it holds what was in flight.
             if (result as usize) >= total {
@@ -229,8 +229,13 @@ impl Core {
                 gone -= n;
                 !mem.is_empty()
             });
-            let file = op.file();
-            slot.op = Some(Op::SendPieces { file, pieces: Pieces::new(mems) });
+            let rest = Pieces::new(mems);
+            slot.op = Some(match *op {
+                Op::ReadPieces { file, offset, .. } => {
+                    Op::ReadPieces { file, offset: offset + result as u64, pieces: rest }
+                }
+                _ => Op::SendPieces { file: op.file(), pieces: rest },
+            });
         } else if op.remainder(slot.done).is_none() {
             return Onward::Ended;
         }
@@ -333,6 +338,8 @@ impl Core {
             if let Op::Read { file, mem, .. } | Op::Write { file, mem, .. } = op {
                 let fixed = mem.fixed.is_some() && backend.is_fixed_file(file);
                 add(if fixed { &self.stats.transfers_fixed } else { &self.stats.transfers_plain }, 1);
+            } else if let Op::ReadPieces { .. } = op {
+                add(&self.stats.transfers_plain, 1);
             }
         }
         add(&self.stats.operations, batch);

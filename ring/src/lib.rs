@@ -49,7 +49,7 @@ pub use config::{Budget, Config, OffloadMode, Patience, SetupError, Shutdown, Tu
 pub use errno::Errno;
 pub use mem::{Buf, Region, SharedBuf};
 pub use op::{CopyHow, File, FileId};
-pub use operation::{Kind, Operation, PlainKind, ReadKind};
+pub use operation::{Kind, Operation, PlainKind, ReadKind, ReadPiecesKind};
 pub use pool::{Pool, PooledFuture};
 pub use ring::Ring;
 pub use stats::Stats;

@@ -42,6 +42,8 @@ pub const ARENA_BYTES: usize = 24 << 20;
 pub const ARENA_BYTES_FIXED_MIN: usize = 1 << 20;
 /// Pieces of one vectored send.
 pub const SEND_PIECES_MAX: usize = 64;
+/// Pieces of one vectored read.
+pub const READ_PIECES_MAX: usize = 64;
 /// After so many idle seconds the kernel asks whether the peer of a TCP connection is still there.
 pub const KEEPALIVE_IDLE_SECS: u64 = 30;
 /// It asks again after so many seconds without an answer.

@@ -73,6 +73,8 @@ pub enum CopyHow {
 pub enum Op {
     /// Read at an offset.
     Read { file: FileId, offset: u64, mem: Mem },
+    /// Read at an offset into all pieces, in order. The vector lives in the operation's slot.
+    ReadPieces { file: FileId, offset: u64, pieces: Pieces },
     /// Write at an offset; `fua`: durable when complete.
     Write { file: FileId, offset: u64, mem: Mem, fua: bool },
     /// Make what was written durable; `data_only` leaves out metadata that reading does not need.
@@ -95,7 +97,7 @@ pub enum Op {
     SendPieces { file: FileId, pieces: Pieces },
 }
 
-/// Pieces of memory to send in one go. Points into the operation's slot.
+/// Pieces of memory to send or to fill in one go. Points into the operation's slot.
 #[derive(Clone, Copy, Debug)]
 pub struct Pieces {
     pub(crate) ptr: *const Mem,
@@ -110,6 +112,11 @@ impl Pieces {
     pub(crate) fn len(&self) -> usize {
         self.len as usize
     }
+
+    /// Bytes of all of them.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.iter().map(|mem| mem.len() as u64).sum()
+    }
 }
 
 impl Op {
@@ -117,6 +124,7 @@ impl Op {
     pub fn file(&self) -> FileId {
         match *self {
             Op::Read { file, .. }
+            | Op::ReadPieces { file, .. }
             | Op::Write { file, .. }
             | Op::Sync { file, .. }
             | Op::Fallocate { file, .. }
@@ -134,6 +142,7 @@ impl Op {
     pub fn bytes(&self) -> u64 {
         match self {
             Op::Read { mem, .. } | Op::Write { mem, .. } => mem.len() as u64,
+            Op::ReadPieces { pieces, .. } => pieces.bytes(),
             _ => 0,
         }
     }
@@ -141,7 +150,7 @@ impl Op {
     /// A short name for traces and statistics.
     pub fn name(&self) -> &'static str {
         match self {
-            Op::Read { .. } => "read",
+            Op::Read { .. } | Op::ReadPieces { .. } => "read",
             Op::Write { .. } => "write",
             Op::Sync { .. } => "sync",
             Op::Fallocate { .. } => "fallocate",
@@ -195,6 +204,11 @@ pub(crate) enum Held {
     /// Pieces and their memory descriptions (the backend points at the latter).
     Pieces {
         _bufs: Vec<SharedBuf>,
+        mems: Vec<Mem>,
+    },
+    /// Pieces that are filled, and their memory descriptions.
+    Bufs {
+        bufs: Vec<Buf>,
         mems: Vec<Mem>,
     },
 }

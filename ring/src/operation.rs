@@ -31,6 +31,9 @@ pub struct HeldOut(pub(crate) Held);
 /// Operations that fill a buffer: the buffer comes back with the result.
 #[derive(Debug)]
 pub struct ReadKind;
+/// Operations that fill several buffers: they come back with the result.
+#[derive(Debug)]
+pub struct ReadPiecesKind;
 /// Operations whose result is a number or nothing.
 #[derive(Debug)]
 pub struct PlainKind;
@@ -44,6 +47,19 @@ impl Kind for ReadKind {
         match held.0 {
             Held::Buf(buf) => (buf, result),
             _ => unreachable!("operations of this kind are submitted with a buffer"),
+        }
+    }
+}
+
+impl Kind for ReadPiecesKind {
+    /// The buffers and the bytes moved.
+    type Output = (Vec<Buf>, OpResult);
+    const NEW: ReadPiecesKind = ReadPiecesKind;
+
+    fn finish(held: HeldOut, result: OpResult) -> Self::Output {
+        match held.0 {
+            Held::Bufs { bufs, .. } => (bufs, result),
+            _ => unreachable!("operations of this kind are submitted with buffers"),
         }
     }
 }

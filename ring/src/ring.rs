@@ -32,7 +32,7 @@ use crate::exec::{Exec, TaskId};
 use crate::limits;
 use crate::mem::{Buf, Region, SharedBuf};
 use crate::op::{CloseFile, CopyHow, Fallocate, File, FileId, Held, Op, Pieces};
-use crate::operation::{Kind, Operation, PlainKind, ReadKind};
+use crate::operation::{Kind, Operation, PlainKind, ReadKind, ReadPiecesKind};
 use crate::pool::{Pool, PooledFuture};
 use crate::stats::{Stats, add};
 use crate::sync::{Notify, OneShot, yield_now};
@@ -297,6 +297,16 @@ impl Ring {
     pub fn read(&self, file: &File, offset: u64, buf: Buf) -> Operation<ReadKind> {
         let op = Op::Read { file: file.id(), offset, mem: buf.mem() };
         self.submit(op, Held::Buf(buf), Some(file))
+    }
+
+    /// Fills all of `bufs`, in their order, with the bytes from `offset` on; at most [`limits::READ_PIECES_MAX`] of
+    /// them. Fewer bytes come only at the end of the file.
+    pub fn read_pieces(&self, file: &File, offset: u64, bufs: Vec<Buf>) -> Operation<ReadPiecesKind> {
+        assert!(bufs.len() <= limits::READ_PIECES_MAX, "too many pieces for one read");
+        let mems: Vec<_> = bufs.iter().map(Buf::mem).collect();
+        // The vector's storage moves with the slot, its heap memory does not.
+        let op = Op::ReadPieces { file: file.id(), offset, pieces: Pieces::new(&mems) };
+        self.submit(op, Held::Bufs { bufs, mems }, Some(file))
     }
 
     /// Writes all of `buf` at `offset`.

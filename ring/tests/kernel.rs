@@ -9,6 +9,34 @@ fn ring() -> Ring {
     Ring::new(&Config::default()).unwrap()
 }
 
+/// Pieces of different lengths, read in one go: each has its bytes, also where the file ends within them.
+#[test]
+fn one_read_fills_many_buffers() {
+    let scratch = Scratch::new("pieces");
+    let bytes: Vec<u8> = (0..200_000u32).map(|i| (i % 251) as u8).collect();
+    std::fs::write(scratch.path(), &bytes).unwrap();
+    let path = scratch.path().to_owned();
+    let ring = ring();
+    let r = ring.clone();
+    ring.block_on(async move {
+        let file = r.open(&path, &OpenHow::default()).unwrap();
+        let lens = [4096usize, 1, 65_536, 512, 30_000];
+        for (offset, there) in [(0, 100_145), (777, 100_145), (150_000, 50_000)] {
+            let mut bufs = Vec::new();
+            for len in lens {
+                bufs.push(r.alloc(len).await);
+            }
+            let (bufs, n) = r.read_pieces(&file, offset as u64, bufs).await;
+            assert_eq!(n, Ok(there as u32));
+            let read: Vec<u8> = bufs.iter().flat_map(|buf| buf.as_slice().to_vec()).collect();
+            assert_eq!(bufs.iter().map(|buf| buf.len()).collect::<Vec<_>>(), lens);
+            assert!(read[..there] == bytes[offset..offset + there], "at {offset}");
+        }
+    });
+    // Where it came short it was asked once more, and that was the end of the file.
+    assert_eq!(ring.stats().operations.get(), 4);
+}
+
 /// A path that is removed at the end.
 struct Scratch(PathBuf);
 

@@ -10,6 +10,25 @@ fn text(path: &Path) -> String {
     path.to_str().expect("a path in UTF-8").to_owned()
 }
 
+/// The offsets of the data blocks (of 4 KiB) of a file in an ext4 image, from the extents that debugfs prints:
+/// `(0-2047):8192-10239, …`.
+pub fn blocks_of(image: &str, file: &str) -> Vec<u64> {
+    let text = tool("debugfs", &["-R", &format!("stat {file}"), image]);
+    let (_, extents) = text.split_once("EXTENTS:").expect("a file with extents");
+    let mut offsets = Vec::new();
+    for extent in extents.split(',') {
+        let (logical, physical) = extent.trim().split_once(':').expect("an extent");
+        if logical.starts_with("(ETB") {
+            // A block of the tree itself: not data.
+            continue;
+        }
+        let (first, last) = physical.split_once('-').unwrap_or((physical, physical));
+        let number = |text: &str| text.trim().parse::<u64>().expect("the number of a block");
+        offsets.extend((number(first)..=number(last)).map(|block| block * 4096));
+    }
+    offsets
+}
+
 /// A mounted filesystem. Unmounted when it goes; its file goes with the folder it is in.
 pub struct Mounted {
     at: String,
@@ -42,6 +61,12 @@ impl Mounted {
         tool(make[0], &[&make[1..], &[&file]].concat());
         tool("mount", &["-o", "loop", &file, &at]);
         Mounted { at }
+    }
+
+    /// The one that is in this file already, mounted at a folder that is there. Needs root.
+    pub fn of(file: &str, at: &str) -> Mounted {
+        tool("mount", &["-o", "loop", file, at]);
+        Mounted { at: at.to_owned() }
     }
 
     /// The path of a name in it.

@@ -14,7 +14,7 @@ use super::inner::Inner;
 use super::trace::{Entry, Hash};
 use crate::errno::Errno;
 use crate::mem::Mem;
-use crate::op::{Fallocate, Op};
+use crate::op::{Fallocate, Op, Pieces};
 
 /// A discard beyond this does not fill the range with other bytes; that would cost more than it shows.
 const SCRAMBLE_BYTES_MAX: u64 = 1 << 20;
@@ -26,6 +26,9 @@ impl Inner {
         let mut content = 0;
         let result = match op {
             Op::Read { offset, mem, .. } => self.read(flight, number, offset, mem, &mut content),
+            Op::ReadPieces { offset, pieces, .. } => {
+                self.read_pieces(flight, number, offset, pieces, &mut content)
+            }
             Op::Write { offset, mem, .. } => self.write(flight, number, offset, mem, &mut content),
             Op::Sync { data_only, .. } => self.sync(flight, number, data_only),
             Op::Fallocate { mode, offset, len, .. } => self.fallocate(flight, number, mode, offset, len),
@@ -119,6 +122,33 @@ impl Inner {
         mem.fill_from(0, &bytes);
         *content = Hash::of(&bytes);
         Ok(n)
+    }
+
+    /// One piece after the other, up to the first that comes short.
+    fn read_pieces(
+        &mut self,
+        flight: &Flight,
+        number: u64,
+        offset: u64,
+        pieces: Pieces,
+        content: &mut u64,
+    ) -> Result<u64, Errno> {
+        let mut done = 0;
+        for mem in pieces.iter() {
+            // The kernel knows this memory by its address only.
+            let mem = Mem { fixed: None, ..mem };
+            match self.read(flight, number, offset + done, mem, content) {
+                Ok(n) => {
+                    done += n;
+                    if n < mem.len() as u64 {
+                        break;
+                    }
+                }
+                Err(errno) if done == 0 => return Err(errno),
+                Err(_) => break,
+            }
+        }
+        Ok(done)
     }
 
     fn write(
@@ -284,6 +314,7 @@ fn device_range(inode: &Inode, offset: u64, end: u64) -> Result<u64, Errno> {
 fn range_of(op: &Op) -> (u64, u64) {
     match *op {
         Op::Read { offset, mem, .. } | Op::Write { offset, mem, .. } => (offset, mem.len() as u64),
+        Op::ReadPieces { offset, pieces, .. } => (offset, pieces.bytes()),
         Op::Fallocate { offset, len, .. } | Op::Discard { offset, len, .. } => (offset, len),
         _ => (0, 0),
     }
@@ -291,7 +322,7 @@ fn range_of(op: &Op) -> (u64, u64) {
 
 fn effect_name(op: &Op) -> &'static str {
     match op {
-        Op::Read { .. } => "read takes effect",
+        Op::Read { .. } | Op::ReadPieces { .. } => "read takes effect",
         Op::Write { .. } => "write takes effect",
         Op::Sync { .. } => "sync takes effect",
         Op::Fallocate { mode: Fallocate::PunchHole, .. } => "punch takes effect",

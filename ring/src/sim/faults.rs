@@ -70,7 +70,7 @@ pub enum OpKind {
 impl OpKind {
     pub(super) fn of(op: &Op) -> OpKind {
         match op {
-            Op::Read { .. } => OpKind::Read,
+            Op::Read { .. } | Op::ReadPieces { .. } => OpKind::Read,
             Op::Write { .. } => OpKind::Write,
             Op::Sync { .. } => OpKind::Sync,
             Op::Fallocate { mode, .. } => match mode {

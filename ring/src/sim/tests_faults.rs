@@ -26,6 +26,13 @@ fn short_transfers_and_passing_errors_are_finished_inside() {
             let (buf, n) = r.read(&file, 100, r.alloc(100_000).await).await;
             assert_eq!(n, Ok(100_000));
             assert!(buf.as_slice() == bytes);
+            let mut bufs = Vec::new();
+            for len in [40_000, 512, 59_488] {
+                bufs.push(r.alloc(len).await);
+            }
+            let (bufs, n) = r.read_pieces(&file, 100, bufs).await;
+            assert_eq!(n, Ok(100_000));
+            assert!(bufs.iter().flat_map(|buf| buf.as_slice().to_vec()).collect::<Vec<u8>>() == bytes);
             r.sync(&file, false).await.unwrap();
         });
         let counts = world.fault_counts();

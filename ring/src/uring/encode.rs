@@ -1,7 +1,7 @@
 //! From an operation to a submission queue entry.
 //!
-//! Registered memory and files are used wherever they are at hand. Sends of several pieces need a
-//! message header that stays put until the completion: it is kept here, and used again.
+//! Registered memory and files are used wherever they are at hand. Sends and reads of several pieces need a
+//! vector (and a message header) that stays put until the completion: it is kept here, and used again.
 
 use std::os::fd::AsRawFd;
 
@@ -30,7 +30,7 @@ pub(super) struct Messages {
 }
 
 impl Messages {
-    fn prepare(&mut self, user_data: u64, pieces: Pieces) -> *const libc::msghdr {
+    fn prepare(&mut self, user_data: u64, pieces: Pieces) -> &Message {
         let mut message = self.spare.pop().unwrap_or_else(|| {
             // SAFETY: a message header is plain data for which all zeroes is a valid, empty value.
             let header = unsafe { std::mem::zeroed() };
@@ -43,9 +43,8 @@ impl Messages {
         }
         message.header.msg_iov = message.pieces.as_mut_ptr();
         message.header.msg_iovlen = message.pieces.len() as _;
-        let header: *const libc::msghdr = &message.header;
         self.in_flight.push((user_data, message));
-        header
+        &self.in_flight[self.in_flight.len() - 1].1
     }
 
     /// The operation has ended (or never started): its header may be used again.
@@ -90,6 +89,11 @@ pub(super) fn entry(
             }
             None => opcode::Read::new(fd, mem.ptr.as_ptr(), mem.len).offset(offset).build(),
         }),
+        Op::ReadPieces { offset, pieces, .. } => {
+            let vector = &messages.prepare(user_data, pieces).pieces;
+            let (first, count) = (vector.as_ptr(), vector.len() as u32);
+            on_file!(file, id, |fd| opcode::Readv::new(fd, first, count).offset(offset).build())
+        }
         Op::Write { offset, mem, fua, .. } => {
             let flags = if fua { libc::RWF_DSYNC } else { 0 };
             on_file!(file, id, |fd| match mem.fixed {
@@ -142,7 +146,7 @@ pub(super) fn entry(
             .flags(libc::MSG_WAITALL | libc::MSG_NOSIGNAL)
             .build()),
         Op::SendPieces { pieces, .. } => {
-            let header = messages.prepare(user_data, pieces);
+            let header: *const libc::msghdr = &messages.prepare(user_data, pieces).header;
             on_file!(file, id, |fd| opcode::SendMsg::new(fd, header)
                 .flags((libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32)
                 .build())

@@ -679,7 +679,12 @@ impl Load {
             progress.set(LoadProgress { checking: true, ..progress.get() });
             at_end = Some(check_on(&self.ring, &self.target, expectation).await);
         }
+        let wrote = self.state.borrow().writes.operations > 0;
+        let settled = if wrote { self.target.settle().await } else { Ok(()) };
         let mut state = self.state.borrow_mut();
+        if let Err(error) = settled {
+            state.failures.add(error.to_string());
+        }
         let report = self.report(&mut state, lost, at_end);
         Ok(LoadOutcome { report, expectation })
     }

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use blockferry_ring::Ring;
 
-use crate::block::{BlockError, Driver};
+use crate::block::{BlockError, Driver, IoResult};
 use crate::engine::ImageOptions;
 use crate::graph::node::{Node, Use, UseKind};
 use crate::protocol::nbd::{ConnectOptions, Connection, NbdClientError, NbdDriver, NbdUri, UriError};
@@ -127,6 +127,15 @@ impl Target {
         let node = Node::new(ring, name, driver.clone());
         let lock = node.attach(if options.image.read_only { UseKind::Reader } else { UseKind::Guest })?;
         Ok(Target { lock: Some(Rc::new(lock)), ..Target::of_driver(driver) })
+    }
+
+    /// What was written to an image that was opened here is durable afterwards, its tables too: they are written late, and
+    /// clusters that a read was looking at are freed late. An NBD server looks after its own.
+    pub async fn settle(&self) -> IoResult {
+        for lane in self.lanes.iter().filter(|lane| lane.connection.is_none()) {
+            lane.driver.flush().await?;
+        }
+        Ok(())
     }
 
     /// The ways to it; at least one.

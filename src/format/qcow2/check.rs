@@ -3,10 +3,16 @@
 //! The file is read as it is, not what is cached; so the image is flushed first, and nobody may write
 //! meanwhile. What is worse than a leak in the refcounts is repaired by making all of them anew, next to the
 //! old ones, and switching over with one write of the header: a power cut leaves the old or the new.
+//!
+//! An image may have been made to keep a check busy. So a table is looked at once, however many lead to it;
+//! tables that stand alone (L1 tables, those of bitmaps and snapshots) must not overlap; nothing beyond the end
+//! of the file is looked at, and nothing that the filesystem says is a hole. What is left is what the file holds.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::bitmap::Bitmap;
-use super::count::Counts;
-use super::entry::{COPIED, Cluster, OFFSET_MASK, Raw, get_be64, set_be64, set_refcount};
+use super::count::{CHUNK, Counts};
+use super::entry::{COPIED, Cluster, OFFSET_MASK, Raw, get_be64, get_refcount, set_be64, set_refcount};
 use super::geometry::REFTABLE_BYTES_MAX;
 use super::header::{autoclear, incompatible};
 use super::image::{Fault, Qcow2};
@@ -16,8 +22,6 @@ use blockferry_ring::Errno;
 
 /// The most lines of what is wrong that one check keeps.
 pub const MESSAGES_MAX: usize = 1000;
-/// L2 tables that one check looks at, those of snapshots included.
-const TABLES_MAX: u64 = 1 << 26;
 
 /// A check under way.
 struct Check<'a> {
@@ -25,7 +29,14 @@ struct Check<'a> {
     report: CheckReport,
     counts: Counts,
     file_len: u64,
-    tables: u64,
+    /// Tables that only the header or one entry of a directory leads to: from, to.
+    alone: BTreeMap<u64, u64>,
+    /// L2 tables, and how many L1 entries lead to each.
+    tables: Counts,
+    /// Refcount blocks that can be one, by number.
+    blocks: BTreeMap<u64, u64>,
+    /// The refcount table is counted among what is in use.
+    has_reftable: bool,
     /// The refcounts cannot be mended where they are.
     rebuild: bool,
     next_host: Option<u64>,
@@ -121,12 +132,14 @@ impl Qcow2 {
         let entries = self.meta.borrow().l1.entries.clone();
         let size = self.g.cluster_size();
         let step = self.g.l2_entry_bytes() as usize;
+        let mut seen = BTreeSet::new();
         for (index, entry) in entries.iter().enumerate() {
             let host = entry & OFFSET_MASK;
-            if host == 0 || !host.is_multiple_of(size) {
+            if host == 0 || !host.is_multiple_of(size) || host >= self.file_len() || !seen.insert(host) {
                 continue;
             }
-            let mut bytes = self.read_bytes(host, size).await?;
+            let hole = self.is_hole(host, size).await?;
+            let mut bytes = if hole { Vec::new() } else { self.read_bytes(host, size).await? };
             let before = bytes.clone();
             for slot in bytes.chunks_exact_mut(step) {
                 let bitmap = if step == 16 { get_be64(slot, 1) } else { 0 };
@@ -162,7 +175,10 @@ impl<'a> Check<'a> {
             report: CheckReport::default(),
             counts: Counts::default(),
             file_len: image.file_len(),
-            tables: 0,
+            alone: BTreeMap::new(),
+            tables: Counts::default(),
+            blocks: BTreeMap::new(),
+            has_reftable: false,
             rebuild: false,
             next_host: None,
             wrong_copied: 0,
@@ -182,6 +198,10 @@ impl<'a> Check<'a> {
 
     /// One more reference to all clusters that `len` bytes at `at` touch. False if they are not in the file.
     fn refer(&mut self, at: u64, len: u64, what: &str) -> bool {
+        self.refer_often(at, len, what, 1)
+    }
+
+    fn refer_often(&mut self, at: u64, len: u64, what: &str, times: u64) -> bool {
         if len == 0 {
             return true;
         }
@@ -193,7 +213,10 @@ impl<'a> Check<'a> {
             return false;
         }
         for cluster in at >> bits..(at + len).div_ceil(size) {
-            if !self.counts.add(cluster) {
+            if !self.counts.add_many(cluster, times) {
+                if self.report.check_errors == 0 {
+                    self.say("There are more clusters in use than can be counted".into());
+                }
                 self.report.check_errors += 1;
                 return false;
             }
@@ -201,27 +224,59 @@ impl<'a> Check<'a> {
         true
     }
 
+    /// The same for a table that must not share clusters with another of its kind.
+    fn refer_alone(&mut self, at: u64, len: u64, what: &str) -> bool {
+        let size = self.image.g.cluster_size();
+        let end = at.saturating_add(len).checked_next_multiple_of(size).unwrap_or(u64::MAX);
+        let start = self.image.g.cluster_start(at);
+        if self.alone.range(..end).next_back().is_some_and(|(_, before)| *before > start) {
+            self.corrupt(format!("{what} at {at:#x} ({len} bytes) lies on another table"));
+            return false;
+        }
+        if len > 0 {
+            self.alone.insert(start, end);
+        }
+        self.report.check_errors == 0 && self.refer(at, len, what)
+    }
+
+    /// The entries of a table in the file that are not 0, and their numbers.
+    async fn entries(&self, at: u64, len: u64) -> Result<Vec<(usize, u64)>, Fault> {
+        if self.image.is_hole(at, len).await? {
+            return Ok(Vec::new());
+        }
+        let table = self.image.read_bytes(at, len).await?;
+        let all = (0..table.len() / 8).map(|index| (index, get_be64(&table, index)));
+        Ok(all.filter(|(_, entry)| *entry != 0).collect())
+    }
+
     async fn look(&mut self) -> Result<(), Fault> {
         let image = self.image;
         let size = image.g.cluster_size();
         self.report.total_clusters = image.g.clusters(image.len.get());
-        self.refer(0, size, "the header");
-        let (l1_at, l1) = {
+        self.refer_alone(0, size, "the header");
+        let (l1_at, l1_len, l1) = {
             let meta = image.meta.borrow();
-            (meta.l1.offset, meta.l1.entries.clone())
+            let all = meta.l1.entries.iter().copied().enumerate();
+            let used: Vec<(usize, u64)> = all.filter(|(_, entry)| *entry != 0).collect();
+            (meta.l1.offset, meta.l1.entries.len() as u64 * 8, used)
         };
-        self.refer(l1_at, l1.len() as u64 * 8, "the L1 table");
-        self.look_at_l1(&l1, true).await?;
+        self.refer_alone(l1_at, l1_len, "the L1 table");
+        self.look_at_l1(&l1);
         self.look_at_snapshots().await?;
+        self.look_at_tables(&l1).await?;
         self.look_at_bitmaps().await?;
         self.look_at_refcount_tables();
+        if self.report.check_errors > 0 {
+            // Not all is counted: nothing can be compared.
+            return Ok(());
+        }
         self.compare().await?;
         self.look_at_copied(&l1).await
     }
 
-    async fn look_at_l1(&mut self, l1: &[u64], active: bool) -> Result<(), Fault> {
+    fn look_at_l1(&mut self, l1: &[(usize, u64)]) {
         let size = self.image.g.cluster_size();
-        for (index, entry) in l1.iter().enumerate() {
+        for (index, entry) in l1 {
             let host = entry & OFFSET_MASK;
             if entry & L1_RESERVED != 0 {
                 self.corrupt(format!("L1 entry {index} has reserved bits set ({entry:#018x})"));
@@ -233,21 +288,38 @@ impl<'a> Check<'a> {
                 self.corrupt(format!("L1 entry {index} leads to {host:#x}, which is not a cluster"));
                 continue;
             }
-            self.tables += 1;
-            if self.tables > TABLES_MAX {
-                self.report.check_errors += 1;
-                self.say("There are more L2 tables than can be looked at".into());
-                return Ok(());
-            }
             if self.refer(host, size, "an L2 table") {
-                let table = self.image.read_bytes(host, size).await?;
-                self.look_at_l2(&table, host, active);
+                self.tables.add(host >> self.image.g.cluster_bits);
             }
+        }
+    }
+
+    /// Looks at all L2 tables: first those of the active L1 table in their order, then those of snapshots.
+    async fn look_at_tables(&mut self, l1: &[(usize, u64)]) -> Result<(), Fault> {
+        let bits = self.image.g.cluster_bits;
+        let mut tables = std::mem::take(&mut self.tables);
+        for (_, entry) in l1 {
+            let cluster = (entry & OFFSET_MASK) >> bits;
+            let times = tables.take(cluster);
+            self.look_at_table(cluster << bits, times, true).await?;
+        }
+        for (cluster, times) in tables.iter() {
+            self.look_at_table(cluster << bits, times, false).await?;
         }
         Ok(())
     }
 
-    fn look_at_l2(&mut self, table: &[u8], at: u64, active: bool) {
+    async fn look_at_table(&mut self, at: u64, times: u64, active: bool) -> Result<(), Fault> {
+        let size = self.image.g.cluster_size();
+        if times > 0 && self.report.check_errors == 0 && !self.image.is_hole(at, size).await? {
+            let table = self.image.read_bytes(at, size).await?;
+            self.look_at_l2(&table, at, times, active);
+        }
+        Ok(())
+    }
+
+    /// An L2 table to which `times` L1 entries lead.
+    fn look_at_l2(&mut self, table: &[u8], at: u64, times: u64, active: bool) {
         let image = self.image;
         let g = &image.g;
         let step = g.l2_entry_bytes() as usize;
@@ -271,7 +343,7 @@ impl<'a> Check<'a> {
                             "entry {index} of the L2 table at {at:#x}: compressed and marked as sole"
                         ));
                     }
-                    self.refer(host - host % 512, len + host % 512, "a compressed cluster");
+                    self.refer_often(host - host % 512, len + host % 512, "a compressed cluster", times);
                     if active {
                         self.report.compressed_clusters += 1;
                         self.report.allocated_clusters += 1;
@@ -289,7 +361,7 @@ impl<'a> Check<'a> {
                         self.next_host = Some(host + g.cluster_size());
                     }
                     if image.data_file.is_none() {
-                        self.refer(host, g.cluster_size(), "a cluster of data");
+                        self.refer_often(host, g.cluster_size(), "a cluster of data", times);
                     }
                 }
             }
@@ -306,15 +378,13 @@ impl<'a> Check<'a> {
             Err(fault) => return Err(fault),
         };
         let at = self.image.header.borrow().snapshots_offset;
-        self.refer(at, bytes, "the table of snapshots");
+        self.refer_alone(at, bytes, "the table of snapshots");
         for snapshot in &snapshots {
-            if !self.refer(snapshot.l1_offset, u64::from(snapshot.l1_size) * 8, "the L1 table of a snapshot")
-            {
-                continue;
+            let (at, len) = (snapshot.l1_offset, u64::from(snapshot.l1_size) * 8);
+            if self.refer_alone(at, len, "the L1 table of a snapshot") {
+                let l1 = self.entries(at, len).await?;
+                self.look_at_l1(&l1);
             }
-            let l1 = self.image.read_bytes(snapshot.l1_offset, u64::from(snapshot.l1_size) * 8).await?;
-            let entries: Vec<u64> = (0..snapshot.l1_size as usize).map(|i| get_be64(&l1, i)).collect();
-            self.look_at_l1(&entries, false).await?;
         }
         Ok(())
     }
@@ -332,7 +402,7 @@ impl<'a> Check<'a> {
             }
             Err(fault) => return Err(fault),
         };
-        self.refer(at, bytes.len() as u64, "the directory of bitmaps");
+        self.refer_alone(at, bytes.len() as u64, "the directory of bitmaps");
         for bitmap in entries {
             self.look_at_bitmap(&bitmap).await?;
         }
@@ -341,12 +411,11 @@ impl<'a> Check<'a> {
 
     async fn look_at_bitmap(&mut self, bitmap: &Bitmap) -> Result<(), Fault> {
         let len = u64::from(bitmap.table_entries) * 8;
-        if len > 64 << 20 || !self.refer(bitmap.table_offset, len, "the table of a bitmap") {
+        if len > 64 << 20 || !self.refer_alone(bitmap.table_offset, len, "the table of a bitmap") {
             return Ok(());
         }
-        let table = self.image.read_bytes(bitmap.table_offset, len).await?;
-        for index in 0..bitmap.table_entries as usize {
-            let host = get_be64(&table, index) & OFFSET_MASK;
+        for (_, entry) in self.entries(bitmap.table_offset, len).await? {
+            let host = entry & OFFSET_MASK;
             if host != 0 {
                 self.refer(host, self.image.g.cluster_size(), "a cluster of a bitmap");
             }
@@ -360,7 +429,8 @@ impl<'a> Check<'a> {
             let meta = self.image.meta.borrow();
             (meta.reftable.offset, meta.reftable.entries.clone())
         };
-        self.refer(at, entries.len() as u64 * 8, "the refcount table");
+        self.has_reftable = self.refer_alone(at, entries.len() as u64 * 8, "the refcount table");
+        self.rebuild |= !self.has_reftable;
         for (index, entry) in entries.iter().enumerate().filter(|(_, entry)| **entry != 0) {
             let host = entry & !0x1ff;
             if entry & 0x1ff != 0 || !host.is_multiple_of(size) || host >= 1 << 56 {
@@ -373,6 +443,8 @@ impl<'a> Check<'a> {
             } else if self.counts.get(host >> self.image.g.cluster_bits) != 1 {
                 self.corrupt(format!("the refcount block at {host:#x} is something else as well"));
                 self.rebuild = true;
+            } else {
+                self.blocks.insert(index as u64, host);
             }
         }
     }
@@ -380,50 +452,50 @@ impl<'a> Check<'a> {
     /// Refcounts in the file against references, cluster by cluster.
     async fn compare(&mut self) -> Result<(), Fault> {
         let image = self.image;
-        let end = self.file_clusters().max(self.counts.end());
+        let end = image.g.clusters(self.file_len).max(self.counts.end());
         let per_block = image.g.refblock_entries();
         let mut last_used = 0;
-        let mut block = 0;
-        while block * per_block < end {
-            let clusters = block * per_block..((block + 1) * per_block).min(end);
+        let counted = self.counts.blocks(per_block);
+        let blocks: BTreeSet<u64> = self.blocks.keys().copied().chain(counted).collect();
+        for block in blocks {
             let found = self.block_counts(block).await?;
-            for cluster in clusters {
-                let is = found.as_ref().map_or(0, |f| {
-                    super::entry::get_refcount(f, image.g.refcount_order, (cluster % per_block) as usize)
-                });
-                let wanted = self.counts.get(cluster);
-                if is > 0 || wanted > 0 {
-                    last_used = cluster + 1;
-                }
-                if is < wanted {
-                    self.report.corruptions += 1;
-                    self.say(format!("ERROR cluster {cluster} refcount={is} reference={wanted}"));
-                } else if is > wanted {
-                    self.report.leaks += 1;
-                    self.say(format!("Leaked cluster {cluster} refcount={is} reference={wanted}"));
+            let clusters = block * per_block..((block + 1) * per_block).min(end);
+            for first in clusters.clone().step_by(CHUNK as usize) {
+                let counts = self.counts.chunk(first);
+                for (cluster, wanted) in (first..clusters.end).zip(counts) {
+                    let is = found.as_ref().map_or(0, |f| {
+                        get_refcount(f, image.g.refcount_order, (cluster % per_block) as usize)
+                    });
+                    if is > 0 || wanted > 0 {
+                        last_used = cluster + 1;
+                        self.judge(cluster, is, wanted.into());
+                    }
                 }
             }
-            block += 1;
         }
         self.report.image_end_offset = last_used * image.g.cluster_size();
         Ok(())
     }
 
-    fn file_clusters(&self) -> u64 {
-        // Nothing beyond what refcounts can describe is looked at, however long a sparse file is.
-        let described =
-            self.image.meta.borrow().reftable.entries.len() as u64 * self.image.g.refblock_entries();
-        self.image.g.clusters(self.file_len).min(described)
+    /// What the refcount of a cluster is, against what it should be.
+    fn judge(&mut self, cluster: u64, is: u64, wanted: u64) {
+        if is < wanted {
+            self.corrupt(format!("cluster {cluster} refcount={is} reference={wanted}"));
+        } else if is > wanted {
+            self.report.leaks += 1;
+            self.say(format!("Leaked cluster {cluster} refcount={is} reference={wanted}"));
+        }
     }
 
-    /// A refcount block as it is in the file; `None`: there is none, or it cannot be one.
+    /// A refcount block as it is in the file; `None`: there is none, it is all zeroes, or it cannot be one.
     async fn block_counts(&self, block: u64) -> Result<Option<Vec<u8>>, Fault> {
-        let host = self.image.meta.borrow().reftable.get(block) & !0x1ff;
         let size = self.image.g.cluster_size();
-        if host == 0 || !host.is_multiple_of(size) || host >= self.file_len {
-            return Ok(None);
+        match self.blocks.get(&block) {
+            Some(host) if !self.image.is_hole(*host, size).await? => {
+                Ok(Some(self.image.read_bytes(*host, size).await?))
+            }
+            _ => Ok(None),
         }
-        Ok(Some(self.image.read_bytes(host, size).await?))
     }
 
     async fn refcounts_too_low(&self) -> Result<bool, Fault> {
@@ -431,9 +503,9 @@ impl<'a> Check<'a> {
         for block in self.counts.blocks(per_block) {
             let found = self.block_counts(block).await?;
             for index in 0..per_block {
-                let is = found.as_ref().map_or(0, |f| {
-                    super::entry::get_refcount(f, self.image.g.refcount_order, index as usize)
-                });
+                let is = found
+                    .as_ref()
+                    .map_or(0, |f| get_refcount(f, self.image.g.refcount_order, index as usize));
                 if is < self.counts.get(block * per_block + index) {
                     return Ok(true);
                 }
@@ -446,18 +518,17 @@ impl<'a> Check<'a> {
     async fn lower_refcounts(&mut self) -> Result<(), Fault> {
         let image = self.image;
         let (order, per_block) = (image.g.refcount_order, image.g.refblock_entries());
-        let blocks = image.meta.borrow().reftable.entries.clone();
-        for (block, entry) in blocks.iter().enumerate().filter(|(_, entry)| **entry != 0) {
-            let Some(mut bytes) = self.block_counts(block as u64).await? else { continue };
+        for (block, host) in self.blocks.clone() {
+            let Some(mut bytes) = self.block_counts(block).await? else { continue };
             let before = bytes.clone();
             for index in 0..per_block {
-                let wanted = self.counts.get(block as u64 * per_block + index);
-                if super::entry::get_refcount(&bytes, order, index as usize) > wanted {
+                let wanted = self.counts.get(block * per_block + index);
+                if get_refcount(&bytes, order, index as usize) > wanted {
                     set_refcount(&mut bytes, order, index as usize, wanted);
                 }
             }
             if bytes != before {
-                image.write_bytes(entry & !0x1ff, &bytes).await?;
+                image.write_bytes(host, &bytes).await?;
             }
         }
         Ok(())
@@ -476,7 +547,9 @@ impl<'a> Check<'a> {
             (at >> image.g.cluster_bits..(at + len).div_ceil(size))
                 .for_each(|cluster| counts.remove(cluster));
         };
-        forget(&mut self.counts, old_at, old.len() as u64 * 8);
+        if self.has_reftable {
+            forget(&mut self.counts, old_at, old.len() as u64 * 8);
+        }
         for entry in old.iter().map(|entry| entry & !0x1ff).filter(|at| *at != 0 && at.is_multiple_of(size)) {
             if entry.checked_add(size).is_some_and(|end| end < self.file_len.saturating_add(size)) {
                 forget(&mut self.counts, entry, size);
@@ -534,16 +607,17 @@ impl<'a> Check<'a> {
     }
 
     /// Whether sole references are marked as such, and no others.
-    async fn look_at_copied(&mut self, l1: &[u64]) -> Result<(), Fault> {
+    async fn look_at_copied(&mut self, l1: &[(usize, u64)]) -> Result<(), Fault> {
         if self.rebuild {
             return Ok(());
         }
+        let mut seen = BTreeSet::new();
         let image = self.image;
         let (size, bits) = (image.g.cluster_size(), image.g.cluster_bits);
         let step = image.g.l2_entry_bytes() as usize;
-        for (index, entry) in l1.iter().enumerate() {
+        for (index, entry) in l1 {
             let host = entry & OFFSET_MASK;
-            if host == 0 || !host.is_multiple_of(size) || host >= self.file_len {
+            if host == 0 || !host.is_multiple_of(size) || host >= self.file_len || !seen.insert(host) {
                 continue;
             }
             let refcount = image.refcount_of(host >> bits).await?;
@@ -552,6 +626,9 @@ impl<'a> Check<'a> {
                     "OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={refcount}"
                 ));
                 self.wrong_copied += 1;
+            }
+            if image.is_hole(host, size).await? {
+                continue;
             }
             let table = image.read_bytes(host, size).await?;
             for slot in table.chunks_exact(step) {

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-/// Clusters of a chunk.
-const CHUNK: u64 = 64;
+/// Clusters of a chunk. No refcount block has fewer.
+pub(super) const CHUNK: u64 = 64;
 /// The most chunks: 4 GiB of memory for an image that is scattered on purpose, much less for all others.
 const CHUNKS_MAX: usize = 1 << 24;
 
@@ -16,13 +16,18 @@ pub(super) struct Counts {
 impl Counts {
     /// One more reference. False: there is no room to count it.
     pub(super) fn add(&mut self, cluster: u64) -> bool {
+        self.add_many(cluster, 1)
+    }
+
+    /// So many more references.
+    pub(super) fn add_many(&mut self, cluster: u64, times: u64) -> bool {
         let number = cluster / CHUNK;
         if !self.chunks.contains_key(&number) && self.chunks.len() >= CHUNKS_MAX {
             return false;
         }
         let chunk = self.chunks.entry(number).or_insert_with(|| Box::new([0; CHUNK as usize]));
         let count = &mut chunk[(cluster % CHUNK) as usize];
-        *count = count.saturating_add(1);
+        *count = count.saturating_add(times.min(u32::MAX.into()) as u32);
         true
     }
 
@@ -32,6 +37,17 @@ impl Counts {
             let count = &mut chunk[(cluster % CHUNK) as usize];
             *count = count.saturating_sub(1);
         }
+    }
+
+    /// All references to a cluster; they are forgotten.
+    pub(super) fn take(&mut self, cluster: u64) -> u64 {
+        let chunk = self.chunks.get_mut(&(cluster / CHUNK));
+        chunk.map_or(0, |chunk| std::mem::take(&mut chunk[(cluster % CHUNK) as usize]).into())
+    }
+
+    /// References to this cluster and those behind it in its chunk, which it begins.
+    pub(super) fn chunk(&self, first: u64) -> [u32; CHUNK as usize] {
+        self.chunks.get(&(first / CHUNK)).map_or([0; CHUNK as usize], |chunk| **chunk)
     }
 
     /// References to a cluster.
@@ -86,6 +102,9 @@ mod tests {
         assert_eq!((counts.get(0), counts.get(63), counts.get(64), counts.end()), (2, 1, 1, 1_000_001));
         assert_eq!(counts.blocks(64), [0, 1, 15_625]);
         assert_eq!(counts.blocks(8), [0, 7, 8, 125_000]);
+        assert!(counts.add_many(70, 3));
+        assert_eq!((counts.chunk(64)[0], counts.chunk(64)[6], counts.chunk(128)[0]), (1, 3, 0));
+        assert_eq!((counts.take(70), counts.take(70), counts.take(9999)), (3, 0, 0));
         counts.remove(1_000_000);
         assert_eq!(counts.end(), 65);
     }

@@ -15,7 +15,7 @@ use super::info::Measured;
 use super::memory::Memory;
 use super::options::{Compat, CompressionType, CreateOptions, Preallocation};
 use super::{Backing, OpenFiles, OpenOptions, Wanted};
-use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation, ZeroFlags};
+use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation, Permissions, ZeroFlags};
 use blockferry_ring::Errno;
 
 /// How many clusters each table of a new image has, and where they are: header, refcount table, refcount
@@ -197,10 +197,13 @@ impl Qcow2 {
             OpenOptions { backing: Backing::None, data_file: data_file.cloned(), ..OpenOptions::default() };
         let image = Qcow2::open_image(ring, file.clone(), &Nothing, open).await?;
         let thin = options.backing_file.is_some();
-        match image.preallocate(0, size, preallocation, thin).await {
+        let made = match image.preallocate(0, size, preallocation, thin).await {
             Ok(()) => image.flush().await,
             Err(fault) => Err(image.tell_whole(Operation::Create, fault).await),
-        }
+        };
+        // Said, not left to the closing of the file: a process that is started meanwhile may have a copy of it for a moment.
+        let unlocked = image.set_permissions(Permissions::NONE);
+        made.and(unlocked)
     }
 
     /// Maps all clusters of a range of the disk that are not mapped yet.

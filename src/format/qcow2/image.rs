@@ -84,6 +84,8 @@ pub(super) struct Counters {
     pub(super) resolved: Cell<u64>,
     /// Reads that took the long way.
     pub(super) asked: Cell<u64>,
+    /// Of those: all parts became operations of files at once.
+    pub(super) gathered: Cell<u64>,
     /// Slices of tables that were read.
     pub(super) loads: Cell<u64>,
     /// Write-backs of tables.
@@ -97,6 +99,8 @@ pub struct Counted {
     pub resolved: u64,
     /// Reads that took the driver's own way.
     pub asked: u64,
+    /// Of those: reads of several places, all of which became operations of files, or zeroes, at once.
+    pub gathered: u64,
     /// Times that slices of tables were read.
     pub loads: u64,
     /// Write-backs of tables.
@@ -236,6 +240,31 @@ impl Qcow2 {
 
     // Tables in the file.
 
+    /// Where the file ends; its last cluster may be there in part.
+    pub(super) fn file_end(&self) -> u64 {
+        self.file.len().checked_next_multiple_of(self.g.cluster_size()).unwrap_or(u64::MAX)
+    }
+
+    /// A table lies in the file. What is not there would read as zeroes, and once it is written the file
+    /// would reach as far as an image likes to say.
+    pub(super) fn must_be_there(&self, what: &str, at: u64, len: u64) -> Result<(), Fault> {
+        if len == 0 || at.checked_add(len).is_some_and(|end| end <= self.file_end()) {
+            return Ok(());
+        }
+        Err(Fault::Damage(format!("{what} at {at:#x} ({len} bytes) lies beyond the end of the file")))
+    }
+
+    /// The filesystem says that there is nothing but a hole: zeroes, which nobody need read. What a walk over
+    /// tables costs is so bounded by what the file occupies, not by how long it claims to be.
+    pub(super) async fn is_hole(&self, at: u64, len: u64) -> Result<bool, Fault> {
+        let end = at.saturating_add(len).min(self.file.len());
+        if at >= end {
+            return Ok(true);
+        }
+        let extent = self.file.block_status(at, end - at).await?;
+        Ok(extent.zero && extent.len >= end - at)
+    }
+
     /// Reads bytes of the file; beyond its end there are zeroes.
     pub(super) async fn read_bytes(&self, offset: u64, len: u64) -> Result<Vec<u8>, Fault> {
         read_bytes(&self.file, &self.table_memory, offset, len).await
@@ -270,6 +299,7 @@ impl Qcow2 {
         let table_end = self.g.cluster_start(at) + self.g.cluster_size();
         let end = if sequential { table_end.min(at + AHEAD_SLICES * len) } else { at + len };
         self.load_next.set(end);
+        self.must_be_there("an L2 table", at, end - at)?;
         let bytes = self.read_bytes(at, end - at).await?;
         let mut meta = self.meta.borrow_mut();
         for (i, slice) in bytes.chunks_exact(len as usize).enumerate() {
@@ -282,6 +312,7 @@ impl Qcow2 {
     pub(super) async fn load_refs(&self, at: u64) -> Result<(), Fault> {
         let len = self.meta.borrow().refs.slice_bytes();
         self.counters.loads.set(self.counters.loads.get() + 1);
+        self.must_be_there("a refcount block", at, len)?;
         let bytes = self.read_bytes(at, len).await?;
         self.meta.borrow_mut().refs.insert(at, bytes.into());
         Ok(())
@@ -352,6 +383,7 @@ impl Qcow2 {
         if self.data_file.is_some() {
             return Ok(());
         }
+        self.must_be_there("guest data", host, len)?;
         match self.meta.borrow().table_at(host, host + len) {
             Some(table) => Err(Fault::Damage(format!("guest data at {host:#x} lies on {table}"))),
             None => Ok(()),

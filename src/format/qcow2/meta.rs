@@ -132,6 +132,20 @@ pub(super) struct Meta {
 }
 
 impl Meta {
+    /// Takes a table for the active L1. Gives an L2 table that two of its entries lead to, if there is one:
+    /// a change of one part of the disk would be one of the other.
+    pub(super) fn note_l1(&mut self, l1: WholeTable) -> Option<u64> {
+        let mut twice = None;
+        self.l2_tables.clear();
+        for at in l1.entries.iter().map(|entry| entry & OFFSET_MASK).filter(|at| *at != 0) {
+            if !self.l2_tables.insert(at) {
+                twice = Some(at);
+            }
+        }
+        self.l1 = l1;
+        twice
+    }
+
     /// What the L1 entry for a place on the disk says.
     pub(super) fn l2_table(&self, offset: u64) -> Result<L2Table, Damage> {
         let index = self.g.l1_index(offset);

@@ -12,7 +12,7 @@
 //! | `plan` | what a request means in terms of places |
 //! | `image`, `locks`, `memory` | the state of an open image; who may touch what |
 //! | `alloc` | the one place where clusters get and lose references |
-//! | `read`, `write`, `zero`, `populate`, `compress` | requests, straight down |
+//! | `read`, `gather`, `write`, `zero`, `populate`, `compress` | requests, straight down |
 //! | `sync` | the order in which all of it reaches the disk |
 //! | `open`, `reopen`, `create`, `resize`, `rename`, `snapshot`, `bitmap`, `check` | what its name says |
 
@@ -26,6 +26,7 @@ mod create;
 mod driver;
 pub mod entry;
 pub mod gate;
+mod gather;
 pub mod geometry;
 pub mod header;
 mod image;
@@ -138,6 +139,7 @@ impl Qcow2 {
         Counted {
             resolved: counters.resolved.get(),
             asked: counters.asked.get(),
+            gathered: counters.gathered.get(),
             loads: counters.loads.get(),
             syncs: counters.syncs.get(),
         }

@@ -8,7 +8,7 @@ use blockferry_ring::{Errno, Ring};
 
 use super::cache::{SLICE_BYTES_MAX, TableCache};
 use super::compress::Packing;
-use super::entry::{OFFSET_MASK, get_be64};
+use super::entry::get_be64;
 use super::gate::{OpenFiles, Role, Wanted};
 use super::header::{Header, HeaderError, autoclear, extension, first_cluster_bytes, incompatible};
 use super::image::{Counters, Fault, Qcow2, SyncState, Turn, read_bytes};
@@ -24,6 +24,15 @@ use crate::block::{BlockError, Driver, Operation, Permissions};
 const HEAD_BYTES: u64 = 4096;
 /// Memory in reserve for pieces that are put together.
 pub(super) const COPY_RESERVE_BYTES: usize = 64 << 10;
+
+/// What an image is put together from.
+struct Parts {
+    file: Rc<dyn Driver>,
+    data_file: Option<Rc<dyn Driver>>,
+    backing: Option<Rc<dyn Driver>>,
+    table_memory: Memory,
+    copy_memory: OnceCell<Memory>,
+}
 
 pub(super) fn refuse(name: &str, errno: Errno, why: impl Into<Rc<str>>) -> BlockError {
     BlockError::new(Operation::Open, name, errno).hint(why)
@@ -103,41 +112,33 @@ impl Qcow2 {
             }
             _ => None,
         };
-        let image = Qcow2::assemble(
-            ring,
-            file,
-            header,
-            cluster,
-            options.for_check,
-            read_only,
-            table_memory,
-            copy_memory,
-        );
+        let parts = Parts { file, data_file, backing, table_memory, copy_memory };
+        let image = Qcow2::assemble(ring, header, cluster, parts, options.for_check, read_only);
         image.permissions.set(held);
-        let image = Qcow2 {
-            data_file,
-            backing_name: RefCell::new(backing.as_ref().map(|b| b.name().to_owned())),
-            backing: RefCell::new(backing),
-            ..image
-        };
-        image.load_tables(writable || options.for_check).await.map_err(|fault| plain(&name, fault))?;
-        if writable {
-            image.make_writable().await.map_err(|fault| plain(&name, fault))?;
-        }
-        Ok(Rc::new(image))
+        // In memory of its own: whoever opens a deep chain waits here once a layer.
+        let rest = image.clone();
+        ring.boxed(async move { rest.make_ready().await }).await.map_err(|fault| plain(&name, fault))?;
+        Ok(image)
     }
 
-    #[allow(clippy::too_many_arguments)]
+    /// Reads tables, and does what has to be done before the first write.
+    async fn make_ready(&self) -> Result<(), Fault> {
+        let writable = !self.read_only.get() && !self.for_check;
+        self.load_tables(writable || self.for_check).await?;
+        if writable { self.make_writable().await } else { Ok(()) }
+    }
+
+    /// Not inlined: what it puts together is large, and its caller waits on the stack of each layer above.
+    #[inline(never)]
     fn assemble(
         ring: &Ring,
-        file: Rc<dyn Driver>,
         header: Header,
         cluster: Vec<u8>,
+        parts: Parts,
         for_check: bool,
         read_only: bool,
-        table_memory: Memory,
-        copy_memory: OnceCell<Memory>,
-    ) -> Qcow2 {
+    ) -> Rc<Qcow2> {
+        let Parts { file, data_file, backing, table_memory, copy_memory } = parts;
         let g = header.geometry();
         let mut head = cluster;
         head.resize(g.cluster_size().min(HEAD_BYTES) as usize, 0);
@@ -156,13 +157,13 @@ impl Qcow2 {
             l2_tables: BTreeSet::new(),
             refblocks: BTreeSet::new(),
         };
-        Qcow2 {
+        Rc::new(Qcow2 {
             ring: ring.clone(),
             name: file.name().into(),
             file,
-            data_file: None,
-            backing: RefCell::default(),
-            backing_name: RefCell::default(),
+            data_file,
+            backing_name: RefCell::new(backing.as_ref().map(|backing| backing.name().to_owned())),
+            backing: RefCell::new(backing),
             read_only: Cell::new(read_only),
             for_check,
             g,
@@ -188,7 +189,7 @@ impl Qcow2 {
             load_next: Cell::new(u64::MAX),
             changes: Cell::new(0),
             counters: Counters::default(),
-        }
+        })
     }
 
     /// Reads the tables that stay in memory as a whole.
@@ -200,14 +201,24 @@ impl Qcow2 {
         };
         let entries =
             |bytes: Vec<u8>| (0..bytes.len() / 8).map(|i| get_be64(&bytes, i)).collect::<Vec<u64>>();
+        // Whoever checks is told of this, and goes on with what there is.
+        if !self.for_check {
+            self.must_be_there("its L1 table", l1_at, l1_len)?;
+        }
         let l1 = entries(self.read_bytes(l1_at, l1_len).await?);
-        {
+        let twice = {
             let mut meta = self.meta.borrow_mut();
-            meta.l2_tables = l1.iter().map(|entry| entry & OFFSET_MASK).filter(|at| *at != 0).collect();
-            meta.l1 = WholeTable::new(&self.g, l1_at, l1);
+            let twice = meta.note_l1(WholeTable::new(&self.g, l1_at, l1));
+            twice.filter(|_| !self.for_check && !self.read_only.get())
+        };
+        if let Some(at) = twice {
+            return Err(Fault::Damage(format!("two entries of its L1 table lead to {at:#x}")));
         }
         if !with_refcounts {
             return Ok(());
+        }
+        if !self.for_check {
+            self.must_be_there("its refcount table", refs_at, refs_len)?;
         }
         let refs = entries(self.read_bytes(refs_at, refs_len).await?);
         let mut blocks = BTreeSet::new();

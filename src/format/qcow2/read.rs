@@ -69,52 +69,22 @@ impl Qcow2 {
     /// Reads guest bytes. The caller keeps the places from being used again (a pin or a claim).
     pub(super) async fn read_guest(&self, offset: u64, buf: Buf) -> (Buf, Result<(), Fault>) {
         let end = offset + buf.len() as u64;
-        let first = match self.piece(offset, end.max(offset + 1)).await {
-            Ok(piece) => piece,
-            Err(fault) => return (buf, Err(fault)),
-        };
-        if first.len >= buf.len() as u64 {
-            return self.read_piece(offset, first.place, buf).await;
-        }
-        let mut parts: Vec<PooledFuture<'_, (Buf, Result<(), Fault>)>> = Vec::new();
-        let (mut rest, mut at, mut piece) = (buf, offset, first);
-        loop {
-            let (part, after) = rest.split_at(piece.len as usize);
-            let place = piece.place;
-            let from = at;
-            parts.push(self.ring.boxed(async move { self.read_piece(from, place, part).await }));
-            (rest, at) = (after, at + piece.len);
-            if rest.is_empty() {
-                break;
+        match self.piece(offset, end.max(offset + 1)).await {
+            Ok(piece) if piece.len >= buf.len() as u64 && !matches!(piece.place, Place::Below) => {
+                self.read_piece(offset, piece.place, buf).await
             }
-            match self.piece(at, end).await {
-                Ok(next) => piece = next,
-                Err(fault) => {
-                    let last = rest;
-                    parts.push(self.ring.boxed(async move { (last, Err(fault)) }));
-                    break;
-                }
-            }
-        }
-        let mut whole: Option<Buf> = None;
-        let mut result = Ok(());
-        for (part, outcome) in join_all(parts).await {
-            result = result.and(outcome);
-            whole = Some(match whole {
-                None => part,
-                Some(left) => match left.unsplit(part) {
-                    Ok(joined) => joined,
-                    Err(_) => unreachable!("the parts of one buffer join again"),
-                },
-            });
-        }
-        match whole {
-            Some(buf) => (buf, result),
-            None => unreachable!("there is a first part"),
+            Ok(_) => self.read_scattered(offset, buf).await,
+            Err(fault) => (buf, Err(fault)),
         }
     }
 
-    async fn read_piece(&self, offset: u64, place: Place, mut buf: Buf) -> (Buf, Result<(), Fault>) {
+    /// Reads bytes that are all in one place.
+    pub(super) async fn read_piece(
+        &self,
+        offset: u64,
+        place: Place,
+        mut buf: Buf,
+    ) -> (Buf, Result<(), Fault>) {
         match place {
             Place::Data(host) => Qcow2::get(self.data(), host, buf).await,
             Place::Below => match self.below() {

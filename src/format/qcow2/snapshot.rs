@@ -3,12 +3,19 @@
 //! Each keeps an L1 table of its own, and counts as one more reference to everything that it leads to. The
 //! order is always: count the new references, write the new tables, switch over with one write of the header,
 //! drop the old references. A power cut leaves references that nobody has, never one that is not counted.
+//!
+//! Marks of sole references cannot change in the same instant as the refcounts that they tell of. So the image
+//! says durably that it is dirty before the first of them changes, and no longer does after the last: whoever
+//! opens it to write in between repairs it. Version 2 has no such mark; there a cut may leave marks that are
+//! missing, or that nobody but a check minds.
+
+use std::collections::BTreeSet;
 
 use blockferry_ring::Errno;
 
 use super::count::Counts;
 use super::entry::{COPIED, Cluster, OFFSET_MASK, Raw, get_be64, set_be64};
-use super::header::SNAPSHOTS_MAX;
+use super::header::{SNAPSHOTS_MAX, incompatible};
 use super::image::{Fault, Qcow2};
 use super::info::SnapshotInfo;
 use super::meta::Freed;
@@ -121,9 +128,10 @@ impl Qcow2 {
         for _ in 0..count {
             let fixed = self.read_bytes(start + at, 40).await?;
             let len = Snapshot::entry_bytes(&fixed).ok_or_else(|| damaged("has too much extra data"))?;
-            if at + len > TABLE_BYTES_MAX || start + at >= self.file_len() {
+            if at + len > TABLE_BYTES_MAX {
                 return Err(damaged("is too large"));
             }
+            self.must_be_there("its table of snapshots", start, at + len)?;
             let snapshot = Snapshot::parse(&self.read_bytes(start + at, len).await?);
             let entries_max = (super::geometry::L1_BYTES_MAX / 8) as u32;
             if !snapshot.l1_offset.is_multiple_of(self.g.cluster_size())
@@ -152,9 +160,35 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Says durably that refcounts and marks of sole references may be off. False: it said so already.
+    async fn unsettle(&self) -> Result<bool, Fault> {
+        {
+            let mut header = self.header.borrow_mut();
+            if header.version < 3 || header.incompatible & incompatible::DIRTY != 0 {
+                return Ok(false);
+            }
+            header.incompatible |= incompatible::DIRTY;
+        }
+        self.write_header().await?;
+        self.flush_files().await?;
+        Ok(true)
+    }
+
+    /// All of it is right again, and durable. `ours`: what [`Qcow2::unsettle`] gave.
+    async fn settle(&self, ours: bool) -> Result<(), Fault> {
+        self.flush_files().await?;
+        if !ours {
+            return Ok(());
+        }
+        self.header.borrow_mut().incompatible &= !incompatible::DIRTY;
+        self.write_header().await?;
+        self.flush_files().await
+    }
+
     /// Every reference that an L1 table and the L2 tables below it have.
     async fn references(&self, l1: &[u64]) -> Result<Counts, Fault> {
         let mut counts = Counts::default();
+        let mut tables = BTreeSet::new();
         let (size, bits) = (self.g.cluster_size(), self.g.cluster_bits);
         let step = self.g.l2_entry_bytes() as usize;
         let full = || Fault::Damage("its clusters are scattered too widely".into());
@@ -166,7 +200,14 @@ impl Qcow2 {
             if !host.is_multiple_of(size) {
                 return Err(Fault::Damage(format!("an L1 entry leads to {host:#x}, which is not a cluster")));
             }
+            if !tables.insert(host) {
+                return Err(Fault::Damage(format!("two entries of an L1 table lead to {host:#x}")));
+            }
+            self.must_be_there("an L2 table", host, size)?;
             counts.add(host >> bits).then_some(()).ok_or_else(full)?;
+            if self.is_hole(host, size).await? {
+                continue;
+            }
             let table = self.read_bytes(host, size).await?;
             for slot in table.chunks_exact(step) {
                 let bitmap = if step == 16 { get_be64(slot, 1) } else { 0 };
@@ -179,6 +220,7 @@ impl Qcow2 {
                         None => continue,
                     },
                 };
+                self.must_be_there("guest data", first << bits, (end - first) << bits)?;
                 for cluster in first..end {
                     counts.add(cluster).then_some(()).ok_or_else(full)?;
                 }
@@ -187,8 +229,8 @@ impl Qcow2 {
         Ok(counts)
     }
 
-    /// Counts all of these once more; all or none.
-    async fn add_references(&self, counts: &Counts) -> Result<(), Fault> {
+    /// All of these can be counted once more.
+    async fn check_references(&self, counts: &Counts) -> Result<(), Fault> {
         let max = self.g.refcount_max();
         for (cluster, count) in counts.iter() {
             let now = self.refcount_of(cluster).await?;
@@ -201,6 +243,11 @@ impl Qcow2 {
                 return Err(Fault::Refused(Errno::EINVAL, why));
             }
         }
+        Ok(())
+    }
+
+    /// Counts all of these once more.
+    async fn add_references(&self, counts: &Counts) -> Result<(), Fault> {
         for (cluster, count) in counts.iter() {
             self.change_refcount(cluster, count as i64).await?;
             self.write_back_if_crowded().await?;
@@ -274,10 +321,17 @@ impl Qcow2 {
             };
             self.meta.borrow_mut().free(freed);
         }
-        self.note_fixed_tables().await
+        let noted = self.note_fixed_tables().await;
+        if noted.is_err() {
+            // The new table counts; where it and what it leads to lie is not known any more.
+            self.sync.failed.set(Some(Errno::EIO));
+            self.corrupt.set(true);
+        }
+        noted
     }
 
-    /// Takes the marks of sole references off the active tables: all of it is shared now.
+    /// Takes the marks of sole references off the active tables: all of it is shared now. They have been
+    /// written back.
     async fn share_all(&self) -> Result<(), Fault> {
         let len = self.meta.borrow().l1.entries.len() as u64;
         for index in 0..len {
@@ -286,7 +340,12 @@ impl Qcow2 {
                 continue;
             }
             let start = index.saturating_mul(self.g.l2_covers());
-            for number in 0..self.g.l2_entries() {
+            let entries = if self.is_hole(entry & OFFSET_MASK, self.g.cluster_size()).await? {
+                0
+            } else {
+                self.g.l2_entries()
+            };
+            for number in 0..entries {
                 let at = start + (number << self.g.cluster_bits);
                 let Some(raw) = self.load_entry(at).await? else { break };
                 if raw.entry & COPIED != 0 {
@@ -311,6 +370,8 @@ impl Qcow2 {
         let id = list.iter().filter_map(|s| s.id.parse::<u64>().ok()).max().unwrap_or(0).saturating_add(1);
         let mut l1 = self.meta.borrow().l1.entries.clone();
         let counts = self.references(&l1).await?;
+        self.check_references(&counts).await?;
+        let ours = self.unsettle().await?;
         self.add_references(&counts).await?;
         self.share_all().await?;
         // Refcounts before the marks, and both before anything refers to them once more.
@@ -343,13 +404,18 @@ impl Qcow2 {
         if let Err(fault) = write.await {
             if self.sync.failed.get().is_none() {
                 self.unreserve(run).await;
-                // The references that nobody has are leaks, and given back as such.
-                let _ = self.drop_references(&counts).await;
-                let _ = self.repair_copied().await;
+                // What cannot be undone is repaired by whoever opens the image next.
+                let undo = async {
+                    self.drop_references(&counts).await?;
+                    self.repair_copied().await?;
+                    self.settle(ours).await
+                };
+                let _ = undo.await;
             }
             return Err(fault);
         }
         self.write_back().await?;
+        self.settle(ours).await?;
         Ok(id.to_string())
     }
 
@@ -361,7 +427,9 @@ impl Qcow2 {
     }
 
     async fn l1_of(&self, snapshot: &Snapshot) -> Result<Vec<u64>, Fault> {
-        let bytes = self.read_bytes(snapshot.l1_offset, u64::from(snapshot.l1_size) * 8).await?;
+        let len = u64::from(snapshot.l1_size) * 8;
+        self.must_be_there("the L1 table of a snapshot", snapshot.l1_offset, len)?;
+        let bytes = self.read_bytes(snapshot.l1_offset, len).await?;
         Ok((0..snapshot.l1_size as usize).map(|i| get_be64(&bytes, i)).collect())
     }
 
@@ -382,10 +450,12 @@ impl Qcow2 {
         l1.resize((self.g.l1_entries_for(size) as usize).max(l1.len()), 0);
         let now = self.meta.borrow().l1.entries.clone();
         let old = self.references(&now).await?;
+        self.check_references(&new).await?;
+        let ours = self.unsettle().await?;
         self.add_references(&new).await?;
         if let Err(fault) = self.move_l1(l1, Some(size)).await {
-            if self.sync.failed.get().is_none() {
-                let _ = self.drop_references(&new).await;
+            if self.sync.failed.get().is_none() && self.drop_references(&new).await.is_ok() {
+                let _ = self.settle(ours).await;
             }
             return Err(fault);
         }
@@ -399,7 +469,7 @@ impl Qcow2 {
         self.packing.reset();
         self.drop_references(&old).await?;
         self.repair_copied().await?;
-        self.flush_files().await
+        self.settle(ours).await
     }
 
     pub(super) async fn delete_snapshot(&self, name_or_id: &str) -> Result<(), Fault> {
@@ -412,14 +482,20 @@ impl Qcow2 {
         let mut counts = self.references(&l1).await?;
         let clusters = self.g.clusters(u64::from(snapshot.l1_size) * 8);
         let first = snapshot.l1_offset >> self.g.cluster_bits;
-        self.write_snapshots(&list, old_bytes).await?;
+        let ours = self.unsettle().await?;
+        if let Err(fault) = self.write_snapshots(&list, old_bytes).await {
+            if self.sync.failed.get().is_none() {
+                let _ = self.settle(ours).await;
+            }
+            return Err(fault);
+        }
         (first..first + clusters).for_each(|cluster| {
             counts.add(cluster);
         });
         self.drop_references(&counts).await?;
         self.repair_copied().await?;
         self.packing.reset();
-        self.flush_files().await
+        self.settle(ours).await
     }
 }
 

@@ -18,6 +18,12 @@ const COPY_BYTES_MAX: u64 = 256 << 10;
 /// Writes to new places are widened to multiples of this where there are only zeroes around.
 const BLOCK_BYTES: u64 = 4096;
 
+/// Where the bytes of a write go: runs (host, bytes) in their order. Most writes have one, which costs no memory.
+struct Places {
+    last: (u64, u64),
+    before: Vec<(u64, u64)>,
+}
+
 impl Qcow2 {
     /// Writes guest bytes. The range lies within the disk.
     pub(super) async fn write_guest(&self, offset: u64, buf: &SharedBuf) -> Result<(), Fault> {
@@ -48,34 +54,39 @@ impl Qcow2 {
         self.write_back_if_crowded().await
     }
 
-    /// The places of a range (host, bytes), if all of it has places that may be written.
-    async fn all_in_place(&self, range: ByteRange) -> Result<Option<Vec<(u64, u64)>>, Fault> {
+    /// The places of a range, if all of it has places that may be written.
+    async fn all_in_place(&self, range: ByteRange) -> Result<Option<Places>, Fault> {
         let size = self.g.cluster_size();
-        let mut pieces: Vec<(u64, u64)> = Vec::new();
+        let mut places = Places { last: (0, 0), before: Vec::new() };
         for cluster in self.clusters_of(range).chunks(size) {
             let Some(part) = cluster.intersect(range) else { continue };
             let raw = self.load_entry(part.start()).await?;
             let step = self.frame().write(raw, cluster.start(), part.start(), part.end())?;
             let WriteStep::InPlace(host) = step else { return Ok(None) };
             let host = host + (part.start() - cluster.start());
-            match pieces.last_mut() {
-                Some((from, len)) if *from + *len == host => *len += part.len(),
-                _ => pieces.push((host, part.len())),
+            let (from, len) = places.last;
+            if len > 0 && from + len == host {
+                places.last.1 += part.len();
+            } else {
+                if len > 0 {
+                    places.before.push((from, len));
+                }
+                places.last = (host, part.len());
             }
         }
-        for (host, len) in &pieces {
+        for (host, len) in places.before.iter().chain([&places.last]) {
             self.check_place(*host, *len)?;
         }
-        Ok(Some(pieces))
+        Ok(Some(places))
     }
 
-    async fn put_pieces(&self, buf: &SharedBuf, pieces: Vec<(u64, u64)>) -> Result<(), Fault> {
-        if let [(host, _)] = pieces[..] {
-            return self.put(host, buf.clone()).await;
+    async fn put_pieces(&self, buf: &SharedBuf, places: Places) -> Result<(), Fault> {
+        if places.before.is_empty() {
+            return self.put(places.last.0, buf.clone()).await;
         }
         let mut skip = 0;
-        let mut writes = Vec::new();
-        for (host, len) in pieces {
+        let mut writes = Vec::with_capacity(places.before.len() + 1);
+        for (host, len) in places.before.into_iter().chain([places.last]) {
             let part = buf.slice(skip, len as usize);
             skip += len as usize;
             writes.push(self.ring.boxed(self.put(host, part)));
