@@ -47,7 +47,8 @@ struct Lab {
     data_bytes: [u64; 2],
 }
 
-fn tool(program: &str, line: &str) -> Fallible<()> {
+/// Runs a program that has to succeed.
+pub fn tool(program: &str, line: &str) -> Fallible<()> {
     let output = Command::new(program).args(line.split_whitespace()).stdin(Stdio::null()).output()?;
     if !output.status.success() {
         return Err(format!("{program} {line}: {}", String::from_utf8_lossy(&output.stderr).trim()).into());
@@ -56,7 +57,7 @@ fn tool(program: &str, line: &str) -> Fallible<()> {
 }
 
 /// Writes whole clusters, in this order, by QEMU.
-fn write_clusters(image: &Path, clusters: &[u64], value: u8) -> Fallible<()> {
+pub fn write_clusters(image: &Path, clusters: &[u64], value: u8) -> Fallible<()> {
     let mut child = Command::new("qemu-io")
         .args(["-f", "qcow2", "-t", "writeback"])
         .arg(image)

@@ -10,6 +10,7 @@ mod copy;
 mod disks;
 mod live;
 mod machine;
+mod merge;
 mod nbd;
 mod node;
 mod process;
@@ -52,6 +53,9 @@ enum Command {
     Report(report::ReportArgs),
     /// Copy a disk with a bare io_uring loop: what the kernel allows
     BareCopy(BareArgs),
+    /// Merge layers of a chain that `run` has made: our side of the scenario of that name
+    #[command(hide = true)]
+    Merge(merge::ChildArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -128,6 +132,7 @@ fn main() -> ExitCode {
         Command::List => list(),
         Command::Run(args) => run(&args),
         Command::Report(args) => report::main(&args),
+        Command::Merge(args) => merge::child(&args),
         Command::BareCopy(args) => bare::copy(&bare::BareCopy {
             source: args.source,
             target: args.target,

@@ -294,7 +294,7 @@ const OURS: &[(&str, &str)] = &[
 
 fn table(scenario: &Scenario, rows: &[Row]) -> String {
     let (columns, metrics): (&[Column], &[(&str, &str)]) = match scenario.kind {
-        Kind::Copy(_) | Kind::Convert => {
+        Kind::Copy(_) | Kind::Convert | Kind::Merge => {
             (COPY, &[("wall-secs", "wall: ours/this"), ("cpu-secs-a-gib", "CPU: ours/this")])
         }
         Kind::Nbd | Kind::Node | Kind::Qcow2Node => {

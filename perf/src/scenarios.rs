@@ -38,6 +38,7 @@ pub enum Kind {
     Nbd,
     Node,
     Convert,
+    Merge,
     Qcow2Node,
     Live(crate::live::Place),
 }
@@ -299,6 +300,43 @@ pub const SCENARIOS: &[Scenario] = &[
         ],
     },
     Scenario {
+        name: "merge",
+        title: "Commit and stream, live jobs on 2 GiB, files on XFS on a loop device on tmpfs",
+        what: "A full base with a quarter of it in random clusters of 64 KiB over it. A commit moves that quarter, a stream \
+               the other three. Wall and CPU are those of the job, as the daemon's are; `qemu-img` is measured whole. To \
+               the base, requests take longer in some cases: by a `delay` node for ours, by nbdkit's filter for the \
+               daemon.",
+        kind: Kind::Merge,
+        chart: "wall-secs",
+        goals: &[
+            in_case(
+                "intermediate commit",
+                goal("wall-secs", Less, Role::Peer, "QSD", 0.25, "4 times as fast as the daemon's"),
+            ),
+            in_case(
+                "active commit",
+                goal("wall-secs", Less, Role::Peer, "QSD", 1.0 / 1.2, "1.2 times as fast"),
+            ),
+            in_case(
+                "stream",
+                goal("wall-secs", Less, Role::Peer, "QSD", 0.5, "2 times as fast as the daemon's"),
+            ),
+            in_case(
+                "stream",
+                goal("wall-secs", Less, Role::Peer, "rebase", 1.0 / 1.5, "1.5 times `qemu-img rebase`"),
+            ),
+            in_case(
+                "intermediate commit, 5 ms to the base",
+                goal("wall-secs", Less, Role::Peer, "QSD", 0.2, "5 times as fast at 5 ms"),
+            ),
+            in_case(
+                "stream, 5 ms to the base",
+                goal("wall-secs", Less, Role::Peer, "QSD", 0.2, "5 times as fast at 5 ms"),
+            ),
+            goal("cpu-secs-a-gib", Less, Role::Peer, "", 1.0, "less CPU a GiB everywhere"),
+        ],
+    },
+    Scenario {
         name: "qcow2-node",
         title: "Random reads and writes of 4 KiB through a qcow2 node, on XFS on a loop device on tmpfs",
         what: "No server between: each program opens the image itself. Cached: 4 GiB in clusters of 64 KiB, full of data. Not \
@@ -340,6 +378,7 @@ impl Scenario {
             Kind::Nbd => crate::nbd::run(cx, self.name),
             Kind::Node => crate::node::run(cx, self.name),
             Kind::Convert => crate::convert::run(cx, self.name),
+            Kind::Merge => crate::merge::run(cx, self.name),
             Kind::Qcow2Node => crate::qcow2::run(cx, self.name),
             Kind::Live(place) => crate::live::run(cx, self.name, *place),
         }
