@@ -15,8 +15,11 @@ pub mod body;
 pub mod compare;
 /// Copies a disk that nobody writes.
 pub mod convert;
-/// Copies a disk while it is in use.
+/// How many copies a job keeps in flight.
+pub mod depth;
+/// How much a job may have in flight beside guests.
 pub mod governor;
+/// Copies a disk while it is in use.
 pub mod mirror;
 /// Copying without reading.
 pub mod offload;
