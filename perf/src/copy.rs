@@ -46,13 +46,14 @@ impl Setup {
     fn data_bytes(&self, bytes: u64) -> u64 {
         match self.content {
             Content::Tenth(_) => (bytes >> 20).div_ceil(10) << 20,
+            Content::Half(_) => bytes / 2,
             _ => bytes,
         }
     }
 
     fn other_content(&self) -> Content {
         match self.content {
-            Content::Random(seed) | Content::Tenth(seed) => Content::Random(seed + 1),
+            Content::Random(seed) | Content::Tenth(seed) | Content::Half(seed) => Content::Random(seed + 1),
             Content::SameFilled(seed) => Content::SameFilled(seed + 1),
         }
     }
@@ -157,7 +158,7 @@ enum How {
     Job { aio: &'static str, arguments: Value },
 }
 
-fn words(text: &str) -> Vec<String> {
+pub fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
@@ -268,7 +269,10 @@ pub fn run(cx: &mut Context, name: &str, setup: &Setup) -> Fallible<()> {
                     Task { source: &source, target: &target, before, folder, count: warm_up && is_counted };
                 let mut values = match &how {
                     How::Tool { line, durable, ours } => task.tool(line, *durable, *ours)?,
-                    How::Job { aio, arguments } => task.job(aio, arguments)?,
+                    How::Job { aio, arguments } => {
+                        let nodes = [qsd::node("src", &source, aio)?, qsd::node("dst", &target, aio)?];
+                        task.job(nodes, arguments)?
+                    }
                 };
                 a_gib(&mut values, setup.data_bytes(bytes));
                 if warm_up {
@@ -283,7 +287,7 @@ pub fn run(cx: &mut Context, name: &str, setup: &Setup) -> Fallible<()> {
 }
 
 /// Turns what was counted over the whole run into what it is a GiB.
-fn a_gib(values: &mut Values, bytes: u64) {
+pub fn a_gib(values: &mut Values, bytes: u64) {
     let gib = bytes as f64 / f64::from(1 << 30);
     for (from, to) in [
         ("cpu-secs", "cpu-secs-a-gib"),
@@ -301,16 +305,22 @@ fn a_gib(values: &mut Values, bytes: u64) {
 }
 
 /// One run.
-struct Task<'a> {
-    source: &'a Path,
-    target: &'a Path,
-    before: &'a [String],
-    folder: &'a Path,
-    count: bool,
+#[derive(Clone, Copy, Debug)]
+pub struct Task<'a> {
+    /// A path, or a URI.
+    pub source: &'a Path,
+    pub target: &'a Path,
+    /// What goes before command lines.
+    pub before: &'a [String],
+    /// Where output goes.
+    pub folder: &'a Path,
+    /// Count system calls.
+    pub count: bool,
 }
 
 impl Task<'_> {
-    fn tool(&self, line: &[String], durable: bool, ours: bool) -> Fallible<Values> {
+    /// A command that ends, durable by itself or not.
+    pub fn tool(&self, line: &[String], durable: bool, ours: bool) -> Fallible<Values> {
         let place = |word: &String| match word.as_str() {
             "SRC" => self.source.display().to_string(),
             "DST" => self.target.display().to_string(),
@@ -342,10 +352,11 @@ impl Task<'_> {
         Ok(values)
     }
 
-    fn job(&self, aio: &str, arguments: &Value) -> Fallible<Values> {
+    /// A job of qemu-storage-daemon between two nodes, `src` and `dst`, until it is ready.
+    pub fn job(&self, nodes: [Value; 2], arguments: &Value) -> Fallible<Values> {
         let mut qsd = Qsd::start(self.folder, self.before, &[])?;
-        for (name, path) in [("src", self.source), ("dst", self.target)] {
-            qsd.monitor.execute("blockdev-add", qsd::node(name, path, aio)?)?;
+        for node in nodes {
+            qsd.monitor.execute("blockdev-add", node)?;
         }
         let counter = match self.count {
             true => Some(Counter::attach(qsd.daemon.pid(), &self.folder.join("counts"))?),
