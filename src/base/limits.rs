@@ -167,6 +167,8 @@ pub const JOB_RESERVE_BYTES: usize = 64 << 10;
 pub const MIRROR_OPERATIONS: usize = 16;
 /// Copies of one mirror in flight at most: 64 KiB each, they are a mirror's `buf-size`.
 pub const MIRROR_OPERATIONS_MAX: usize = 256;
+/// While fewer bytes than this are in flight, a job's copies count as small.
+pub const DEPTH_SMALL_BYTES: u64 = 2 * MIB;
 /// After so long, in nanoseconds, what one copy takes on a path without a queue is measured anew.
 pub const DEPTH_PROBE_NANOS: u64 = 10_000_000_000;
 /// Bytes of one copy of a mirror, unless its granularity is larger.

@@ -20,10 +20,12 @@
 
 use blockferry_ring::Nanos;
 
-use crate::base::limits::DEPTH_PROBE_NANOS;
+use crate::base::limits::{DEPTH_PROBE_NANOS, DEPTH_SMALL_BYTES};
 
 /// So many times what the path holds may be in flight.
 const GAIN: u64 = 2;
+/// So many times as many copies may be in flight while they are small.
+const SMALL_TIMES: usize = 4;
 /// The window shrinks by such a part at once.
 const SHRINK_DIVISOR: u64 = 8;
 
@@ -73,14 +75,19 @@ impl Depth {
         }
     }
 
-    /// Copies that may be in flight.
+    /// Copies that may be in flight, whatever their size.
     pub fn depth(&self) -> usize {
         if self.probe.is_some() { self.min } else { self.now }
     }
 
-    /// There was more to copy, and no room for it.
-    pub fn full(&mut self) {
-        self.epoch.was_full = true;
+    /// Whether one who has so many copies of so many bytes in flight, and more to copy, may begin another one. Small
+    /// copies cost little: of them there may be a few times as many.
+    pub fn has_room(&mut self, in_flight: usize, bytes: u64) -> bool {
+        let is_small = bytes < DEPTH_SMALL_BYTES && self.probe.is_none();
+        let depth = if is_small { (self.now * SMALL_TIMES).min(self.max) } else { self.depth() };
+        let has_room = in_flight < depth;
+        self.epoch.was_full |= !has_room;
+        has_room
     }
 
     /// A copy that began at `began` has ended.
@@ -164,11 +171,10 @@ mod tests {
         fn copy(&mut self, count: usize) -> u64 {
             let begin = self.now;
             for _ in 0..count {
-                while self.in_flight.len() < self.depth.depth() {
+                while self.depth.has_room(self.in_flight.len(), u64::MAX) {
                     self.next = self.next.max(self.now) + self.interval;
                     self.in_flight.push(std::cmp::Reverse((self.next + self.latency, self.now)));
                 }
-                self.depth.full();
                 let std::cmp::Reverse((end, began)) = self.in_flight.pop().unwrap();
                 self.now = end;
                 self.depth.ended(began, self.now);
@@ -215,6 +221,16 @@ mod tests {
         (path.latency, path.interval) = (MILLI, 500_000);
         path.copy(60_000);
         assert!(path.depth.depth() <= 32, "{}", path.depth.depth());
+    }
+
+    #[test]
+    fn of_small_copies_there_may_be_more() {
+        let mut depth = Depth::new(8, 64);
+        assert!(depth.has_room(31, 31 * 65_536) && !depth.has_room(32, 31 * 65_536));
+        assert!(depth.has_room(7, 7 << 20) && !depth.has_room(8, 8 << 20));
+        // Who was told a number gets that number.
+        let mut depth = Depth::new(2, 2);
+        assert!(depth.has_room(1, 0) && !depth.has_room(2, 0));
     }
 
     #[test]

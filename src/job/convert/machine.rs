@@ -129,7 +129,7 @@ struct Piece {
     start: u64,
     /// When it was asked for.
     began: Nanos,
-    /// Bytes that it holds in memory.
+    /// Bytes that it may hold in memory.
     weight: u64,
 }
 
@@ -326,8 +326,7 @@ impl Convert {
                 self.due.pop_front();
                 continue;
             }
-            if self.pieces.len() >= self.depth.depth() {
-                self.depth.full();
+            if !self.depth.has_room(self.pieces.len(), self.bytes_in_flight) {
                 return;
             }
             let share = due.what == What::Data && !due.by_reading;
@@ -339,11 +338,8 @@ impl Convert {
             // Pieces end where a chunk of the disk ends, whatever they begin with.
             let end = (due.range.start() / len + 1).saturating_mul(len);
             let (piece, rest) = due.range.split_at(end);
-            let weight = if due.what == What::Data && !share {
-                piece.len().min(limits::CONVERT_CHUNK_BYTES)
-            } else {
-                0
-            };
+            let weight =
+                if due.what == What::Data { piece.len().min(limits::CONVERT_CHUNK_BYTES) } else { 0 };
             if self.bytes_in_flight > 0 && self.bytes_in_flight + weight > limits::CONVERT_BYTES_IN_FLIGHT {
                 return;
             }

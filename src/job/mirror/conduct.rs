@@ -137,13 +137,9 @@ impl Conduct {
         }
     }
 
-    /// Whether another copy may begin while so many are in flight.
-    pub fn has_room(&mut self, in_flight: usize) -> bool {
-        let has_room = in_flight < self.depth.depth();
-        if !has_room {
-            self.depth.full();
-        }
-        has_room
+    /// Whether another copy may begin while so many, with so many bytes, are in flight.
+    pub fn has_room(&mut self, in_flight: usize, bytes: u64) -> bool {
+        self.depth.has_room(in_flight, bytes)
     }
 
     /// One copy has ended.

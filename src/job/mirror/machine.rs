@@ -567,7 +567,7 @@ impl Mirror {
         } else {
             limits::MIRROR_ZERO_BYTES_MAX
         };
-        while self.conduct.has_room(self.pieces.len()) {
+        while self.conduct.has_room(self.pieces.len(), self.bytes_in_flight) {
             let Some(run) = self.tracker.peek(self.cursor, run_max.max(chunk)) else {
                 return;
             };
