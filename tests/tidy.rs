@@ -20,6 +20,7 @@ const FLOORS: &[&str] =
 const UNSAFE_PLACES: &[&str] = &[
     // The bare io_uring loop that is measured as the limit, and two system calls that no safe crate in use offers.
     "perf/src/bare.rs",
+    "perf/src/bare_send.rs",
     "perf/src/sys.rs",
     "ring/src/alloc.rs",
     "ring/src/arena",

@@ -242,7 +242,8 @@ pub fn run(cx: &mut Context, scenario: &str) -> Fallible<()> {
     let bytes = if cx.quick { GIB / 8 } else { 2 * GIB };
     let lab = RefCell::new(Lab::new(&cx.folder, bytes)?);
     let (folder, is_counted) = (cx.folder.clone(), cx.counted);
-    for case in &CASES {
+    let wanted: Vec<&Case> = CASES.iter().filter(|case| cx.wants(case.name)).collect();
+    for case in wanted {
         let entries = contenders(cx, case).into_iter().map(|(name, role, how)| {
             let (lab, folder) = (&lab, &folder);
             Contender {
@@ -273,7 +274,7 @@ pub fn run(cx: &mut Context, scenario: &str) -> Fallible<()> {
                                 0 => node("src", "raw", &source),
                                 depth => chain(&lab, depth),
                             };
-                            task.job_between([source, node("dst", case.to, &target)], arguments)?
+                            task.job([source, node("dst", case.to, &target)], arguments)?
                         }
                     };
                     a_gib(&mut values, lab.data_bytes[usize::from(case.depth == DEPTH)]);

@@ -46,13 +46,14 @@ impl Setup {
     fn data_bytes(&self, bytes: u64) -> u64 {
         match self.content {
             Content::Tenth(_) => (bytes >> 20).div_ceil(10) << 20,
+            Content::Half(_) => bytes / 2,
             _ => bytes,
         }
     }
 
     fn other_content(&self) -> Content {
         match self.content {
-            Content::Random(seed) | Content::Tenth(seed) => Content::Random(seed + 1),
+            Content::Random(seed) | Content::Tenth(seed) | Content::Half(seed) => Content::Random(seed + 1),
             Content::SameFilled(seed) => Content::SameFilled(seed + 1),
         }
     }
@@ -268,7 +269,10 @@ pub fn run(cx: &mut Context, name: &str, setup: &Setup) -> Fallible<()> {
                     Task { source: &source, target: &target, before, folder, count: warm_up && is_counted };
                 let mut values = match &how {
                     How::Tool { line, durable, ours } => task.tool(line, *durable, *ours)?,
-                    How::Job { aio, arguments } => task.job(aio, arguments)?,
+                    How::Job { aio, arguments } => {
+                        let nodes = [qsd::node("src", &source, aio)?, qsd::node("dst", &target, aio)?];
+                        task.job(nodes, arguments)?
+                    }
                 };
                 a_gib(&mut values, setup.data_bytes(bytes));
                 if warm_up {
@@ -301,11 +305,14 @@ pub fn a_gib(values: &mut Values, bytes: u64) {
 }
 
 /// One run.
+#[derive(Clone, Copy, Debug)]
 pub struct Task<'a> {
+    /// A path, or a URI.
     pub source: &'a Path,
     pub target: &'a Path,
-    /// What goes before each command line.
+    /// What goes before command lines.
     pub before: &'a [String],
+    /// Where output goes.
     pub folder: &'a Path,
     /// Count system calls.
     pub count: bool,
@@ -345,13 +352,8 @@ impl Task<'_> {
         Ok(values)
     }
 
-    fn job(&self, aio: &str, arguments: &Value) -> Fallible<Values> {
-        let nodes = [qsd::node("src", self.source, aio)?, qsd::node("dst", self.target, aio)?];
-        self.job_between(nodes, arguments)
-    }
-
     /// Runs a mirror job of qemu-storage-daemon between two nodes, `src` and `dst`, until it is ready.
-    pub fn job_between(&self, nodes: [Value; 2], arguments: &Value) -> Fallible<Values> {
+    pub fn job(&self, nodes: [Value; 2], arguments: &Value) -> Fallible<Values> {
         let mut qsd = Qsd::start(self.folder, self.before, &[])?;
         for node in nodes {
             qsd.monitor.execute("blockdev-add", node)?;

@@ -30,6 +30,8 @@ pub enum Content {
     SameFilled(u64),
     /// One MiB of random data in ten; the others are holes.
     Tenth(u64),
+    /// Every other 64 KiB is random data; the others are holes.
+    Half(u64),
 }
 
 /// Memory that O_DIRECT takes.
@@ -58,7 +60,7 @@ fn open_direct(path: &Path, write: bool) -> Fallible<File> {
 
 impl Content {
     fn template(self, chunk: &mut [u8]) {
-        if let Content::Random(seed) | Content::Tenth(seed) = self {
+        if let Content::Random(seed) | Content::Tenth(seed) | Content::Half(seed) = self {
             let mut rand = Rand::new(seed);
             chunk.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&rand.next_u64().to_le_bytes()));
         }
@@ -68,7 +70,9 @@ impl Content {
     fn stamp(self, chunk: &mut [u8], offset: u64) {
         for (page, index) in chunk.chunks_exact_mut(PAGE).zip(offset / PAGE as u64..) {
             match self {
-                Content::Random(_) | Content::Tenth(_) => page[..8].copy_from_slice(&index.to_le_bytes()),
+                Content::Random(_) | Content::Tenth(_) | Content::Half(_) => {
+                    page[..8].copy_from_slice(&index.to_le_bytes());
+                }
                 Content::SameFilled(seed) => {
                     let word = (index + 1).wrapping_mul(seed.wrapping_mul(2) | 1).to_le_bytes();
                     page.chunks_exact_mut(8).for_each(|at| at.copy_from_slice(&word));
@@ -87,19 +91,29 @@ impl Content {
             stop::check()?;
             self.stamp(chunk, offset);
             let len = CHUNK.min(usize::try_from(bytes - offset)?);
-            if let Content::Tenth(_) = self {
-                for at in (0..len).step_by(1 << 20).filter(|at| self.has_data(offset + *at as u64)) {
-                    file.write_all_at(&chunk[at..at + (1 << 20)], offset + at as u64)?;
-                }
-            } else {
-                file.write_all_at(&chunk[..len], offset)?;
+            for at in (0..len).step_by(self.piece()).filter(|at| self.has_data(offset + *at as u64)) {
+                let end = (at + self.piece()).min(len);
+                file.write_all_at(&chunk[at..end], offset + at as u64)?;
             }
         }
         Ok(file.sync_all()?)
     }
 
+    /// Bytes that are data or a hole together.
+    fn piece(self) -> usize {
+        match self {
+            Content::Half(_) => 64 << 10,
+            Content::Tenth(_) => 1 << 20,
+            Content::Random(_) | Content::SameFilled(_) => CHUNK,
+        }
+    }
+
     fn has_data(self, offset: u64) -> bool {
-        !matches!(self, Content::Tenth(_)) || (offset >> 20).is_multiple_of(10)
+        match self {
+            Content::Tenth(_) => (offset >> 20).is_multiple_of(10),
+            Content::Half(_) => (offset >> 16).is_multiple_of(2),
+            Content::Random(_) | Content::SameFilled(_) => true,
+        }
     }
 
     /// Compares a disk with what [`Content::fill`] writes, past the page cache.
@@ -108,18 +122,18 @@ impl Content {
         let (mut memory, mut expected) = (Aligned::new(), Aligned::new());
         let (read, expected) = (memory.bytes(), expected.bytes());
         self.template(expected);
-        let zeroes = vec![0; 1 << 20];
+        let zeroes = vec![0; CHUNK];
         for offset in (0..bytes).step_by(CHUNK) {
             stop::check()?;
             self.stamp(expected, offset);
             let len = CHUNK.min(usize::try_from(bytes - offset)?);
             file.read_exact_at(&mut read[..len], offset)?;
-            for at in (0..len).step_by(1 << 20) {
-                let end = (at + (1 << 20)).min(len);
+            for at in (0..len).step_by(self.piece()) {
+                let end = (at + self.piece()).min(len);
                 let position = offset + at as u64;
                 let right = if self.has_data(position) { &expected[at..end] } else { &zeroes[..end - at] };
                 if read[at..end] != *right {
-                    return Err(format!("'{}' is wrong in the MiB at {position}", path.display()).into());
+                    return Err(format!("'{}' is wrong in what begins at {position}", path.display()).into());
                 }
             }
         }
@@ -333,7 +347,7 @@ mod tests {
     fn what_was_filled_is_recognised_and_damage_is_found() {
         let path = std::env::temp_dir().join(format!("blockferry-perf-content-{}", std::process::id()));
         let bytes = 11 << 20;
-        for content in [Content::Random(1), Content::SameFilled(1), Content::Tenth(1)] {
+        for content in [Content::Random(1), Content::SameFilled(1), Content::Tenth(1), Content::Half(1)] {
             let _ = std::fs::remove_file(&path);
             make_file(&path, bytes).unwrap();
             if content.fill(&path, bytes).is_err() {

@@ -5,6 +5,7 @@
 //! charts of such files. Nothing here passes or fails. See docs/performance.md for what the figures mean.
 
 mod bare;
+mod bare_send;
 mod convert;
 mod copy;
 mod disks;
@@ -16,6 +17,7 @@ mod node;
 mod process;
 mod qcow2;
 mod qsd;
+mod remote;
 mod report;
 mod result;
 mod rounds;
@@ -56,6 +58,8 @@ enum Command {
     /// Merge layers of a chain that `run` has made: our side of the scenario of that name
     #[command(hide = true)]
     Merge(merge::ChildArgs),
+    /// Send through a socket with bare io_uring: what registered buffers and zero copy save
+    BareSend(SendArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -81,6 +85,9 @@ struct RunArgs {
     /// Only contenders whose names contain this (may be said more than once)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     only: Vec<String>,
+    /// Only cases whose names contain this (may be said more than once)
+    #[arg(long, value_name = "TEXT")]
+    case: Vec<String>,
     /// Measure `blockferry mirror` with these options too, such as 'lanes=--lanes 2' (may be said more than once)
     #[arg(long, value_name = "NAME=OPTIONS", value_parser = variant)]
     ours: Vec<(String, Vec<String>)>,
@@ -114,6 +121,21 @@ struct BareArgs {
     sparse: bool,
 }
 
+#[derive(Debug, clap::Args)]
+struct SendArgs {
+    #[arg(value_name = "HOW")]
+    how: bare_send::How,
+    /// Over TCP instead of a Unix socket
+    #[arg(long)]
+    tcp: bool,
+    /// Bytes of a block, such as 256KiB
+    #[arg(long, value_parser = block, default_value = "256KiB")]
+    block: usize,
+    /// MiB to send
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    mib: u64,
+}
+
 fn block(text: &str) -> Result<usize, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match &text[digits.len()..] {
@@ -140,6 +162,12 @@ fn main() -> ExitCode {
             block_bytes: args.block,
             threads: args.threads,
             sparse: args.sparse,
+        }),
+        Command::BareSend(args) => bare_send::send(&bare_send::BareSend {
+            how: args.how,
+            tcp: args.tcp,
+            block_bytes: args.block,
+            bytes: args.mib << 20,
         }),
     };
     match result {
@@ -206,6 +234,7 @@ fn run(args: &RunArgs) -> Fallible<()> {
         folder: folder.path().to_owned(),
         variants: args.ours.clone(),
         only: args.only.clone(),
+        cases: args.case.clone(),
         sink: result::Sink::open(args.json.as_deref(), &machine)?,
     };
     let mut failed = Vec::new();

@@ -269,67 +269,70 @@ fn contenders(work: Work, latency: Duration) -> Vec<(&'static str, Role, Who)> {
     all
 }
 
+/// What is done, with which latency to the base, and what that is called.
+pub fn cases() -> Vec<(Work, Duration, String)> {
+    let works = [Work::Intermediate, Work::Active, Work::Stream];
+    let case = |ms: u64, work: Work| match ms {
+        0 => work.name().to_owned(),
+        _ => format!("{}, {ms} ms to the base", work.name()),
+    };
+    [0, 1, 5]
+        .into_iter()
+        .flat_map(|ms| works.map(|work| (work, Duration::from_millis(ms), case(ms, work))))
+        .collect()
+}
+
 /// Runs the scenario.
 pub fn run(cx: &mut Context, scenario: &str) -> Fallible<()> {
     let bytes = if cx.quick { GIB / 8 } else { 2 * GIB };
     let lab = RefCell::new(Lab::new(&cx.folder, bytes)?);
     let (folder, perf) = (cx.folder.clone(), cx.perf.clone());
-    for ms in [0, 1, 5] {
-        let latency = Duration::from_millis(ms);
-        for work in [Work::Intermediate, Work::Active, Work::Stream] {
-            let case = match ms {
-                0 => work.name().to_owned(),
-                _ => format!("{}, {ms} ms to the base", work.name()),
+    let wanted: Vec<_> = cases().into_iter().filter(|(_, _, case)| cx.wants(case)).collect();
+    for (work, latency, case) in wanted {
+        let ms = latency.as_millis();
+        let entries = contenders(work, latency).into_iter().map(|(name, role, who)| {
+            let (lab, folder, perf) = (&lab, &folder, &perf);
+            let shown = match who {
+                Who::Ours => format!("blockferry-perf merge {} {} FOLDER", work.word(), latency.as_millis()),
+                Who::Daemon => format!("qemu-storage-daemon, {}", work.name()),
+                Who::Tool(words) => format!("qemu-img {words} TOP"),
             };
-            let entries = contenders(work, latency).into_iter().map(|(name, role, who)| {
-                let (lab, folder, perf) = (&lab, &folder, &perf);
-                let shown = match who {
-                    Who::Ours => format!("blockferry-perf merge {} {ms}ms FOLDER", work.word()),
-                    Who::Daemon => format!("qemu-storage-daemon, {}", work.name()),
-                    Who::Tool(words) => format!("qemu-img {words} TOP"),
-                };
-                Contender {
-                    name: name.to_owned(),
-                    role,
-                    command: shown,
-                    run: Box::new(move |warm_up| {
-                        let lab = lab.borrow();
-                        lab.prepare(work)?;
-                        let mut values = match who {
-                            Who::Daemon => by_daemon(&lab, folder, work, latency)?,
-                            Who::Ours => {
-                                let place = lab.xfs.path().display().to_string();
-                                let line = [
-                                    perf.clone(),
-                                    "merge".into(),
-                                    work.word().into(),
-                                    format!("{ms}"),
-                                    place,
-                                ];
-                                by_tool(folder, &line)?
-                            }
-                            Who::Tool(words) => {
-                                let mut line = vec!["qemu-img".to_owned()];
-                                line.extend(words.split_whitespace().map(str::to_owned));
-                                if work == Work::Stream {
-                                    line.push(String::new());
-                                }
-                                line.push(lab.path("top").display().to_string());
-                                by_tool(folder, &line)?
-                            }
-                        };
-                        crate::copy::a_gib(&mut values, lab.moved_bytes(work));
-                        if warm_up {
-                            lab.verify(work)?;
+            Contender {
+                name: name.to_owned(),
+                role,
+                command: shown,
+                run: Box::new(move |warm_up| {
+                    let lab = lab.borrow();
+                    lab.prepare(work)?;
+                    let mut values = match who {
+                        Who::Daemon => by_daemon(&lab, folder, work, latency)?,
+                        Who::Ours => {
+                            let place = lab.xfs.path().display().to_string();
+                            let line =
+                                [perf.clone(), "merge".into(), work.word().into(), ms.to_string(), place];
+                            by_tool(folder, &line)?
                         }
-                        Ok(values)
-                    }),
-                }
-            });
-            let limits = (cx.rounds_or(8), cx.seconds_max, cx.only.as_slice());
-            let entries: Vec<Contender<'_>> = entries.collect();
-            interleave(&mut cx.sink, limits, (scenario, &case), entries)?;
-        }
+                        Who::Tool(words) => {
+                            let mut line = vec!["qemu-img".to_owned()];
+                            line.extend(words.split_whitespace().map(str::to_owned));
+                            if work == Work::Stream {
+                                line.push(String::new());
+                            }
+                            line.push(lab.path("top").display().to_string());
+                            by_tool(folder, &line)?
+                        }
+                    };
+                    crate::copy::a_gib(&mut values, lab.moved_bytes(work));
+                    if warm_up {
+                        lab.verify(work)?;
+                    }
+                    Ok(values)
+                }),
+            }
+        });
+        let limits = (cx.rounds_or(8), cx.seconds_max, cx.only.as_slice());
+        let entries: Vec<Contender<'_>> = entries.collect();
+        interleave(&mut cx.sink, limits, (scenario, &case), entries)?;
     }
     Ok(())
 }

@@ -82,7 +82,7 @@ pub fn run(cx: &mut Context, scenario: &str) -> Fallible<()> {
     let tmpfs = Mount::tmpfs(&cx.folder.join("tmpfs"), bytes + (64 << 20))?;
     let mut disk = Loop::new(&tmpfs.path().join("disk.img"), bytes)?;
     Content::Random(1).fill(disk.path(), bytes)?;
-    for case in CASES {
+    for case in CASES.iter().filter(|case| cx.wants(case.name)).collect::<Vec<_>>() {
         disk.renew()?;
         let (folder, blockferry, is_counted) = (cx.folder.clone(), cx.blockferry.clone(), cx.counted);
         let entries = SERVERS.iter().map(|server| {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::Fallible;
 use crate::result::{Machine, Results, Role, Sample};
-use crate::scenarios::{Better, Goal, Kind, SCENARIOS, Scenario};
+use crate::scenarios::{Better, EVERY_CASE, Goal, Kind, SCENARIOS, Scenario};
 use crate::stats::{Ratio, Spread, ratio, spread};
 use crate::svg::{self, Bar, Point, number};
 
@@ -113,12 +113,7 @@ fn report(results: &Results) -> Report {
         report
             .parts
             .push((format!("### {}\n\n`{}`. {}\n\n", scenario.title, scenario.name, scenario.what), None));
-        let mut cases: Vec<&str> = Vec::new();
-        for sample in &samples {
-            if !cases.contains(&sample.case.as_str()) {
-                cases.push(&sample.case);
-            }
-        }
+        let cases = cases(&samples);
         for case in &cases {
             let rows = rows(&samples, case);
             let heading = if case.is_empty() { String::new() } else { format!("#### {}\n\n", capital(case)) };
@@ -127,7 +122,7 @@ fn report(results: &Results) -> Report {
                 text += &live_verdicts(&rows, &self::rows(&samples, "no client"));
             }
             // Command lines differ from case to case only in what the heading says.
-            if *case == cases[cases.len() - 1] {
+            if cases.last() == Some(case) {
                 text += &commands(&rows);
             }
             let chart = chart(scenario, case, &rows, &samples).map(|(name, svg)| {
@@ -143,6 +138,17 @@ fn report(results: &Results) -> Report {
         let _ = write!(report.head, "### Goals\n\n{header}{verdicts}\n");
     }
     report
+}
+
+/// The cases that were run, in order.
+fn cases(samples: &[&Sample]) -> Vec<String> {
+    let mut cases: Vec<String> = Vec::new();
+    for sample in samples {
+        if !cases.contains(&sample.case) {
+            cases.push(sample.case.clone());
+        }
+    }
+    cases
 }
 
 fn capital(text: &str) -> String {
@@ -294,7 +300,7 @@ const OURS: &[(&str, &str)] = &[
 
 fn table(scenario: &Scenario, rows: &[Row]) -> String {
     let (columns, metrics): (&[Column], &[(&str, &str)]) = match scenario.kind {
-        Kind::Copy(_) | Kind::Convert | Kind::Merge => {
+        Kind::Copy(_) | Kind::Remote(_) | Kind::Convert | Kind::Merge => {
             (COPY, &[("wall-secs", "wall: ours/this"), ("cpu-secs-a-gib", "CPU: ours/this")])
         }
         Kind::Nbd | Kind::Node | Kind::Qcow2Node => {
@@ -374,12 +380,17 @@ fn best<'a, 'b>(goal: &Goal, rows: &'b [Row<'a>]) -> Option<&'b Row<'a>> {
 
 fn goals(scenario: &Scenario, samples: &[&Sample]) -> String {
     let mut text = String::new();
-    for goal in scenario.goals {
-        let rows = rows(samples, goal.case);
+    let of_each = |goal: &Goal| match goal.case {
+        EVERY_CASE => cases(samples),
+        case => vec![case.to_owned()],
+    };
+    let all = scenario.goals.iter().flat_map(|goal| of_each(goal).into_iter().map(move |case| (goal, case)));
+    for (goal, case) in all {
+        let rows = rows(samples, &case);
         let Some(other) = best(goal, &rows) else { continue };
         for ours in rows.iter().filter(|row| row.role == Role::Ours) {
             let Some(ratio) = compare(ours, other, goal.metric) else { continue };
-            let place = match goal.case {
+            let place = match case.as_str() {
                 "" => scenario.name.to_owned(),
                 case => format!("{}: {case}", scenario.name),
             };

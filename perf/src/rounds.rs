@@ -37,11 +37,18 @@ pub struct Context {
     pub variants: Vec<(String, Vec<String>)>,
     /// Only contenders whose names contain one of these, if there are any.
     pub only: Vec<String>,
+    /// Only cases whose names contain one of these, if there are any.
+    pub cases: Vec<String>,
     /// Where samples go.
     pub sink: Sink,
 }
 
 impl Context {
+    /// Whether a case is to be run.
+    pub fn wants(&self, case: &str) -> bool {
+        self.cases.is_empty() || self.cases.iter().any(|part| case.contains(part.as_str()))
+    }
+
     /// Rounds to run.
     pub fn rounds_or(&self, usual: usize) -> usize {
         self.rounds.unwrap_or(if self.quick { 2 } else { usual })

@@ -16,7 +16,7 @@ pub enum Better {
 /// Something that ours is to reach.
 #[derive(Clone, Copy, Debug)]
 pub struct Goal {
-    /// Only in this case of the scenario; empty for all.
+    /// Only in this case of the scenario; [`EVERY_CASE`] for each, empty where there are none.
     pub case: &'static str,
     /// What is compared.
     pub metric: &'static str,
@@ -31,10 +31,14 @@ pub struct Goal {
     pub words: &'static str,
 }
 
+/// Instead of a case: a goal in each.
+pub const EVERY_CASE: &str = "*";
+
 /// What is run.
 #[derive(Clone, Copy, Debug)]
 pub enum Kind {
     Copy(Setup),
+    Remote(crate::remote::Work),
     Nbd,
     Node,
     Convert,
@@ -260,6 +264,56 @@ pub const SCENARIOS: &[Scenario] = &[
         ],
     },
     Scenario {
+        name: "remote-mirror",
+        title: "Mirror to and from an NBD server, 1 GiB",
+        what: "nbdkit with its delay filter is the server, so that every request takes so long; it works on 16 requests of a \
+               connection at a time. The local disk is a file on XFS on a loop device on tmpfs. With every other 64 KiB, \
+               the mirror is one of the uppermost layer of a qcow2 image, or of a disk with holes. QEMU's jobs are timed \
+               without their start and connecting, ours with both.",
+        kind: Kind::Remote(crate::remote::Work::Mirror),
+        chart: "wall-secs",
+        goals: &[
+            in_case(
+                EVERY_CASE,
+                goal("wall-secs", Less, Role::Peer, "", 1.0, "at least as fast as the best peer"),
+            ),
+            in_case(
+                "to, unix, 5 ms, every other 64 KiB",
+                goal(
+                    "wall-secs",
+                    Less,
+                    Role::Peer,
+                    "QSD mirror",
+                    0.25,
+                    "4 times as fast as qemu-storage-daemon",
+                ),
+            ),
+            in_case(
+                "to, TCP, 5 ms, every other 64 KiB",
+                goal(
+                    "wall-secs",
+                    Less,
+                    Role::Peer,
+                    "QSD mirror",
+                    0.25,
+                    "4 times as fast as qemu-storage-daemon",
+                ),
+            ),
+        ],
+    },
+    Scenario {
+        name: "remote-convert",
+        title: "Convert to and from an NBD server, 1 GiB",
+        what: "The same servers and disks, at rest. nbdcopy goes through the page cache for the local file, the others past \
+               it; holes are dealt with as each tool does by itself.",
+        kind: Kind::Remote(crate::remote::Work::Convert),
+        chart: "wall-secs",
+        goals: &[in_case(
+            EVERY_CASE,
+            goal("wall-secs", Less, Role::Peer, "", 1.0, "at least as fast as the best peer"),
+        )],
+    },
+    Scenario {
         name: "node",
         title: "Random reads of 4 KiB through a raw node, depth 32, loop device on tmpfs",
         what: "No server between: each program opens the device itself. qemu-img bench reads at a fixed stride, the \
@@ -375,6 +429,7 @@ impl Scenario {
     pub fn run(&self, cx: &mut Context) -> Fallible<()> {
         match &self.kind {
             Kind::Copy(setup) => crate::copy::run(cx, self.name, setup),
+            Kind::Remote(work) => crate::remote::run(cx, self.name, *work),
             Kind::Nbd => crate::nbd::run(cx, self.name),
             Kind::Node => crate::node::run(cx, self.name),
             Kind::Convert => crate::convert::run(cx, self.name),
@@ -393,10 +448,15 @@ mod tests {
     fn names_are_unique_and_goals_name_cases_that_are_run() {
         for (i, scenario) in SCENARIOS.iter().enumerate() {
             assert!(SCENARIOS[..i].iter().all(|other| other.name != scenario.name));
-            for goal in scenario.goals.iter().filter(|goal| !goal.case.is_empty()) {
-                let cases = crate::nbd::CASES.iter().map(|case| case.name);
-                let converted = crate::convert::CASES.iter().map(|case| case.name);
-                assert!(cases.chain(converted).any(|name| name == goal.case), "{}", goal.case);
+            let remote: Vec<String> = crate::remote::Case::all().map(|case| case.name()).collect();
+            for goal in scenario.goals.iter().filter(|goal| !["", EVERY_CASE].contains(&goal.case)) {
+                let is_run = match scenario.kind {
+                    Kind::Remote(_) => remote.iter().any(|name| name == goal.case),
+                    Kind::Convert => crate::convert::CASES.iter().any(|case| case.name == goal.case),
+                    Kind::Merge => crate::merge::cases().iter().any(|(_, _, name)| name == goal.case),
+                    _ => crate::nbd::CASES.iter().any(|case| case.name == goal.case),
+                };
+                assert!(is_run, "{}", goal.case);
             }
         }
         assert!(find("copy-loop").is_some() && find("else").is_none());

@@ -52,8 +52,6 @@ pub const IO_BYTES_MAX: u64 = 32 * MIB;
 pub const NODES_MAX: usize = 4096;
 /// Jobs that exist at once in one engine, concluded ones not yet dismissed included.
 pub const JOBS_MAX: usize = 1024;
-/// Requests that one job keeps in flight.
-pub const IN_FLIGHT_PER_JOB: usize = 64;
 /// Largest chunk that a job copies as one request, in bytes.
 pub const JOB_CHUNK_BYTES_MAX: u64 = 8 * MIB;
 /// Bytes in a node, job or export name.
@@ -101,6 +99,9 @@ pub const NBD_IN_FLIGHT_PER_CLIENT_MAX: usize = 4096;
 /// Payload bytes that one NBD client holds in flight. Further requests stay unread in its socket. When memory is short
 /// the bound is lower: no client holds more than what it leaves free.
 pub const NBD_BYTES_IN_FLIGHT_PER_CLIENT: u64 = 16 * MIB;
+/// How long clients' requests, and the last flush, may take when a service ends; then those that wait for servers are given
+/// up, in nanoseconds.
+pub const STOP_NANOS_MAX: u64 = 5_000_000_000;
 /// Memory in which an NBD client's requests are received while little comes, in bytes.
 pub const NBD_RECV_BYTES_MIN: usize = 4 << 10;
 /// The same while much comes.
@@ -122,11 +123,22 @@ pub const NBD_ACCEPT_PAUSE_NS: u64 = 100_000_000;
 /// Requests that one NBD client connection keeps in flight. Further ones wait on this side.
 pub const NBD_REQUESTS_IN_FLIGHT_MAX: usize = 1024;
 /// Connections of one NBD disk, where the server allows several and nothing else is said.
-pub const NBD_CONNECTIONS: usize = 4;
+pub const NBD_CONNECTIONS: usize = 8;
 /// The same, as many as a user may ask for.
 pub const NBD_CONNECTIONS_MAX: usize = 16;
-/// A connection with so many requests in flight is reason for another one.
+/// A connection with so many requests in flight is reason for another one, while there are few.
 pub const NBD_GROW_DEPTH: usize = 4;
+/// So many connections are few: they are what helps a server that serves each with a thread of its own.
+pub const NBD_CONNECTIONS_FEW: usize = 4;
+/// Beyond the few, so many requests in flight are: the servers that are known (QEMU's, nbdkit) work on no more of one
+/// connection at a time, so that a deep queue on a slow link needs connections, not depth.
+pub const NBD_GROW_DEPTH_FULL: usize = 16;
+/// Of so many bytes an NBD server is asked for extents at least, however few are asked about: the rest is remembered.
+pub const NBD_STATUS_AHEAD_BYTES: u64 = 64 * MIB;
+/// Extents of one NBD block status reply that are remembered.
+pub const NBD_STATUS_KEPT: usize = 4096;
+/// Changes that may be made while an NBD server is asked for extents; with more its answer is not remembered.
+pub const NBD_STATUS_CHANGES: usize = 1024;
 /// After an attempt at another connection failed, none is made for so long, in nanoseconds.
 pub const NBD_GROW_PAUSE_NS: u64 = 30_000_000_000;
 /// How long requests wait for a lost NBD connection to come back when nothing else is said, in nanoseconds.
@@ -151,20 +163,32 @@ pub const HISTOGRAM_BYTES_MAX: usize = 512 << 10;
 pub const JOB_EVENTS_KEPT_MAX: usize = 1024;
 /// Memory that a job sets aside for when guests hold all the rest.
 pub const JOB_RESERVE_BYTES: usize = 64 << 10;
-/// Copies of one mirror in flight.
-pub const MIRROR_OPERATIONS_MAX: usize = 16;
+/// Copies of one mirror in flight, where a path holds no more.
+pub const MIRROR_OPERATIONS: usize = 16;
+/// Copies of one mirror in flight at most: 64 KiB each, they are a mirror's `buf-size`.
+pub const MIRROR_OPERATIONS_MAX: usize = 256;
+/// While fewer bytes than this are in flight, a job's copies count as small.
+pub const DEPTH_SMALL_BYTES: u64 = 2 * MIB;
+/// After so long, in nanoseconds, what one copy takes on a path without a queue is measured anew.
+pub const DEPTH_PROBE_NANOS: u64 = 10_000_000_000;
 /// Bytes of one copy of a mirror, unless its granularity is larger.
 pub const MIRROR_CHUNK_BYTES: u64 = 256 * 1024;
 /// A mirror's `buf-size` when none is given (as QEMU has it).
 pub const MIRROR_BUF_SIZE: u64 = 16 << 20;
+/// Memory that the command sets aside for a mirror's copies to or from a server, however large its `buf-size` is.
+pub const MIRROR_MEMORY_BYTES_MAX: u64 = 64 << 20;
 /// The largest range that one zeroing operation of a mirror covers.
 pub const MIRROR_ZERO_BYTES_MAX: u64 = 1 << 30;
 /// How far ahead a mirror asks for holes and data at once.
 pub const MIRROR_STATUS_BYTES_MAX: u64 = 1 << 40;
 /// Copies of one conversion in flight when nothing is said: what fills a device's queue on two processors.
 pub const CONVERT_OPERATIONS: usize = 8;
-/// Copies of one conversion in flight at most (`-m`): each holds a buffer of [`CONVERT_CHUNK_BYTES`].
-pub const CONVERT_OPERATIONS_MAX: usize = 16;
+/// Copies of one conversion in flight at most, when it finds out by itself how many a path holds.
+pub const CONVERT_OPERATIONS_MAX: usize = 256;
+/// The same when a user says how many (`-m`): each may hold a buffer of [`CONVERT_CHUNK_BYTES`].
+pub const CONVERT_PARALLEL_MAX: usize = 16;
+/// Bytes that one conversion has in flight at most.
+pub const CONVERT_BYTES_IN_FLIGHT: u64 = 16 * MIB;
 /// Bytes of one copy of a conversion.
 pub const CONVERT_CHUNK_BYTES: u64 = MIB;
 /// The largest range that one zeroing operation of a conversion covers.

@@ -92,9 +92,9 @@ pub struct ConvertArgs {
     /// Look for zeroes in pieces of this size; 0: do not look, and allocate the target everywhere
     #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = size, default_value = "4096")]
     sparse_size: u64,
-    /// Copies in flight, 1 to 16
-    #[arg(short = 'm', long = "parallel", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16), default_value_t = limits::CONVERT_OPERATIONS as u8)]
-    parallel: u8,
+    /// Copies in flight, 1 to 16 [default: as many as keep source and target busy, however far away they are]
+    #[arg(short = 'm', long = "parallel", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=limits::CONVERT_PARALLEL_MAX as i64))]
+    parallel: Option<u8>,
     /// Accepted for its name: writes are never kept in order
     #[arg(short = 'W', long = "oob-writes")]
     out_of_order: bool,
@@ -236,7 +236,7 @@ impl Run {
     ) -> Result<(Job, Rc<Tally>), Failure> {
         let args = &self.args;
         let mut options = ConvertOptions::new("convert0");
-        options.parallel = args.parallel.into();
+        options.parallel = args.parallel.map(usize::from);
         options.speed = i64::try_from(args.rate).map_err(|_| Failure::text("--rate is too large"))?;
         options.sparse_bytes = args.sparse_size;
         options.target_state = target_state;

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::limits::ARENA_BYTES;
 use blockferry_ring::sync::{Either, either};
-use blockferry_ring::{Nanos, Patience};
+use blockferry_ring::{Config, Nanos, Patience};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
@@ -21,6 +22,7 @@ use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::engine::create::NewImage;
 use crate::engine::qcow2::{format as image_format, qcow2};
+use crate::engine::remote::is_remote;
 use crate::engine::{Engine, Format};
 use crate::format::qcow2::Qcow2;
 use crate::graph::node::Node;
@@ -215,10 +217,7 @@ impl From<Policy> for OnError {
 
 /// Runs the command.
 pub fn main(global: &Global, args: &MirrorArgs) -> Result<Exit, Failure> {
-    let mut config = config(global);
-    if args.export.is_empty() && !args.verify {
-        config.arena_bytes = arena_bytes(args.granularity);
-    }
+    let config = Config { arena_bytes: arena_bytes(args), ..config(global) };
     let engine = Engine::new(&config)?;
     let signals = Signals::new(engine.ring())?.with_continue(engine.ring())?;
     let (global, engine) = (global.clone(), Rc::new(engine));
@@ -228,11 +227,26 @@ pub fn main(global: &Global, args: &MirrorArgs) -> Result<Exit, Failure> {
     engine.run(async move { run.mirror(&args).await })
 }
 
+/// Whether a server is involved: more copies than devices need may have to be in flight.
+fn is_far(source: &str, target: &str) -> bool {
+    is_remote(source) || is_remote(target)
+}
+
 /// Memory for a job that shares it with nobody: for all copies that it may have in flight, and something to spare. More
-/// would be zeroed and pinned for nothing, which is a good part of the CPU time of a short copy.
-fn arena_bytes(granularity: Option<u64>) -> usize {
-    let chunk = limits::MIRROR_CHUNK_BYTES.max(granularity.unwrap_or(0)).min(BLOCK_MAX as u64) as usize;
-    limits::MIRROR_OPERATIONS_MAX * chunk + (4 << 20)
+/// would be zeroed and pinned for nothing, which is a good part of the CPU time of a short copy. Beside others a job must
+/// not take what is theirs.
+fn arena_bytes(args: &MirrorArgs) -> usize {
+    let chunk = limits::MIRROR_CHUNK_BYTES.max(args.granularity.unwrap_or(0)).min(BLOCK_MAX as u64) as usize;
+    let near = limits::MIRROR_OPERATIONS * chunk;
+    let far = match args.buf_size {
+        0 => limits::MIRROR_BUF_SIZE,
+        bytes => bytes.min(limits::MIRROR_MEMORY_BYTES_MAX),
+    };
+    let is_far = is_far(&args.source, &args.target);
+    if args.export.is_empty() && !args.verify {
+        return if is_far { near.max(far as usize) + (8 << 20) } else { near + (4 << 20) };
+    }
+    ARENA_BYTES + if is_far { far as usize } else { 0 }
 }
 
 /// What is reported at the end.
@@ -340,7 +354,7 @@ impl Settings {
 }
 
 /// As many completions as a job has copies in flight; the time is about what a device with 2 GB/s takes for them.
-const BULK: Patience = Patience { completions: limits::MIRROR_OPERATIONS_MAX, wait_usec: 2_000 };
+const BULK: Patience = Patience { completions: limits::MIRROR_OPERATIONS, wait_usec: 2_000 };
 
 /// What runs once everything is opened.
 struct Started {
@@ -380,8 +394,8 @@ impl Run {
                 return Err(failure);
             }
         };
-        // With clients, what one of them waits for must not wait for other things.
-        let alone = settings.export.is_empty();
+        // With clients or servers, what one of them waits for must not wait for other things.
+        let alone = settings.export.is_empty() && !is_far(&settings.source, &settings.target);
         if alone && (is_synchronous(&settings.source) || is_synchronous(&settings.target)) {
             ring.set_patience(Some(BULK));
         }

@@ -12,7 +12,7 @@ use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, duration, failed, parse_format, size, speed};
 use super::signals::Signals;
 use super::{Global, config, stats};
-use crate::base::limits;
+use crate::base::limits::{self, STOP_NANOS_MAX};
 use crate::engine::{Engine, Format};
 use crate::export::nbd::{Export, NbdServer, PaceLimits, ServerConfig};
 use crate::graph::node::{Node, Root};
@@ -142,8 +142,8 @@ pub struct Exports {
     ring: Ring,
     config: ServerConfig,
     servers: Vec<Listening>,
-    /// What clients may have written to.
-    writable: Vec<Root>,
+    /// What clients have, and whether they may have written to it.
+    roots: Vec<(Root, bool)>,
 }
 
 /// A server and where it listens.
@@ -163,7 +163,7 @@ impl Exports {
             ring: ring.clone(),
             config: ServerConfig::default(),
             servers: Vec::new(),
-            writable: Vec::new(),
+            roots: Vec::new(),
         }
     }
 
@@ -182,9 +182,7 @@ impl Exports {
         global: &Global,
     ) -> Result<(), Failure> {
         let root = Root::new(node, read_only)?;
-        if !read_only {
-            self.writable.push(root.clone());
-        }
+        self.roots.push((root.clone(), !read_only));
         let export = Export {
             root,
             description: format!("{} by Blockferry", node.name()),
@@ -243,15 +241,31 @@ impl Exports {
         }
     }
 
-    /// Ends the service. What clients have written and not flushed is written out, tables of images too.
+    /// Ends the service. What clients have written and not flushed is written out, tables of images too. Nobody waits for
+    /// ever for a server that hangs.
     pub async fn stop(&self) {
-        for listening in &self.servers {
-            listening.server.stop().await;
-        }
-        for root in &self.writable {
-            if let Err(error) = root.node().driver().flush().await {
+        self.in_time(async {
+            for listening in &self.servers {
+                listening.server.stop().await;
+            }
+        })
+        .await;
+        for (root, _) in self.roots.iter().filter(|(_, is_writable)| *is_writable) {
+            if let Err(error) = self.in_time(root.node().driver().flush()).await {
                 tracing::error!(%error, "what clients have written last may be lost");
             }
+        }
+    }
+
+    /// Waits for `work`; when that takes too long, requests to servers are cut off, so that it ends.
+    async fn in_time<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            if let Either::First(done) = either(work.as_mut(), self.ring.sleep(STOP_NANOS_MAX)).await {
+                return done;
+            }
+            tracing::warn!("requests do not end in time; those to servers are given up");
+            self.roots.iter().for_each(|(root, _)| root.node().driver().fail_in_flight());
         }
     }
 }

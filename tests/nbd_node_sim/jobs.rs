@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use blockferry::block::{Driver, WriteFlags};
 use blockferry::graph::node::{Node, Root};
+use blockferry::job::convert::{self, ConvertOptions};
 use blockferry::job::mirror::{self, MirrorOptions};
 use blockferry::job::runner::{Ending, Job};
 use blockferry::protocol::nbd::NbdNode;
@@ -77,15 +78,25 @@ fn a_mirror_goes_on_where_the_link_was_cut() {
     }
 }
 
+async fn start_conversion(ring: &Ring, source: &Rc<Node>, target: &Rc<Node>) -> Job {
+    let options = ConvertOptions { speed: 1 << 20, ..ConvertOptions::new("convert") };
+    convert::start(ring, source, target, options).await.unwrap().0
+}
+
 #[test]
-fn a_mirror_is_given_up_in_bounded_time_whatever_the_server_does() {
-    for (seed, hangs, to_server) in [(1, true, true), (2, true, false), (3, false, true), (4, false, false)] {
+fn a_job_is_given_up_in_bounded_time_whatever_the_server_does() {
+    let ways = (0..8).map(|i| (i, i % 2 == 0, i / 2 % 2 == 0, i / 4 == 0));
+    for (seed, hangs, to_server, mirrors) in ways {
         in_world(seed, move |ring, world| async move {
             let server = serve(&ring);
             let (here, there) = (local(&ring, &world, seed), remote(&ring).await);
             world.write_raw("/disk", 0, &vec![5; LEN]);
             let (source, target) = if to_server { (&here, &there) } else { (&there, &here) };
-            let job = start(&ring, source, target, 1 << 20).await;
+            let job = if mirrors {
+                start(&ring, source, target, 1 << 20).await
+            } else {
+                start_conversion(&ring, source, target).await
+            };
             ring.sleep(500 * MILLI).await;
             if hangs {
                 world.hang("unix:/sock");
@@ -95,7 +106,8 @@ fn a_mirror_is_given_up_in_bounded_time_whatever_the_server_does() {
             ring.sleep(5 * SECOND).await;
             assert!(job.ending().is_none(), "{:?}", job.ending());
             let took = give_up(&ring, &job).await;
-            assert!(took < 500 * MILLI, "hangs {hangs}, to the server {to_server}: it took {took} ns");
+            let way = format!("hangs {hangs}, to the server {to_server}, mirror {mirrors}");
+            assert!(took < 500 * MILLI, "{way}: it took {took} ns");
             // And the disk goes: what still hangs is cut off with it.
             there.driver().fail_in_flight();
             drop((job, here, there));

@@ -13,9 +13,12 @@
 
 use std::collections::VecDeque;
 
+use blockferry_ring::Nanos;
+
 use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::job::body::{Body, Context, Details, Event, Report};
+use crate::job::depth::Depth;
 use crate::job::error::JobFailure;
 use crate::job::mirror::machine::Copied;
 use crate::job::plan::What;
@@ -97,8 +100,8 @@ impl Stage {
 pub struct Settings {
     /// Bytes of the source.
     pub len: u64,
-    /// Copies in flight.
-    pub parallel: usize,
+    /// Copies in flight, at least and at most.
+    pub parallel: (usize, usize),
     /// Zeroes need not be written: the target holds them already.
     pub skip_zeroes: bool,
     /// Zeroing costs as much as writing: it is charged to the speed limit.
@@ -120,16 +123,28 @@ struct Due {
     by_reading: bool,
 }
 
+/// A piece that is under way.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    start: u64,
+    /// When it was asked for.
+    began: Nanos,
+    /// Bytes that it may hold in memory.
+    weight: u64,
+}
+
 /// The machine.
 #[derive(Debug)]
 pub struct Convert {
     settings: Settings,
+    depth: Depth,
     stage: Stage,
     /// From here on nothing was asked yet.
     asked_to: u64,
     asking: bool,
     due: VecDeque<Due>,
-    pieces: usize,
+    pieces: Vec<Piece>,
+    bytes_in_flight: u64,
     others: usize,
     /// The operation of this stage has been asked for.
     asked_stage: bool,
@@ -147,11 +162,13 @@ impl Convert {
     pub fn new(settings: Settings) -> Convert {
         Convert {
             settings,
+            depth: Depth::new(settings.parallel.0, settings.parallel.1),
             stage: Stage::Marking,
             asked_to: 0,
             asking: false,
             due: VecDeque::new(),
-            pieces: 0,
+            pieces: Vec::with_capacity(settings.parallel.0),
+            bytes_in_flight: 0,
             others: 0,
             asked_stage: false,
             returned: false,
@@ -190,7 +207,7 @@ impl Convert {
                 }
             }
             Outcome::Shared(range, result) => {
-                self.pieces -= 1;
+                self.take_off(range);
                 match result {
                     Ok(up_to) => {
                         let (shared, rest) = range.split_at(up_to);
@@ -211,7 +228,10 @@ impl Convert {
                 }
             }
             Outcome::Piece(range, what, copied, failed) => {
-                self.pieces -= 1;
+                let piece = self.take_off(range);
+                if let Some(piece) = piece.filter(|_| copied.data > 0) {
+                    self.depth.ended(piece.began, cx.now);
+                }
                 self.done.data += copied.data;
                 self.done.zeroed += copied.zeroed;
                 self.done.skipped += copied.skipped;
@@ -239,6 +259,14 @@ impl Convert {
             Outcome::Verified(Ok(())) => self.stage_ended(cx, Ok(()), Stage::Verifying, Stage::Unmarking),
             Outcome::Unmarked(result) => self.stage_ended(cx, result, Stage::Unmarking, Stage::Settled),
         }
+    }
+
+    /// A piece is no longer under way.
+    fn take_off(&mut self, range: ByteRange) -> Option<Piece> {
+        let at = self.pieces.iter().position(|piece| piece.start == range.start())?;
+        let piece = self.pieces.swap_remove(at);
+        self.bytes_in_flight -= piece.weight;
+        Some(piece)
     }
 
     fn put_back(&mut self, range: ByteRange, what: What) {
@@ -298,7 +326,7 @@ impl Convert {
                 self.due.pop_front();
                 continue;
             }
-            if self.pieces >= self.settings.parallel {
+            if !self.depth.has_room(self.pieces.len(), self.bytes_in_flight) {
                 return;
             }
             let share = due.what == What::Data && !due.by_reading;
@@ -310,6 +338,11 @@ impl Convert {
             // Pieces end where a chunk of the disk ends, whatever they begin with.
             let end = (due.range.start() / len + 1).saturating_mul(len);
             let (piece, rest) = due.range.split_at(end);
+            let weight =
+                if due.what == What::Data { piece.len().min(limits::CONVERT_CHUNK_BYTES) } else { 0 };
+            if self.bytes_in_flight > 0 && self.bytes_in_flight + weight > limits::CONVERT_BYTES_IN_FLIGHT {
+                return;
+            }
             let costs =
                 due.what == What::Data && !share || due.what == What::Zero && self.settings.zeroes_cost;
             let cost = piece.len().min(self.settings.chunk);
@@ -321,7 +354,8 @@ impl Convert {
                 Some(front) if !rest.is_empty() => front.range = rest,
                 _ => drop(self.due.pop_front()),
             }
-            self.pieces += 1;
+            self.pieces.push(Piece { start: piece.start(), began: cx.now, weight });
+            self.bytes_in_flight += weight;
             cx.operations.push(match due.what {
                 What::Zero => Op::Zero(piece),
                 _ if share => Op::Share(piece),
@@ -343,7 +377,7 @@ impl Convert {
             self.give_up(cx, JobFailure::cancelled());
             return;
         }
-        let idle = self.pieces == 0 && self.others == 0 && !self.asking;
+        let idle = self.pieces.is_empty() && self.others == 0 && !self.asking;
         if let Some(failure) = self.failure.take_if(|_| idle) {
             self.give_up(cx, failure);
             return;
@@ -364,7 +398,7 @@ impl Convert {
         if self.stage == Stage::Copying {
             self.copy_on(cx);
             let all = self.asked_to >= self.settings.len && self.due.is_empty();
-            if all && self.pieces == 0 && !self.asking {
+            if all && self.pieces.is_empty() && !self.asking {
                 self.enter(Stage::Flushing);
             }
         }
@@ -407,7 +441,7 @@ impl Body for Convert {
     }
 
     fn in_flight(&self) -> usize {
-        self.pieces + self.others + usize::from(self.asking)
+        self.pieces.len() + self.others + usize::from(self.asking)
     }
 
     fn details(&self) -> Details {

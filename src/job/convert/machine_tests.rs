@@ -24,7 +24,7 @@ impl Bench {
     fn new(len: u64, change: impl FnOnce(&mut Settings)) -> Bench {
         let mut settings = Settings {
             len,
-            parallel: 4,
+            parallel: (4, 4),
             skip_zeroes: false,
             zeroes_cost: false,
             chunk: MIB,
@@ -119,7 +119,7 @@ fn pieces_end_in_any_order_and_then_the_target_is_flushed_and_unmarked() {
 
 #[test]
 fn no_more_than_allowed_are_in_flight_and_questions_run_ahead() {
-    let mut b = Bench::new(40 * MIB, |s| s.parallel = 2);
+    let mut b = Bench::new(40 * MIB, |s| s.parallel = (2, 2));
     b.begin();
     let ops = b.done(Outcome::Status(Ok(vec![(range(0, 20), What::Data)])));
     // What comes next is asked while these are copied.
@@ -212,7 +212,7 @@ fn a_difference_is_never_forgiven_and_a_cancel_does_not_wait() {
 
 #[test]
 fn a_speed_limit_holds_pieces_back() {
-    let mut b = Bench::new(64 * MIB, |s| s.parallel = 16);
+    let mut b = Bench::new(64 * MIB, |s| s.parallel = (16, 16));
     b.limiter.set_speed(0, MIB);
     b.begin();
     let ops = b.done(Outcome::Status(Ok(vec![(range(0, 64), What::Data)])));

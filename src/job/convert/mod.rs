@@ -64,8 +64,8 @@ pub trait Compressor: std::fmt::Debug {
 pub struct ConvertOptions {
     /// The job's id.
     pub id: String,
-    /// Copies in flight.
-    pub parallel: usize,
+    /// Copies in flight; `None`: as many as keep source and target busy.
+    pub parallel: Option<usize>,
     /// Bytes a second; 0 is no limit.
     pub speed: i64,
     /// What to do about errors.
@@ -92,7 +92,7 @@ impl ConvertOptions {
     pub fn new(id: impl Into<String>) -> ConvertOptions {
         ConvertOptions {
             id: id.into(),
-            parallel: limits::CONVERT_OPERATIONS,
+            parallel: None,
             speed: 0,
             policies: ErrorPolicies::default(),
             sparse_bytes: 4096,
@@ -158,7 +158,13 @@ pub async fn start(
     let tally = Rc::new(Tally::default());
     let settings = Settings {
         len: from.len(),
-        parallel: options.parallel.clamp(1, limits::CONVERT_OPERATIONS_MAX),
+        parallel: match options.parallel {
+            Some(parallel) => {
+                let parallel = parallel.clamp(1, limits::CONVERT_PARALLEL_MAX);
+                (parallel, parallel)
+            }
+            None => (limits::CONVERT_OPERATIONS, limits::CONVERT_OPERATIONS_MAX),
+        },
         skip_zeroes: options.target_state == TargetState::Zero && options.sparse_bytes > 0,
         zeroes_cost: !to.capabilities().zero_fast || options.sparse_bytes == 0,
         chunk: limits::CONVERT_CHUNK_BYTES.max(packed.unwrap_or(0)),

@@ -1,8 +1,8 @@
 //! How a mirror conducts itself towards the guests of its disk: how much it has in flight, whether their
 //! changes go to both sides, how fast they may write, and how long they may be kept at a shut door.
 //!
-//! The machine asks; this gathers what the decisions rest on: the [`Governor`] for the window, the
-//! [`Convergence`] for everything that has to do with coming to an end. Goals that clash are ordered: the
+//! The machine asks; this gathers what the decisions rest on: the [`Governor`] for the window, [`Depth`] for the number of
+//! copies in it, the [`Convergence`] for everything that has to do with coming to an end. Goals that clash are ordered: the
 //! safety of data, a deadline that the user set, the guests' latency, speed.
 
 use std::rc::Rc;
@@ -13,6 +13,7 @@ use super::converge::{Convergence, OnDivergence, Rates, Sample};
 use crate::base::limits;
 use crate::graph::node::Node;
 use crate::graph::tracker::Tracker;
+use crate::job::depth::Depth;
 use crate::job::governor::{Governor, GuestFirst, Sight};
 use crate::job::policy::CopyMode;
 
@@ -38,6 +39,7 @@ pub struct Conduct {
     /// Whose guests it is about.
     source: Option<Rc<Node>>,
     governor: Governor,
+    depth: Depth,
     convergence: Convergence,
     deadline_at: Option<Nanos>,
     /// The job did not gain on its guests.
@@ -52,6 +54,7 @@ impl Conduct {
             settings,
             source,
             governor: Governor::new(settings.guest_first, settings.window_max, &before),
+            depth: Depth::new(limits::MIRROR_OPERATIONS, limits::MIRROR_OPERATIONS_MAX),
             convergence: Convergence::default(),
             deadline_at: settings.deadline_nanos.map(|span| now.saturating_add(span)),
             diverged: false,
@@ -134,9 +137,15 @@ impl Conduct {
         }
     }
 
-    /// One copy has ended after so long.
-    pub fn piece_ended(&mut self, bytes: u64, nanos: Nanos) {
-        self.governor.own(bytes, nanos);
+    /// Whether another copy may begin while so many, with so many bytes, are in flight.
+    pub fn has_room(&mut self, in_flight: usize, bytes: u64) -> bool {
+        self.depth.has_room(in_flight, bytes)
+    }
+
+    /// One copy has ended.
+    pub fn piece_ended(&mut self, bytes: u64, began: Nanos, now: Nanos) {
+        self.governor.own(bytes, now.saturating_sub(began));
+        self.depth.ended(began, now);
     }
 
     /// So much may differ when the door is shut, after the job has waited for a better moment for so long: little at

@@ -277,7 +277,7 @@ impl Mirror {
             marked: false,
             marking: false,
             asking: false,
-            pieces: Vec::with_capacity(limits::MIRROR_OPERATIONS_MAX),
+            pieces: Vec::with_capacity(limits::MIRROR_OPERATIONS),
             bytes_in_flight: 0,
             seen: GuestTally::default(),
             others: 0,
@@ -439,7 +439,7 @@ impl Mirror {
             let piece = self.pieces.swap_remove(at);
             self.bytes_in_flight -= piece.weight;
             if copied.data > 0 {
-                self.conduct.piece_ended(copied.data, cx.now.saturating_sub(piece.began));
+                self.conduct.piece_ended(copied.data, piece.began, cx.now);
             }
         }
         self.done.data += copied.data;
@@ -571,7 +571,7 @@ impl Mirror {
         } else {
             limits::MIRROR_ZERO_BYTES_MAX
         };
-        while self.pieces.len() < limits::MIRROR_OPERATIONS_MAX {
+        while self.conduct.has_room(self.pieces.len(), self.bytes_in_flight) {
             let Some(run) = self.tracker.peek(self.cursor, run_max.max(chunk)) else {
                 return;
             };

@@ -19,7 +19,7 @@ use std::rc::Rc;
 use std::task::Poll;
 
 use blockferry_ring::limits::SEND_PIECES_MAX;
-use blockferry_ring::sync::{Notify, either};
+use blockferry_ring::sync::{Either, Notify, either};
 use blockferry_ring::{Buf, File, Nanos, Ring, SharedBuf};
 
 use super::client_error::{LostReason, NbdClientError, NotSentReason};
@@ -90,6 +90,9 @@ struct Shared {
     outbox: RefCell<VecDeque<Outgoing>>,
     /// Bytes on their way that were taken off the outbox.
     sending: Cell<bool>,
+    /// Requests that were queued so far, and how many of them nobody sends any more.
+    queued_count: Cell<u64>,
+    sent_count: Cell<u64>,
     lost: RefCell<Option<LostReason>>,
     /// No new requests: a farewell is under way.
     closing: Cell<bool>,
@@ -173,6 +176,8 @@ impl Connection {
             requests: RefCell::new(InFlight::new(negotiated.style, negotiated.meta_contexts.clone())),
             outbox: RefCell::default(),
             sending: Cell::new(false),
+            queued_count: Cell::new(0),
+            sent_count: Cell::new(0),
             lost: RefCell::default(),
             closing: Cell::new(false),
             queued: ring.notify(),
@@ -327,8 +332,7 @@ impl Connection {
         let farewell = async {
             shared.until(|| shared.requests.borrow().len() == 0).await;
             if let Ok(head) = header(Command::Disconnect, CommandFlags::EMPTY, 0, 0).write(shared.style()) {
-                shared.outbox.borrow_mut().push_back(Outgoing { head, payload: None });
-                shared.queued.notify();
+                shared.push(Outgoing { head, payload: None });
             }
             shared.until(|| shared.outbox.borrow().is_empty() && !shared.sending.get()).await;
         };
@@ -400,6 +404,12 @@ impl Shared {
         let lost = self.lost.borrow().clone();
         let lost = lost.or_else(|| self.closing.get().then_some(LostReason::ClosedHere));
         lost.map(|reason| self.lost_error(reason))
+    }
+
+    fn push(&self, outgoing: Outgoing) {
+        self.queued_count.set(self.queued_count.get() + 1);
+        self.outbox.borrow_mut().push_back(outgoing);
+        self.queued.notify();
     }
 
     /// Waits until `condition` holds, or the connection is lost.
@@ -480,11 +490,11 @@ impl Shared {
         self.requests.borrow_mut().insert(&mut request, buf);
         let mut waiting = Waiting { shared: self, cookie: request.cookie, ended: false };
         match request.write(self.style()) {
-            Ok(head) => self.outbox.borrow_mut().push_back(Outgoing { head, payload }),
+            Ok(head) => self.push(Outgoing { head, payload }),
             // The length was checked, so this is a contradiction on this side; it must not hang.
             Err(reason) => self.lose(LostReason::Protocol(reason)),
         }
-        self.queued.notify();
+        let number = self.queued_count.get();
         let ended = std::future::poll_fn(|_| {
             let task = self.ring.exec().current();
             match self.requests.borrow_mut().take(request.cookie, task) {
@@ -495,6 +505,11 @@ impl Shared {
         .await;
         waiting.ended = true;
         self.moved.notify();
+        // An answer may be seen before the end of the send, and a connection be lost during it: whoever asked has the
+        // memory for himself only after that.
+        if self.sent_count.get() < number {
+            self.moved.until(|| (self.sent_count.get() >= number).then_some(())).await;
+        }
         self.answered(ended)
     }
 
@@ -560,14 +575,25 @@ async fn send(shared: Rc<Shared>, memory: Buf, kept: Kept) {
         let ready = || (shared.is_lost() || !shared.outbox.borrow().is_empty()).then_some(());
         shared.queued.until(ready).await;
         if shared.is_lost() {
+            shared.sent_count.set(u64::MAX);
+            shared.moved.notify();
             return spare.into_iter().for_each(|memory| kept.give(&shared.ring, memory));
         }
         let memory = match spare.take() {
             Some(memory) => memory,
-            None => kept.take(&shared.ring, GATHER_BYTES).await,
+            // Those who hold all memory may be waiting for this task to see that the connection is lost.
+            None => {
+                let lost = shared.queued.until(|| shared.is_lost().then_some(()));
+                match either(kept.take(&shared.ring, GATHER_BYTES), lost).await {
+                    Either::First(memory) => memory,
+                    Either::Second(()) => continue,
+                }
+            }
         };
         shared.sending.set(true);
+        let before = shared.outbox.borrow().len();
         let memory = gather(memory, &mut shared.outbox.borrow_mut(), &mut plan);
+        let taken = before - shared.outbox.borrow().len();
         let piece = |piece: Piece| match piece {
             Piece::Gathered { from, to } => memory.slice(from, to - from),
             Piece::Payload(payload) => payload,
@@ -584,14 +610,13 @@ async fn send(shared: Rc<Shared>, memory: Buf, kept: Kept) {
             }
         };
         shared.sending.set(false);
+        shared.sent_count.set(shared.sent_count.get() + taken as u64);
         plan.clear();
         spare = memory.try_thaw().ok();
         if let Err(errno) = sent {
             shared.lose(LostReason::Transport(errno));
         }
-        if shared.closing.get() {
-            shared.moved.notify();
-        }
+        shared.moved.notify();
     }
 }
 

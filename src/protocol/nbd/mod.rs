@@ -35,6 +35,7 @@ pub mod handshake_client;
 pub mod handshake_server;
 mod in_flight;
 mod kept;
+mod known;
 mod meta_context;
 pub mod node;
 pub mod options;

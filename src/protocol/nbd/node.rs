@@ -6,25 +6,24 @@
 //! become a write and a flush, zeroes become data. Only what was to be fast or not at all is refused. A discard that the
 //! server does not know is left out: not doing so is no error.
 //!
-//! Answers about holes cost a round trip, and servers tell of many extents at once. What a reply told beyond the
-//! question is kept for the next one, until something is written there, and for a second at most, since a server has
-//! other clients.
+//! Answers about holes cost a round trip, and servers tell of many extents at once: what a reply told beyond the question
+//! is kept for the next one (`known`).
 //!
 //! A server without flush promises nothing about durability, and nothing here can add it.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
-use blockferry_ring::{Buf, Errno, Nanos, Ring, SharedBuf};
+use blockferry_ring::sync::Notify;
+use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
 
 use super::client_error::{NbdClientError, NotSentReason};
 use super::connection::Connection;
 use super::constants::{AllocationFlags, Command, CommandFlags, TransmissionFlags};
+use super::known::Known;
 use super::remote::{Facts, Remote, RemoteOptions};
-use super::transmission::StatusExtent;
-use crate::base::limits::{DISK_LEN_MAX, NBD_STATUS_AGE_NS_MAX};
+use crate::base::limits::{DISK_LEN_MAX, NBD_STATUS_AHEAD_BYTES};
 use crate::base::range::ByteRange;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
@@ -37,15 +36,6 @@ use crate::protocol::bounce::Bounce;
 const RANGE_BYTES_MAX: u64 = 1 << 31;
 
 type NbdResult<T> = Result<T, NbdClientError>;
-
-/// What a reply told of the allocation, from `start` on.
-#[derive(Debug, Default)]
-struct Known {
-    start: u64,
-    extents: VecDeque<StatusExtent>,
-    /// When it was told.
-    at: Nanos,
-}
 
 /// See the module's head.
 #[derive(Debug)]
@@ -62,8 +52,9 @@ pub struct NbdNode {
     /// The server refuses to zero.
     zeroes_refused: Cell<bool>,
     known: RefCell<Known>,
-    /// Changes that were made, to see whether one came between a question and its answer.
-    changes_made: Cell<u64>,
+    /// Answers about the allocation so far, and who waits for one.
+    answers: Cell<u64>,
+    answered: Notify,
 }
 
 /// What is to be written.
@@ -109,7 +100,8 @@ impl NbdNode {
             range_bytes_max: Cell::new(RANGE_BYTES_MAX),
             zeroes_refused: Cell::new(false),
             known: RefCell::default(),
-            changes_made: Cell::new(0),
+            answers: Cell::new(0),
+            answered: ring.notify(),
             remote,
         }))
     }
@@ -158,13 +150,8 @@ impl NbdNode {
 
     /// After a change, well or badly ended, and before it is acknowledged.
     fn changed(&self, range: ByteRange) {
-        self.changes_made.set(self.changes_made.get() + 1);
         self.remote.note_written();
-        let mut known = self.known.borrow_mut();
-        let len: u64 = known.extents.iter().map(|extent| extent.length).sum();
-        if ByteRange::at_saturating(known.start, len).overlaps(range) {
-            known.extents.clear();
-        }
+        self.known.borrow_mut().changed(range);
     }
 
     fn error(&self, operation: Operation, range: Option<ByteRange>, error: &NbdClientError) -> BlockError {
@@ -430,59 +417,43 @@ impl NbdNode {
 
     // Allocation.
 
-    /// What is known without asking.
-    fn known_at(&self, offset: u64, len: u64) -> Option<Extent> {
-        let mut known = self.known.borrow_mut();
-        if offset < known.start || self.ring.now() > known.at.saturating_add(NBD_STATUS_AGE_NS_MAX) {
-            return None;
-        }
-        // What lies before has been asked for already.
-        while let Some(first) = known.extents.front().copied()
-            && known.start + first.length <= offset
-        {
-            known.extents.pop_front();
-            known.start += first.length;
-        }
-        let first = *known.extents.front()?;
-        let left = known.start + first.length - offset;
-        // The last one may go on behind what the reply told.
-        let is_last = known.extents.len() == 1;
-        (!is_last || left >= len).then(|| extent(first.flags, left.min(len)))
-    }
-
     async fn status(&self, range: ByteRange) -> NbdResult<Extent> {
-        if let Some(extent) = self.known_at(range.start(), range.len()) {
-            return Ok(extent);
+        let get = || self.known.borrow().get(range.start(), range.len(), self.ring.now());
+        let mut known = get();
+        if known.is_none() && self.known.borrow().is_asked() {
+            // Many ask at once, and one answer tells most of them. Who is not among those asks on his own.
+            let before = self.answers.get();
+            self.answered.until(|| (self.answers.get() != before).then_some(())).await;
+            known = get();
+        }
+        if let Some(known) = known {
+            return Ok(extent(known.flags, known.length));
         }
         let outer = self.around(range);
-        let made = self.changes_made.get();
-        let extents = self
+        // Who asks of a little asks of the rest soon, and many servers tell of no more than they are asked.
+        let end = outer.end().max(outer.start().saturating_add(NBD_STATUS_AHEAD_BYTES));
+        let asked = ByteRange::at_saturating(outer.start(), end.min(self.facts.size_bytes) - outer.start());
+        self.known.borrow_mut().ask();
+        let told = self
             .remote
             .call(async |connection: &Connection| {
                 if !connection.has_block_status() {
                     return Ok(Vec::new());
                 }
                 let is_wide = connection.negotiated().style.is_extended();
-                let len = if is_wide { outer.len() } else { outer.len().min(RANGE_BYTES_MAX) };
-                connection.block_status(outer.start(), len).await
+                let len = if is_wide { asked.len() } else { asked.len().min(RANGE_BYTES_MAX) };
+                connection.block_status(asked.start(), len).await
             })
-            .await?;
-        let Some(first) = extents.first().copied() else { return Ok(Extent::data(range.len())) };
-        // Neighbours with the same flags are one extent to who asks.
-        let mut list: VecDeque<StatusExtent> = VecDeque::new();
-        for extent in extents {
-            match list.back_mut() {
-                Some(last) if last.flags == extent.flags => last.length += extent.length,
-                _ => list.push_back(extent),
-            }
-        }
+            .await;
+        let extents = told.as_deref().unwrap_or_default();
+        let first = self.known.borrow_mut().answered(outer.start(), extents, self.ring.now());
+        self.answers.set(self.answers.get() + 1);
+        self.answered.notify();
+        told?;
+        let Some(first) = first else { return Ok(Extent::data(range.len())) };
         let from = range.start() - outer.start();
-        let len = list.front().map_or(first.length, |extent| extent.length);
-        if self.changes_made.get() == made {
-            *self.known.borrow_mut() = Known { start: outer.start(), extents: list, at: self.ring.now() };
-        }
         // A block that begins before the range may be told of alone: what is asked for has to move.
-        match len.checked_sub(from).filter(|len| *len > 0) {
+        match first.length.checked_sub(from).filter(|len| *len > 0) {
             Some(len) => Ok(extent(first.flags, len.min(range.len()))),
             None => Ok(Extent::data((self.block() - from % self.block()).min(range.len()))),
         }

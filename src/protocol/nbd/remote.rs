@@ -25,8 +25,9 @@
 //!
 //! # Several connections
 //! Where the server promises that connections see each other's writes, and that a flush covers all of them, more are made
-//! when the first has work for several. They help servers that serve each with a thread of its own. An export that does
-//! not promise that gets one connection, ever.
+//! when those that there are have work for several. They help servers that serve each with a thread of its own, and
+//! links so slow that more requests have to be under way than a server takes from one connection. An export that does not
+//! promise that gets one connection, ever.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -40,8 +41,8 @@ use super::constants::TransmissionFlags;
 use super::kept::Kept;
 use super::uri::NbdUri;
 use crate::base::limits::{
-    NBD_CONNECTIONS_MAX, NBD_GROW_DEPTH, NBD_GROW_PAUSE_NS, NBD_RECONNECT_PAUSE_NS_MAX,
-    NBD_RECONNECT_PAUSE_NS_MIN, NBD_RESENDS_MAX,
+    NBD_CONNECTIONS_FEW, NBD_CONNECTIONS_MAX, NBD_GROW_DEPTH, NBD_GROW_DEPTH_FULL, NBD_GROW_PAUSE_NS,
+    NBD_RECONNECT_PAUSE_NS_MAX, NBD_RECONNECT_PAUSE_NS_MIN, NBD_RESENDS_MAX,
 };
 
 /// How a remote disk is reached.
@@ -297,9 +298,11 @@ impl Remote {
 
     /// Makes another connection in the background, where that is allowed and this one has enough to do.
     fn grow(self: &Rc<Remote>, busy: &Connection) {
-        let wanted = busy.in_flight() >= NBD_GROW_DEPTH && self.facts.multi_conn && !self.growing.get();
+        let there = self.connections.borrow().len();
+        let enough = if there < NBD_CONNECTIONS_FEW { NBD_GROW_DEPTH } else { NBD_GROW_DEPTH_FULL };
+        let wanted = busy.in_flight() >= enough && self.facts.multi_conn && !self.growing.get();
         let max = self.options.connections_max.min(NBD_CONNECTIONS_MAX);
-        if !wanted || self.connections.borrow().len() >= max || self.ring.now() < self.grow_after.get() {
+        if !wanted || there >= max || self.ring.now() < self.grow_after.get() {
             return;
         }
         self.growing.set(true);
