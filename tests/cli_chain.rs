@@ -73,7 +73,7 @@ fn a_commit_at_rest_does_what_qemu_img_does() {
         assert!(content(&ours.top()) == overlay);
         ours.check(&ours.top(), &ours.model, &[3, 4]);
         ours.check(&ours.path(3), &ours.model, &[]);
-        tool("qemu-img", &["compare", "-q", "-s", &ours.path(3), &theirs.path(3)]);
+        tool("qemu-img", &["compare", "-q", &ours.path(3), &theirs.path(3)]);
         // All the rest, down to the raw base.
         let events = run_json(&["commit", &ours.top(), "-b", "base.raw"]);
         assert_eq!(event(&events, "end")["pivot"], false);
@@ -256,7 +256,8 @@ fn an_interrupted_job_leaves_the_chain_as_it_was() {
     for order in orders {
         let chain = Chain::new(8, &MIXED);
         let was = chain.chain_of(&chain.top());
-        let arguments = [order, &[&chain.top()]].concat();
+        let top = chain.top();
+        let arguments = [order, &[&top]].concat();
         let mut job = Process::json(&[&arguments[..], &["--speed", "64KiB"]].concat());
         let progress = job.wait_event("progress");
         assert_eq!(progress["status"], "running");

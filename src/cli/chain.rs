@@ -7,6 +7,7 @@
 use std::path::Path;
 use std::rc::Rc;
 
+use blockferry_ring::sync::either;
 use clap::Args;
 use serde_json::json;
 
@@ -17,6 +18,7 @@ use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::Signals;
 use super::{Global, config, stats};
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::engine::open::local_path;
 use crate::engine::{Engine, Format};
 use crate::graph::chain;
 use crate::graph::node::{Node, UseKind};
@@ -86,9 +88,15 @@ pub struct Manner {
     pub at_ready: AtReady,
 }
 
-/// The layer that is called so.
+/// The layer that is called so: by its path, by the name that the layer above it records, or by a path relative to the
+/// active layer.
 pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
-    Ok(chain::find(front, name).ok_or_else(|| ChainError::NotInChain(name.to_owned()))?)
+    let beside = || {
+        let path = local_path(front.driver().name())?.parent()?.join(name);
+        chain::find(front, path.to_str()?)
+    };
+    let found = chain::find(front, name).or_else(beside);
+    Ok(found.ok_or_else(|| ChainError::NotInChain(name.to_owned()))?)
 }
 
 /// Runs such a command; `start` starts the job on the open chain.
@@ -135,8 +143,8 @@ impl Run {
         for uri in &args.export {
             exports.add(&self.engine, &front, uri, false, &self.global).await?;
         }
+        let layers = front.chain();
         if args.export.is_empty() {
-            let layers = front.chain();
             suit_bulk(ring, layers.iter().map(|node| node.driver().name()));
         }
         let began = ring.clock();
@@ -146,16 +154,25 @@ impl Run {
         let Manner { words, at_ready, .. } = self.manner;
         let watch = Watch { global: &self.global, ring, signals, quiet, words, at_ready };
         let ending = watch.follow(job, || true).await?;
+        let elapsed_ns = ring.clock() - began;
+        // A job that was given up leaves operations behind, which may be stuck; what they write belongs to the image.
+        let settled = async {
+            for layer in &layers {
+                layer.until_free_of_jobs().await;
+            }
+        };
+        either(settled, self.signals.next_ending()).await;
         drop(using);
         let front = match (&ending, &started.front) {
             (Ending::Completed, Some(front)) => front,
             _ => &front,
         };
-        let exit = self.report(&started, &ending, front, ring.clock() - began);
+        let exit = self.report(&started, &ending, front, elapsed_ns);
         if !args.exit_on_done && exit != Exit::Cancelled {
             exports.serve_until_idle(&self.signals).await;
         }
         exports.stop().await;
+        let flushed = front.driver().flush().await;
         stats::print(&self.global, ring);
         match ending {
             Ending::Failed(text) => Err(Failure::text(format!(
@@ -164,7 +181,7 @@ impl Run {
                 text.trim_end_matches('.'),
                 started.undone
             ))),
-            _ => Ok(exit),
+            _ => Ok(flushed.map(|()| exit)?),
         }
     }
 
