@@ -1,11 +1,14 @@
 //! `blockferry commit`: merges layers of a chain down into one of them, at rest or while the disk is in use.
 
+use std::rc::Rc;
+
 use clap::Args;
 
 use super::Global;
 use super::chain::{self, ChainArgs, Manner, Started, layer, shown};
 use super::exit::{Exit, Failure};
 use super::job::{AtReady, Words};
+use crate::graph::node::Node;
 use crate::job::sweep::ChainError;
 
 const AFTER: &str = "\
@@ -77,9 +80,10 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
         let top = top.map_or_else(|| Ok(front.clone()), |name| layer(front, &name))?;
         let below = top.below().ok_or_else(|| ChainError::NoBacking(top.name().to_owned()))?;
         let base = base.map_or(Ok(below), |name| layer(front, &name))?;
+        let is_above = |node: &Rc<Node>| node.below().is_some_and(|below| Rc::ptr_eq(&below, &top));
+        let above = front.chain().into_iter().find(is_above);
         let job = engine.commit(front, Some(&top), Some(&base), options).await?;
         let (base_name, top_name) = (shown(&base), shown(&top));
-        let above = front.chain().into_iter().find(|node| node.below().is_some_and(|n| n.name() == top.name()));
         let done = match above {
             Some(above) => format!(
                 "{base_name} holds what {top_name} showed, and is the backing file of {} now",
