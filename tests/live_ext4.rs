@@ -8,54 +8,17 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use common::image::{Dice, MIB, Scratch, content, difference, pattern};
+use common::ext4::{IMAGE_BYTES, assert_whole, make};
+use common::image::{Scratch, content, difference};
 use common::writer::{Plan, Writer};
 use common::{Process, assert_same, event, is_marked, tool};
 use serde_json::Value;
 
-const FILES: u64 = 3000;
-const IMAGE_BYTES: u64 = 224 * MIB;
-const LARGE_BYTES: u64 = 24 * MIB;
-const BLOCK_BYTES: u64 = 4096;
 /// Slowly enough that the clients write a lot before it is ready, in pieces as small as theirs, so that they
 /// do not dirty more than it may copy.
 const SLOWLY: [&str; 4] = ["--granularity", "4KiB", "--speed", "64MiB"];
-
-/// A folder with thousands of small files and a large one.
-fn make_tree(root: &Path) {
-    let mut dice = Dice::new(7);
-    for i in 0..FILES {
-        let folder = root.join(format!("folder{}", i % 50));
-        std::fs::create_dir_all(&folder).unwrap();
-        let mut bytes = vec![0; dice.below(9000) as usize];
-        pattern(i, 1, &mut bytes);
-        std::fs::write(folder.join(format!("file{i}")), bytes).unwrap();
-    }
-    let mut bytes = vec![0; LARGE_BYTES as usize];
-    pattern(0, 2, &mut bytes);
-    std::fs::write(root.join("large"), bytes).unwrap();
-}
-
-/// The offsets of the data blocks of `/large`, from the extents that debugfs prints: `(0-2047):8192-10239, …`.
-fn blocks_of_large(image: &str) -> Vec<u64> {
-    let text = tool("debugfs", &["-R", "stat /large", image]);
-    let (_, extents) = text.split_once("EXTENTS:").expect("a file with extents");
-    let mut offsets = Vec::new();
-    for extent in extents.split(',') {
-        let (logical, physical) = extent.trim().split_once(':').expect("an extent");
-        if logical.starts_with("(ETB") {
-            // A block of the tree itself: not data.
-            continue;
-        }
-        let (first, last) = physical.split_once('-').unwrap_or((physical, physical));
-        let number = |text: &str| text.trim().parse::<u64>().expect("the number of a block");
-        offsets.extend((number(first)..=number(last)).map(|block| block * BLOCK_BYTES));
-    }
-    assert_eq!(offsets.len() as u64 * BLOCK_BYTES, LARGE_BYTES, "{text}");
-    offsets
-}
 
 /// A filesystem to move.
 struct Lab {
@@ -77,14 +40,8 @@ struct Move {
 impl Lab {
     fn new() -> Lab {
         let scratch = Scratch::new();
-        let tree = scratch.dir().join("tree");
-        make_tree(&tree);
         let original = scratch.path("original");
-        let size = format!("{}M", IMAGE_BYTES / MIB);
-        tool("mke2fs", &["-q", "-t", "ext4", "-b", "4096", "-d", tree.to_str().unwrap(), &original, &size]);
-        std::fs::remove_dir_all(&tree).unwrap();
-        assert_whole(&original);
-        let blocks = blocks_of_large(&original);
+        let blocks = make(&scratch, &original);
         Lab { scratch, original, blocks }
     }
 
@@ -185,11 +142,6 @@ impl Lab {
         println!("instant: {} acknowledged writes", history.acked());
         self.done([&source, &target, &model]);
     }
-}
-
-/// `e2fsck` finds nothing.
-fn assert_whole(image: &str) {
-    tool("e2fsck", &["-f", "-n", image]);
 }
 
 /// A filesystem that is whole, byte for byte the model, and not marked as unfinished.

@@ -236,7 +236,11 @@ pub fn check_all(written: &[u64], disk: &[u8]) -> Fallible<()> {
 
 fn check(block: usize, found: [u8; 8], wanted: u64) -> Fallible<()> {
     let found = u64::from_le_bytes(found);
-    if found == wanted { Ok(()) } else { Err(format!("block {block} holds {found} instead of {wanted}").into()) }
+    if found == wanted {
+        Ok(())
+    } else {
+        Err(format!("block {block} holds {found} instead of {wanted}").into())
+    }
 }
 
 /// Threads of this process but the kernel's own workers, which serve devices that cannot do without.

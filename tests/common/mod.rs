@@ -6,6 +6,7 @@
 #![allow(dead_code)]
 
 pub mod chain;
+pub mod ext4;
 pub mod filesystem;
 pub mod image;
 pub mod nbd;
