@@ -4,7 +4,7 @@ mod common;
 
 use std::rc::Rc;
 
-use blockferry::block::WriteFlags;
+use blockferry::block::{Holds, WriteFlags};
 use blockferry::engine::{Engine, Format, ImageOptions};
 use blockferry::graph::chain as layers_of;
 use blockferry::graph::node::{Node, Root};
@@ -261,4 +261,113 @@ fn two_jobs_share_no_layer() {
     drop(engine);
     assert_eq!(chain.chain_of(&chain.top()), ["l0.qcow2", "base.raw"]);
     chain.check(&chain.top(), &chain.model, &[1, 4]);
+}
+
+/// What guests read is filled at once, however slow the job is told to be; and a job that is cancelled leaves it.
+#[test]
+fn what_a_guest_reads_is_filled_first() {
+    let chain = Chain::new(13, &PLAIN);
+    let engine = engine();
+    let (ring, top) = (engine.ring().clone(), chain.top());
+    engine.run(async move {
+        let driver = blockferry::engine::open::open(&ring, &top, &options()).await.unwrap();
+        let node = Node::new(&ring, "disk", driver);
+        let root = Root::new(&node, false).unwrap();
+        let slow = SweepOptions { speed: 1, ..sweep("s") };
+        let job = blockferry::job::stream::start(&ring, &node, None, Floor::Whole, slow).await.unwrap();
+        let layer = node.driver().as_layer().expect("a layer");
+        // From the end of what the base holds: the sweep is still at the beginning.
+        let mut filled = 0;
+        for cluster in (0..LEN / 2 / 65_536).rev() {
+            let at = cluster * 65_536;
+            let held = layer.holds(at, 65_536).await.unwrap();
+            if held.what != Holds::Nothing
+                || node.chain()[0].driver().block_status(at, 4096).await.unwrap().zero
+            {
+                continue;
+            }
+            let (_, result) = root.read(at + 512, ring.alloc(512).await).await;
+            result.unwrap();
+            while layer.holds(at, 65_536).await.unwrap().what == Holds::Nothing {
+                ring.sleep(100_000).await;
+            }
+            filled += 1;
+            if filled == 5 {
+                break;
+            }
+        }
+        assert_eq!(filled, 5);
+        assert!(job.details().bytes_copied >= 5 * 65_536);
+        job.cancel(true).unwrap();
+        assert_eq!(job.until_over().await, Ending::Cancelled);
+        assert_eq!(node.chain().len(), 5);
+        root.flush().await.unwrap();
+    });
+    drop(engine);
+    assert_eq!(chain.chain_of(&chain.top()).len(), 4);
+    chain.check(&chain.top(), &chain.model, &[4]);
+}
+
+/// A base that is shorter than the top grows, and one that is longer does not shrink; a layer that ends early hides what
+/// is below it. Each time the disk is what it was.
+#[test]
+fn lengths_differ() {
+    // From the lowest: bytes of each of four layers in MiB; which are merged, from and to, counted from the front.
+    let cases: [([u64; 4], usize, usize); 5] = [
+        ([4, 8, 8, 8], 1, 3),
+        ([8, 4, 8, 8], 1, 3),
+        ([8, 8, 4, 8], 1, 2),
+        ([8, 2, 4, 8], 1, 3),
+        ([8, 6, 4, 8], 2, 3),
+    ];
+    for (lens, top_at, base_at) in cases {
+        for stream in [false, true] {
+            let scratch = Scratch::new();
+            let mut names = Vec::new();
+            for (i, mib) in lens.iter().enumerate() {
+                let name = scratch.path(&format!("l{i}.qcow2"));
+                let size = (mib * MIB).to_string();
+                let below: Option<&String> = names.last();
+                let mut args = vec!["create", "-q", "-f", "qcow2"];
+                if let Some(below) = below {
+                    args.extend(["-F", "qcow2", "-b", below]);
+                }
+                args.extend([name.as_str(), &size]);
+                tool("qemu-img", &args);
+                let write = format!("write -P {} 0 {}", 17 + i, mib * MIB - (i as u64 * 700 << 10));
+                let inner = format!("write -P {} {} 64k", 33 + i, i as u64 * MIB);
+                let commands = if i == 0 { vec!["-c", &write] } else { vec!["-c", &inner] };
+                tool("qemu-io", &[&["-f", "qcow2"], &commands[..], &[name.as_str()]].concat());
+                names.push(name);
+            }
+            let front = names[3].clone();
+            let before = common::qcow2::content_by_qemu(&front);
+            let engine = engine();
+            let (ring, path) = (engine.ring().clone(), front.clone());
+            engine.run(async move {
+                let driver = blockferry::engine::open::open(&ring, &path, &options()).await.unwrap();
+                let node = Node::new(&ring, "disk", driver);
+                let layers = node.chain();
+                let (top, base) = (&layers[top_at], &layers[base_at]);
+                let len = base.driver().len().max(top.driver().len());
+                let job = if stream {
+                    let floor = Floor::Base(base.clone());
+                    blockferry::job::stream::start(&ring, &node, Some(&layers[0]), floor, sweep("s"))
+                        .await
+                        .unwrap()
+                } else {
+                    blockferry::job::commit::start(&ring, &node, Some(top), Some(base), sweep("c"))
+                        .await
+                        .unwrap()
+                };
+                assert_eq!(job.until_over().await, Ending::Completed);
+                if !stream {
+                    assert_eq!(base.driver().len(), len);
+                }
+            });
+            drop(engine);
+            assert!(common::qcow2::content_by_qemu(&front) == before, "{lens:?} {top_at} {base_at} {stream}");
+            common::qcow2::check_by_qemu(&front);
+        }
+    }
 }

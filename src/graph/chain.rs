@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use super::node::Node;
+use crate::base::planted::{Bug, is_planted};
 use crate::block::{BlockError, Held, Holds};
 
 /// What the `layers` (from above) hold together from `offset` on, for at most `len` bytes (above 0): the uppermost that
@@ -16,6 +17,9 @@ pub async fn held_by(layers: &[Rc<Node>], offset: u64, len: u64) -> Result<Held,
     for node in layers {
         let driver = node.driver();
         if offset >= driver.len() {
+            if is_planted(Bug::ShortLayerShows) {
+                continue;
+            }
             return Ok(Held { len, what: Holds::Zero });
         }
         len = len.min(driver.len() - offset);

@@ -39,7 +39,7 @@ impl Driver for Qcow2 {
     }
 
     fn len(&self) -> u64 {
-        self.len.get()
+        self.len_before.get().unwrap_or(self.len.get())
     }
 
     fn is_read_only(&self) -> bool {

@@ -129,6 +129,8 @@ pub struct Qcow2 {
     /// The first bytes of the file, as they are there.
     pub(super) head: RefCell<Vec<u8>>,
     pub(super) len: Cell<u64>,
+    /// What others see as the length while the disk grows: the new part is not all zeroes yet.
+    pub(super) len_before: Cell<Option<u64>>,
     pub(super) meta: RefCell<Meta>,
     pub(super) claims: Claims,
     pub(super) epochs: Rc<Epochs>,

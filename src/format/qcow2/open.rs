@@ -167,6 +167,7 @@ impl Qcow2 {
             for_check,
             g,
             len: Cell::new(header.size),
+            len_before: Cell::new(None),
             corrupt: Cell::new(header.incompatible & incompatible::CORRUPT != 0),
             header: RefCell::new(header),
             head: RefCell::new(head),

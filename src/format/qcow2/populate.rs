@@ -8,6 +8,7 @@ use blockferry_ring::SharedBuf;
 use super::image::{Fault, Qcow2};
 use super::plan::Place;
 use super::zero::Change;
+use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::block::{Fill, Held, Holds};
 
@@ -58,7 +59,7 @@ impl Qcow2 {
         while at < part.end() {
             let piece = self.piece(at, part.end()).await?;
             let run = ByteRange::at_saturating(at, piece.len);
-            if piece.place == Place::Below {
+            if piece.place == Place::Below || is_planted(Bug::PopulateOverwrites) {
                 match fill {
                     Fill::Data(buf) => {
                         let skip = (run.start() - range.start()) as usize;

@@ -213,6 +213,8 @@ pub(super) async fn start_commit(
         uses.push(layer.attach(UseKind::JobLayer("commit"))?);
     }
     let target_use = base.attach(UseKind::JobBase("commit"))?;
+    // Writing ends after the job's use of it.
+    uses.push(base.attach(UseKind::Editor)?);
     let writable = Writable::hold(ring, base, uses).await?;
     let len = source.driver().len();
     if base.driver().len() < len

@@ -21,6 +21,7 @@ use blockferry_ring::Nanos;
 use blockferry_ring::sync::Notify;
 
 use crate::base::limits;
+use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::graph::node::Node;
 use crate::job::body::{Body, Context, Details, Event, Report};
@@ -369,7 +370,7 @@ impl Sweep {
                 cx.operations.push(Op::Status(ByteRange::at_saturating(self.asked_to, len)));
             }
             let Some(&(range, what)) = self.due.front() else { return };
-            if what == What::Skip {
+            if what == What::Skip || what == What::Zero && is_planted(Bug::SweepZeroesSkipped) {
                 self.done.skipped += range.len();
                 cx.progress.done(range.len());
                 self.due.pop_front();
@@ -456,7 +457,8 @@ impl Sweep {
             self.copy_on(cx);
             let all = self.asked_to >= self.settings.len && self.due.is_empty();
             if all && self.is_idle() {
-                self.enter(Stage::Flushing);
+                let skips = is_planted(Bug::SweepFlushSkipped);
+                self.enter(if skips { Stage::Settled } else { Stage::Flushing });
             }
         }
         match self.stage {
@@ -528,3 +530,7 @@ impl Body for Sweep {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

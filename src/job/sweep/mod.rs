@@ -17,6 +17,7 @@ use blockferry_ring::{Ring, SharedBuf};
 use super::error::JobError;
 use super::governor::GuestFirst;
 use super::lifecycle::{JobOptions, parse_speed};
+use super::mirror::MirrorError;
 use super::mirror::memory::Memory;
 use super::plan::What;
 use super::policy::{Failed, OnError};
@@ -107,7 +108,18 @@ pub enum ChainError {
     Block(#[from] BlockError),
     /// What a mirror, the engine of an active commit, says.
     #[error(transparent)]
-    Mirror(#[from] super::mirror::MirrorError),
+    Mirror(MirrorError),
+}
+
+impl From<MirrorError> for ChainError {
+    fn from(error: MirrorError) -> ChainError {
+        match error {
+            MirrorError::Block(error) => ChainError::Block(error),
+            MirrorError::Job(error) => ChainError::Job(error),
+            MirrorError::BufSize => ChainError::BufSize,
+            other => ChainError::Mirror(other),
+        }
+    }
 }
 
 /// Bytes in flight, as the user said.
