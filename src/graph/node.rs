@@ -125,7 +125,8 @@ pub struct Node {
     /// The chain below is being changed.
     relinking: Cell<bool>,
     load: Load,
-    readers: RefCell<Option<Rc<dyn Fn(ByteRange)>>>,
+    /// Hears of guests' reads.
+    read_told: RefCell<Option<ReadTold>>,
 }
 
 /// Who needs a layer to be writable that was opened to be read.
@@ -137,6 +138,9 @@ struct Access {
     /// One at a time changes it.
     busy: Cell<bool>,
 }
+
+/// Is told of a range that a guest reads.
+pub type ReadTold = Rc<dyn Fn(ByteRange)>;
 
 /// Nobody else does the same meanwhile.
 #[derive(Debug)]
@@ -314,7 +318,7 @@ impl Node {
             access: Access::default(),
             relinking: Cell::new(false),
             load: Load::default(),
-            readers: RefCell::default(),
+            read_told: RefCell::default(),
         })
     }
 
@@ -515,12 +519,12 @@ impl Node {
     }
 
     /// `told` hears of every range that a guest has read, until it is taken away with `None`.
-    pub fn tell_reads(&self, told: Option<Rc<dyn Fn(ByteRange)>>) {
-        *self.readers.borrow_mut() = told;
+    pub fn tell_reads(&self, told: Option<ReadTold>) {
+        *self.read_told.borrow_mut() = told;
     }
 
     fn was_read(&self, offset: u64, len: u64) {
-        let told = self.readers.borrow().clone();
+        let told = self.read_told.borrow().clone();
         if let Some(told) = told {
             told(ByteRange::at_saturating(offset, len));
         }

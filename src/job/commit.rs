@@ -37,7 +37,7 @@ use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::block::{BlockError, Holds, IoFuture, WriteFlags, ZeroFlags};
 use crate::graph::chain::{held_by, name_for};
-use crate::graph::node::{Node, UseKind};
+use crate::graph::node::{Drained, Node, UseKind};
 
 /// The layers from `top` down to, and without, `base`.
 fn layers_between(top: &Rc<Node>, base: &Rc<Node>) -> Result<Vec<Rc<Node>>, ChainError> {
@@ -83,8 +83,7 @@ pub async fn start(
     }
     uses.push(base.attach(UseKind::JobBase("commit"))?);
     let base = Writable::hold(ring, base, uses).await?;
-    // Where the uppermost layer is shorter than the base, the overlay shows zeroes.
-    let len = top.driver().len().max(base.node().driver().len().min(chain[at - 1].driver().len()));
+    let len = top.driver().len();
     let direction = Rc::new(Down {
         ring: ring.clone(),
         front: front.clone(),
@@ -162,6 +161,30 @@ impl Down {
         result
     }
 
+    /// Where the uppermost layer is shorter than the base, the overlay shows zeroes, and must go on to do so. Gives the
+    /// drain in which that is true.
+    async fn hide_rest(&self, overlay: &Rc<Node>) -> Result<Drained, Failed> {
+        let base = self.base.node().driver();
+        let mut hidden_to = self.layers[0].driver().len();
+        loop {
+            let shown_to = overlay.driver().len().min(base.len());
+            if shown_to > hidden_to {
+                let rest = ByteRange::at_saturating(hidden_to, shown_to - hidden_to);
+                self.make_zero(rest).await.map_err(Failed::write)?;
+                base.flush().await.map_err(Failed::write)?;
+                hidden_to = shown_to;
+            }
+            let drained = self.front.drain(limits::DRAIN_NANOS_MAX).await.map_err(|errno| Failed {
+                operation: IoOperation::Write,
+                errno: errno.0,
+                text: "Draining the disk timed out: a guest's request does not end".into(),
+            })?;
+            if overlay.driver().len().min(base.len()) <= hidden_to {
+                return Ok(drained);
+            }
+        }
+    }
+
     /// In a drain: the overlay records the base, durably, and then reads from it.
     async fn link_to_base(&self, overlay: &Rc<Node>) -> Result<(), Failed> {
         let (Some(lowest), Some(layer)) = (self.layers.last(), overlay.driver().as_layer()) else {
@@ -172,11 +195,7 @@ impl Down {
             Some(name) => name.clone(),
             None => name_for(overlay, lowest, base),
         };
-        let drained = self.front.drain(limits::DRAIN_NANOS_MAX).await.map_err(|errno| Failed {
-            operation: IoOperation::Write,
-            errno: errno.0,
-            text: "Draining the disk timed out: a guest's request does not end".into(),
-        })?;
+        let drained = self.hide_rest(overlay).await?;
         layer.record_backing(Some((&name, base.driver().format()))).await.map_err(Failed::write)?;
         // From here on there is no way back, and nothing that can fail but to give locks up.
         if let Err(error) = overlay.set_below(Some(base.clone())) {
@@ -211,6 +230,8 @@ impl Direction for Down {
     fn prepare(&self) -> IoFuture<'_, Result<(), BlockError>> {
         self.ring.boxed(async move {
             let (base, top) = (self.base.node().driver(), self.layers[0].driver());
+            // What lies below the base must not change while that shows what it hides.
+            let _alone = self.front.relinking().await;
             if base.len() < top.len() { base.set_len(top.len()).await } else { Ok(()) }
         })
     }

@@ -294,7 +294,7 @@ impl Life {
                 let pivoted = !Rc::ptr_eq(&self.root.node(), &self.front);
                 if pivoted {
                     self.count("pivots");
-                } else if !aim.active && aim.dropped().iter().any(|node| has(node)) {
+                } else if !aim.active && aim.dropped().iter().any(has) {
                     self.wrong(format!("{id} completed and left layers in the chain"));
                 }
                 self.changed.set(self.changed.get() || !aim.active || pivoted);

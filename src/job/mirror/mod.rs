@@ -216,10 +216,13 @@ pub(super) async fn start_commit(
     // Writing ends after the job's use of it.
     uses.push(base.attach(UseKind::Editor)?);
     let writable = Writable::hold(ring, base, uses).await?;
-    let len = source.driver().len();
-    if base.driver().len() < len
-        && let Err(error) = base.driver().set_len(len).await
-    {
+    let grown = async {
+        // What lies below the base must not change while that grows.
+        let _alone = source.relinking().await;
+        let len = source.driver().len();
+        if base.driver().len() < len { base.driver().set_len(len).await } else { Ok(()) }
+    };
+    if let Err(error) = grown.await {
         writable.release().await;
         return Err(error.into());
     }
