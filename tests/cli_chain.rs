@@ -39,25 +39,28 @@ fn export(chain: &Chain) -> (String, PathBuf) {
     (format!("nbd+unix:///disk?socket={}", socket.display()), socket)
 }
 
-/// A process that serves a chain while it changes it, and a client that writes, checking what it reads.
-fn under_a_writer(chain: &Chain, arguments: &[&str], wait_for: &str) -> (Vec<u8>, Vec<Value>) {
+/// A process that serves a chain while it changes it, and a client that writes, checking what it reads, before and after.
+/// A job that follows is told to end. What the disk then holds, and the command's last words.
+fn under_a_writer(chain: &Chain, arguments: &[&str]) -> (Vec<u8>, Value) {
     let (uri, socket) = export(chain);
     let mut job = Process::json(&[arguments, &["--export", &uri, "--speed", "8MiB"]].concat());
     job.wait_event("listening");
     let writer = Writer::start(&Plan::anywhere(&socket, LEN, 3), false);
-    job.wait_event(wait_for);
-    writer.wait_more(100);
-    if wait_for == "BLOCK_JOB_READY" {
+    if arguments.contains(&"--follow") {
+        job.wait_event("BLOCK_JOB_READY");
+        writer.wait_more(100);
         job.interrupt();
-        job.wait_event("end");
     }
+    let end = job.wait_event("end");
+    assert_eq!(end["ending"], "completed");
+    writer.wait_more(100);
     let history = writer.stop();
     let ended = job.end();
     assert_eq!(ended.code, Some(0), "{ended}");
     assert!(!socket.exists(), "the socket is left behind");
     let mut model = chain.model.clone();
     history.apply(&mut model);
-    (model, ended.events())
+    (model, end)
 }
 
 #[test]
@@ -279,15 +282,17 @@ fn an_interrupted_job_leaves_the_chain_as_it_was() {
 #[test]
 fn clients_go_on_on_the_base() {
     let chain = Chain::new(9, &PLAIN);
-    let (model, _) = under_a_writer(&chain, &["commit", &chain.top(), "-b", "base.raw", "--pivot"], "end");
+    let (model, end) = under_a_writer(&chain, &["commit", &chain.top(), "-b", "base.raw", "--pivot"]);
+    assert_eq!(end["pivot"], true);
+    assert_eq!(told_chain(&[end]), ["base.raw"]);
     chain.check(&chain.path(0), &model, &[]);
 }
 
 #[test]
 fn a_base_is_kept_in_step_until_told_to_end() {
     let chain = Chain::new(10, &PLAIN);
-    let (model, _) =
-        under_a_writer(&chain, &["commit", &chain.top(), "-b", "l1.qcow2", "--follow"], "BLOCK_JOB_READY");
+    let (model, end) = under_a_writer(&chain, &["commit", &chain.top(), "-b", "l1.qcow2", "--follow"]);
+    assert_eq!(end["pivot"], false);
     assert_eq!(chain.chain_of(&chain.top()).len(), 4);
     chain.check(&chain.top(), &model, &[1, 2, 3, 4]);
 }
@@ -301,7 +306,7 @@ fn layers_are_dropped_under_clients() {
     ];
     for (order, left, sound) in orders {
         let chain = Chain::new(11, &MIXED);
-        let (model, _) = under_a_writer(&chain, &[order, &[&chain.top()]].concat(), "end");
+        let (model, _) = under_a_writer(&chain, &[order, &[&chain.top()]].concat());
         assert_eq!(chain.chain_of(&chain.top()), left, "{order:?}");
         chain.check(&chain.top(), &model, sound);
     }

@@ -73,8 +73,8 @@ pub struct Started {
     pub done: String,
     /// What is so when it is given up or failed.
     pub undone: String,
-    /// Where the disk is used afterwards, if that is another layer than before.
-    pub front: Option<Rc<Node>>,
+    /// Where clients go on afterwards, if they do not stay where they are.
+    pub moves_to: Option<Rc<Node>>,
 }
 
 /// How a command of this kind speaks, and what it does with a job that becomes ready.
@@ -163,11 +163,9 @@ impl Run {
         };
         either(settled, self.signals.next_ending()).await;
         drop(using);
-        let front = match (&ending, &started.front) {
-            (Ending::Completed, Some(front)) => front,
-            _ => &front,
-        };
-        let exit = self.report(&started, &ending, front, elapsed_ns);
+        // A signal may have come between.
+        let moved = started.moves_to.as_ref().filter(|layer| layer.root_count() > 0);
+        let exit = self.report(&started, &ending, &front, moved, elapsed_ns);
         if !args.exit_on_done && exit != Exit::Cancelled {
             exports.serve_until_idle(&self.signals).await;
         }
@@ -186,17 +184,25 @@ impl Run {
     }
 
     /// Prints it, and gives the exit code.
-    fn report(&self, started: &Started, ending: &Ending, front: &Rc<Node>, elapsed_ns: u64) -> Exit {
+    fn report(
+        &self,
+        started: &Started,
+        ending: &Ending,
+        front: &Rc<Node>,
+        moved: Option<&Rc<Node>>,
+        elapsed_ns: u64,
+    ) -> Exit {
         let exit = exit_code(ending);
         let details = started.job.details();
         if self.global.json {
-            let chain: Vec<_> = front.chain().iter().map(|node| node.driver().name().to_owned()).collect();
+            let chain = moved.unwrap_or(front).chain();
+            let chain: Vec<_> = chain.iter().map(|node| node.driver().name().to_owned()).collect();
             println!(
                 "{}",
                 json!({
                     "event": "end",
                     "ending": ending_name(ending),
-                    "pivot": *ending == Ending::Completed && started.front.is_some(),
+                    "pivot": moved.is_some(),
                     "elapsed-ns": elapsed_ns,
                     "details": details,
                     "chain": chain,
@@ -207,13 +213,14 @@ impl Run {
         } else if *ending == Ending::Completed && !self.args.quiet {
             let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
             eprintln!(
-                "Completed in {}: {} copied ({}), {} zeroed, {} skipped; {}",
+                "Completed in {}: {} copied ({}), {} zeroed, {} skipped; {}{}",
                 fmt_duration(elapsed_ns),
                 fmt_bytes(details.bytes_copied),
                 fmt_rate(rate),
                 fmt_bytes(details.bytes_zeroed),
                 fmt_bytes(details.bytes_skipped),
                 started.done,
+                if moved.is_some() { ", and is in use now" } else { "" },
             );
         }
         exit

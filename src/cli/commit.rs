@@ -89,12 +89,11 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
                 "{base_name} holds what {top_name} showed, and is the backing file of {} now",
                 shown(&above)
             ),
-            None if pivot => format!("{base_name} holds what {top_name} showed, and is in use now"),
-            None => format!("{base_name} holds what {top_name} shows"),
+            None => format!("{base_name} holds what {top_name} showed"),
         };
         let undone = format!(
             "The chain is as it was. {base_name} by itself may hold some of what lies above it: do not use it alone"
         );
-        Ok(Started { job, done, undone, front: pivot.then_some(base) })
+        Ok(Started { job, done, undone, moves_to: pivot.then_some(base) })
     })
 }

@@ -80,6 +80,6 @@ pub fn main(global: &Global, args: StreamArgs) -> Result<Exit, Failure> {
             None => format!("{} needs no backing file any more", shown(&top)),
         };
         let undone = "The chain is as it was; what has been filled need not be filled again".into();
-        Ok(Started { job, done, undone, front: None })
+        Ok(Started { job, done, undone, moves_to: None })
     })
 }
