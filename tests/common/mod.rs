@@ -252,6 +252,16 @@ impl Drop for Process {
     }
 }
 
+/// Waits until nobody holds a lock on an image: the kernel gives those of a process that was killed back a moment later.
+pub fn wait_unlocked(image: &str) {
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(image).expect("an image");
+    let end = Instant::now() + PATIENCE;
+    while rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+        assert!(Instant::now() < end, "{image} stays locked");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Whether loop devices can be made and other users be played.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
