@@ -1,14 +1,15 @@
-//! What real trouble does to a mirror: a small filesystem that is full, room that somebody makes, a target
-//! that is in write-blocking mode meanwhile.
+//! What real trouble does to jobs: a small filesystem that is full, and room that somebody makes; for a mirror, whose
+//! target may be in write-blocking mode meanwhile, and for commits and streams, which write into a layer.
 
 mod common;
 
 use std::path::Path;
+use std::process::Command;
 
 use common::filesystem::Mounted;
 use common::image::{MIB, Scratch, assert_equal, content, difference};
 use common::writer::{Plan, Writer};
-use common::{Process, assert_same, event, is_marked, tool};
+use common::{Process, assert_same, event, is_marked, run, tool};
 use serde_json::Value;
 
 const IMAGE_BYTES: u64 = 24 * MIB;
@@ -147,4 +148,163 @@ fn clients_do_not_notice_a_full_target_in_write_blocking_mode() {
     let found = content(&target);
     history.check(&base, &found).unwrap();
     assert!(difference(&base, &found).is_some(), "the clients did write");
+}
+
+/// A job that puts more into a layer than the small filesystem with that layer has room for.
+struct Merge {
+    small: Small,
+    arguments: Vec<String>,
+    /// The active layer, and all layers of the chain.
+    top: String,
+    layers: Vec<String>,
+    /// What the disk shows.
+    model: String,
+    /// Goes last: the small filesystem lies in it.
+    _scratch: Scratch,
+}
+
+const MERGES: [&str; 3] = ["intermediate commit", "active commit", "stream"];
+
+impl Merge {
+    fn new(kind: &str) -> Merge {
+        let scratch = Scratch::new();
+        let small = Small::new(&scratch, 9 * MIB);
+        let (base, mid, top) = match kind {
+            // What is filled lies on the small filesystem.
+            "stream" => (scratch.path("base"), scratch.path("mid"), small.filesystem.path("top")),
+            _ => (small.filesystem.path("base"), scratch.path("mid"), scratch.path("top")),
+        };
+        let create = ["create", "-q", "-f", "qcow2"];
+        tool("qemu-img", &[&create[..], &[&base, "24M"]].concat());
+        for (layer, below) in [(&mid, &base), (&top, &mid)] {
+            tool("qemu-img", &[&create[..], &["-F", "qcow2", "-b", below, layer]].concat());
+        }
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -q -P 7 0 24M", &mid]);
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -q -P 8 5M 1M", &top]);
+        let model = scratch.path("model");
+        tool("qemu-img", &["convert", "-O", "raw", &top, &model]);
+        let directory = scratch.path("");
+        let arguments = match kind {
+            "intermediate commit" => vec!["commit", &top, "-t", &mid, "-b", &base],
+            "active commit" => vec!["commit", &top, "-b", &base],
+            _ => vec!["stream", &top, "--allow-dir", &directory],
+        };
+        let arguments = arguments.into_iter().map(str::to_owned).collect();
+        Merge { arguments, top: top.clone(), layers: vec![base, mid, top], small, model, _scratch: scratch }
+    }
+
+    fn arguments<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
+        self.arguments.iter().map(String::as_str).chain(more.iter().copied()).collect()
+    }
+
+    /// How many backing files the disk has.
+    fn depth(&self) -> usize {
+        let text = tool("qemu-img", &["info", "--output=json", "--backing-chain", &self.top]);
+        let list: Vec<Value> = serde_json::from_str(&text).expect("JSON");
+        list.len() - 1
+    }
+
+    /// The disk shows what it showed, and the images of these layers are sound.
+    fn check(&self, layers: &[&String]) {
+        for layer in layers {
+            tool("qemu-img", &["check", "-q", "-f", "qcow2", layer]);
+        }
+        tool("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", &self.top, &self.model]);
+    }
+
+    /// After the job: it did what it promised.
+    fn check_done(&self, kind: &str) {
+        let [base, mid, top] = &self.layers[..] else { unreachable!("three layers") };
+        match kind {
+            "intermediate commit" => {
+                assert_eq!(self.depth(), 1);
+                self.check(&[base, top]);
+            }
+            "active commit" => {
+                assert_eq!(self.depth(), 2);
+                self.check(&[base, mid, top]);
+                tool("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", base, &self.model]);
+            }
+            _ => {
+                assert_eq!(self.depth(), 0);
+                self.check(&[top]);
+            }
+        }
+    }
+}
+
+/// The job is paused once; with room it goes on with what failed, and completes.
+#[test]
+fn a_full_layer_stops_a_merge_and_room_lets_it_complete() {
+    for (kind, policy) in MERGES.into_iter().zip(["enospc", "stop", "enospc"]) {
+        let merge = Merge::new(kind);
+        let mut job = Process::json(&merge.arguments(&["--on-error", policy, "--buf-size", "4MiB"]));
+        let mut pauses = 0;
+        loop {
+            let event = job.event().expect("a job that is stopped by a full layer");
+            pauses += usize::from(is_status(&event, "paused"));
+            if event["event"] == "progress" && event["io-status"] == "nospace" {
+                assert_eq!(event["status"], "paused");
+                break;
+            }
+        }
+        assert_eq!(pauses, 1, "{kind}");
+        merge.small.make_room();
+        job.resume();
+        let ended = job.end();
+        assert_eq!(ended.code, Some(0), "{kind}: {ended}");
+        let after = ended.events();
+        assert!(after.iter().all(|event| !is_stop(event)), "it failed again with room: {after:#?}");
+        assert_eq!(event(&after, "end")["ending"], "completed");
+        merge.check_done(kind);
+    }
+}
+
+/// `report` ends the job: the chain is as it was, and with room the job can be run again.
+#[test]
+fn a_full_layer_ends_a_merge_and_the_chain_is_as_it_was() {
+    for kind in MERGES {
+        let merge = Merge::new(kind);
+        let ended = run(&merge.arguments(&[]));
+        assert_eq!(ended.code, Some(1), "{kind}: {ended}");
+        let text = ended.err.clone();
+        assert!(text.contains("No space left") && text.contains("The chain is as it was"), "{kind}: {text}");
+        assert_eq!(merge.depth(), 2);
+        merge.check(&[]);
+        for layer in &merge.layers {
+            // Tables, too, found no room: what they would have named has leaked, and that is all.
+            let mut check = Command::new("qemu-img");
+            check.args(["check", "-q", "-f", "qcow2", layer]);
+            let ended = Process::spawn(check).end();
+            assert!(matches!(ended.code, Some(0 | 3)), "{kind}: {layer}: {ended}");
+        }
+        merge.small.make_room();
+        for layer in &merge.layers {
+            run(&["check", "-q", "-r", "leaks", layer]);
+        }
+        let ended = run(&merge.arguments(&[]));
+        assert_eq!(ended.code, Some(0), "{kind}: {ended}");
+        merge.check_done(kind);
+    }
+}
+
+/// `ignore` tries again, with pauses, and goes on by itself when there is room.
+#[test]
+fn a_merge_that_ignores_a_full_layer_goes_on_when_there_is_room() {
+    for kind in MERGES {
+        let merge = Merge::new(kind);
+        let mut job = Process::json(&merge.arguments(&["--on-error", "ignore"]));
+        let ignored =
+            |event: &Value| event["event"] == "BLOCK_JOB_ERROR" && event["data"]["action"] == "ignore";
+        for _ in 0..3 {
+            job.wait_for(ignored);
+        }
+        let progress = job.wait_event("progress");
+        assert_eq!(progress["status"], "running");
+        merge.small.make_room();
+        let ended = job.end();
+        assert_eq!(ended.code, Some(0), "{kind}: {ended}");
+        assert_eq!(event(&ended.events(), "end")["ending"], "completed");
+        merge.check_done(kind);
+    }
 }

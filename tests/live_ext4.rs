@@ -8,36 +8,17 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use common::filesystem::blocks_of;
-use common::image::{Dice, MIB, Scratch, content, difference, pattern};
+use common::ext4::{IMAGE_BYTES, assert_whole, make};
+use common::image::{Scratch, content, difference};
 use common::writer::{Plan, Writer};
 use common::{Process, assert_same, event, is_marked, tool};
 use serde_json::Value;
 
-const FILES: u64 = 3000;
-const IMAGE_BYTES: u64 = 224 * MIB;
-const LARGE_BYTES: u64 = 24 * MIB;
-const BLOCK_BYTES: u64 = 4096;
 /// Slowly enough that the clients write a lot before it is ready, in pieces as small as theirs, so that they
 /// do not dirty more than it may copy.
 const SLOWLY: [&str; 4] = ["--granularity", "4KiB", "--speed", "64MiB"];
-
-/// A folder with thousands of small files and a large one.
-fn make_tree(root: &Path) {
-    let mut dice = Dice::new(7);
-    for i in 0..FILES {
-        let folder = root.join(format!("folder{}", i % 50));
-        std::fs::create_dir_all(&folder).unwrap();
-        let mut bytes = vec![0; dice.below(9000) as usize];
-        pattern(i, 1, &mut bytes);
-        std::fs::write(folder.join(format!("file{i}")), bytes).unwrap();
-    }
-    let mut bytes = vec![0; LARGE_BYTES as usize];
-    pattern(0, 2, &mut bytes);
-    std::fs::write(root.join("large"), bytes).unwrap();
-}
 
 /// A filesystem to move.
 struct Lab {
@@ -59,15 +40,8 @@ struct Move {
 impl Lab {
     fn new() -> Lab {
         let scratch = Scratch::new();
-        let tree = scratch.dir().join("tree");
-        make_tree(&tree);
         let original = scratch.path("original");
-        let size = format!("{}M", IMAGE_BYTES / MIB);
-        tool("mke2fs", &["-q", "-t", "ext4", "-b", "4096", "-d", tree.to_str().unwrap(), &original, &size]);
-        std::fs::remove_dir_all(&tree).unwrap();
-        assert_whole(&original);
-        let blocks = blocks_of(&original, "/large");
-        assert_eq!(blocks.len() as u64 * BLOCK_BYTES, LARGE_BYTES);
+        let blocks = make(&scratch, &original);
         Lab { scratch, original, blocks }
     }
 
@@ -168,11 +142,6 @@ impl Lab {
         println!("instant: {} acknowledged writes", history.acked());
         self.done([&source, &target, &model]);
     }
-}
-
-/// `e2fsck` finds nothing.
-fn assert_whole(image: &str) {
-    tool("e2fsck", &["-f", "-n", image]);
 }
 
 /// A filesystem that is whole, byte for byte the model, and not marked as unfinished.

@@ -44,6 +44,9 @@ pub enum Failure {
     /// A conversion.
     #[error(transparent)]
     Convert(#[from] crate::job::convert::ConvertError),
+    /// A commit or a stream.
+    #[error(transparent)]
+    Chain(#[from] crate::job::sweep::ChainError),
     /// A job verb.
     #[error(transparent)]
     Job(#[from] crate::job::error::JobError),

@@ -1,7 +1,9 @@
 //! The command line: one file a subcommand, and what they share.
 
 pub mod bench;
+pub mod chain;
 pub mod check;
+pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod create;
@@ -10,6 +12,7 @@ pub mod doctor;
 pub mod exit;
 pub mod image;
 pub mod info;
+pub mod job;
 pub mod map;
 pub mod measure;
 pub mod mirror;
@@ -20,6 +23,7 @@ pub mod serve;
 pub mod signals;
 pub mod snapshot;
 pub mod stats;
+pub mod stream;
 pub mod target;
 pub mod tool;
 
@@ -48,7 +52,7 @@ Exit codes:
   0  done as promised
   1  failed; the message names what, where, and what to do
   2  the command line makes no sense
-  3  cancelled before the target was complete; it is marked incomplete
+  3  cancelled before the target was complete, which is marked so, or the chain was changed
   4  source and target (or data and pattern) differ
 
 Try `blockferry demo` to see it work, `blockferry doctor` to see what this machine allows.";
@@ -74,6 +78,8 @@ pub struct Global {
 enum Command {
     Demo(demo::DemoArgs),
     Mirror(Box<mirror::MirrorArgs>),
+    Commit(Box<commit::CommitArgs>),
+    Stream(Box<stream::StreamArgs>),
     Serve(serve::ServeArgs),
     Info(info::InfoArgs),
     Convert(Box<convert::ConvertArgs>),
@@ -97,6 +103,8 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Demo(args) => demo::main(global, &args),
         Command::Mirror(args) => mirror::main(global, &args),
+        Command::Commit(args) => commit::main(global, *args),
+        Command::Stream(args) => stream::main(global, *args),
         Command::Serve(args) => serve::main(global, &args),
         Command::Info(args) => info::main(global, args),
         Command::Convert(args) => convert::main(global, *args),

@@ -111,6 +111,15 @@ impl Engine {
         Ok(Node::new(&self.ring, name, driver))
     }
 
+    /// Opens an image as a node, from outside a task: the result comes as the engine turns.
+    pub fn start_open(&self, name: &str, options: &ImageOptions) -> OneShot<Result<Rc<Node>, BlockError>> {
+        let (ring, name, options) = (self.ring.clone(), name.to_owned(), options.clone());
+        self.ring.spawn_with_result(async move {
+            let driver = open::open(&ring, &name, &options).await?;
+            Ok(Node::new(&ring, name, driver))
+        })
+    }
+
     /// A guest of a node: submits requests by token and takes completions from a queue.
     pub fn guest(&self, node: &Rc<Node>, read_only: bool) -> Result<Guest, BlockError> {
         Ok(Guest::new(&self.ring, Root::new(node, read_only)?))

@@ -278,6 +278,7 @@ impl Drop for Use {
             // Giving permissions up takes no new locks; only a dying file could refuse it.
             tracing::warn!(%error, "locks could not be given back");
         }
+        self.node.changed.notify();
     }
 }
 
@@ -367,6 +368,12 @@ impl Node {
             return Err(error);
         }
         Ok(Use { node: self.clone(), id })
+    }
+
+    /// Waits until no job uses it. Operations that a job has left behind at its end are uses, too.
+    pub async fn until_free_of_jobs(&self) {
+        let is_used = || self.users.borrow().iter().any(|(_, kind)| kind.job().is_some());
+        self.changed.until(|| (!is_used()).then_some(())).await;
     }
 
     fn check_use(&self, kind: UseKind, own: Option<u64>) -> IoResult {

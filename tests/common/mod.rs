@@ -5,6 +5,8 @@
 
 #![allow(dead_code)]
 
+pub mod chain;
+pub mod ext4;
 pub mod filesystem;
 pub mod image;
 pub mod nbd;
@@ -247,6 +249,16 @@ impl Drop for Process {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Waits until nobody holds a lock on an image: the kernel gives those of a process that was killed back a moment later.
+pub fn wait_unlocked(image: &str) {
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(image).expect("an image");
+    let end = Instant::now() + PATIENCE;
+    while rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+        assert!(Instant::now() < end, "{image} stays locked");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

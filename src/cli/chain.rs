@@ -1,0 +1,235 @@
+//! What `blockferry commit` and `blockferry stream` have in common: a chain is opened from its active layer down, served
+//! to clients if they are wanted, and changed by a job.
+//!
+//! The layers below the active one are opened to be read; the job reopens those that it writes. Nothing is written
+//! before the job has been started, and what can be refused is refused before that.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use blockferry_ring::sync::either;
+use clap::Args;
+use serde_json::json;
+
+use super::exit::{Exit, Failure};
+use super::image::{OpenArgs, parse_format, size, speed};
+use super::job::{AtReady, Policy, Watch, Words, bytes, ending_name, exit_code, guest_first, suit_bulk};
+use super::serve::{ClientArgs, Exports, export_uri};
+use super::signals::Signals;
+use super::{Global, config, stats};
+use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::engine::open::local_path;
+use crate::engine::{Engine, Format};
+use crate::graph::chain;
+use crate::graph::node::{Node, UseKind};
+use crate::job::governor::GuestFirst;
+use crate::job::runner::{Ending, Job};
+use crate::job::sweep::{ChainError, SweepOptions};
+use crate::protocol::nbd::NbdUri;
+
+/// Options of both.
+#[derive(Clone, Debug, Args)]
+pub struct ChainArgs {
+    /// The active layer: the image by which the disk is used
+    #[arg(value_name = "IMAGE")]
+    image: String,
+    /// Format of the active layer, if its header should not be asked
+    #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
+    /// Serve clients meanwhile, at this NBD URI (may be said more than once)
+    #[arg(long, value_name = "URI", value_parser = export_uri)]
+    export: Vec<NbdUri>,
+    /// End when the job ends, even if clients are still connected
+    #[arg(long, requires = "export")]
+    exit_on_done: bool,
+    /// Limit the copying, such as 200MiB (a second); 0 or `unlimited` for no limit
+    #[arg(long, value_name = "RATE", value_parser = speed, default_value = "0")]
+    speed: u64,
+    /// What to do when reading or writing fails
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t = Policy::Report)]
+    on_error: Policy,
+    /// Clients' latency while the job runs: `auto` (near what it is without the job), `off`, or a time that 99
+    /// of 100 requests shall not exceed, such as 500us
+    #[arg(long, value_name = "HOW", value_parser = guest_first, default_value = "auto")]
+    guest_first: GuestFirst,
+    /// Bytes in flight at most [default: 16MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0")]
+    buf_size: u64,
+    /// No progress
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    open: OpenArgs,
+    #[command(flatten)]
+    clients: ClientArgs,
+}
+
+/// A job on a chain, and what to say of it.
+#[derive(Debug)]
+pub struct Started {
+    /// The job.
+    pub job: Job,
+    /// What is so when it is completed.
+    pub done: String,
+    /// What is so when it is given up or failed.
+    pub undone: String,
+    /// Where clients go on afterwards, if they do not stay where they are.
+    pub moves_to: Option<Rc<Node>>,
+}
+
+/// How a command of this kind speaks, and what it does with a job that becomes ready.
+#[derive(Clone, Copy, Debug)]
+pub struct Manner {
+    /// The name of the command.
+    pub name: &'static str,
+    /// What it says.
+    pub words: Words,
+    /// What it does.
+    pub at_ready: AtReady,
+}
+
+/// The layer that is called so: by its path, by the name that the layer above it records, or by a path relative to the
+/// active layer.
+pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
+    let beside = || {
+        let path = local_path(front.driver().name())?.parent()?.join(name);
+        chain::find(front, path.to_str()?)
+    };
+    let found = chain::find(front, name).or_else(beside);
+    Ok(found.ok_or_else(|| ChainError::NotInChain(name.to_owned()))?)
+}
+
+/// Runs such a command; `start` starts the job on the open chain.
+pub fn main(
+    global: &Global,
+    args: ChainArgs,
+    backing_file: Option<String>,
+    manner: Manner,
+    start: impl AsyncFnOnce(&Engine, &Rc<Node>, SweepOptions) -> Result<Started, Failure> + 'static,
+) -> Result<Exit, Failure> {
+    let options = SweepOptions {
+        speed: bytes("speed", args.speed)?,
+        buf_size: bytes("buf-size", args.buf_size)?,
+        on_error: args.on_error.into(),
+        guest_first: args.guest_first,
+        backing_file,
+        ..SweepOptions::new(format!("{}0", manner.name))
+    };
+    let engine = Rc::new(Engine::new(&config(global))?);
+    let signals = Signals::new(engine.ring())?.with_continue(engine.ring())?;
+    let run = Run { global: global.clone(), engine: engine.clone(), signals, args, manner };
+    engine.run(async move { run.run(options, start).await })
+}
+
+struct Run {
+    global: Global,
+    engine: Rc<Engine>,
+    signals: Signals,
+    args: ChainArgs,
+    manner: Manner,
+}
+
+impl Run {
+    async fn run(
+        &self,
+        options: SweepOptions,
+        start: impl AsyncFnOnce(&Engine, &Rc<Node>, SweepOptions) -> Result<Started, Failure>,
+    ) -> Result<Exit, Failure> {
+        let (ring, args) = (self.engine.ring(), &self.args);
+        let front = self.engine.open(&args.image, &args.open.image(args.format, false)).await?;
+        // Without clients, too, nobody else is to write the disk or to change its chain.
+        let using = front.attach(UseKind::Guest)?;
+        let mut exports = Exports::with_limits(ring, &args.clients);
+        for uri in &args.export {
+            exports.add(&self.engine, &front, uri, false, &self.global).await?;
+        }
+        let layers = front.chain();
+        if args.export.is_empty() {
+            suit_bulk(ring, layers.iter().map(|node| node.driver().name()));
+        }
+        let began = ring.clock();
+        let started = start(&self.engine, &front, options).await?;
+        let job = &started.job;
+        let (signals, quiet) = (&self.signals, args.quiet);
+        let Manner { words, at_ready, .. } = self.manner;
+        let watch = Watch { global: &self.global, ring, signals, quiet, words, at_ready };
+        let ending = watch.follow(job, || true).await?;
+        let elapsed_ns = ring.clock() - began;
+        // A job that was given up leaves operations behind, which may be stuck; what they write belongs to the image.
+        let settled = async {
+            for layer in &layers {
+                layer.until_free_of_jobs().await;
+            }
+        };
+        either(settled, self.signals.next_ending()).await;
+        drop(using);
+        // A signal may have come between.
+        let moved = started.moves_to.as_ref().filter(|layer| layer.root_count() > 0);
+        let exit = self.report(&started, &ending, &front, moved, elapsed_ns);
+        if !args.exit_on_done && exit != Exit::Cancelled {
+            exports.serve_until_idle(&self.signals).await;
+        }
+        exports.stop().await;
+        let flushed = front.driver().flush().await;
+        stats::print(&self.global, ring);
+        match ending {
+            Ending::Failed(text) => Err(Failure::text(format!(
+                "The {} failed: {}. {}",
+                self.manner.name,
+                text.trim_end_matches('.'),
+                started.undone
+            ))),
+            _ => Ok(flushed.map(|()| exit)?),
+        }
+    }
+
+    /// Prints it, and gives the exit code.
+    fn report(
+        &self,
+        started: &Started,
+        ending: &Ending,
+        front: &Rc<Node>,
+        moved: Option<&Rc<Node>>,
+        elapsed_ns: u64,
+    ) -> Exit {
+        let exit = exit_code(ending);
+        let details = started.job.details();
+        if self.global.json {
+            let chain = moved.unwrap_or(front).chain();
+            let chain: Vec<_> = chain.iter().map(|node| node.driver().name().to_owned()).collect();
+            println!(
+                "{}",
+                json!({
+                    "event": "end",
+                    "ending": ending_name(ending),
+                    "pivot": moved.is_some(),
+                    "elapsed-ns": elapsed_ns,
+                    "details": details,
+                    "chain": chain,
+                })
+            );
+        } else if *ending == Ending::Cancelled {
+            eprintln!("Cancelled. {}", started.undone);
+        } else if *ending == Ending::Completed && !self.args.quiet {
+            let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
+            eprintln!(
+                "Completed in {}: {} copied ({}), {} zeroed, {} skipped; {}{}",
+                fmt_duration(elapsed_ns),
+                fmt_bytes(details.bytes_copied),
+                fmt_rate(rate),
+                fmt_bytes(details.bytes_zeroed),
+                fmt_bytes(details.bytes_skipped),
+                started.done,
+                if moved.is_some() { ", and is in use now" } else { "" },
+            );
+        }
+        exit
+    }
+}
+
+/// A layer as people are told of it.
+pub fn shown(node: &Node) -> String {
+    let name = node.driver().name();
+    let file = Path::new(name).file_name().filter(|_| node.driver().local_file().is_some());
+    format!("'{}'", file.map_or(name.into(), |file| file.to_string_lossy()))
+}

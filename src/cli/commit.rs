@@ -1,0 +1,99 @@
+//! `blockferry commit`: merges layers of a chain down into one of them, at rest or while the disk is in use.
+
+use std::rc::Rc;
+
+use clap::Args;
+
+use super::Global;
+use super::chain::{self, ChainArgs, Manner, Started, layer, shown};
+use super::exit::{Exit, Failure};
+use super::job::{AtReady, Words};
+use crate::graph::node::Node;
+use crate::job::sweep::ChainError;
+
+const AFTER: &str = "\
+A chain is an image with its backing files: base.img <- one.qcow2 <- two.qcow2 <- top.qcow2. IMAGE is its
+active layer (top.qcow2), by which the disk is used. Layers are named by their files.
+
+Examples:
+  Write what the active layer holds into its backing file (as `qemu-img commit -d` does):
+      blockferry commit top.qcow2
+
+  Merge all of the chain into its lowest image:
+      blockferry commit top.qcow2 --base base.img
+
+  Drop two intermediate layers: what one and two hold goes into base.img, and top.qcow2 then records
+  base.img as its backing file:
+      blockferry commit top.qcow2 --top two.qcow2 --base base.img
+
+  The same while clients use the disk:
+      blockferry commit top.qcow2 --top two.qcow2 --base base.img \\
+          --export 'nbd+unix:///disk?socket=/run/disk.sock'
+
+  Clients go on, on the base, once it holds everything:
+      blockferry commit top.qcow2 --export 'nbd+unix:///disk?socket=/run/disk.sock' --pivot
+
+What clients see does not change at any moment. The files of layers that are merged are left alone. If the
+command is cancelled (exit code 3) or fails, the chain is as it was; but the base, and the layers between, by
+themselves make no sense any more, because the base may hold newer data than they were made over.";
+
+/// Merge layers of a chain down into one of them, at rest or while the disk is in use
+#[derive(Debug, Args)]
+#[command(after_help = AFTER)]
+pub struct CommitArgs {
+    /// The uppermost layer that is merged [default: IMAGE itself]
+    #[arg(short, long, value_name = "LAYER")]
+    top: Option<String>,
+    /// The layer that receives it [default: the backing file of the uppermost]
+    #[arg(short, long, value_name = "LAYER")]
+    base: Option<String>,
+    /// What the layer above records as its backing file afterwards [default: the base, by the name it had, or by
+    /// its path]
+    #[arg(long, value_name = "NAME")]
+    backing_file: Option<String>,
+    /// When the base holds all that IMAGE shows, let the clients go on, on the base
+    #[arg(long, requires = "export", conflicts_with_all = ["follow", "top"])]
+    pivot: bool,
+    /// Keep the base in step until SIGINT or SIGTERM, which end the commit and leave the clients where they are
+    #[arg(long, conflicts_with = "top")]
+    follow: bool,
+    #[command(flatten)]
+    chain: ChainArgs,
+}
+
+const WORDS: Words = Words {
+    ready: "the base holds what the active layer shows",
+    gives_up: "Cancelling: the chain stays as it was",
+    finishes: "Finishing: the base becomes complete; once more gives up",
+};
+
+/// Runs the command.
+pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
+    let CommitArgs { top, base, backing_file, pivot, follow, chain: args } = args;
+    let at_ready = match (follow, pivot) {
+        (true, _) => AtReady::Follow,
+        (false, true) => AtReady::Pivot,
+        (false, false) => AtReady::Finish,
+    };
+    let manner = Manner { name: "commit", words: WORDS, at_ready };
+    chain::main(global, args, backing_file, manner, async move |engine, front, options| {
+        let top = top.map_or_else(|| Ok(front.clone()), |name| layer(front, &name))?;
+        let below = top.below().ok_or_else(|| ChainError::NoBacking(top.name().to_owned()))?;
+        let base = base.map_or(Ok(below), |name| layer(front, &name))?;
+        let is_above = |node: &Rc<Node>| node.below().is_some_and(|below| Rc::ptr_eq(&below, &top));
+        let above = front.chain().into_iter().find(is_above);
+        let job = engine.commit(front, Some(&top), Some(&base), options).await?;
+        let (base_name, top_name) = (shown(&base), shown(&top));
+        let done = match above {
+            Some(above) => format!(
+                "{base_name} holds what {top_name} showed, and is the backing file of {} now",
+                shown(&above)
+            ),
+            None => format!("{base_name} holds what {top_name} showed"),
+        };
+        let undone = format!(
+            "The chain is as it was. {base_name} by itself may hold some of what lies above it: do not use it alone"
+        );
+        Ok(Started { job, done, undone, moves_to: pivot.then_some(base) })
+    })
+}

@@ -1,0 +1,258 @@
+//! The options of `blockferry mirror`, and what they mean in the library's terms.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::cli::exit::Failure;
+use crate::cli::image::{OpenArgs, Reflink, duration, parse_format, size, speed};
+use crate::cli::job::{Policy, bytes, guest_first};
+use crate::cli::serve::{ClientArgs, export_uri};
+use crate::cli::tool::option_pairs;
+use crate::engine::Format;
+use crate::job::governor::GuestFirst;
+use crate::job::mirror::SyncMode;
+use crate::job::mirror::converge::OnDivergence;
+use crate::job::offload::OffloadPolicy;
+use crate::job::policy::CopyMode;
+use crate::job::runner::ErrorPolicies;
+use crate::protocol::nbd::NbdUri;
+
+const AFTER: &str = "\
+Examples:
+  Copy a disk that nobody uses, and check the copy byte for byte:
+      blockferry mirror --verify old.img new.img
+
+  Serve a disk and copy it while clients write to it; then let them go on, on the copy:
+      blockferry mirror -f raw old.img new.img --export 'nbd+unix:///disk?socket=/run/disk.sock' --pivot
+
+  Keep a copy in step until told to stop (Ctrl-C finishes it: the copy is then complete):
+      blockferry mirror -f raw disk.img copy.img --export nbd://127.0.0.1/disk --follow --speed 200MiB
+
+While the job runs the target carries a mark that says so; `blockferry info` shows it. The mark is gone
+when, and only when, the target equals the source and is flushed. Exit code 3 means that the job was
+cancelled before that.";
+
+/// Copy a disk to a new image, at rest or while it is in use
+#[derive(Debug, Args)]
+#[command(after_help = AFTER)]
+pub struct MirrorArgs {
+    /// The disk to copy: a file, a block device, nbd://HOST/EXPORT, mem:SIZE, null:SIZE or delay:TIME:NAME
+    #[arg(value_name = "SRC")]
+    pub(super) source: String,
+    /// Where to: a new file (created with the source's size), or an existing image or NBD export with --force
+    #[arg(value_name = "DST")]
+    pub(super) target: String,
+    /// Format of the source. Must be said (raw) when clients may write to it
+    #[arg(short = 'f', long, value_name = "FORMAT", value_parser = parse_format)]
+    pub(super) format: Option<Format>,
+    /// Format of the target. Must be said (raw) for an existing one
+    #[arg(short = 'F', long, value_name = "FORMAT", value_parser = parse_format)]
+    pub(super) target_format: Option<Format>,
+    /// Options of the target's format if it is made, as NAME=VALUE,NAME=VALUE (may be said more than once)
+    #[arg(short, long, value_name = "OPTIONS")]
+    pub(super) options: Vec<String>,
+    /// What to copy: all of it; what is above the backing file (all, where there is none); only new writes
+    #[arg(long, value_enum, default_value_t = Sync::Full)]
+    pub(super) sync: Sync,
+    /// Serve the source's clients meanwhile, at this NBD URI (may be said more than once)
+    #[arg(long, value_name = "URI", value_parser = export_uri)]
+    pub(super) export: Vec<NbdUri>,
+    /// When source and target are alike, let the clients go on, on the target
+    #[arg(long, requires = "export", conflicts_with = "follow")]
+    pub(super) pivot: bool,
+    /// Stay in step until SIGINT or SIGTERM, which complete the copy
+    #[arg(long)]
+    pub(super) follow: bool,
+    /// End when the job ends, even if clients are still connected
+    #[arg(long, requires = "export")]
+    pub(super) exit_on_done: bool,
+    /// Read both disks back, past the page cache, and compare; what is written meanwhile is compared again
+    #[arg(long)]
+    pub(super) verify: bool,
+    /// Overwrite an existing target
+    #[arg(long)]
+    pub(super) force: bool,
+    /// Limit the copying, such as 200MiB (a second); 0 or `unlimited` for no limit
+    #[arg(long, value_name = "RATE", value_parser = speed, default_value = "0")]
+    pub(super) speed: u64,
+    /// How clients' writes are treated while the job runs: copied later, or sent to both disks at once
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = CopyModeArg::Background)]
+    pub(super) copy_mode: CopyModeArg,
+    /// What to do when clients write faster than the job copies
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t = Divergence::WriteBlocking)]
+    pub(super) on_divergence: Divergence,
+    /// Clients' latency while the job runs: `auto` (near what it is without the job), `off`, or a time that 99
+    /// of 100 requests shall not exceed, such as 500us
+    #[arg(long, value_name = "HOW", value_parser = guest_first, default_value = "auto")]
+    pub(super) guest_first: GuestFirst,
+    /// The longest time for which clients wait while the job becomes ready or ends, such as 100ms; 0 for no
+    /// bound. (With --verify the comparing that is left comes on top)
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "300ms")]
+    pub(super) max_downtime: u64,
+    /// Be ready within this time, such as 10min, even if clients notice
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(super) deadline: Option<u64>,
+    /// Track changes in pieces of this size: a power of two from 512 to 64MiB [default: by the target, 64KiB]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) granularity: Option<u64>,
+    /// Bytes in flight at most [default: 16MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0")]
+    pub(super) buf_size: u64,
+    /// Keep zeroes in the source's data out of the target
+    #[arg(long, value_enum, default_value_t = DetectZeroes::Unmap)]
+    pub(super) detect_zeroes: DetectZeroes,
+    /// All of an existing target reads as zeroes: nothing of it is zeroed
+    #[arg(long, requires = "force")]
+    pub(super) target_is_zero: bool,
+    /// Let source and target share blocks where the filesystem can, if no client can write meanwhile
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = Reflink::Auto)]
+    pub(super) reflink: Reflink,
+    /// Allow a target that is larger than the source; what is behind the source's end stays as it is
+    #[arg(long)]
+    pub(super) allow_larger_target: bool,
+    /// What to do when reading the source fails
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t = Policy::Report)]
+    pub(super) on_source_error: Policy,
+    /// What to do when writing the target fails
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t = Policy::Report)]
+    pub(super) on_target_error: Policy,
+    /// Where to note unfinished targets that cannot carry a mark themselves (block devices, some filesystems)
+    #[arg(long, value_name = "DIR")]
+    pub(super) state_dir: Option<PathBuf>,
+    /// No progress
+    #[arg(short, long)]
+    pub(super) quiet: bool,
+    #[command(flatten)]
+    pub(super) open: OpenArgs,
+    #[command(flatten)]
+    pub(super) clients: ClientArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum Sync {
+    Full,
+    Top,
+    None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum DetectZeroes {
+    /// Copy zeroes as data
+    Off,
+    /// Write zeroes by the target's own means; its space stays its own
+    On,
+    /// The same, and space is given back where that is possible
+    Unmap,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum CopyModeArg {
+    /// What clients change is copied later
+    Background,
+    /// Clients' writes go to both disks, and are answered after both
+    WriteBlocking,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum Divergence {
+    /// Go over to write-blocking
+    WriteBlocking,
+    /// Slow clients' writes down, smoothly, until the job gains on them
+    Throttle,
+    /// Show it, no more
+    Report,
+}
+
+/// The arguments, in the library's terms.
+pub(super) struct Settings {
+    pub(super) source: String,
+    pub(super) target: String,
+    pub(super) format: Option<Format>,
+    pub(super) target_format: Option<Format>,
+    pub(super) target_options: Vec<(String, String)>,
+    pub(super) sync: SyncMode,
+    pub(super) export: Vec<NbdUri>,
+    pub(super) pivot: bool,
+    pub(super) follow: bool,
+    pub(super) exit_on_done: bool,
+    pub(super) verify: bool,
+    pub(super) force: bool,
+    pub(super) speed: i64,
+    pub(super) granularity: Option<u64>,
+    pub(super) buf_size: i64,
+    pub(super) copy_mode: CopyMode,
+    pub(super) on_divergence: OnDivergence,
+    pub(super) guest_first: GuestFirst,
+    pub(super) max_downtime: u64,
+    pub(super) deadline: Option<u64>,
+    pub(super) detect_zeroes: bool,
+    pub(super) may_unmap: bool,
+    pub(super) target_is_zero: bool,
+    pub(super) offload: OffloadPolicy,
+    pub(super) allow_larger_target: bool,
+    pub(super) policies: ErrorPolicies,
+    pub(super) state_dir: Option<PathBuf>,
+    pub(super) quiet: bool,
+    pub(super) open: OpenArgs,
+    pub(super) clients: ClientArgs,
+}
+
+impl Settings {
+    pub(super) fn new(args: &MirrorArgs) -> Result<Settings, Failure> {
+        if args.follow && args.export.is_empty() && args.sync as u8 != Sync::None as u8 {
+            tracing::info!(
+                "without --export nobody can write through this process: there is nothing to follow"
+            );
+        }
+        Ok(Settings {
+            source: args.source.clone(),
+            target: args.target.clone(),
+            format: args.format,
+            target_format: args.target_format,
+            target_options: option_pairs(&args.options)?,
+            sync: match args.sync {
+                Sync::Full => SyncMode::Full,
+                Sync::Top => SyncMode::Top,
+                Sync::None => SyncMode::None,
+            },
+            export: args.export.clone(),
+            pivot: args.pivot,
+            follow: args.follow,
+            exit_on_done: args.exit_on_done,
+            verify: args.verify,
+            force: args.force,
+            speed: bytes("speed", args.speed)?,
+            granularity: args.granularity,
+            buf_size: bytes("buf-size", args.buf_size)?,
+            copy_mode: match args.copy_mode {
+                CopyModeArg::Background => CopyMode::Background,
+                CopyModeArg::WriteBlocking => CopyMode::WriteBlocking,
+            },
+            on_divergence: match args.on_divergence {
+                Divergence::WriteBlocking => OnDivergence::WriteBlocking,
+                Divergence::Throttle => OnDivergence::Throttle,
+                Divergence::Report => OnDivergence::Report,
+            },
+            guest_first: args.guest_first,
+            max_downtime: args.max_downtime,
+            deadline: args.deadline,
+            detect_zeroes: args.detect_zeroes != DetectZeroes::Off,
+            may_unmap: args.detect_zeroes != DetectZeroes::On,
+            target_is_zero: args.target_is_zero,
+            offload: match args.reflink {
+                Reflink::Auto => OffloadPolicy::Reflink,
+                Reflink::Never => OffloadPolicy::Never,
+            },
+            allow_larger_target: args.allow_larger_target,
+            policies: ErrorPolicies {
+                source: args.on_source_error.into(),
+                target: args.on_target_error.into(),
+            },
+            state_dir: args.state_dir.clone(),
+            quiet: args.quiet,
+            open: args.open.clone(),
+            clients: args.clients.clone(),
+        })
+    }
+}

@@ -1,0 +1,233 @@
+//! `blockferry mirror`: copies a disk to a new image, at rest or while it is in use.
+
+mod args;
+mod report;
+
+use std::rc::Rc;
+
+use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::limits::ARENA_BYTES;
+use blockferry_ring::{Config, Nanos};
+
+use super::exit::{Exit, Failure};
+use super::image::state_dir;
+use super::job::{AtReady, Watch, Words, suit_bulk};
+use super::serve::Exports;
+use super::signals::Signals;
+use super::target::{Target, TargetOptions};
+use super::{Global, config, stats};
+use crate::base::limits;
+use crate::engine::create::NewImage;
+use crate::engine::qcow2::{format as image_format, qcow2};
+use crate::engine::remote::is_remote;
+use crate::engine::{Engine, Format};
+use crate::format::qcow2::Qcow2;
+use crate::graph::node::Node;
+use crate::job::mirror::verify::Verifier;
+use crate::job::mirror::{MirrorOptions, SyncMode};
+use crate::job::runner::{Ending, Job};
+use crate::protocol::mark::MarkInfo;
+pub use args::MirrorArgs;
+use args::Settings;
+use report::{Outcome, exit_of};
+
+const WORDS: Words = Words {
+    ready: "source and target are alike",
+    gives_up: "Cancelling: the target stays incomplete",
+    finishes: "Finishing: the target becomes complete; once more gives up",
+};
+
+/// Runs the command.
+pub fn main(global: &Global, args: &MirrorArgs) -> Result<Exit, Failure> {
+    // The arguments outlive the future in the process; the future must own them all the same.
+    let args = Rc::new(Settings::new(args)?);
+    let config = Config { arena_bytes: arena_bytes(&args), ..config(global) };
+    let engine = Engine::new(&config)?;
+    let signals = Signals::new(engine.ring())?.with_continue(engine.ring())?;
+    let (global, engine) = (global.clone(), Rc::new(engine));
+    let run = Run { global, engine: engine.clone(), signals };
+    engine.run(async move { run.mirror(&args).await })
+}
+
+/// Whether a server is involved: more copies than devices need may have to be in flight.
+fn is_far(settings: &Settings) -> bool {
+    is_remote(&settings.source) || is_remote(&settings.target)
+}
+
+/// Memory for a job that shares it with nobody: for all copies that it may have in flight, and something to spare. More
+/// would be zeroed and pinned for nothing, which is a good part of the CPU time of a short copy. Beside others a job must
+/// not take what is theirs.
+fn arena_bytes(settings: &Settings) -> usize {
+    let granularity = settings.granularity.unwrap_or(0);
+    let chunk = limits::MIRROR_CHUNK_BYTES.max(granularity).min(BLOCK_MAX as u64) as usize;
+    let near = limits::MIRROR_OPERATIONS * chunk;
+    let far = match settings.buf_size {
+        0 => limits::MIRROR_BUF_SIZE,
+        bytes => bytes.unsigned_abs().min(limits::MIRROR_MEMORY_BYTES_MAX),
+    };
+    let is_far = is_far(settings);
+    if settings.export.is_empty() && !settings.verify {
+        return if is_far { near.max(far as usize) + (8 << 20) } else { near + (4 << 20) };
+    }
+    ARENA_BYTES + if is_far { far as usize } else { 0 }
+}
+
+/// What runs once everything is opened.
+struct Started {
+    exports: Exports,
+    job: Job,
+    verifier: Option<Rc<Verifier>>,
+    began: Nanos,
+}
+
+struct Run {
+    global: Global,
+    engine: Rc<Engine>,
+    signals: Signals,
+}
+
+impl Run {
+    async fn mirror(&self, settings: &Settings) -> Result<Exit, Failure> {
+        let ring = self.engine.ring().clone();
+        let read_only = settings.export.is_empty();
+        let source =
+            self.engine.open(&settings.source, &settings.open.image(settings.format, read_only)).await?;
+        let options = TargetOptions {
+            name: &settings.target,
+            format: settings.target_format,
+            force: settings.force,
+            len: source.driver().len(),
+            open: &settings.open,
+            state_dir: state_dir(settings.state_dir.as_deref()),
+            mark: MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
+        };
+        let target = self.open_target(settings, &source, options).await?;
+        let started = self.start(settings, &source, &target).await;
+        let Started { exports, job, verifier, began } = match started {
+            Ok(started) => started,
+            Err(failure) => {
+                target.undo(&self.engine).await;
+                return Err(failure);
+            }
+        };
+        // With clients or servers, what one of them waits for must not wait for other things.
+        if settings.export.is_empty() && !is_far(settings) {
+            suit_bulk(&ring, [&*settings.source, &*settings.target].into_iter());
+        }
+        let tail = target.node.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
+        let mark = target.marker(&self.engine);
+        // Not the nodes: their uses hold locks.
+        let drivers = [source.driver().clone(), target.node.driver().clone()];
+        drop((source, target));
+        let ending = self.follow(settings, &job, verifier.as_ref()).await?;
+        let elapsed_ns = ring.clock() - began;
+        let allocated = drivers.map(|driver| driver.allocated_bytes());
+        let result = Outcome { ending: &ending, elapsed_ns, tail, allocated };
+        let exit = self.report(settings, &job, &result, verifier.as_ref());
+        // What cannot be told is not said.
+        let is_marked = mark.is_set().await.unwrap_or(false);
+        drop(mark);
+        if !settings.exit_on_done && exit != Exit::Cancelled {
+            exports.serve_until_idle(&self.signals).await;
+        }
+        exports.stop().await;
+        stats::print(&self.global, &ring);
+        exit_of(exit, ending, is_marked)
+    }
+
+    /// Opens the target, or makes it: raw, or in the format that was said. An overlay of the source's backing file if only
+    /// what lies above that is copied.
+    async fn open_target(
+        &self,
+        settings: &Settings,
+        source: &Rc<Node>,
+        options: TargetOptions<'_>,
+    ) -> Result<Target, Failure> {
+        let format = options.format.unwrap_or(Format::Raw);
+        let mut new = NewImage::parse(format, &settings.target_options, Some(options.len))
+            .map_err(|text| Failure::text(format!("The target '{}': {text}", options.name)))?;
+        if let NewImage::Qcow2(new) = &mut new
+            && settings.sync == SyncMode::Top
+            && new.backing_file.is_none()
+            && let Some(backing) = qcow2(source.driver()).and_then(Qcow2::backing)
+        {
+            let name = std::path::absolute(backing.name())
+                .map_err(|error| Failure::text(format!("The backing file '{}': {error}", backing.name())))?;
+            new.backing_file = Some(name.display().to_string());
+            new.backing_fmt = Some(image_format(&backing).name().to_owned());
+        }
+        Target::open_as(&self.engine, options, &new).await
+    }
+
+    /// Opens the exports and starts the job.
+    async fn start(
+        &self,
+        settings: &Settings,
+        source: &Rc<Node>,
+        target: &Target,
+    ) -> Result<Started, Failure> {
+        let ring = self.engine.ring();
+        let mut exports = Exports::with_limits(ring, &settings.clients);
+        for uri in &settings.export {
+            exports.add(&self.engine, source, uri, false, &self.global).await?;
+        }
+        let mut options = MirrorOptions::new("mirror0");
+        options.sync = settings.sync;
+        options.granularity = settings.granularity;
+        options.buf_size = settings.buf_size;
+        options.speed = settings.speed;
+        options.policies = settings.policies;
+        options.copy_mode = settings.copy_mode;
+        options.on_divergence = settings.on_divergence;
+        options.guest_first = settings.guest_first;
+        options.downtime_nanos_max = settings.max_downtime;
+        options.deadline_nanos = settings.deadline;
+        options.detect_zeroes = settings.detect_zeroes;
+        options.may_unmap = settings.may_unmap;
+        options.target_is_zero = settings.target_is_zero;
+        options.offload = settings.offload;
+        options.allow_larger_target = settings.allow_larger_target;
+        options.marker = Some(Box::new(target.marker(&self.engine)));
+        let verifier = if settings.verify {
+            let verifier = Verifier::new(ring, source.driver(), target.node.driver());
+            Some(verifier.map_err(super::image::failed)?)
+        } else {
+            None
+        };
+        options.verifier = verifier.clone();
+        let began = ring.clock();
+        let job = self.engine.mirror(source, &target.node, options).await?;
+        Ok(Started { exports, job, verifier, began })
+    }
+
+    /// Watches the job to its end.
+    async fn follow(
+        &self,
+        settings: &Settings,
+        job: &Job,
+        verifier: Option<&Rc<Verifier>>,
+    ) -> Result<Ending, Failure> {
+        let ring = self.engine.ring();
+        let at_ready = match (settings.follow, settings.pivot) {
+            (true, _) => AtReady::Follow,
+            (false, true) => AtReady::Pivot,
+            (false, false) => AtReady::Finish,
+        };
+        let (signals, quiet) = (&self.signals, settings.quiet);
+        let watch = Watch { global: &self.global, ring, signals, quiet, words: WORDS, at_ready };
+        let mut pass = None;
+        // A long pass of comparing comes before the end; the job follows meanwhile.
+        let passed = || {
+            let Some(verifier) = verifier.cloned() else { return true };
+            let pass =
+                pass.get_or_insert_with(|| ring.spawn_with_result(async move { verifier.pass().await }));
+            pass.try_take().is_some()
+        };
+        watch.follow(job, passed).await
+    }
+}
+
+fn unix_secs() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,130 @@
+//! What `blockferry mirror` says at the end.
+
+use std::rc::Rc;
+
+use serde_json::json;
+
+use super::Run;
+use super::args::Settings;
+use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::cli::exit::{Exit, Failure};
+use crate::cli::job::{ending_name, exit_code};
+use crate::job::mirror::verify::{Report, Verifier};
+use crate::job::runner::{Ending, Job};
+
+/// What is reported at the end.
+pub(super) struct Outcome<'a> {
+    pub(super) ending: &'a Ending,
+    pub(super) elapsed_ns: u64,
+    /// Bytes of the target behind the source's end.
+    pub(super) tail: Option<u64>,
+    /// Bytes that source and target occupy.
+    pub(super) allocated: [Option<u64>; 2],
+}
+
+impl Run {
+    /// Prints it, and gives the exit code.
+    pub(super) fn report(
+        &self,
+        settings: &Settings,
+        job: &Job,
+        outcome: &Outcome<'_>,
+        verifier: Option<&Rc<Verifier>>,
+    ) -> Exit {
+        let Outcome { ending, elapsed_ns, tail, allocated: [source_allocated, target_allocated] } = *outcome;
+        let details = job.details();
+        let verified = verifier.map(|verifier| verifier.report());
+        let exit = match ending {
+            Ending::Failed(_) if verified.as_ref().is_some_and(|v| v.mismatch.is_some()) => Exit::Different,
+            ending => exit_code(ending),
+        };
+        if self.global.json {
+            println!(
+                "{}",
+                json!({
+                    "event": "end",
+                    "ending": ending_name(ending),
+                    "pivot": settings.pivot,
+                    "elapsed-ns": elapsed_ns,
+                    "details": details,
+                    "target-tail-bytes": tail,
+                    "source-allocated-bytes": source_allocated,
+                    "target-allocated-bytes": target_allocated,
+                    "verify": verified,
+                })
+            );
+            return exit;
+        }
+        if settings.quiet && exit == Exit::Done {
+            return exit;
+        }
+        match ending {
+            Ending::Completed => {
+                let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
+                if let Some(tail) = tail {
+                    eprintln!(
+                        "The target is {} larger than the source: what lies behind the source's end holds what \
+                         it held before",
+                        fmt_bytes(tail)
+                    );
+                }
+                eprintln!(
+                    "Completed in {}: {} copied ({}), {}{} zeroed, {} skipped{}; '{}' equals '{}'{}",
+                    fmt_duration(elapsed_ns),
+                    fmt_bytes(details.bytes_copied),
+                    fmt_rate(rate),
+                    match details.bytes_shared {
+                        0 => String::new(),
+                        shared => format!("{} shared, ", fmt_bytes(shared)),
+                    },
+                    fmt_bytes(details.bytes_zeroed),
+                    fmt_bytes(details.bytes_skipped),
+                    target_allocated.map_or_else(String::new, |bytes| {
+                        format!("; the target occupies {}", fmt_bytes(bytes))
+                    }),
+                    settings.target,
+                    settings.source,
+                    if settings.pivot { " and is in use now" } else { "" },
+                );
+            }
+            Ending::Cancelled => {
+                eprintln!("Cancelled: '{}' is incomplete and marked so", settings.target);
+            }
+            Ending::Failed(_) => {}
+        }
+        if let Some(report) = verified {
+            say_verified(&report, self.engine.ring().clock());
+        }
+        exit
+    }
+}
+
+fn say_verified(report: &Report, now_ns: u64) {
+    match &report.mismatch {
+        None => eprintln!(
+            "Verified: {} compared ({} of it again), checksum {} (BLAKE3 of the BLAKE3 of each MiB), as of {}",
+            fmt_bytes(report.bytes_compared),
+            fmt_bytes(report.bytes_compared_again),
+            report.checksum,
+            instant(report.instant_ns, now_ns),
+        ),
+        Some(offset) => eprintln!("Verify: source and target differ at offset {offset}"),
+    }
+}
+
+/// The failure in words, where it is one.
+pub(super) fn exit_of(exit: Exit, ending: Ending, is_marked: bool) -> Result<Exit, Failure> {
+    match ending {
+        Ending::Failed(text) if exit == Exit::Failed => {
+            let rest = if is_marked { ". The target is incomplete and marked so" } else { "" };
+            Err(Failure::text(format!("The mirror failed: {text}{rest}")))
+        }
+        _ => Ok(exit),
+    }
+}
+
+/// A moment of the ring's clock as people write it.
+fn instant(at_ns: u64, now_ns: u64) -> String {
+    let ago = std::time::Duration::from_nanos(now_ns.saturating_sub(at_ns));
+    humantime::format_rfc3339_millis(std::time::SystemTime::now() - ago).to_string()
+}

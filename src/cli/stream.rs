@@ -1,0 +1,85 @@
+//! `blockferry stream`: fills a layer of a chain with what it shows of those below, at rest or while the disk is in use.
+
+use clap::Args;
+
+use super::Global;
+use super::chain::{self, ChainArgs, Manner, Started, layer, shown};
+use super::exit::{Exit, Failure};
+use super::job::{AtReady, Words};
+use crate::job::stream::Floor;
+
+const AFTER: &str = "\
+A chain is an image with its backing files: base.img <- one.qcow2 <- two.qcow2 <- top.qcow2. IMAGE is its
+active layer (top.qcow2), by which the disk is used. Layers are named by their files.
+
+Examples:
+  Make an image independent of its backing files (as `qemu-img rebase -b ''` does):
+      blockferry stream top.qcow2
+
+  Keep base.img as the backing file, and drop one and two:
+      blockferry stream top.qcow2 --base base.img
+
+  The same while clients use the disk, at 100 MiB a second:
+      blockferry stream top.qcow2 --base base.img --speed 100MiB \\
+          --export 'nbd+unix:///disk?socket=/run/disk.sock'
+
+  Fill a layer in the middle, so that it needs one.qcow2 no longer:
+      blockferry stream top.qcow2 --top two.qcow2 --base base.img
+
+What clients see does not change at any moment; what they read is filled first. The files of layers that are
+dropped are left alone. If the command is cancelled (exit code 3) or fails, the chain is as it was, and what has
+been filled need not be filled again.";
+
+/// Fill a layer with what it shows of those below, at rest or while the disk is in use
+#[derive(Debug, Args)]
+#[command(after_help = AFTER)]
+pub struct StreamArgs {
+    /// The layer that is filled [default: IMAGE itself]
+    #[arg(short, long, value_name = "LAYER")]
+    top: Option<String>,
+    /// The layer that is its backing file afterwards [default: none; all of the chain is filled in]
+    #[arg(short, long, value_name = "LAYER")]
+    base: Option<String>,
+    /// Instead of the base: the lowest layer that is filled in
+    #[arg(long, value_name = "LAYER", conflicts_with = "base")]
+    bottom: Option<String>,
+    /// What the layer that is filled records as its backing file afterwards [default: the base, by the name it
+    /// had, or by its path]
+    #[arg(long, value_name = "NAME")]
+    backing_file: Option<String>,
+    #[command(flatten)]
+    chain: ChainArgs,
+}
+
+const WORDS: Words = Words {
+    ready: "the layer needs no others",
+    gives_up: "Cancelling: the chain stays as it was",
+    finishes: "Finishing",
+};
+
+/// Runs the command.
+pub fn main(global: &Global, args: StreamArgs) -> Result<Exit, Failure> {
+    let StreamArgs { top, base, bottom, backing_file, chain: args } = args;
+    let manner = Manner { name: "stream", words: WORDS, at_ready: AtReady::Finish };
+    chain::main(global, args, backing_file, manner, async move |engine, front, options| {
+        let top = top.map_or_else(|| Ok(front.clone()), |name| layer(front, &name))?;
+        let (floor, left) = match (base, bottom) {
+            (Some(base), _) => {
+                let base = layer(front, &base)?;
+                (Floor::Base(base.clone()), Some(base))
+            }
+            (None, Some(bottom)) => {
+                let bottom = layer(front, &bottom)?;
+                (Floor::Bottom(bottom.clone()), bottom.below())
+            }
+            (None, None) => (Floor::Whole, None),
+        };
+        let job = engine.stream(front, Some(&top), floor, options).await?;
+        let done = match left {
+            Some(left) => format!("{} is the backing file of {} now", shown(&left), shown(&top)),
+            None => format!("{} needs no backing file any more", shown(&top)),
+        };
+        let undone = "The chain is as it was; what has been filled need not be filled again".into();
+        Ok(Started { job, done, undone, moves_to: None })
+    })
+}
