@@ -11,7 +11,6 @@ use crate::block::{BlockError, Driver, IoResult, Operation};
 use crate::protocol::delay::DelayDriver;
 use crate::protocol::gluster::{self, GlusterNode, GlusterUri, Logging, OpenHow};
 use crate::protocol::nbd::{self, NbdNode, NbdUri, RemoteOptions};
-use crate::protocol::open::Cache;
 use crate::protocol::structured::{Options, is_structured};
 
 /// How servers are treated where their disk's own options do not say.
@@ -77,8 +76,7 @@ impl Meaning {
             if asked_for_rdma {
                 tracing::warn!("GlusterFS has no transport 'rdma' any more; tcp is used");
             }
-            let direct = image.cache == Cache::Direct;
-            Disk::Gluster(OpenHow { image: image_there, logging, read_only, direct, create: false })
+            Disk::Gluster(OpenHow { image: image_there, logging, read_only, create: false })
         };
         if begins_with(name, &GLUSTER) {
             let uri: GlusterUri = name.parse().map_err(|error| format!("{error}."))?;

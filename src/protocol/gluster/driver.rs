@@ -13,6 +13,11 @@
 //! at a time, and one flush serves all who asked for it before it began, so nobody is told of success while another flush
 //! fails.
 //!
+//! # Caches
+//! Nothing of an image is in this machine's page cache, whatever cache mode is said. Whether bricks go past theirs is for
+//! the volume to say (`performance.strict-o-direct`, `network.remote-dio`): with O_DIRECT from here they would refuse reads
+//! of parts of blocks.
+//!
 //! # Bricks that go away
 //! The library fails requests when it loses the last brick that could serve them: at once when the connection breaks, after
 //! the volume's `network.ping-timeout` (42 s) when it hangs. It makes connections anew by itself, so requests that are tried
@@ -56,8 +61,6 @@ pub struct OpenHow {
     pub logging: Logging,
     /// Nothing will be written.
     pub read_only: bool,
-    /// Past the caches of bricks; through them after all where that is refused.
-    pub direct: bool,
     /// Make the file, which must not exist.
     pub create: bool,
 }
@@ -169,17 +172,11 @@ fn open_blocking(how: &OpenHow, api: Option<&'static Api>) -> Result<Opened, Fai
     let connection =
         Connection::shared(api, &how.image, &how.logging).map_err(|errno| failed(errno, true))?;
     let path = &how.image.path;
-    let result = match (how.create, how.direct) {
-        (true, _) => OpenFile::create(&connection, path).and_then(look),
-        (false, direct) => match OpenFile::open(&connection, path, !how.read_only, direct).and_then(look) {
-            Err(Errno::EINVAL) if direct => {
-                tracing::warn!(image = %how.image, "O_DIRECT is refused here; the bricks' caches are used");
-                OpenFile::open(&connection, path, !how.read_only, false).and_then(look)
-            }
-            result => result,
-        },
+    let file = match how.create {
+        true => OpenFile::create(&connection, path),
+        false => OpenFile::open(&connection, path, !how.read_only),
     };
-    let opened = result.map_err(|errno| failed(errno, false))?;
+    let opened = file.and_then(look).map_err(|errno| failed(errno, false))?;
     if !opened.facts.is_regular {
         return Err(Failed { errno: Errno::EINVAL, hint: format!("'{path}' is no regular file") });
     }

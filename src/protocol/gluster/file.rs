@@ -47,10 +47,8 @@ impl OpenFile {
         connection: &Arc<Connection>,
         path: &str,
         write: bool,
-        direct: bool,
     ) -> Result<OpenFile, Errno> {
-        let access = if write { libc::O_RDWR } else { libc::O_RDONLY };
-        let flags = access | if direct { libc::O_DIRECT } else { 0 };
+        let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
         let path = c_string(path)?;
         // SAFETY: the connection lives, the path is a C string.
         OpenFile::of(connection, unsafe { (connection.api.open)(connection.fs(), path.as_ptr(), flags) })
