@@ -6,6 +6,7 @@
 #![allow(dead_code)]
 
 pub mod filesystem;
+pub mod gluster;
 pub mod image;
 pub mod nbd;
 pub mod qcow2;
