@@ -7,6 +7,7 @@
 mod bare;
 mod copy;
 mod disks;
+mod gluster;
 mod live;
 mod machine;
 mod nbd;

@@ -38,6 +38,7 @@ pub enum Kind {
     Nbd,
     Node,
     Live(crate::live::Place),
+    Gluster,
 }
 
 /// One scenario.
@@ -269,6 +270,15 @@ pub const SCENARIOS: &[Scenario] = &[
         ],
     },
     Scenario {
+        name: "gluster",
+        title: "GlusterFS, one brick on tmpfs, in a network namespace, 1 GiB",
+        what: "Large requests in order and small ones at random through the same client library, and through a FUSE mount, \
+               which the kernel reads ahead for and writes behind. Bricks and clients share this machine's processors.",
+        kind: Kind::Gluster,
+        chart: "iops",
+        goals: &[],
+    },
+    Scenario {
         name: "live-loop",
         title: "A client beside a mirror, loop devices on tmpfs, 4 GiB",
         what: "One client writes 4 KiB at random over NBD while the disk that it writes to is mirrored: how long its \
@@ -300,6 +310,7 @@ impl Scenario {
             Kind::Nbd => crate::nbd::run(cx, self.name),
             Kind::Node => crate::node::run(cx, self.name),
             Kind::Live(place) => crate::live::run(cx, self.name, *place),
+            Kind::Gluster => crate::gluster::run(cx, self.name),
         }
     }
 }

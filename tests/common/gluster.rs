@@ -204,11 +204,13 @@ impl Lab {
 
     /// Starts the bricks of a volume that do not run, and waits until they take clients.
     pub fn restart_bricks(&self, volume: &str) {
-        self.gluster(&["volume", "start", volume, "force"]);
         self.until("the bricks run", || {
+            // The daemon does nothing, successfully, as long as it has not noticed that one is gone.
+            self.gluster(&["volume", "start", volume, "force"]);
             let status = self.try_gluster(&["volume", "status", volume, "detail"]).out;
-            status.contains("Online") && !status.lines().any(|line| line.starts_with("Online") && line.ends_with(": N"))
+            status.contains("Online") && !status.lines().any(|line| line.starts_with("Online") && line.trim_end().ends_with(": N"))
         });
+        self.until("a client has found them", || std::fs::read_dir(self.seen(volume, "")).is_ok());
     }
 
     fn pids(&self) -> Vec<Pid> {

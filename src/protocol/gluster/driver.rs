@@ -283,6 +283,11 @@ impl GlusterNode {
 
     // Calls.
 
+    #[cfg(test)]
+    pub(super) fn connection_address(&self) -> usize {
+        self.file().connection_address()
+    }
+
     fn check_usable(&self) -> Result<(), Errno> {
         match self.broken.get() {
             Some(_) => Err(Errno::EIO),

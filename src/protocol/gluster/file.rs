@@ -69,6 +69,12 @@ impl OpenFile {
         Ok(OpenFile { connection: connection.clone(), fd })
     }
 
+    /// Which connection it is on.
+    #[cfg(test)]
+    pub(super) fn connection_address(&self) -> usize {
+        Arc::as_ptr(&self.connection).addr()
+    }
+
     pub(super) fn facts(&self) -> Result<FileFacts, Errno> {
         let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
         // SAFETY: the file is open, and there is room for the answer.

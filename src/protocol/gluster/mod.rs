@@ -20,8 +20,12 @@ mod allocation;
 pub mod api;
 mod connection;
 mod driver;
+#[cfg(test)]
+mod fake;
 mod file;
 pub mod options;
+#[cfg(test)]
+mod tests;
 pub mod uri;
 
 pub use driver::{GlusterNode, OpenHow};
