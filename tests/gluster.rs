@@ -10,10 +10,10 @@ mod common;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use common::gluster::{BRICKS, Lab, PLAIN, SOCKET, TWICE};
 use common::image::{MIB, Scratch, assert_equal, content};
 use common::writer::{Plan, Writer};
 use common::{Process, event, run, tool};
-use common::gluster::{BRICKS, Lab, PLAIN, SOCKET, TWICE};
 use serde_json::Value;
 
 const DISK_BYTES: u64 = 32 * MIB;
@@ -86,7 +86,10 @@ fn every_example_opens(lab: &Lab) {
         ("gluster+tcp://server.domain.com:24007/testvol/dir/a.img", in_dir),
         ("gluster+unix:///testvol/dir/a.img?socket=/tmp/glusterd.socket", in_dir),
         ("gluster+rdma://1.2.3.4:24007/testvol/a.img", on_top),
-        ("driver=gluster,volume=testvol,path=/a.img,server.0.type=unix,server.0.socket=/tmp/glusterd.socket", on_top),
+        (
+            "driver=gluster,volume=testvol,path=/a.img,server.0.type=unix,server.0.socket=/tmp/glusterd.socket",
+            on_top,
+        ),
         (&alone, on_top),
         (&second, on_top),
     ] {
@@ -160,9 +163,13 @@ fn images_are_made_and_measured(lab: &Lab) {
     assert_eq!(std::fs::metadata(&on_brick).unwrap().len(), 9 * MIB);
     lab.run_json(&["create", "--force", &name, "5M"]);
     assert_eq!(std::fs::metadata(&on_brick).unwrap().len(), 5 * MIB);
-    let refused = lab.run(&["create", "-f", "qcow2", "-b", "a.img", "-F", "raw", "-u", &uri(PLAIN, "over"), "1M"]);
+    let refused =
+        lab.run(&["create", "-f", "qcow2", "-b", "a.img", "-F", "raw", "-u", &uri(PLAIN, "over"), "1M"]);
     assert_eq!(refused.code, Some(1), "{refused}");
-    assert!(refused.err.contains("backing file") && !Path::new(&lab.seen(PLAIN, "over")).exists(), "{refused}");
+    assert!(
+        refused.err.contains("backing file") && !Path::new(&lab.seen(PLAIN, "over")).exists(),
+        "{refused}"
+    );
 }
 
 fn qcow2_works_on_top(lab: &Lab) {
@@ -189,7 +196,9 @@ fn qcow2_works_on_top(lab: &Lab) {
 
 fn the_load_generator_finds_nothing(lab: &Lab) {
     lab.run_json(&["create", &uri(PLAIN, "bench"), "16M"]);
-    for (depth, block, pattern) in [("1", "4KiB", "random"), ("16", "4KiB", "random"), ("4", "1MiB", "sequential")] {
+    for (depth, block, pattern) in
+        [("1", "4KiB", "random"), ("16", "4KiB", "random"), ("4", "1MiB", "sequential")]
+    {
         let load = ["-d", depth, "-b", block, "--pattern", pattern, "-p", "40", "--flush-every", "50"];
         let how = ["bench", "--verify", "-n", "400", "--seed", depth];
         let lines = lab.run_json(&[&how[..], &load, &[&uri(PLAIN, "bench")]].concat());
@@ -299,7 +308,8 @@ fn mirrors_under_a_writing_client(lab: &Lab) {
     let local = scratch.path("local.img");
     std::fs::copy(&base, &local).unwrap();
     let target = uri(PLAIN, "to.img");
-    let served = Served::start(lab, &["mirror", "-f", "raw", "--pivot", "--state-dir", &state, &local, &target]);
+    let served =
+        Served::start(lab, &["mirror", "-f", "raw", "--pivot", "--state-dir", &state, &local, &target]);
     pivot(served, &bytes, &lab.seen(PLAIN, "to.img"));
     // From one volume to another, which are two connections.
     put(lab, PLAIN, "from.img", &base);
@@ -380,7 +390,8 @@ fn the_only_brick_dies(lab: &Lab) {
 fn a_machine_without_the_library_says_what_to_install() {
     // A file that is no library, in its place, for this one command.
     let library = tool("sh", &["-c", "/sbin/ldconfig -p | sed -n 's/.*libgfapi.so.0 .*=> //p' | head -n 1"]);
-    let script = r#"mount --bind /dev/null "$(readlink -f "$1")" && exec "$2" info gluster://1.2.3.4/testvol/a.img"#;
+    let script =
+        r#"mount --bind /dev/null "$(readlink -f "$1")" && exec "$2" info gluster://1.2.3.4/testvol/a.img"#;
     let command = env!("CARGO_BIN_EXE_blockferry");
     let mut hidden = std::process::Command::new("unshare");
     hidden.args(["-m", "sh", "-c", script, "sh", library.trim(), command]);

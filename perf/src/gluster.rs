@@ -54,7 +54,8 @@ struct Gluster {
 }
 
 fn order(program: &str, arguments: &[&str]) -> Fallible<()> {
-    let output = Command::new(program).args(arguments).output().map_err(|error| format!("{program}: {error}"))?;
+    let output =
+        Command::new(program).args(arguments).output().map_err(|error| format!("{program}: {error}"))?;
     if output.status.success() {
         return Ok(());
     }

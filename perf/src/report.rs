@@ -295,7 +295,9 @@ const OURS: &[(&str, &str)] = &[
 fn table(scenario: &Scenario, rows: &[Row]) -> String {
     let (columns, metrics): (&[Column], &[(&str, &str)]) = match scenario.kind {
         Kind::Copy(_) => (COPY, &[("wall-secs", "wall: ours/this"), ("cpu-secs-a-gib", "CPU: ours/this")]),
-        Kind::Nbd | Kind::Node => (SERVE, &[("iops", "IOPS: ours/this"), ("cpu-us-an-io", "CPU: ours/this")]),
+        Kind::Nbd | Kind::Node | Kind::Gluster => {
+            (SERVE, &[("iops", "IOPS: ours/this"), ("cpu-us-an-io", "CPU: ours/this")])
+        }
         Kind::Live(_) => (LIVE, &[]),
     };
     let used: Vec<&Column> =

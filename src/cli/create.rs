@@ -13,8 +13,8 @@ use super::tool::{OutputArgs, option_pairs};
 use super::{Global, config};
 use crate::engine::create::NewImage;
 use crate::engine::open::local_path;
-use crate::engine::remote::can_create;
 use crate::engine::qcow2::{open_backing, recorded_format};
+use crate::engine::remote::can_create;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::UseKind;
 

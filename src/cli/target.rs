@@ -106,7 +106,8 @@ impl Target {
         let path = local_path(options.name);
         let kind = path.as_ref().map(|path| ring.lookup(path)).transpose();
         let mut overwrites = matches!(kind, Ok(Some(Some(FileKind::Regular)))) && options.force;
-        let name = path.as_ref().map_or_else(|| options.name.to_owned(), |path| format!("file:{}", path.display()));
+        let name =
+            path.as_ref().map_or_else(|| options.name.to_owned(), |path| format!("file:{}", path.display()));
         let mut made = None;
         if remote::can_create(options.name) {
             made = make_remote(engine, options.name, new).await?;

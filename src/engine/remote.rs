@@ -91,7 +91,8 @@ impl Meaning {
         let format = match options.take_format() {
             None => None,
             Some(name) => Some(
-                Format::parse(&name).ok_or_else(|| format!("The driver '{name}' is no format that is known."))?,
+                Format::parse(&name)
+                    .ok_or_else(|| format!("The driver '{name}' is no format that is known."))?,
             ),
         };
         match options.take_driver()?.as_str() {

@@ -47,7 +47,18 @@ impl Lab {
         let brick = |name: &str| format!("{ADDRESS}:{}", lab.path(name));
         let (plain, first, second) = (brick(BRICKS[0]), brick(BRICKS[1]), brick(BRICKS[2]));
         lab.gluster(&["volume", "create", PLAIN, "transport", "tcp", &plain, "force"]);
-        lab.gluster(&["volume", "create", TWICE, "replica", "2", "transport", "tcp", &first, &second, "force"]);
+        lab.gluster(&[
+            "volume",
+            "create",
+            TWICE,
+            "replica",
+            "2",
+            "transport",
+            "tcp",
+            &first,
+            &second,
+            "force",
+        ]);
         for volume in [PLAIN, TWICE] {
             lab.gluster(&["volume", "start", volume]);
             lab.mount(volume);
@@ -82,7 +93,8 @@ impl Lab {
         ip(&["link", "set", "v1", "up"]);
         let etc = self.etc();
         std::fs::create_dir_all(&etc).expect("the namespace's folder in /etc");
-        std::fs::write(etc.join("hosts"), "127.0.0.1 localhost\n1.2.3.4 server.domain.com\n").expect("its hosts");
+        std::fs::write(etc.join("hosts"), "127.0.0.1 localhost\n1.2.3.4 server.domain.com\n")
+            .expect("its hosts");
     }
 
     fn etc(&self) -> PathBuf {
@@ -148,7 +160,10 @@ impl Lab {
     /// Another program in the namespace.
     pub fn inside(&self, program: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new("ip");
-        command.env_remove("BLOCKFERRY_LOG").args(["netns", "exec", &self.namespace, program]).args(arguments);
+        command
+            .env_remove("BLOCKFERRY_LOG")
+            .args(["netns", "exec", &self.namespace, program])
+            .args(arguments);
         command
     }
 
@@ -208,7 +223,8 @@ impl Lab {
             // The daemon does nothing, successfully, as long as it has not noticed that one is gone.
             self.gluster(&["volume", "start", volume, "force"]);
             let status = self.try_gluster(&["volume", "status", volume, "detail"]).out;
-            status.contains("Online") && !status.lines().any(|line| line.starts_with("Online") && line.trim_end().ends_with(": N"))
+            status.contains("Online")
+                && !status.lines().any(|line| line.starts_with("Online") && line.trim_end().ends_with(": N"))
         });
         self.until("a client has found them", || std::fs::read_dir(self.seen(volume, "")).is_ok());
     }

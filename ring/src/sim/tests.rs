@@ -477,9 +477,12 @@ fn what_others_carry_out_ends_in_a_world_too() {
         assert_eq!((&buf.as_slice()[..3], n), (&b"abc"[..], Ok(3)));
         let (sender, completers) = std::sync::mpsc::channel();
         let later = r.external(k.clone(), |completer| sender.send(completer).unwrap());
-        let end = || completers.recv().map(|completer: crate::Completer| completer.complete(Err(Errno::ENOSPC)));
+        let completer: crate::Completer = completers.recv().unwrap();
         let began = r.clock();
-        let ended = r.offload(move || end().is_ok());
+        let ended = r.offload(move || {
+            completer.complete(Err(Errno::ENOSPC));
+            true
+        });
         let (ended, later) = crate::sync::join(ended, later).await;
         assert_eq!((ended, later), (Ok(true), Err(Errno::ENOSPC)));
         assert!(r.clock() > began);

@@ -107,7 +107,6 @@ impl Offload {
             Err(error) => tracing::warn!(%error, "no offload thread could be started"),
         }
     }
-
 }
 
 impl Drop for Offload {

@@ -95,9 +95,7 @@ impl Connection {
                 }
             };
             // SAFETY: the handle is live, the names are C strings, which the library copies.
-            check(unsafe {
-                (api.set_volfile_server)(fs.as_ptr(), transport.as_ptr(), host.as_ptr(), port)
-            })?;
+            check(unsafe { (api.set_volfile_server)(fs.as_ptr(), transport.as_ptr(), host.as_ptr(), port) })?;
         }
         let file = c_string(&logging.file)?;
         // SAFETY: as above.

@@ -29,7 +29,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use blockferry_ring::sync::{Either, Notify, either};
-use blockferry_ring::{Buf, Completer, Errno, Keep, Nanos, Operation as RingOperation, PlainKind, Ring, SharedBuf};
+use blockferry_ring::{
+    Buf, Completer, Errno, Keep, Nanos, Operation as RingOperation, PlainKind, Ring, SharedBuf,
+};
 
 use super::allocation::{Place, Unsynced, can_tell, extent_at};
 use super::api::Api;
@@ -38,12 +40,13 @@ use super::file::{FileFacts, OpenFile, unlink};
 use super::options::Logging;
 use super::uri::Image;
 use crate::base::limits::{
-    DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_OPEN_NS_MAX, GLUSTER_RANGE_BYTES_MAX, GLUSTER_STATUS_AGE_NS_MAX,
+    DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_OPEN_NS_MAX, GLUSTER_RANGE_BYTES_MAX,
+    GLUSTER_STATUS_AGE_NS_MAX,
 };
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions, WriteFlags,
-    ZeroFlags,
+    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
+    WriteFlags, ZeroFlags,
 };
 use crate::protocol::bounce::zero_from;
 
@@ -215,7 +218,9 @@ impl GlusterNode {
             Either::First(Ok(opened)) => opened,
             Either::First(Err(errno)) => return Err(fail(errno, "The offload pool failed".into())),
             // The call itself goes on; what it opens is closed again when its result is dropped.
-            Either::Second(()) => return Err(fail(Errno::ETIMEDOUT, open_hint(&how.image, Errno::ETIMEDOUT, true))),
+            Either::Second(()) => {
+                return Err(fail(Errno::ETIMEDOUT, open_hint(&how.image, Errno::ETIMEDOUT, true)));
+            }
         };
         let opened = opened.map_err(|failed| fail(failed.errno, format!("{}.", failed.hint)))?;
         let may_write = !how.read_only;
@@ -255,7 +260,9 @@ impl GlusterNode {
             unlink(&connection, &how.image.path)
         });
         let result = result.await.and_then(|result| result);
-        result.map_err(|errno| BlockError::new(Operation::Create, name, errno).hint("It could not be removed again"))
+        result.map_err(|errno| {
+            BlockError::new(Operation::Create, name, errno).hint("It could not be removed again")
+        })
     }
 
     fn error(&self, operation: Operation, range: Option<ByteRange>, errno: Errno) -> BlockError {
@@ -268,7 +275,9 @@ impl GlusterNode {
             );
         }
         match errno {
-            Errno::ENOTCONN | Errno::ETIMEDOUT => error.hint("No brick of the volume that could do this is reachable"),
+            Errno::ENOTCONN | Errno::ETIMEDOUT => {
+                error.hint("No brick of the volume that could do this is reachable")
+            }
             _ => error,
         }
     }
@@ -329,8 +338,10 @@ impl GlusterNode {
         }
         let _room = self.room().await;
         let (file, keep) = self.keep();
-        let (mut buf, result) =
-            self.ring.external_read(buf, keep, |mem, completer| file.start_read(offset, mem, completer)).await;
+        let (mut buf, result) = self
+            .ring
+            .external_read(buf, keep, |mem, completer| file.start_read(offset, mem, completer))
+            .await;
         match result {
             Err(errno) => (buf, Err(errno)),
             Ok(n) if n as usize >= len => (buf, Ok(())),
@@ -364,7 +375,11 @@ impl GlusterNode {
     }
 
     /// A change of `range`, with the bookkeeping around it.
-    async fn change(&self, range: ByteRange, work: impl Future<Output = Result<(), Errno>>) -> Result<(), Errno> {
+    async fn change(
+        &self,
+        range: ByteRange,
+        work: impl Future<Output = Result<(), Errno>>,
+    ) -> Result<(), Errno> {
         self.check_usable()?;
         self.touched(range);
         let result = work.await;
@@ -580,7 +595,7 @@ impl Drop for GlusterNode {
         self.ring.spawn(async move {
             let close = move || {
                 // Nobody asked for it, but the library drops what it has not sent when the program ends.
-                if let Err(errno) = must_sync.then(|| file.sync()).unwrap_or(Ok(())) {
+                if let Err(errno) = if must_sync { file.sync() } else { Ok(()) } {
                     tracing::error!(image = %name, %errno, "what was written since the latest flush may be lost");
                 }
                 drop(file);
@@ -700,7 +715,8 @@ impl Driver for GlusterNode {
         let range = ByteRange::at_saturating(offset, len);
         Some(self.ring.boxed(async move {
             let file = self.file().clone();
-            let result = self.ring.offload(move || file.allocate(offset, len)).await.and_then(|result| result);
+            let result =
+                self.ring.offload(move || file.allocate(offset, len)).await.and_then(|result| result);
             result.map_err(|errno| self.error(Operation::Resize, Some(range), errno))
         }))
     }

@@ -41,7 +41,12 @@ unsafe fn file<'a>(fd: *mut Fd) -> &'a File {
 }
 
 /// Ends a call later, on a thread of its own.
-fn end(fd: *mut Fd, callback: Callback, data: *mut c_void, work: impl FnOnce() -> isize + Send + 'static) -> c_int {
+fn end(
+    fd: *mut Fd,
+    callback: Callback,
+    data: *mut c_void,
+    work: impl FnOnce() -> isize + Send + 'static,
+) -> c_int {
     struct Sent(*mut Fd, *mut c_void);
     // SAFETY: the file is one that any thread may use; the data is for the callback, wherever it runs.
     unsafe impl Send for Sent {}
@@ -61,7 +66,12 @@ unsafe extern "C" fn new(_: *const c_char) -> *mut Fs {
     std::ptr::NonNull::dangling().as_ptr()
 }
 
-unsafe extern "C" fn set_volfile_server(_: *mut Fs, _: *const c_char, host: *const c_char, _: c_int) -> c_int {
+unsafe extern "C" fn set_volfile_server(
+    _: *mut Fs,
+    _: *const c_char,
+    host: *const c_char,
+    _: c_int,
+) -> c_int {
     // SAFETY: the caller's C string.
     let host = unsafe { CStr::from_ptr(host) };
     if host == c"nobody" { fail(libc::EINVAL) as c_int } else { 0 }
@@ -71,7 +81,12 @@ unsafe extern "C" fn set_logging(_: *mut Fs, _: *const c_char, _: c_int) -> c_in
     0
 }
 
-unsafe extern "C" fn set_xlator_option(_: *mut Fs, _: *const c_char, _: *const c_char, _: *const c_char) -> c_int {
+unsafe extern "C" fn set_xlator_option(
+    _: *mut Fs,
+    _: *const c_char,
+    _: *const c_char,
+    _: *const c_char,
+) -> c_int {
     0
 }
 

@@ -43,11 +43,7 @@ pub(super) struct FileFacts {
 // What blocks.
 
 impl OpenFile {
-    pub(super) fn open(
-        connection: &Arc<Connection>,
-        path: &str,
-        write: bool,
-    ) -> Result<OpenFile, Errno> {
+    pub(super) fn open(connection: &Arc<Connection>, path: &str, write: bool) -> Result<OpenFile, Errno> {
         let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
         let path = c_string(path)?;
         // SAFETY: the connection lives, the path is a C string.

@@ -172,9 +172,18 @@ mod tests {
         let with = |server: &str| format!("driver=gluster,volume=v,path=a,{server}");
         for (text, said) in [
             ("driver=gluster,volume=v,path=a".into(), "Parameter 'server' is missing"),
-            ("driver=gluster,path=a,server.0.type=unix,server.0.path=/s".into(), "Parameter 'volume' is missing"),
-            ("driver=gluster,volume=v,server.0.type=unix,server.0.path=/s".into(), "Parameter 'path' is missing"),
-            (with("server.0.host=h"), "Parameter 'type' may be 'inet' or 'unix'. Check in 'server' array index '0'"),
+            (
+                "driver=gluster,path=a,server.0.type=unix,server.0.path=/s".into(),
+                "Parameter 'volume' is missing",
+            ),
+            (
+                "driver=gluster,volume=v,server.0.type=unix,server.0.path=/s".into(),
+                "Parameter 'path' is missing",
+            ),
+            (
+                with("server.0.host=h"),
+                "Parameter 'type' may be 'inet' or 'unix'. Check in 'server' array index '0'",
+            ),
             (
                 with("server.0.type=unix,server.0.path=/s,server.1.type=rdma"),
                 "Parameter 'type' may be 'inet' or 'unix'. Check in 'server' array index '1'",
@@ -182,21 +191,39 @@ mod tests {
             (with("server.0.type=inet,server.0.port=1"), "Parameter 'host' is missing"),
             (with("server.0.type=inet,server.0.host=h"), "Parameter 'port' is missing"),
             (with("server.0.type=inet,server.0.host=h,server.0.port=x"), "'x' is not a valid port number"),
-            (with("server.0.type=tcp,server.0.host=h,server.0.port=65536"), "'65536' is not a valid port number"),
+            (
+                with("server.0.type=tcp,server.0.host=h,server.0.port=65536"),
+                "'65536' is not a valid port number",
+            ),
             (
                 with("server.0.type=unix,server.0.path=/s,server.0.socket=/t"),
                 "Conflicting parameters 'path' and 'socket'",
             ),
             (with("server.0.type=unix,server.0.host=h"), "Parameter 'path' is missing"),
-            (with("server.0.type=inet,server.0.host=h,server.0.port=1,server.0.to=2"), "Parameter 'to' not supported"),
+            (
+                with("server.0.type=inet,server.0.host=h,server.0.port=1,server.0.to=2"),
+                "Parameter 'to' not supported",
+            ),
             (
                 with("server.0.type=inet,server.0.host=h,server.0.port=1,server.0.ipv6=on"),
                 "Parameters 'ipv4/ipv6' not supported",
             ),
-            (with("server.0.type=unix,server.0.path=/s,server.0.x=y"), "The option 'server.0.x' cannot be honoured"),
-            (with("server.0.type=unix,server.0.path=/s,debug=much"), "The option 'debug' is a number, not 'much'"),
-            ("driver=gluster,volume=,path=a,server.0.type=unix,server.0.path=/s".into(), "have to name a volume"),
-            ("driver=gluster,filename=gluster://h/v".into(), "Invalid URI 'gluster://h/v': it names no image"),
+            (
+                with("server.0.type=unix,server.0.path=/s,server.0.x=y"),
+                "The option 'server.0.x' cannot be honoured",
+            ),
+            (
+                with("server.0.type=unix,server.0.path=/s,debug=much"),
+                "The option 'debug' is a number, not 'much'",
+            ),
+            (
+                "driver=gluster,volume=,path=a,server.0.type=unix,server.0.path=/s".into(),
+                "have to name a volume",
+            ),
+            (
+                "driver=gluster,filename=gluster://h/v".into(),
+                "Invalid URI 'gluster://h/v': it names no image",
+            ),
         ] {
             let error = parse(&text).expect_err(&text);
             assert!(error.contains(said), "{text}: {error}");

@@ -242,7 +242,11 @@ mod tests {
         for (text, wanted, rdma) in [
             ("gluster://1.2.3.4/testvol/a.img", image(tcp("1.2.3.4", 24007), "a.img"), false),
             ("gluster+tcp://1.2.3.4/testvol/a.img", image(tcp("1.2.3.4", 24007), "a.img"), false),
-            ("gluster+tcp://1.2.3.4:24007/testvol/dir/a.img", image(tcp("1.2.3.4", 24007), "dir/a.img"), false),
+            (
+                "gluster+tcp://1.2.3.4:24007/testvol/dir/a.img",
+                image(tcp("1.2.3.4", 24007), "dir/a.img"),
+                false,
+            ),
             ("gluster+tcp://[1:2:3:4:5:6:7:8]/testvol/dir/a.img", image(tcp(v6, 24007), "dir/a.img"), false),
             (
                 "gluster+tcp://[1:2:3:4:5:6:7:8]:24007/testvol/dir/a.img",

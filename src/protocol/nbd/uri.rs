@@ -227,8 +227,7 @@ fn host_and_port<'a>(uri: &str, server: &'a str) -> Result<(&'a str, Option<u16>
         return Err(UriError::HostMissing { uri: uri.to_owned() });
     }
     let parse = |port: &str| {
-        uri::port_number(port)
-            .ok_or_else(|| UriError::BadPort { uri: uri.to_owned(), port: port.to_owned() })
+        uri::port_number(port).ok_or_else(|| UriError::BadPort { uri: uri.to_owned(), port: port.to_owned() })
     };
     Ok((host, port.map(parse).transpose()?))
 }
