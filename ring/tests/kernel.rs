@@ -324,9 +324,12 @@ fn more_calls_than_the_pool_queues_wait_for_room() {
     assert_eq!(ring.shutdown(1_000_000_000).leaked, 0);
 }
 
+/// What is to be ended, and how.
+type Call = (Completer, Result<u32, Errno>);
+
 /// A library with a thread of its own, which ends what it was given in reverse order, a few at a time.
-fn library() -> (std::sync::mpsc::Sender<(Completer, Result<u32, Errno>)>, std::thread::JoinHandle<()>) {
-    let (sender, calls) = std::sync::mpsc::channel::<(Completer, Result<u32, Errno>)>();
+fn library() -> (std::sync::mpsc::Sender<Call>, std::thread::JoinHandle<()>) {
+    let (sender, calls) = std::sync::mpsc::channel::<Call>();
     let thread = std::thread::spawn(move || {
         while let Ok(first) = calls.recv() {
             let mut some: Vec<_> = std::iter::once(first).chain(calls.try_iter().take(6)).collect();
