@@ -57,7 +57,8 @@ fn reads_end_whole_or_with_zeroes_behind_the_end_or_with_an_error() {
         for (path, errno) in
             [("short-read", Errno::EIO), ("read-fails", Errno::ESTALE), ("not-started", Errno::ENOTCONN)]
         {
-            let error = read(&ring, &open(&ring, path).await, 4096, 4096).await.unwrap_err();
+            let node = open(&ring, path).await;
+            let error = read(&ring, &node, 4096, 4096).await.unwrap_err();
             assert_eq!(
                 (error.operation, error.errno, error.place),
                 (Operation::Read, errno, Some((4096, 4096)))
