@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::disks::Mount;
+use crate::disks::{Content, Mount, make_file};
 use crate::nbd::{fio_report, own_report};
 use crate::process::{machine_busy_secs, run as run_tool};
 use crate::result::Role;
@@ -186,7 +186,8 @@ pub fn run(cx: &mut Context, scenario: &str) -> Fallible<()> {
     let brick = tmpfs.path().join("brick");
     std::fs::create_dir(&brick)?;
     let gluster = Gluster::start(&cx.folder, &brick)?;
-    crate::disks::Content::Random(1).fill(&gluster.path("mnt/disk.img"), bytes)?;
+    make_file(&gluster.path("mnt/disk.img"), bytes)?;
+    Content::Random(1).fill(&gluster.path("mnt/disk.img"), bytes)?;
     for case in &CASES {
         let (folder, blockferry) = (cx.folder.clone(), cx.blockferry.clone());
         let lines = contenders(case, secs, bytes, &gluster.text("mnt/disk.img"));
