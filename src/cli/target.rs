@@ -179,7 +179,10 @@ impl Target {
             }
         };
         let target = Target { node, state_dir: options.state_dir, mark: options.mark, made, remade: false };
-        make_state_dir(engine, target.node.driver(), target.state_dir.as_deref())?;
+        if let Err(failure) = make_state_dir(engine, target.node.driver(), target.state_dir.as_deref()) {
+            target.undo(engine).await;
+            return Err(failure);
+        }
         Ok(target)
     }
 
