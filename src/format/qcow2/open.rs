@@ -1,6 +1,6 @@
 //! Opening an image: its header is believed only where it makes sense, and other files only through the gate.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
@@ -23,13 +23,13 @@ use crate::block::{BlockError, Driver, Operation, Permissions};
 /// Bytes that are read to learn how large the first cluster is.
 const HEAD_BYTES: u64 = 4096;
 /// Memory in reserve for pieces that are put together.
-const COPY_RESERVE_BYTES: usize = 64 << 10;
+pub(super) const COPY_RESERVE_BYTES: usize = 64 << 10;
 
-fn refuse(name: &str, errno: Errno, why: impl Into<Rc<str>>) -> BlockError {
+pub(super) fn refuse(name: &str, errno: Errno, why: impl Into<Rc<str>>) -> BlockError {
     BlockError::new(Operation::Open, name, errno).hint(why)
 }
 
-fn plain(name: &str, fault: Fault) -> BlockError {
+pub(super) fn plain(name: &str, fault: Fault) -> BlockError {
     match fault {
         Fault::Io(error) => error,
         Fault::Damage(why) => refuse(name, Errno::EINVAL, format!("The image is damaged: {why}.")),
@@ -66,7 +66,10 @@ impl Qcow2 {
             })
         };
         let table_memory = memory(SLICE_BYTES_MAX as usize)?;
-        let copy_memory = if read_only { None } else { Some(memory(COPY_RESERVE_BYTES)?) };
+        let copy_memory = OnceCell::new();
+        if !read_only {
+            let _ = copy_memory.set(memory(COPY_RESERVE_BYTES)?);
+        }
         // Held from here on: nobody else changes what is read now.
         let held = if read_only { Permissions::STABLE_READER } else { Permissions::USER }.for_image();
         file.set_permissions(held)?;
@@ -133,7 +136,7 @@ impl Qcow2 {
         for_check: bool,
         read_only: bool,
         table_memory: Memory,
-        copy_memory: Option<Memory>,
+        copy_memory: OnceCell<Memory>,
     ) -> Qcow2 {
         let g = header.geometry();
         let mut head = cluster;
@@ -160,10 +163,11 @@ impl Qcow2 {
             data_file: None,
             backing: RefCell::default(),
             backing_name: RefCell::default(),
-            read_only,
+            read_only: Cell::new(read_only),
             for_check,
             g,
             len: Cell::new(header.size),
+            len_before: Cell::new(None),
             corrupt: Cell::new(header.incompatible & incompatible::CORRUPT != 0),
             header: RefCell::new(header),
             head: RefCell::new(head),
@@ -210,7 +214,7 @@ impl Qcow2 {
         let twice = refs.iter().map(|e| e & !0x1ff).filter(|at| *at != 0).find(|at| !blocks.insert(*at));
         if let Some(at) = twice
             && !self.for_check
-            && !self.read_only
+            && !self.read_only.get()
         {
             return Err(Fault::Damage(format!("two entries of its refcount table lead to {at:#x}")));
         }
@@ -219,7 +223,7 @@ impl Qcow2 {
             meta.refblocks = blocks;
             meta.reftable = WholeTable::new(&self.g, refs_at, refs);
         }
-        if !self.for_check && !self.read_only {
+        if !self.for_check && !self.read_only.get() {
             self.note_fixed_tables().await?;
         }
         Ok(())
@@ -255,7 +259,7 @@ impl Qcow2 {
 
     /// What has to be done before the first write: features that we do not keep up are switched off, and
     /// refcounts that may be off are repaired.
-    async fn make_writable(&self) -> Result<(), Fault> {
+    pub(super) async fn make_writable(&self) -> Result<(), Fault> {
         let (unknown, dirty) = {
             let header = self.header.borrow();
             (header.autoclear & !autoclear::KNOWN, header.incompatible & incompatible::DIRTY != 0)
