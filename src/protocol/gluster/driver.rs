@@ -304,11 +304,13 @@ impl GlusterNode {
         }
     }
 
-    async fn room(&self) -> Room<'_> {
+    /// Waits for its turn; a flush may have failed meanwhile.
+    async fn room(&self) -> Result<Room<'_>, Errno> {
         let has_room = || (self.in_flight.get() < GLUSTER_IN_FLIGHT_MAX).then_some(());
         self.changed.until(has_room).await;
+        self.check_usable()?;
         self.in_flight.set(self.in_flight.get() + 1);
-        Room(self)
+        Ok(Room(self))
     }
 
     fn file(&self) -> &Arc<OpenFile> {
@@ -329,14 +331,14 @@ impl GlusterNode {
     }
 
     async fn read_all(&self, offset: u64, buf: Buf) -> (Buf, Result<(), Errno>) {
-        if let Err(errno) = self.check_usable() {
-            return (buf, Err(errno));
-        }
         let len = buf.len();
         if len == 0 {
             return (buf, Ok(()));
         }
-        let _room = self.room().await;
+        let _room = match self.room().await {
+            Ok(room) => room,
+            Err(errno) => return (buf, Err(errno)),
+        };
         let (file, keep) = self.keep();
         let (mut buf, result) = self
             .ring
@@ -401,7 +403,7 @@ impl GlusterNode {
         if len == 0 {
             return Ok(());
         }
-        let _room = self.room().await;
+        let _room = self.room().await?;
         let (file, keep) = self.keep();
         let write =
             self.ring.external_write(buf, keep, |mem, completer| file.start_write(offset, mem, completer));
@@ -430,10 +432,8 @@ impl GlusterNode {
         self.flushes.set(Flushes { begun: number, running: true, ..self.flushes.get() });
         let before = std::mem::take(&mut *self.unsynced.borrow_mut());
         self.flushing.borrow_mut().append(before);
-        let result = {
-            let _room = self.room().await;
-            self.call(|file, completer| file.start_sync(completer)).await
-        };
+        // No room is asked for: flushes go one at a time.
+        let result = self.call(|file, completer| file.start_sync(completer)).await;
         let mut flushes = Flushes { running: false, ..self.flushes.get() };
         match result {
             Ok(_) => {
@@ -489,7 +489,7 @@ impl GlusterNode {
     }
 
     async fn call_in_room(&self, start: impl FnOnce(&OpenFile, Completer)) -> Result<(), Errno> {
-        let _room = self.room().await;
+        let _room = self.room().await?;
         self.call(start).await.map(drop)
     }
 
