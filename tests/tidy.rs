@@ -27,6 +27,11 @@ const UNSAFE_PLACES: &[&str] = &[
     "ring/src/mem.rs",
     "ring/src/pool",
     "ring/src/uring",
+    // The edge to libgfapi, a C library with threads of its own (docs/gluster.md).
+    "src/protocol/gluster/api.rs",
+    "src/protocol/gluster/connection.rs",
+    "src/protocol/gluster/fake.rs",
+    "src/protocol/gluster/file.rs",
     // One system call that no safe crate in use offers (docs/testing.md).
     "tests/common/sandbox.rs",
 ];

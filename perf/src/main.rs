@@ -9,6 +9,7 @@ mod bare_send;
 mod convert;
 mod copy;
 mod disks;
+mod gluster;
 mod live;
 mod machine;
 mod merge;

@@ -170,7 +170,7 @@ fn once(
 }
 
 /// What fio's JSON says.
-fn fio_report(stdout: &str) -> Fallible<Values> {
+pub fn fio_report(stdout: &str) -> Fallible<Values> {
     // Warnings may stand before it.
     let start = stdout.find('{').ok_or("fio printed no JSON")?;
     let report: Value = serde_json::from_str(&stdout[start..])?;

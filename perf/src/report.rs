@@ -303,7 +303,7 @@ fn table(scenario: &Scenario, rows: &[Row]) -> String {
         Kind::Copy(_) | Kind::Remote(_) | Kind::Convert | Kind::Merge => {
             (COPY, &[("wall-secs", "wall: ours/this"), ("cpu-secs-a-gib", "CPU: ours/this")])
         }
-        Kind::Nbd | Kind::Node | Kind::Qcow2Node => {
+        Kind::Nbd | Kind::Node | Kind::Gluster | Kind::Qcow2Node => {
             (SERVE, &[("iops", "IOPS: ours/this"), ("cpu-us-an-io", "CPU: ours/this")])
         }
         Kind::Live(_) => (LIVE, &[]),

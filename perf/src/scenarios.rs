@@ -45,6 +45,7 @@ pub enum Kind {
     Merge,
     Qcow2Node,
     Live(crate::live::Place),
+    Gluster,
 }
 
 /// One scenario.
@@ -401,6 +402,15 @@ pub const SCENARIOS: &[Scenario] = &[
         goals: &[goal("iops", More, Role::Peer, "qemu", 1.0, "at least as fast as qemu-img bench")],
     },
     Scenario {
+        name: "gluster",
+        title: "GlusterFS, one brick on tmpfs, in a network namespace, 1 GiB",
+        what: "Large requests in order and small ones at random through the same client library, and through a FUSE mount, \
+               which the kernel reads ahead for and writes behind. Bricks and clients share this machine's processors.",
+        kind: Kind::Gluster,
+        chart: "iops",
+        goals: &[],
+    },
+    Scenario {
         name: "live-loop",
         title: "A client beside a mirror, loop devices on tmpfs, 4 GiB",
         what: "One client writes 4 KiB at random over NBD while the disk that it writes to is mirrored: how long its \
@@ -436,6 +446,7 @@ impl Scenario {
             Kind::Merge => crate::merge::run(cx, self.name),
             Kind::Qcow2Node => crate::qcow2::run(cx, self.name),
             Kind::Live(place) => crate::live::run(cx, self.name, *place),
+            Kind::Gluster => crate::gluster::run(cx, self.name),
         }
     }
 }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use crate::Nanos;
 use crate::errno::Errno;
+use crate::external::Completer;
 use crate::op::{CopyHow, FileId, Op};
 
 /// How long an enter may wait.
@@ -170,6 +171,9 @@ pub trait Backend {
 
     /// Calls `work` on the offload pool; ends as a completion of `user_data` with result 0.
     fn offload(&mut self, user_data: u64, work: Work) -> Result<(), Errno>;
+
+    /// What ends `user_data`, which nothing else will, from any thread.
+    fn completer(&mut self, user_data: u64) -> Completer;
 
     /// The call, for the offload pool, that copies a range from one file to another. It holds both files by itself.
     /// `EOPNOTSUPP` where there is no such call.

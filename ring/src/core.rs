@@ -15,6 +15,7 @@ use crate::arena::Arena;
 use crate::backend::{Backend, Wait};
 use crate::config::{Budget, Patience};
 use crate::exec::{Exec, TaskId};
+use crate::external::Keep;
 use crate::limits;
 use crate::op::{CloseFile, File, FileId, Held, Op, Pieces};
 use crate::pool::Pool;
@@ -44,8 +45,10 @@ pub(crate) struct Slot {
     /// What was asked for; `op.remainder(done)` is what is in flight.
     pub(crate) op: Option<Op>,
     pub(crate) held: Held,
-    /// Keeps the file open; `None` for offloaded calls.
+    /// Keeps the file open; `None` for what others carry out.
     pub(crate) _file: Option<File>,
+    /// What those keep alive by it.
+    pub(crate) keep: Option<Keep>,
     pub(crate) state: State,
     pub(crate) waiter: Option<TaskId>,
     /// Nobody will ask for the result.

@@ -44,6 +44,11 @@ impl Mem {
         self.len == 0
     }
 
+    /// Where it lies, for whoever carries the operation out; valid until the operation's completion.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
     /// Copies `bytes` into the memory, as the kernel would (simulator only). Excess bytes are ignored.
     pub(crate) fn fill_from(&self, at: usize, bytes: &[u8]) {
         let Some(room) = self.len().checked_sub(at) else { return };

@@ -29,8 +29,9 @@ use crate::config::{Config, Patience, SetupError, Shutdown, Turn};
 use crate::core::{Core, Slot, State, user_data};
 use crate::errno::Errno;
 use crate::exec::{Exec, TaskId};
+use crate::external::{Completer, Keep};
 use crate::limits;
-use crate::mem::{Buf, Region, SharedBuf};
+use crate::mem::{Buf, Mem, Region, SharedBuf};
 use crate::op::{CloseFile, CopyHow, Fallocate, File, FileId, Held, Op, Pieces};
 use crate::operation::{Kind, Operation, PlainKind, ReadKind, ReadPiecesKind};
 use crate::pool::{Pool, PooledFuture};
@@ -408,6 +409,53 @@ impl Ring {
         value.ok_or(Errno::EIO)
     }
 
+    /// A read that somebody else carries out: `start` is called at once, with the memory to fill and what ends the
+    /// operation, from any thread. Until then the operation keeps the memory, and `keep`.
+    pub fn external_read(
+        &self,
+        buf: Buf,
+        keep: Keep,
+        start: impl FnOnce(Mem, Completer),
+    ) -> Operation<ReadKind> {
+        let mem = buf.mem();
+        self.submit_external(Held::Buf(buf), keep, |completer| start(mem, completer))
+    }
+
+    /// A write that somebody else carries out, as [`Ring::external_read`]; the memory is only read.
+    pub fn external_write(
+        &self,
+        buf: SharedBuf,
+        keep: Keep,
+        start: impl FnOnce(Mem, Completer),
+    ) -> Operation<PlainKind> {
+        let mem = buf.mem();
+        self.submit_external(Held::Shared { _buf: buf }, keep, |completer| start(mem, completer))
+    }
+
+    /// Something without memory that somebody else carries out, as [`Ring::external_read`].
+    pub fn external(&self, keep: Keep, start: impl FnOnce(Completer)) -> Operation<PlainKind> {
+        self.submit_external(Held::None, keep, start)
+    }
+
+    fn submit_external<K: Kind>(
+        &self,
+        held: Held,
+        keep: Keep,
+        start: impl FnOnce(Completer),
+    ) -> Operation<K> {
+        match self.insert_slot::<K>(None, held, None, State::InFlight) {
+            Ok(operation) => {
+                self.0.slots.borrow_mut()[operation.key as usize].keep = Some(keep);
+                self.0.in_flight.set(self.0.in_flight.get() + 1);
+                add(&self.0.stats.external, 1);
+                let completer = self.0.backend.borrow_mut().completer(operation.user_data());
+                start(completer);
+                operation
+            }
+            Err((errno, held)) => self.refused(errno, held),
+        }
+    }
+
     /// Copies a range from one file to another without reading it: see [`CopyHow`]. Gives the bytes copied; fewer than
     /// asked for only at the end of `from`. Which files can do this is found out by asking: `EOPNOTSUPP`, `EXDEV`,
     /// `EINVAL` (the range is not aligned to the filesystem's blocks, or there is no such call), `ENOTTY`.
@@ -430,14 +478,18 @@ impl Ring {
                 self.0.queue.borrow_mut().push_back(operation.key);
                 operation
             }
-            // Beyond the limit: the operation ends at once with EAGAIN; its memory goes back.
-            Err((errno, held)) => Operation {
-                ring: self.clone(),
-                key: u32::MAX,
-                sequence: 0,
-                refused: Some((errno, held)),
-                _kind: K::NEW,
-            },
+            Err((errno, held)) => self.refused(errno, held),
+        }
+    }
+
+    /// Beyond the limit: the operation ends at once with EAGAIN; its memory goes back.
+    fn refused<K: Kind>(&self, errno: Errno, held: Held) -> Operation<K> {
+        Operation {
+            ring: self.clone(),
+            key: u32::MAX,
+            sequence: 0,
+            refused: Some((errno, held)),
+            _kind: K::NEW,
         }
     }
 
@@ -460,6 +512,7 @@ impl Ring {
             op,
             held,
             _file: file.cloned(),
+            keep: None,
             state,
             waiter: None,
             orphan: false,

@@ -33,6 +33,8 @@ pub struct Stats {
     pub stale_completions: Cell<u64>,
     /// Calls given to the offload pool.
     pub offloaded: Cell<u64>,
+    /// Operations that others carried out.
+    pub external: Cell<u64>,
     /// Tasks started.
     pub tasks: Cell<u64>,
     /// Waits that the safety backstop ended while operations were in flight.
@@ -72,6 +74,8 @@ pub struct Snapshot {
     pub stale_completions: u64,
     /// Calls given to the offload pool.
     pub offloaded: u64,
+    /// Operations that others carried out.
+    pub external: u64,
     /// Tasks started.
     pub tasks: u64,
     /// Waits ended by the safety backstop.
@@ -106,6 +110,7 @@ impl Stats {
             retries: self.retries.get(),
             stale_completions: self.stale_completions.get(),
             offloaded: self.offloaded.get(),
+            external: self.external.get(),
             tasks: self.tasks.get(),
             backstops: self.backstops.get(),
             heap_allocations: crate::alloc::allocations().saturating_sub(self.allocations_at_start.get()),

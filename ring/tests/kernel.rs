@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use blockferry_ring::{Config, Errno, OffloadMode, OpenHow, Ring, SocketAddress};
+use blockferry_ring::{Completer, Config, Errno, Keep, OffloadMode, OpenHow, Ring, SocketAddress};
 
 fn ring() -> Ring {
     Ring::new(&Config::default()).unwrap()
@@ -350,4 +350,88 @@ fn more_calls_than_the_pool_queues_wait_for_room() {
         }
     });
     assert_eq!(ring.shutdown(1_000_000_000).leaked, 0);
+}
+
+/// What is to be ended, and how.
+type Call = (Completer, Result<u32, Errno>);
+
+/// A library with a thread of its own, which ends what it was given in reverse order, a few at a time.
+fn library() -> (std::sync::mpsc::Sender<Call>, std::thread::JoinHandle<()>) {
+    let (sender, calls) = std::sync::mpsc::channel::<Call>();
+    let thread = std::thread::spawn(move || {
+        while let Ok(first) = calls.recv() {
+            let mut some: Vec<_> = std::iter::once(first).chain(calls.try_iter().take(6)).collect();
+            while let Some((completer, result)) = some.pop() {
+                completer.complete(result);
+            }
+        }
+    });
+    (sender, thread)
+}
+
+#[test]
+fn what_others_carry_out_comes_back_from_their_threads() {
+    let ring = ring();
+    let (calls, thread) = library();
+    let keep: Keep = std::sync::Arc::new("something that has to live");
+    let tasks: Vec<_> = (0..2000u32)
+        .map(|n| {
+            let (r, calls, keep) = (ring.clone(), calls.clone(), keep.clone());
+            ring.spawn_with_result(async move {
+                let result = if n % 10 == 9 { Err(Errno::ENOSPC) } else { Ok(n) };
+                if n % 2 == 0 {
+                    return r.external(keep, |completer| calls.send((completer, result)).unwrap()).await;
+                }
+                let buf = r.alloc(4096).await;
+                let read = r.external_read(buf, keep, |mem, completer| {
+                    assert_eq!(mem.len(), 4096);
+                    calls.send((completer, result)).unwrap();
+                });
+                let (buf, result) = read.await;
+                assert_eq!(buf.len(), 4096);
+                result
+            })
+        })
+        .collect();
+    ring.block_on(async move {
+        for (n, task) in (0u32..).zip(tasks) {
+            let wanted = if n % 10 == 9 { Err(Errno::ENOSPC) } else { Ok(n) };
+            assert_eq!(task.take().await, wanted);
+        }
+    });
+    assert_eq!(ring.stats().snapshot().external, 2000);
+    drop(calls);
+    thread.join().unwrap();
+    assert_eq!(std::sync::Arc::strong_count(&keep), 1, "nothing is kept for longer");
+    assert_eq!(ring.shutdown(1_000_000_000).leaked, 0);
+}
+
+#[test]
+fn memory_of_others_work_is_kept_until_they_end_it_whatever_becomes_of_its_owner() {
+    let ring = ring();
+    let keep: Keep = std::sync::Arc::new(());
+    let held = std::rc::Rc::new(std::cell::RefCell::new(None));
+    let (r, k, h) = (ring.clone(), keep.clone(), held.clone());
+    let used = ring.block_on(async move {
+        let buf = r.alloc(65_536).await;
+        let used = r.arena().bytes_used();
+        drop(r.external_read(buf, k, |_, completer| drop(h.replace(Some(completer)))));
+        r.yield_now().await;
+        used
+    });
+    assert!(used >= 65_536 && ring.arena().bytes_used() == used, "the memory is not free");
+    assert_eq!(std::sync::Arc::strong_count(&keep), 2);
+    // Whoever drops the right to end it has ended it.
+    drop(held.take());
+    let _ = ring.turn();
+    assert_eq!((ring.arena().bytes_used(), std::sync::Arc::strong_count(&keep)), (0, 1));
+    // At the end what never comes back is leaked, not freed.
+    let (r, k, h) = (ring.clone(), keep.clone(), held.clone());
+    ring.block_on(async move {
+        let buf = r.alloc(4096).await.freeze();
+        drop(r.external_write(buf, k, |_, completer| drop(h.replace(Some(completer)))));
+    });
+    assert_eq!(ring.shutdown(10_000_000).leaked, 1);
+    assert_eq!(std::sync::Arc::strong_count(&keep), 2);
+    drop(held.take());
 }

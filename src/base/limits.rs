@@ -247,3 +247,20 @@ pub const MIRROR_CLOSING_BYTES_MAX: u64 = 8 << 20;
 /// So much may be left to compare when a verifying pass beside the guests is content: the rest is compared
 /// while they wait.
 pub const VERIFY_LEFT_BYTES: u64 = 32 << 20;
+
+// ---- GlusterFS ----
+
+/// Servers that one image on GlusterFS names: a volume of a large cluster has more, and its list comes from any of them.
+pub const GLUSTER_SERVERS_MAX: usize = 64;
+/// Calls of libgfapi in flight for one image. Its own threads carry them out; further ones wait here.
+pub const GLUSTER_IN_FLIGHT_MAX: usize = 128;
+/// The largest range that one call of libgfapi zeroes or gives back, in bytes: a brick may have to write the zeroes, and
+/// its client takes it for dead when no answer comes for long.
+pub const GLUSTER_RANGE_BYTES_MAX: u64 = 256 * MIB;
+/// How long an extent that GlusterFS told of is believed, in nanoseconds: others may write there.
+pub const GLUSTER_STATUS_AGE_NS_MAX: u64 = 1_000_000_000;
+/// Ranges written and not yet flushed that are told apart; what lies between two of them counts as written beyond that.
+pub const GLUSTER_UNSYNCED_RANGES_MAX: usize = 64;
+/// How long opening an image on GlusterFS may take, in nanoseconds, when nothing is said: libgfapi tries each server for
+/// some seconds.
+pub const GLUSTER_OPEN_NS_MAX: u64 = 120_000_000_000;

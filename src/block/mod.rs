@@ -339,6 +339,12 @@ pub trait Driver: std::fmt::Debug {
     /// Changes the length. `EOPNOTSUPP` where that makes no sense.
     fn set_len(&self, _len: u64) -> IoFuture<'_, IoResult>;
 
+    /// Sets room aside for a range without changing what it reads as. `None`: this driver has no such means of its own
+    /// (a local file's are the kernel's).
+    fn allocate(&self, _offset: u64, _len: u64) -> Option<IoFuture<'_, IoResult>> {
+        None
+    }
+
     /// Bytes that the image occupies, where that can be told.
     fn allocated_bytes(&self) -> Option<u64> {
         None

@@ -206,6 +206,10 @@ impl Run {
                 let text = "does not exist, and -n says that it is not to be made";
                 return Err(Failure::text(format!("The target '{}' {text}", path.display())));
             }
+            if crate::engine::remote::can_create(&args.target) {
+                // A target that is not there would be made.
+                self.engine.open(&args.target, &open.image(Some(args.target_format), true)).await?;
+            }
             let target = Target::open(&self.engine, options).await?;
             let state = if args.target_is_zero { TargetState::Zero } else { TargetState::Unknown };
             return Ok((target, state));

@@ -8,12 +8,13 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{parse_format, size};
-use super::target::make_file;
+use super::target::{create_remote, make_file};
 use super::tool::{OutputArgs, option_pairs};
 use super::{Global, config};
 use crate::engine::create::NewImage;
 use crate::engine::open::local_path;
 use crate::engine::qcow2::{open_backing, recorded_format};
+use crate::engine::remote::can_create;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::UseKind;
 
@@ -54,9 +55,11 @@ pub struct CreateArgs {
 /// Runs the command.
 pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
-    let Some(path) = local_path(&args.file) else {
-        return Err(Failure::text(format!("'{}' is not a file on this machine", args.file)));
-    };
+    let path = local_path(&args.file);
+    if path.is_none() && !can_create(&args.file) {
+        let text = "is neither a file on this machine nor one on a server on which files can be made";
+        return Err(Failure::text(format!("'{}' {text}", args.file)));
+    }
     let mut pairs = option_pairs(&args.options)?;
     add_backing(&mut pairs, args.backing.as_deref(), args.backing_format);
     let args = Rc::new(args);
@@ -70,7 +73,10 @@ pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
         if new.has_backing() && !a.no_open {
             backing_len(&e, &a.file, &pairs).await?;
         }
-        create(&e, &path, &new, a.force).await?;
+        match &path {
+            Some(path) => create(&e, path, &new, a.force).await?,
+            None => create_remote(&e, &a.file, &new, a.force).await?,
+        }
         Ok::<_, Failure>(new)
     })?;
     let value = json!({

@@ -30,7 +30,8 @@ Clients may be many, with several connections each. The server ends with SIGINT 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER)]
 pub struct ServeArgs {
-    /// The disk: a file, a block device, nbd://HOST/EXPORT, mem:SIZE, null:SIZE or delay:TIME:NAME
+    /// The disk: a file, a block device, nbd://HOST/EXPORT, gluster://HOST/VOLUME/IMAGE, mem:SIZE, null:SIZE or
+    /// delay:TIME:NAME
     #[arg(value_name = "IMAGE")]
     image: String,
     /// Where clients connect (may be said more than once; port 0 takes a free one)

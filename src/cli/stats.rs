@@ -35,6 +35,7 @@ pub fn print(global: &Global, ring: &Ring) {
     eprintln!("  bytes read / written      {:>12} / {}", s.bytes_read, s.bytes_written);
     eprintln!("  short transfers, retries  {:>12} / {}", s.short_transfers, s.retries);
     eprintln!("  offloaded calls           {:>12}", s.offloaded);
+    eprintln!("  operations of libraries   {:>12}", s.external);
     eprintln!("  turns, tasks              {:>12} / {}", s.turns, s.tasks);
     eprintln!(
         "  arena MiB: mapped / registered / most in use  {} / {} / {:.1}",
@@ -65,6 +66,7 @@ pub fn to_json(ring: &Ring) -> Value {
         "short-transfers": s.short_transfers,
         "retries": s.retries,
         "offloaded": s.offloaded,
+        "external": s.external,
         "turns": s.turns,
         "tasks": s.tasks,
         "backstops": s.backstops,

@@ -4,18 +4,21 @@
 //! a hidden name next to it, `.NAME.blockferry-PID`, marked, made durable, and renamed, unless the name was
 //! taken meanwhile. So whatever ends this program at whatever moment, an image without a mark is complete; at
 //! worst an empty file with a hidden name is left behind.
+//!
+//! A file on a server (GlusterFS) is made under its own name, which must not be taken, and its mark is a note in the state
+//! directory, as for all that is not on this machine.
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use blockferry_ring::FileKind;
+use blockferry_ring::{Errno, FileKind};
 
 use super::exit::Failure;
 use super::image::OpenArgs;
 use crate::block::Driver;
 use crate::engine::create::{NewImage, RawPreallocation};
 use crate::engine::open::local_path;
-use crate::engine::remote::is_remote;
+use crate::engine::remote;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::{Node, UseKind};
 use crate::protocol::file::{CreateOptions, FileDriver};
@@ -40,6 +43,27 @@ pub struct TargetOptions<'a> {
     pub mark: MarkInfo,
 }
 
+/// What was made here.
+#[derive(Debug)]
+enum Made {
+    /// A file of this machine.
+    File(PathBuf),
+    /// The file of this name, on a server.
+    Remote(String),
+}
+
+impl Made {
+    /// Removes it, after an error that is told.
+    async fn remove(&self, engine: &Engine) {
+        let _ = match self {
+            Made::File(path) => engine.ring().unlink(path).map_err(drop),
+            Made::Remote(name) => {
+                remote::remove(engine.ring(), name, &ImageOptions::raw()).await.map_err(drop)
+            }
+        };
+    }
+}
+
 /// An opened target.
 #[derive(Debug)]
 pub struct Target {
@@ -47,8 +71,8 @@ pub struct Target {
     pub node: Rc<Node>,
     state_dir: Option<PathBuf>,
     mark: MarkInfo,
-    /// It was made here, under this path.
-    made: Option<PathBuf>,
+    /// It was made here.
+    made: Option<Made>,
     /// It was there, and has been emptied.
     remade: bool,
 }
@@ -57,7 +81,7 @@ impl Target {
     /// Opens a target; makes it if it is a new file: a raw image, all hole.
     pub async fn open(engine: &Engine, options: TargetOptions<'_>) -> Result<Target, Failure> {
         let new = NewImage::Raw { len: options.len, preallocation: RawPreallocation::Off };
-        Target::open_or_make(engine, options, &new).await
+        Target::open_or_make(engine, options, &new, None).await
     }
 
     /// Opens a target; makes it as `new` says if it is a new file.
@@ -66,7 +90,7 @@ impl Target {
         options: TargetOptions<'_>,
         new: &NewImage,
     ) -> Result<Target, Failure> {
-        Target::open_or_make(engine, options, new).await
+        Target::open_or_make(engine, options, new, None).await
     }
 
     /// Makes a target anew, whatever is there: a file that exists must be one that may be overwritten
@@ -81,9 +105,15 @@ impl Target {
         let options = TargetOptions { format: Some(new.format()), ..options };
         let path = local_path(options.name);
         let kind = path.as_ref().map(|path| ring.lookup(path)).transpose();
-        let overwrites = matches!(kind, Ok(Some(Some(FileKind::Regular)))) && options.force;
-        if let (true, Some(path)) = (overwrites, &path) {
-            let name = format!("file:{}", path.display());
+        let mut overwrites = matches!(kind, Ok(Some(Some(FileKind::Regular)))) && options.force;
+        let name =
+            path.as_ref().map_or_else(|| options.name.to_owned(), |path| format!("file:{}", path.display()));
+        let mut made = None;
+        if remote::can_create(options.name) {
+            made = make_remote(engine, options.name, new).await?;
+            overwrites = made.is_none() && options.force;
+        }
+        if overwrites {
             let raw = ImageOptions { lock: !options.open.no_lock, ..ImageOptions::raw() };
             let file = engine.open(&name, &raw).await?;
             let lock = file.attach(UseKind::JobTarget("create"))?;
@@ -91,10 +121,10 @@ impl Target {
             let (driver, state_dir) = (file.driver().clone(), options.state_dir.clone());
             TargetMark::new(ring, driver, state_dir, options.mark.clone()).set().await?;
             file.driver().set_len(0).await?;
-            new.write(ring, file.driver(), path).await?;
+            new.write(ring, file.driver(), path.as_deref().unwrap_or(Path::new(""))).await?;
             drop(lock);
         }
-        let target = Target::open_or_make(engine, options, new).await?;
+        let target = Target::open_or_make(engine, options, new, made).await?;
         Ok(Target { remade: overwrites, ..target })
     }
 
@@ -107,24 +137,32 @@ impl Target {
         engine: &Engine,
         options: TargetOptions<'_>,
         new: &NewImage,
+        mut made: Option<Made>,
     ) -> Result<Target, Failure> {
         let ring = engine.ring();
-        let mut made = None;
         let mut format = options.format;
         if let Some(path) = local_path(options.name) {
             let looked = ring.lookup(&path).map_err(|errno| {
                 Failure::text(format!("The target '{}' cannot be looked at: {errno}", path.display()))
             })?;
             if looked.is_some() && !options.force {
-                return Err(exists(&path));
+                return Err(exists(&path.display().to_string()));
             }
             if looked.is_none() {
                 make(engine, &path, &options, new).await?;
-                made = Some(path);
+                made = Some(Made::File(path));
                 format = format.or(Some(new.format()));
             }
-        }
-        if is_remote(options.name) && !options.force {
+        } else if remote::can_create(options.name) {
+            if made.is_none() {
+                made = make_remote(engine, options.name, new).await?;
+            }
+            match &made {
+                Some(_) => format = format.or(Some(new.format())),
+                None if options.force => {}
+                None => return Err(exists(options.name)),
+            }
+        } else if remote::is_remote(options.name) && !options.force {
             return Err(Failure::text(format!(
                 "The target '{}' is a disk of a server, which is left alone. Say --force to overwrite it",
                 options.name
@@ -134,15 +172,17 @@ impl Target {
         let node = match opened {
             Ok(node) => node,
             Err(error) => {
-                if let Some(path) = &made {
-                    // The error that made it useless is the one to tell.
-                    let _ = ring.unlink(path);
+                if let Some(made) = &made {
+                    made.remove(engine).await;
                 }
                 return Err(error.into());
             }
         };
         let target = Target { node, state_dir: options.state_dir, mark: options.mark, made, remade: false };
-        make_state_dir(engine, target.node.driver(), target.state_dir.as_deref())?;
+        if let Err(failure) = make_state_dir(engine, target.node.driver(), target.state_dir.as_deref()) {
+            target.undo(engine).await;
+            return Err(failure);
+        }
         Ok(target)
     }
 
@@ -154,19 +194,52 @@ impl Target {
 
     /// The job could not start: what was made for it is removed again.
     pub async fn undo(&self, engine: &Engine) {
-        if let Some(path) = &self.made {
+        if let Some(made) = &self.made {
             // A note in the state directory would else be found by whoever gets the inode number next.
             let _ = self.marker(engine).clear().await;
-            let _ = engine.ring().unlink(path);
+            made.remove(engine).await;
         }
     }
 }
 
-fn exists(path: &Path) -> Failure {
+fn exists(name: &str) -> Failure {
     Failure::text(format!(
-        "'{}' exists and is left alone. Name a new file, or say --force to overwrite it",
-        path.display()
+        "'{name}' exists and is left alone. Name a new file, or say --force to overwrite it"
     ))
+}
+
+/// Makes an image in a new file on a server; `None` if there is one of this name already.
+async fn make_remote(engine: &Engine, name: &str, new: &NewImage) -> Result<Option<Made>, Failure> {
+    if new.names_files() {
+        return Err(Failure::text(format!(
+            "'{name}' is on a server: an image there cannot name a backing file or a data file"
+        )));
+    }
+    let ring = engine.ring();
+    let file = match remote::create(ring, name, &ImageOptions::raw()).await {
+        Ok(file) => file,
+        Err(error) if error.errno == Errno::EEXIST => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let made = Made::Remote(name.to_owned());
+    if let Err(error) = new.write(ring, &file, Path::new("")).await {
+        made.remove(engine).await;
+        return Err(error.into());
+    }
+    Ok(Some(made))
+}
+
+/// Makes an image in a new file on a server, for its own sake. With `force` one that is there is made anew.
+pub async fn create_remote(engine: &Engine, name: &str, new: &NewImage, force: bool) -> Result<(), Failure> {
+    if make_remote(engine, name, new).await?.is_some() {
+        return Ok(());
+    }
+    if !force {
+        return Err(exists(name));
+    }
+    let file = engine.open(name, &ImageOptions::raw()).await?;
+    file.driver().set_len(0).await?;
+    Ok(new.write(engine.ring(), file.driver(), Path::new("")).await?)
 }
 
 /// Makes a file with its mark under the name `path`, all at once.
@@ -202,7 +275,7 @@ pub async fn make_file(
         new.write(ring, node.driver(), path).await?;
         last(node.driver()).await?;
         let failed = |errno| match errno {
-            blockferry_ring::Errno::EEXIST => exists(path),
+            Errno::EEXIST => exists(&path.display().to_string()),
             errno => Failure::text(format!("Making the image '{}' failed: {errno}", path.display())),
         };
         ring.rename_new(&hidden, path).map_err(failed)?;

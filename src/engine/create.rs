@@ -122,6 +122,14 @@ impl NewImage {
         }
     }
 
+    /// It names other files: a layer below, or one for its data.
+    pub fn names_files(&self) -> bool {
+        match self {
+            NewImage::Raw { .. } => false,
+            NewImage::Qcow2(options) => options.backing_file.is_some() || options.data_file.is_some(),
+        }
+    }
+
     /// Makes it in `file`, which is open for writing and empty. `path` is the name that the image will have: names of
     /// other files are relative to it.
     pub async fn write(&self, ring: &Ring, file: &Rc<dyn Driver>, path: &Path) -> IoResult {
@@ -166,8 +174,11 @@ pub async fn preallocate(
         BlockError::at(Operation::Resize, file.name(), range.start(), range.len(), errno)
             .hint("Room cannot be set aside here.")
     };
-    let local = file.local_file().ok_or_else(|| refused(Errno::EOPNOTSUPP))?;
     if mode == RawPreallocation::Falloc {
+        if let Some(allocated) = file.allocate(range.start(), range.len()) {
+            return allocated.await;
+        }
+        let local = file.local_file().ok_or_else(|| refused(Errno::EOPNOTSUPP))?;
         let call = ring.fallocate(&local, Fallocate::Allocate, range.start(), range.len());
         return call.await.map(drop).map_err(refused);
     }

@@ -6,6 +6,7 @@
 //! | `mem:SIZE` | memory, all zeroes at first, gone at the end |
 //! | `null:SIZE` | reads zeroes, forgets writes |
 //! | `nbd://…`, `nbd+tcp://…`, `nbd+unix://…`, `nbd:…` | an NBD server's disk; so are `json:{…}` and `driver=nbd,…` |
+//! | `gluster://…`, `gluster+tcp://…`, `gluster+unix://…` | an image on a GlusterFS volume; so are the forms with options |
 //! | `delay:TIME:NAME` | any of these, with so much latency added to every request |
 
 use std::path::{Path, PathBuf};
@@ -100,11 +101,8 @@ pub fn local_path(name: &str) -> Option<PathBuf> {
 /// Opens what `name` means. The format is the one that was said, or what the image's own header says by
 /// the safe rule.
 pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
-    let child = match is_remote(name) {
-        true => super::remote::open(ring, name, options).await?,
-        false => open_protocol(ring, name, options)?,
-    };
-    let format = match options.format {
+    let (child, named_format) = open_child(ring, name, options).await?;
+    let format = match options.format.or(named_format) {
         Some(format) => format,
         None if is_fresh(name) => Format::Raw,
         None => choose_format(None, &head(ring, &child).await?, !options.read_only)
@@ -114,12 +112,21 @@ pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<
     with_format(ring, child, format, options, &files).await
 }
 
+/// Opens what bytes come from, and tells the format where the name itself says it.
+async fn open_child(
+    ring: &Ring,
+    name: &str,
+    options: &ImageOptions,
+) -> Result<(Rc<dyn Driver>, Option<Format>), BlockError> {
+    match is_remote(name) {
+        true => super::remote::open(ring, name, options).await,
+        false => Ok((open_protocol(ring, name, options)?, None)),
+    }
+}
+
 /// Opens `name` as a qcow2 image, for what only that format has.
 pub async fn open_qcow2(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<Qcow2>, BlockError> {
-    let child = match is_remote(name) {
-        true => super::remote::open(ring, name, options).await?,
-        false => open_protocol(ring, name, options)?,
-    };
+    let (child, _) = open_child(ring, name, options).await?;
     let files = Files::new(ring, options, &child, &[]);
     as_qcow2(ring, child, options, &files).await
 }
@@ -305,7 +312,7 @@ fn open_protocol(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<d
             refuse("A disk on a server is opened in a task, because its server has to be asked.".into())
         }
         None => refuse(
-            "This protocol is not supported yet. Give a path, nbd://HOST/EXPORT, mem:SIZE, null:SIZE or \
+            "This protocol is not supported yet. Give a path, nbd://HOST/EXPORT, gluster://HOST/VOLUME/IMAGE, mem:SIZE, null:SIZE or \
              delay:TIME:NAME."
                 .into(),
         ),

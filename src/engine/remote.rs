@@ -4,12 +4,14 @@ use std::rc::Rc;
 
 use blockferry_ring::{Errno, Nanos, Ring};
 
-use super::open::ImageOptions;
+use super::open::{Format, ImageOptions};
 use crate::base::limits;
 use crate::base::units::parse_duration;
-use crate::block::{BlockError, Driver, Operation};
+use crate::block::{BlockError, Driver, IoResult, Operation};
 use crate::protocol::delay::DelayDriver;
-use crate::protocol::nbd::{NbdNode, NbdUri, RemoteOptions, options};
+use crate::protocol::gluster::{self, GlusterNode, GlusterUri, Logging, OpenHow};
+use crate::protocol::nbd::{self, NbdNode, NbdUri, RemoteOptions};
+use crate::protocol::structured::{Options, is_structured};
 
 /// How servers are treated where their disk's own options do not say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,45 +34,139 @@ impl Default for ServerOptions {
     }
 }
 
+const NBD: [&str; 4] = ["nbd:", "nbd+", "nbds:", "nbds+"];
+const GLUSTER: [&str; 2] = ["gluster:", "gluster+"];
+
+fn begins_with(name: &str, prefixes: &[&str]) -> bool {
+    prefixes.iter().any(|prefix| name.starts_with(prefix))
+}
+
 /// Whether a name leads to a server, through `delay:` too.
 pub fn is_remote(name: &str) -> bool {
     if let Some(rest) = name.strip_prefix("delay:") {
         return rest.split_once(':').is_some_and(|(_, child)| is_remote(child));
     }
-    ["nbd:", "nbd+", "nbds:", "nbds+"].iter().any(|prefix| name.starts_with(prefix))
-        || options::is_structured(name)
+    begins_with(name, &NBD) || begins_with(name, &GLUSTER) || is_structured(name)
 }
 
-/// Opens what a name that [`is_remote`] means.
+/// A disk on a server, and how it is reached.
+enum Disk {
+    Nbd(RemoteOptions),
+    Gluster(OpenHow),
+}
+
+/// What a name means.
+struct Meaning {
+    disk: Disk,
+    read_only: bool,
+    /// The format, where the name says it.
+    format: Option<Format>,
+}
+
+impl Meaning {
+    fn of(name: &str, image: &ImageOptions) -> Result<Meaning, String> {
+        let server = image.server;
+        let usual = |uri: NbdUri| RemoteOptions {
+            reconnect_delay_ns: server.reconnect_delay_ns,
+            open_timeout_ns: server.open_timeout_ns,
+            connections_max: server.connections_max,
+            ..RemoteOptions::new(uri)
+        };
+        let on_gluster = |image_there, asked_for_rdma: bool, logging, read_only| {
+            if asked_for_rdma {
+                tracing::warn!("GlusterFS has no transport 'rdma' any more; tcp is used");
+            }
+            Disk::Gluster(OpenHow { image: image_there, logging, read_only, create: false })
+        };
+        if begins_with(name, &GLUSTER) {
+            let uri: GlusterUri = name.parse().map_err(|error| format!("{error}."))?;
+            let disk = on_gluster(uri.image, uri.asked_for_rdma, Logging::default(), image.read_only);
+            return Ok(Meaning { disk, read_only: image.read_only, format: None });
+        }
+        if !is_structured(name) {
+            let uri: NbdUri = name.parse().map_err(|error| format!("{error}"))?;
+            return Ok(Meaning { disk: Disk::Nbd(usual(uri)), read_only: image.read_only, format: None });
+        }
+        let mut options = Options::parse(name)?;
+        let format = match options.take_format() {
+            None => None,
+            Some(name) => Some(
+                Format::parse(&name)
+                    .ok_or_else(|| format!("The driver '{name}' is no format that is known."))?,
+            ),
+        };
+        match options.take_driver()?.as_str() {
+            "nbd" => {
+                let structured = nbd::options::understand(options, usual)?;
+                let read_only = image.read_only || structured.read_only == Some(true);
+                Ok(Meaning { disk: Disk::Nbd(structured.remote), read_only, format })
+            }
+            "gluster" => {
+                let said = gluster::options::understand(options)?;
+                let read_only = image.read_only || said.read_only == Some(true);
+                let disk = on_gluster(said.image, said.asked_for_rdma, said.logging, read_only);
+                Ok(Meaning { disk, read_only, format })
+            }
+            other => {
+                Err(format!("The driver '{other}' cannot be named in this form; 'nbd' and 'gluster' can."))
+            }
+        }
+    }
+}
+
+fn refuse(operation: Operation, name: &str, why: String) -> BlockError {
+    BlockError::new(operation, name, Errno::EINVAL).hint(why)
+}
+
+/// Opens what a name that [`is_remote`] means. Some names say the format, too.
 pub(super) async fn open(
     ring: &Ring,
     name: &str,
     image: &ImageOptions,
-) -> Result<Rc<dyn Driver>, BlockError> {
-    let refuse = |why: String| BlockError::new(Operation::Open, name, Errno::EINVAL).hint(why);
+) -> Result<(Rc<dyn Driver>, Option<Format>), BlockError> {
     // `delay:` may be said several times over; the innermost is the first to be told of a request's end.
     let (mut delays, mut rest) = (Vec::new(), name);
     while let Some((time, child)) = rest.strip_prefix("delay:").and_then(|rest| rest.split_once(':')) {
-        delays.push(parse_duration(time).map_err(|error| refuse(error.to_string()))?);
+        let delay = parse_duration(time);
+        delays.push(delay.map_err(|error| refuse(Operation::Open, name, error.to_string()))?);
         rest = child;
     }
-    let server = image.server;
-    let usual = |uri: NbdUri| RemoteOptions {
-        reconnect_delay_ns: server.reconnect_delay_ns,
-        open_timeout_ns: server.open_timeout_ns,
-        connections_max: server.connections_max,
-        ..RemoteOptions::new(uri)
+    let meaning = Meaning::of(rest, image).map_err(|why| refuse(Operation::Open, name, why))?;
+    let mut driver: Rc<dyn Driver> = match meaning.disk {
+        Disk::Nbd(remote) => NbdNode::open(ring, remote, meaning.read_only).await?,
+        Disk::Gluster(how) => GlusterNode::open(ring, how).await?,
     };
-    let (remote, read_only) = if options::is_structured(rest) {
-        let structured = options::parse(rest, usual).map_err(refuse)?;
-        (structured.remote, image.read_only || structured.read_only == Some(true))
-    } else {
-        let uri: NbdUri = rest.parse().map_err(|error| refuse(format!("{error}")))?;
-        (usual(uri), image.read_only)
-    };
-    let mut driver: Rc<dyn Driver> = NbdNode::open(ring, remote, read_only).await?;
     for latency_ns in delays.into_iter().rev() {
         driver = Rc::new(DelayDriver::new(ring, driver, latency_ns));
     }
-    Ok(driver)
+    Ok((driver, meaning.format))
+}
+
+/// Where files can be made on a server, the file of a name; `None` for other names.
+fn file_of(name: &str, image: &ImageOptions) -> Option<OpenHow> {
+    match Meaning::of(name, image).ok()?.disk {
+        Disk::Gluster(how) => Some(how),
+        Disk::Nbd(_) => None,
+    }
+}
+
+/// Whether a name leads to a server on which images can be made.
+pub fn can_create(name: &str) -> bool {
+    is_remote(name) && !name.starts_with("delay:") && file_of(name, &ImageOptions::default()).is_some()
+}
+
+/// Makes an empty file on a server, which must not exist (`EEXIST`), and gives it open for writing.
+pub async fn create(ring: &Ring, name: &str, image: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
+    match file_of(name, image) {
+        Some(how) => Ok(GlusterNode::open(ring, OpenHow { create: true, ..how }).await?),
+        None => Err(refuse(Operation::Create, name, "Images cannot be made on this server.".into())),
+    }
+}
+
+/// Removes a file that was made on a server.
+pub async fn remove(ring: &Ring, name: &str, image: &ImageOptions) -> IoResult {
+    match file_of(name, image) {
+        Some(how) => GlusterNode::remove(ring, how).await,
+        None => Ok(()),
+    }
 }

@@ -6,6 +6,7 @@ mod align;
 mod bounce;
 pub mod delay;
 pub mod file;
+pub mod gluster;
 pub mod host_device;
 mod leaf;
 pub mod lock;
@@ -14,6 +15,8 @@ pub mod mem;
 pub mod nbd;
 pub mod null;
 pub mod open;
+pub mod structured;
+mod uri;
 
 pub use delay::DelayDriver;
 pub use file::{CreateOptions, FileDriver};

@@ -8,6 +8,7 @@
 pub mod chain;
 pub mod ext4;
 pub mod filesystem;
+pub mod gluster;
 pub mod image;
 pub mod nbd;
 pub mod qcow2;

@@ -20,6 +20,7 @@ use crate::backend::{
     Work,
 };
 use crate::errno::Errno;
+use crate::external::{Completer, Inbox};
 use crate::op::{CopyHow, FileId, Op};
 
 /// What looking at the clock costs.
@@ -31,19 +32,27 @@ pub struct SimBackend {
     world: World,
     port: u32,
     woken: Arc<AtomicBool>,
+    inbox: Arc<Inbox>,
 }
 
 impl SimBackend {
     pub(super) fn new(world: World) -> SimBackend {
         let woken = Arc::new(AtomicBool::new(false));
+        let inbox = Inbox::new(waker(&woken));
         let port = {
             let mut inner = world.0.borrow_mut();
             let port = inner.next() as u32;
-            let state = Port { queue: Vec::new(), ended: Default::default(), dead: None, memory: Vec::new() };
+            let state = Port {
+                queue: Vec::new(),
+                ended: Default::default(),
+                inbox: inbox.clone(),
+                dead: None,
+                memory: Vec::new(),
+            };
             inner.ports.insert(port, state);
             port
         };
-        SimBackend { world, port, woken }
+        SimBackend { world, port, woken, inbox }
     }
 
     /// Runs a control call that faults of `kind` may fail, on what goes by the name that `label` gives.
@@ -97,6 +106,11 @@ impl Drop for SimBackend {
     }
 }
 
+fn waker(woken: &Arc<AtomicBool>) -> RemoteWaker {
+    let woken = woken.clone();
+    RemoteWaker::new(move || woken.store(true, Ordering::Release))
+}
+
 fn shown(path: &Path) -> Option<String> {
     Some(path.display().to_string())
 }
@@ -107,7 +121,7 @@ impl Inner {
     }
 
     fn ended(&self, port: u32) -> usize {
-        self.ports.get(&port).map_or(0, |p| p.ended.len())
+        self.ports.get(&port).map_or(0, |p| p.ended.len() + usize::from(!p.inbox.is_empty()))
     }
 
     /// Lets time pass until there is what `wait` asks for.
@@ -226,6 +240,8 @@ impl Backend for SimBackend {
             let n = port.ended.len().min(max.saturating_sub(out.len()));
             out.extend(port.ended.drain(..n));
         }
+        // What ends outside ends in a world without time: at the next look.
+        self.inbox.take(max, out);
     }
 
     fn offload(&mut self, user_data: u64, work: Work) -> Result<(), Errno> {
@@ -237,6 +253,10 @@ impl Backend for SimBackend {
         Ok(())
     }
 
+    fn completer(&mut self, user_data: u64) -> Completer {
+        Completer::new(user_data, self.inbox.clone())
+    }
+
     fn copy_work(&mut self, _: FileId, _: FileId, _: CopyRange, _: CopyHow) -> Result<CopyWork, Errno> {
         Err(Errno::EOPNOTSUPP)
     }
@@ -246,8 +266,7 @@ impl Backend for SimBackend {
     }
 
     fn remote_waker(&self) -> RemoteWaker {
-        let woken = self.woken.clone();
-        RemoteWaker::new(move || woken.store(true, Ordering::Release))
+        waker(&self.woken)
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {

@@ -40,6 +40,8 @@ pub(super) struct OpenFile {
 pub(super) struct Port {
     pub(super) queue: Vec<Queued>,
     pub(super) ended: VecDeque<(u64, i32)>,
+    /// What others ended, from outside the simulated world.
+    pub(super) inbox: std::sync::Arc<crate::external::Inbox>,
     /// Set when the power went: what its clock shows since then.
     pub(super) dead: Option<Nanos>,
     /// Registered memory: address and bytes.

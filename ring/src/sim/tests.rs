@@ -462,6 +462,37 @@ fn offloaded_calls_run_and_wake_ups_end_waits() {
 }
 
 #[test]
+fn what_others_carry_out_ends_in_a_world_too() {
+    let (_world, ring) = world(7);
+    let keep: crate::Keep = std::sync::Arc::new(());
+    let (r, k) = (ring.clone(), keep.clone());
+    ring.block_on(async move {
+        // At once, and by a call that takes its time.
+        let (buf, n) = r
+            .external_read(r.alloc(10).await, k.clone(), |mem, completer| {
+                mem.fill_from(0, b"abc");
+                completer.complete(Ok(3));
+            })
+            .await;
+        assert_eq!((&buf.as_slice()[..3], n), (&b"abc"[..], Ok(3)));
+        let (sender, completers) = std::sync::mpsc::channel();
+        let later = r.external(k.clone(), |completer| sender.send(completer).unwrap());
+        let completer: crate::Completer = completers.recv().unwrap();
+        let began = r.clock();
+        let ended = r.offload(move || {
+            completer.complete(Err(Errno::ENOSPC));
+            true
+        });
+        let (ended, later) = crate::sync::join(ended, later).await;
+        assert_eq!((ended, later), (Ok(true), Err(Errno::ENOSPC)));
+        assert!(r.clock() > began);
+        assert_eq!(r.external(k, drop).await, Err(Errno::EIO));
+    });
+    assert_eq!(std::sync::Arc::strong_count(&keep), 1);
+    finish(&ring);
+}
+
+#[test]
 fn memory_beyond_what_may_be_registered_is_plain() {
     let world = World::new(WorldConfig { registered_bytes_max: Some(3 << 20), ..WorldConfig::new(8) });
     world.add_file("/disk", FileModel::regular(1 << 20));

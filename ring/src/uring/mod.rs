@@ -12,7 +12,8 @@
 //!
 //! # Completions
 //! `user_data` below `1 << 32` (sequence 0) is this module's own: the wake-up eventfd and cancel
-//! requests. Everything else is passed on. Offloaded calls end in a list that the eventfd announces.
+//! requests. Everything else is passed on. What ends outside (offloaded calls, a library's own threads) comes
+//! through a list that the eventfd announces ([`crate::external`]).
 
 #![allow(unsafe_code)]
 
@@ -37,6 +38,7 @@ use crate::backend::{
 };
 use crate::config::{Config, SetupError};
 use crate::errno::Errno;
+use crate::external::{Completer, Inbox};
 use crate::limits;
 use crate::op::{CopyHow, FileId, Op};
 use encode::Messages;
@@ -104,6 +106,7 @@ pub struct Uring {
     messages: Messages,
     accepts: Vec<u64>,
     offload: Offload,
+    inbox: Arc<Inbox>,
     wake: Arc<OwnedFd>,
     wake_armed: bool,
     /// What an embedder polls; registered with the ring when it is first asked for.
@@ -160,6 +163,7 @@ impl Uring {
         let wake =
             sys::eventfd().map_err(|errno| SetupError::Failed { doing: "making its eventfd", errno })?;
         let wake = Arc::new(wake);
+        let inbox = Inbox::new(waker(&wake));
         let mut uring = Uring {
             ring,
             notes,
@@ -170,7 +174,8 @@ impl Uring {
             buffers_used: vec![false; fixed_buffers as usize],
             messages: Messages::default(),
             accepts: Vec::new(),
-            offload: Offload::new(config.offload, config.offload_threads, wake.clone()),
+            offload: Offload::new(config.offload, config.offload_threads, inbox.clone()),
+            inbox,
             wake,
             wake_armed: false,
             event: std::cell::OnceCell::new(),
@@ -213,6 +218,11 @@ impl Uring {
     fn fd(&self, file: FileId) -> Result<&OwnedFd, Errno> {
         self.files.get(file.0 as usize).map(|entry| &entry.fd).ok_or(Errno::EBADF)
     }
+}
+
+fn waker(wake: &Arc<OwnedFd>) -> RemoteWaker {
+    let wake = wake.clone();
+    RemoteWaker::new(move || sys::ring_eventfd(&wake))
 }
 
 /// Tries the flavours in turn.
@@ -378,7 +388,7 @@ impl Backend for Uring {
     }
 
     fn has_completions(&mut self) -> bool {
-        !self.ring.completion().is_empty() || self.offload.has_done()
+        !self.ring.completion().is_empty() || !self.inbox.is_empty()
     }
 
     fn reap(&mut self, max: usize, out: &mut Vec<(u64, i32)>) {
@@ -386,7 +396,7 @@ impl Backend for Uring {
         if let Some(event) = self.event.get() {
             sys::drain_eventfd(event);
         }
-        self.offload.take_done(max, out);
+        self.inbox.take(max, out);
         let mut woken = false;
         while out.len() < max {
             let Some(entry) = self.ring.completion().next() else { break };
@@ -413,12 +423,16 @@ impl Backend for Uring {
             sys::drain_eventfd(&self.wake);
             self.arm_wake();
             // What was announced may have arrived after the list was looked at.
-            self.offload.take_done(max, out);
+            self.inbox.take(max, out);
         }
     }
 
     fn offload(&mut self, user_data: u64, work: Work) -> Result<(), Errno> {
         self.offload.start(user_data, work)
+    }
+
+    fn completer(&mut self, user_data: u64) -> Completer {
+        Completer::new(user_data, self.inbox.clone())
     }
 
     fn copy_work(
@@ -438,8 +452,7 @@ impl Backend for Uring {
     }
 
     fn remote_waker(&self) -> RemoteWaker {
-        let wake = self.wake.clone();
-        RemoteWaker::new(move || sys::ring_eventfd(&wake))
+        waker(&self.wake)
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {

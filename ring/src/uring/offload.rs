@@ -1,16 +1,15 @@
 //! The offload pool: a few threads for calls that block, started on first use.
 //!
-//! A thread runs the call, then puts its name on a list and rings the eventfd. Nothing of the ring is
+//! A thread runs the call, then puts its name into the ring's [`Inbox`]. Nothing else of the ring is
 //! touched from there. An embedder that wants no threads gets the calls run in place.
 
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::sys;
 use crate::backend::Work;
 use crate::config::OffloadMode;
 use crate::errno::Errno;
+use crate::external::Inbox;
 use crate::limits;
 
 #[derive(Default)]
@@ -22,7 +21,6 @@ struct Shared {
 #[derive(Default)]
 struct State {
     waiting: VecDeque<(u64, Work)>,
-    done: Vec<u64>,
     idle: usize,
     closing: bool,
 }
@@ -39,13 +37,13 @@ pub(super) struct Offload {
     shared: Arc<Shared>,
     threads: usize,
     threads_max: usize,
-    wake: Arc<OwnedFd>,
+    inbox: Arc<Inbox>,
 }
 
 impl Offload {
-    pub(super) fn new(mode: OffloadMode, threads_max: usize, wake: Arc<OwnedFd>) -> Offload {
+    pub(super) fn new(mode: OffloadMode, threads_max: usize, inbox: Arc<Inbox>) -> Offload {
         let threads_max = threads_max.clamp(1, limits::OFFLOAD_THREADS_MAX);
-        Offload { mode, shared: Arc::default(), threads: 0, threads_max, wake }
+        Offload { mode, shared: Arc::default(), threads: 0, threads_max, inbox }
     }
 
     pub(super) fn threads(&self) -> usize {
@@ -55,7 +53,7 @@ impl Offload {
     pub(super) fn start(&mut self, user_data: u64, work: Work) -> Result<(), Errno> {
         if self.mode == OffloadMode::Inline {
             work();
-            self.shared.lock().done.push(user_data);
+            self.inbox.put(user_data, 0);
             return Ok(());
         }
         let idle = {
@@ -75,7 +73,7 @@ impl Offload {
             let call = self.shared.lock().waiting.pop_back();
             if let Some((user_data, work)) = call {
                 work();
-                self.shared.lock().done.push(user_data);
+                self.inbox.put(user_data, 0);
             }
         }
         Ok(())
@@ -83,7 +81,7 @@ impl Offload {
 
     fn start_thread(&mut self) {
         let shared = self.shared.clone();
-        let wake = self.wake.clone();
+        let inbox = self.inbox.clone();
         let body = move || {
             loop {
                 let mut state = shared.lock();
@@ -101,24 +99,13 @@ impl Offload {
                 drop(state);
                 // A call that panics still ends: its owner finds no value and reports EIO.
                 let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-                shared.lock().done.push(user_data);
-                sys::ring_eventfd(&wake);
+                inbox.put(user_data, 0);
             }
         };
         match std::thread::Builder::new().name("blockferry-offload".into()).spawn(body) {
             Ok(_) => self.threads += 1,
             Err(error) => tracing::warn!(%error, "no offload thread could be started"),
         }
-    }
-
-    pub(super) fn has_done(&self) -> bool {
-        !self.shared.lock().done.is_empty()
-    }
-
-    pub(super) fn take_done(&self, max: usize, out: &mut Vec<(u64, i32)>) {
-        let mut state = self.shared.lock();
-        let n = state.done.len().min(max.saturating_sub(out.len()));
-        out.extend(state.done.drain(..n).map(|user_data| (user_data, 0)));
     }
 }
 

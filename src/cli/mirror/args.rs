@@ -37,7 +37,8 @@ cancelled before that.";
 #[derive(Debug, Args)]
 #[command(after_help = AFTER)]
 pub struct MirrorArgs {
-    /// The disk to copy: a file, a block device, nbd://HOST/EXPORT, mem:SIZE, null:SIZE or delay:TIME:NAME
+    /// The disk to copy: a file, a block device, nbd://HOST/EXPORT, gluster://HOST/VOLUME/IMAGE, mem:SIZE, null:SIZE or
+    /// delay:TIME:NAME
     #[arg(value_name = "SRC")]
     pub(super) source: String,
     /// Where to: a new file (created with the source's size), or an existing image or NBD export with --force

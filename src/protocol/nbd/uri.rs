@@ -10,6 +10,7 @@
 //! user names, parameters that mean nothing here, fragments (an unescaped `#` would cut a name short in silence).
 
 use super::constants::{DEFAULT_PORT, STRING_BYTES_MAX};
+use crate::protocol::uri::{self, Escaped, Host};
 use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -220,30 +221,15 @@ fn unix_address(uri: &str, path: Vec<u8>) -> Result<NbdAddress, UriError> {
 
 /// Splits `HOST[:PORT]`, where an IPv6 host wears brackets.
 fn host_and_port<'a>(uri: &str, server: &'a str) -> Result<(&'a str, Option<u16>), UriError> {
-    let bad_host = || UriError::BadHost { uri: uri.to_owned() };
-    let (host, port) = if let Some(rest) = server.strip_prefix('[') {
-        let (host, rest) = rest.split_once(']').ok_or_else(bad_host)?;
-        match rest.strip_prefix(':') {
-            Some(port) => (host, Some(port)),
-            None if rest.is_empty() => (host, None),
-            None => return Err(bad_host()),
-        }
-    } else {
-        server.split_once(':').map_or((server, None), |(host, port)| (host, Some(port)))
-    };
-    if port.is_some_and(|port| port.contains(':')) {
-        return Err(bad_host());
-    }
+    let split = uri::host_and_port(server).ok_or_else(|| UriError::BadHost { uri: uri.to_owned() });
+    let (host, port) = split?;
     if host.is_empty() {
         return Err(UriError::HostMissing { uri: uri.to_owned() });
     }
     let parse = |port: &str| {
-        let digits = port.bytes().all(|byte| byte.is_ascii_digit());
-        let number = port.parse::<u16>().ok().filter(|_| digits);
-        number.ok_or_else(|| UriError::BadPort { uri: uri.to_owned(), port: port.to_owned() })
+        uri::port_number(port).ok_or_else(|| UriError::BadPort { uri: uri.to_owned(), port: port.to_owned() })
     };
-    // RFC 3986 lets the port be empty, which means that it is not given.
-    Ok((host, port.filter(|port| !port.is_empty()).map(parse).transpose()?))
+    Ok((host, port.map(parse).transpose()?))
 }
 
 /// The value of `socket`, the one parameter that is known; it belongs to Unix sockets.
@@ -262,38 +248,8 @@ fn socket_parameter(uri: &str, query: Option<&str>, unix: bool) -> Result<Option
     Ok(socket)
 }
 
-/// Undoes percent-encoding. A plus sign is a plus sign.
 fn unescape(uri: &str, text: &str) -> Result<Vec<u8>, UriError> {
-    let digit = |byte: Option<u8>| byte.and_then(|byte| char::from(byte).to_digit(16));
-    let mut bytes = text.bytes();
-    let mut plain = Vec::with_capacity(text.len());
-    while let Some(byte) = bytes.next() {
-        if byte != b'%' {
-            plain.push(byte);
-            continue;
-        }
-        match (digit(bytes.next()), digit(bytes.next())) {
-            (Some(high), Some(low)) => plain.push((high * 16 + low) as u8),
-            _ => return Err(UriError::BadEscape { uri: uri.to_owned() }),
-        }
-    }
-    Ok(plain)
-}
-
-/// Bytes, percent-encoded except for what may stand for itself in a URI, and `also`.
-struct Escaped<'a>(&'a [u8], &'static [u8]);
-
-impl fmt::Display for Escaped<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for byte in self.0 {
-            if byte.is_ascii_alphanumeric() || b"-._~".contains(byte) || self.1.contains(byte) {
-                write!(f, "{}", char::from(*byte))?;
-            } else {
-                write!(f, "%{byte:02X}")?;
-            }
-        }
-        Ok(())
-    }
+    uri::unescape(text).ok_or_else(|| UriError::BadEscape { uri: uri.to_owned() })
 }
 
 impl fmt::Display for NbdUri {
@@ -301,11 +257,7 @@ impl fmt::Display for NbdUri {
         let export = Escaped(self.export.as_bytes(), b"/:@");
         match &self.address {
             NbdAddress::Tcp { host, port } => {
-                if host.contains(':') {
-                    write!(f, "nbd://[{}]", Escaped(host.as_bytes(), b":"))?;
-                } else {
-                    write!(f, "nbd://{}", Escaped(host.as_bytes(), b""))?;
-                }
+                write!(f, "nbd://{}", Host(host))?;
                 if *port != DEFAULT_PORT {
                     write!(f, ":{port}")?;
                 }

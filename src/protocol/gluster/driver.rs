@@ -1,0 +1,731 @@
+//! An image on GlusterFS as a driver of the block layer.
+//!
+//! Reads, writes, flushes, discards and zeroes are asynchronous calls of the library, bounded in number; opening, asking
+//! for holes and changing the length block and go to the offload pool. The library takes any offset and length.
+//!
+//! # Results
+//! A call has moved all bytes, or none (a read behind the end of the file, whose memory is zeroed here), or it has failed:
+//! one that moved a part counts as an error, unless the file ends there.
+//!
+//! # Durability
+//! A flush that fails has lost data that nobody can name: GlusterFS drops it from the client's cache, and some versions
+//! lose the file handle with it. From then on every request of this image fails, until it is opened anew. Flushes go one
+//! at a time, and one flush serves all who asked for it before it began, so nobody is told of success while another flush
+//! fails.
+//!
+//! # Caches
+//! Nothing of an image is in this machine's page cache, whatever cache mode is said. Whether bricks go past theirs is for
+//! the volume to say (`performance.strict-o-direct`, `network.remote-dio`): with O_DIRECT from here they would refuse reads
+//! of parts of blocks.
+//!
+//! # Bricks that go away
+//! The library fails requests when it loses the last brick that could serve them: at once when the connection breaks, after
+//! the volume's `network.ping-timeout` (42 s) when it hangs. It makes connections anew by itself, so requests that are tried
+//! again (by an error policy) come through when the brick is back.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use blockferry_ring::sync::{Either, Notify, either};
+use blockferry_ring::{
+    Buf, Completer, Errno, Keep, Nanos, Operation as RingOperation, PlainKind, Ring, SharedBuf,
+};
+
+use super::allocation::{Place, Unsynced, can_tell, extent_at};
+use super::api::Api;
+use super::connection::Connection;
+use super::file::{FileFacts, OpenFile, unlink};
+use super::options::Logging;
+use super::uri::Image;
+use crate::base::limits::{
+    DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_OPEN_NS_MAX, GLUSTER_RANGE_BYTES_MAX,
+    GLUSTER_STATUS_AGE_NS_MAX,
+};
+use crate::base::range::ByteRange;
+use crate::block::{
+    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
+    WriteFlags, ZeroFlags,
+};
+use crate::protocol::bounce::zero_from;
+
+/// What bricks allocate and give back in.
+const BLOCK_BYTES: u32 = 4096;
+/// Zeroes to write where the library does not know how: one piece.
+const ZERO_PIECE_BYTES: usize = 64 << 10;
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenHow {
+    /// The image.
+    pub image: Image,
+    /// libgfapi's log.
+    pub logging: Logging,
+    /// Nothing will be written.
+    pub read_only: bool,
+    /// Make the file, which must not exist.
+    pub create: bool,
+}
+
+/// What was found by opening.
+struct Opened {
+    file: OpenFile,
+    facts: FileFacts,
+    len: u64,
+    can_tell: bool,
+}
+
+/// An image on a volume.
+#[derive(Debug)]
+pub struct GlusterNode {
+    ring: Ring,
+    name: Rc<str>,
+    file: Option<Arc<OpenFile>>,
+    identity: (u64, u64),
+    allocated: u64,
+    read_only: bool,
+    len: Cell<u64>,
+    capabilities: Cell<Capabilities>,
+    in_flight: Cell<usize>,
+    /// Told when a call ends, a flush ends, or the cursor is free.
+    changed: Notify,
+    flushes: Cell<Flushes>,
+    /// A flush failed with this.
+    broken: Cell<Option<Errno>>,
+    /// The file's cursor is being moved.
+    seeking: Cell<bool>,
+    /// Written since the flush before the one under way; and since that one began.
+    flushing: RefCell<Unsynced>,
+    unsynced: RefCell<Unsynced>,
+    /// The latest extent that was found, whether it is data, and when.
+    known: Cell<Option<(ByteRange, bool, Nanos)>>,
+    /// Changes that began, to see whether one came between a question and its answer.
+    changes: Cell<u64>,
+}
+
+/// Flushes that have begun, and the number of the latest that went well.
+#[derive(Clone, Copy, Debug, Default)]
+struct Flushes {
+    begun: u64,
+    done: u64,
+    running: bool,
+}
+
+/// Room for one call of the library.
+struct Room<'a>(&'a GlusterNode);
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        self.0.in_flight.set(self.0.in_flight.get() - 1);
+        self.0.changed.notify();
+    }
+}
+
+/// The file's cursor.
+struct Cursor<'a>(&'a GlusterNode);
+
+impl Drop for Cursor<'_> {
+    fn drop(&mut self) {
+        self.0.seeking.set(false);
+        self.0.changed.notify();
+    }
+}
+
+/// Whether the library or the volume does not do this at all.
+fn is_refusal(errno: Errno) -> bool {
+    errno.is_unsupported() || errno == Errno::EINVAL
+}
+
+/// Why opening failed, and what a person may do.
+fn open_hint(image: &Image, errno: Errno, connecting: bool) -> String {
+    let servers: Vec<_> = image.servers.iter().map(|server| format!("failed on {server}")).collect();
+    let (volume, path) = (&image.volume, &image.path);
+    if connecting {
+        let why = servers.join("; ");
+        return format!(
+            "The connection for volume '{volume}' (path '{path}') could not be made: {why}. Is there a started volume of \
+             this name, and does it let this machine in (auth.allow, server.allow-insecure)? libgfapi's log says more"
+        );
+    }
+    match errno {
+        Errno::ENOENT => format!("There is no '{path}' on the volume '{volume}'"),
+        Errno::EEXIST => format!("There is a '{path}' on the volume '{volume}' already"),
+        Errno::EACCES | Errno::EPERM => format!("The volume '{volume}' does not let this user open '{path}'"),
+        Errno::EROFS => format!("The volume '{volume}' is read-only; open the image read-only too"),
+        _ => format!("It is '{path}' on the volume '{volume}' that was to be opened"),
+    }
+}
+
+// Opening. Blocks, on the offload pool.
+
+/// What failed: an errno, a sentence, and whether that was at making the connection.
+struct Failed {
+    errno: Errno,
+    hint: String,
+}
+
+fn open_blocking(how: &OpenHow, api: Option<&'static Api>) -> Result<Opened, Failed> {
+    let no_library = |hint: &str| Failed { errno: Errno::ENOSYS, hint: hint.to_owned() };
+    let api = match api {
+        Some(api) => api,
+        None => Api::get().map_err(no_library)?,
+    };
+    let failed = |errno, connecting| Failed { errno, hint: open_hint(&how.image, errno, connecting) };
+    let connection =
+        Connection::shared(api, &how.image, &how.logging).map_err(|errno| failed(errno, true))?;
+    let path = &how.image.path;
+    let file = match how.create {
+        true => OpenFile::create(&connection, path),
+        false => OpenFile::open(&connection, path, !how.read_only),
+    };
+    let opened = file.and_then(look).map_err(|errno| failed(errno, false))?;
+    if !opened.facts.is_regular {
+        return Err(Failed { errno: Errno::EINVAL, hint: format!("'{path}' is no regular file") });
+    }
+    if opened.len > DISK_LEN_MAX {
+        return Err(Failed { errno: Errno::EFBIG, hint: format!("It has {} bytes", opened.len) });
+    }
+    Ok(opened)
+}
+
+/// Looks at an open file. The client opens a file on the bricks as late as it can: what a brick says to that comes here.
+fn look(file: OpenFile) -> Result<Opened, Errno> {
+    let facts = file.facts()?;
+    // A directory has no cursor to move, and is refused by whoever called.
+    let len = if facts.is_regular { file.seek(0, libc::SEEK_END)? } else { 0 };
+    let can_tell = facts.is_regular && can_tell(file.seek(len, libc::SEEK_DATA));
+    Ok(Opened { file, facts, len, can_tell })
+}
+
+impl GlusterNode {
+    /// Opens an image, or makes one ([`OpenHow::create`]: an empty file).
+    pub async fn open(ring: &Ring, how: OpenHow) -> Result<Rc<GlusterNode>, BlockError> {
+        GlusterNode::open_with(ring, how, None).await
+    }
+
+    pub(super) async fn open_with(
+        ring: &Ring,
+        how: OpenHow,
+        api: Option<&'static Api>,
+    ) -> Result<Rc<GlusterNode>, BlockError> {
+        let name: Rc<str> = how.image.to_string().into();
+        let operation = if how.create { Operation::Create } else { Operation::Open };
+        let fail = |errno, hint: String| BlockError::new(operation, name.clone(), errno).hint(hint);
+        let there = how.clone();
+        let mut opening = std::pin::pin!(ring.offload(move || open_blocking(&there, api)));
+        let opened = match either(opening.as_mut(), ring.sleep(GLUSTER_OPEN_NS_MAX)).await {
+            Either::First(Ok(opened)) => opened,
+            Either::First(Err(errno)) => return Err(fail(errno, "The offload pool failed".into())),
+            // The call itself goes on; what it opens is closed again when its result is dropped.
+            Either::Second(()) => {
+                return Err(fail(Errno::ETIMEDOUT, open_hint(&how.image, Errno::ETIMEDOUT, true)));
+            }
+        };
+        let opened = opened.map_err(|failed| fail(failed.errno, format!("{}.", failed.hint)))?;
+        let may_write = !how.read_only;
+        Ok(Rc::new(GlusterNode {
+            ring: ring.clone(),
+            name,
+            file: Some(Arc::new(opened.file)),
+            identity: opened.facts.identity,
+            allocated: opened.facts.allocated,
+            read_only: how.read_only,
+            len: Cell::new(opened.len),
+            capabilities: Cell::new(Capabilities {
+                fua: false,
+                discard: may_write,
+                zero_fast: may_write,
+                zero_unmap: may_write,
+                status: opened.can_tell,
+            }),
+            in_flight: Cell::new(0),
+            changed: ring.notify(),
+            flushes: Cell::default(),
+            broken: Cell::new(None),
+            seeking: Cell::new(false),
+            flushing: RefCell::default(),
+            unsynced: RefCell::default(),
+            known: Cell::new(None),
+            changes: Cell::new(0),
+        }))
+    }
+
+    /// Removes an image from its volume.
+    pub async fn remove(ring: &Ring, how: OpenHow) -> IoResult {
+        let name = how.image.to_string();
+        let result = ring.offload(move || {
+            let api = Api::get().map_err(|_| Errno::ENOSYS)?;
+            let connection = Connection::shared(api, &how.image, &how.logging)?;
+            unlink(&connection, &how.image.path)
+        });
+        let result = result.await.and_then(|result| result);
+        result.map_err(|errno| {
+            BlockError::new(Operation::Create, name, errno).hint("It could not be removed again")
+        })
+    }
+
+    fn error(&self, operation: Operation, range: Option<ByteRange>, errno: Errno) -> BlockError {
+        let place = range.map(|range| (range.start(), range.len()));
+        let error = BlockError { place, ..BlockError::new(operation, self.name.clone(), errno) };
+        if self.broken.get().is_some() {
+            return error.hint(
+                "A flush of this image failed: what was written before it may be lost, and GlusterFS does not say \
+                 what. The image is not used any more; open it anew",
+            );
+        }
+        match errno {
+            Errno::ENOTCONN | Errno::ETIMEDOUT => {
+                error.hint("No brick of the volume that could do this is reachable")
+            }
+            _ => error,
+        }
+    }
+
+    fn lose(&self, what: &'static str, change: impl FnOnce(&mut Capabilities)) {
+        let mut capabilities = self.capabilities.get();
+        change(&mut capabilities);
+        if capabilities != self.capabilities.replace(capabilities) {
+            tracing::info!(image = %self.name, "{what} is not to be had here; going on without");
+        }
+    }
+
+    // Calls.
+
+    #[cfg(test)]
+    pub(super) fn connection_address(&self) -> usize {
+        self.file().connection_address()
+    }
+
+    fn check_usable(&self) -> Result<(), Errno> {
+        match self.broken.get() {
+            Some(_) => Err(Errno::EIO),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for its turn; a flush may have failed meanwhile.
+    async fn room(&self) -> Result<Room<'_>, Errno> {
+        let has_room = || (self.in_flight.get() < GLUSTER_IN_FLIGHT_MAX).then_some(());
+        self.changed.until(has_room).await;
+        self.check_usable()?;
+        self.in_flight.set(self.in_flight.get() + 1);
+        Ok(Room(self))
+    }
+
+    fn file(&self) -> &Arc<OpenFile> {
+        // It is taken only by `drop`.
+        match &self.file {
+            Some(file) => file,
+            None => unreachable!("the file is there until the image is dropped"),
+        }
+    }
+
+    fn keep(&self) -> (Arc<OpenFile>, Keep) {
+        (self.file().clone(), self.file().clone())
+    }
+
+    fn call(&self, start: impl FnOnce(&OpenFile, Completer)) -> RingOperation<PlainKind> {
+        let (file, keep) = self.keep();
+        self.ring.external(keep, |completer| start(&file, completer))
+    }
+
+    async fn read_all(&self, offset: u64, buf: Buf) -> (Buf, Result<(), Errno>) {
+        let len = buf.len();
+        if len == 0 {
+            return (buf, Ok(()));
+        }
+        let _room = match self.room().await {
+            Ok(room) => room,
+            Err(errno) => return (buf, Err(errno)),
+        };
+        let (file, keep) = self.keep();
+        let (mut buf, result) = self
+            .ring
+            .external_read(buf, keep, |mem, completer| file.start_read(offset, mem, completer))
+            .await;
+        match result {
+            Err(errno) => (buf, Err(errno)),
+            Ok(n) if n as usize >= len => (buf, Ok(())),
+            Ok(0) => {
+                zero_from(&mut buf, 0);
+                (buf, Ok(()))
+            }
+            Ok(n) => self.read_tail(offset, n as usize, buf).await,
+        }
+    }
+
+    /// A read ended short after `done` bytes: that is right where the file ends, and an error elsewhere.
+    async fn read_tail(&self, offset: u64, done: usize, buf: Buf) -> (Buf, Result<(), Errno>) {
+        let (head, tail) = buf.split_at(done);
+        let (file, keep) = self.keep();
+        let from = offset + done as u64;
+        let (mut tail, result) =
+            self.ring.external_read(tail, keep, |mem, completer| file.start_read(from, mem, completer)).await;
+        let result = match result {
+            Ok(0) => {
+                zero_from(&mut tail, 0);
+                Ok(())
+            }
+            Ok(_) => Err(Errno::EIO),
+            Err(errno) => Err(errno),
+        };
+        match head.unsplit(tail) {
+            Ok(buf) => (buf, result),
+            Err(_) => unreachable!("the parts of one buffer join again"),
+        }
+    }
+
+    /// A change of `range`, with the bookkeeping around it.
+    async fn change(
+        &self,
+        range: ByteRange,
+        work: impl Future<Output = Result<(), Errno>>,
+    ) -> Result<(), Errno> {
+        self.check_usable()?;
+        self.touched(range);
+        let result = work.await;
+        // Once more: a flush in between may not have covered it.
+        self.touched(range);
+        result
+    }
+
+    fn touched(&self, range: ByteRange) {
+        self.changes.set(self.changes.get() + 1);
+        self.unsynced.borrow_mut().add(range);
+        if self.known.get().is_some_and(|(known, ..)| known.overlaps(range)) {
+            self.known.set(None);
+        }
+    }
+
+    async fn write_all(&self, offset: u64, buf: SharedBuf) -> Result<(), Errno> {
+        let len = buf.len();
+        if len == 0 {
+            return Ok(());
+        }
+        let _room = self.room().await?;
+        let (file, keep) = self.keep();
+        let write =
+            self.ring.external_write(buf, keep, |mem, completer| file.start_write(offset, mem, completer));
+        // The reference takes 0 for success here, too. What was not written is not acknowledged in this house.
+        if write.await? as usize == len { Ok(()) } else { Err(Errno::EIO) }
+    }
+
+    /// Makes what was acknowledged durable: by a flush that begins after this call.
+    async fn flush_all(&self) -> Result<(), Errno> {
+        let wanted = self.flushes.get().begun + 1;
+        loop {
+            self.check_usable()?;
+            if self.flushes.get().done >= wanted {
+                return Ok(());
+            }
+            if !self.flushes.get().running {
+                self.flush_now().await?;
+                continue;
+            }
+            self.changed.until(|| (!self.flushes.get().running).then_some(())).await;
+        }
+    }
+
+    async fn flush_now(&self) -> Result<(), Errno> {
+        let number = self.flushes.get().begun + 1;
+        self.flushes.set(Flushes { begun: number, running: true, ..self.flushes.get() });
+        let before = std::mem::take(&mut *self.unsynced.borrow_mut());
+        self.flushing.borrow_mut().append(before);
+        // No room is asked for: flushes go one at a time.
+        let result = self.call(|file, completer| file.start_sync(completer)).await;
+        let mut flushes = Flushes { running: false, ..self.flushes.get() };
+        match result {
+            Ok(_) => {
+                flushes.done = number;
+                *self.flushing.borrow_mut() = Unsynced::default();
+            }
+            Err(errno) => {
+                tracing::error!(image = %self.name, %errno, "a flush failed: the image is not used any more");
+                self.broken.set(Some(errno));
+            }
+        }
+        self.flushes.set(flushes);
+        self.changed.notify();
+        result.map(drop)
+    }
+
+    // Zeroes and discards.
+
+    async fn zero_all(&self, range: ByteRange, flags: ZeroFlags) -> Result<(), Errno> {
+        for piece in range.chunks(GLUSTER_RANGE_BYTES_MAX) {
+            self.zero_piece(piece, flags).await?;
+        }
+        Ok(())
+    }
+
+    async fn zero_piece(&self, range: ByteRange, flags: ZeroFlags) -> Result<(), Errno> {
+        let (at, len) = (range.start(), range.len());
+        // A discard of GlusterFS punches a hole: what is punched reads as zeroes.
+        if flags.may_unmap && self.capabilities.get().zero_unmap {
+            match self.call_in_room(|file, completer| file.start_discard(at, len, completer)).await {
+                Err(errno) if is_refusal(errno) => self.lose("punching holes", |can| {
+                    (can.zero_unmap, can.discard) = (false, false);
+                }),
+                result => return result,
+            }
+        }
+        if self.capabilities.get().zero_fast {
+            match self.call_in_room(|file, completer| file.start_zeroes(at, len, completer)).await {
+                Err(errno) if is_refusal(errno) => self.lose("zeroing", |can| can.zero_fast = false),
+                result => return result,
+            }
+        }
+        if flags.no_fallback {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        let mut buf = self.ring.alloc(ZERO_PIECE_BYTES).await;
+        zero_from(&mut buf, 0);
+        let zeroes = buf.freeze();
+        for piece in range.chunks(ZERO_PIECE_BYTES as u64) {
+            self.write_all(piece.start(), zeroes.slice(0, piece.len() as usize)).await?;
+        }
+        Ok(())
+    }
+
+    async fn call_in_room(&self, start: impl FnOnce(&OpenFile, Completer)) -> Result<(), Errno> {
+        let _room = self.room().await?;
+        self.call(start).await.map(drop)
+    }
+
+    async fn discard_all(&self, range: ByteRange) -> Result<(), Errno> {
+        for piece in range.chunks(GLUSTER_RANGE_BYTES_MAX) {
+            if !self.capabilities.get().discard {
+                return Ok(());
+            }
+            let (at, len) = (piece.start(), piece.len());
+            match self.call_in_room(|file, completer| file.start_discard(at, len, completer)).await {
+                Err(errno) if is_refusal(errno) => self.lose("punching holes", |can| {
+                    (can.zero_unmap, can.discard) = (false, false);
+                }),
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
+    // Allocation.
+
+    async fn status(&self, range: ByteRange) -> Result<Extent, Errno> {
+        self.check_usable()?;
+        let Some(range) = range.intersect(ByteRange::first(self.len.get())) else {
+            return Ok(Extent::data(range.len()));
+        };
+        if !self.capabilities.get().status {
+            return Ok(Extent::data(range.len()));
+        }
+        let mut until = range.end();
+        for written in [&self.unsynced, &self.flushing] {
+            match written.borrow().at(range.start()) {
+                Place::Written(end) => return Ok(Extent::data(end.min(range.end()) - range.start())),
+                Place::Untouched(end) => until = until.min(end),
+            }
+        }
+        let (found, is_data) = match self.known_at(range.start()) {
+            Some(known) => known,
+            None => self.seek(range.start()).await?,
+        };
+        let len = found.end().min(until) - range.start();
+        Ok(if is_data { Extent::data(len) } else { Extent::hole(len) })
+    }
+
+    fn known_at(&self, offset: u64) -> Option<(ByteRange, bool)> {
+        let (range, is_data, at) = self.known.get()?;
+        let is_fresh = self.ring.now() <= at.saturating_add(GLUSTER_STATUS_AGE_NS_MAX);
+        (is_fresh && range.contains(offset)).then_some((range, is_data))
+    }
+
+    /// Asks for the extent at `offset`, which nobody here has written since the latest flush.
+    async fn seek(&self, offset: u64) -> Result<(ByteRange, bool), Errno> {
+        self.changed.until(|| (!self.seeking.get()).then_some(())).await;
+        self.seeking.set(true);
+        let _cursor = Cursor(self);
+        if let Some(known) = self.known_at(offset) {
+            return Ok(known);
+        }
+        let (changes, end, file) = (self.changes.get(), self.len.get(), self.file().clone());
+        let found = self
+            .ring
+            .offload(move || {
+                let data = file.seek(offset, libc::SEEK_DATA);
+                extent_at(offset, end, data, || file.seek(offset, libc::SEEK_HOLE))
+            })
+            .await?;
+        let unknown = (ByteRange::at_saturating(offset, end - offset), true);
+        let Some((range, is_data)) = found else { return Ok(unknown) };
+        if self.changes.get() == changes {
+            self.known.set(Some((range, is_data, self.ring.now())));
+        }
+        Ok((range, is_data))
+    }
+
+    fn check_writable(&self, operation: Operation, range: ByteRange) -> IoResult {
+        match self.read_only {
+            true => Err(self.error(operation, Some(range), Errno::EROFS)),
+            false => Ok(()),
+        }
+    }
+
+    async fn resize(&self, len: u64) -> Result<(), Errno> {
+        self.check_usable()?;
+        if len > DISK_LEN_MAX {
+            return Err(Errno::EFBIG);
+        }
+        let file = self.file().clone();
+        self.ring.offload(move || file.set_len(len)).await??;
+        self.len.set(len);
+        self.known.set(None);
+        self.changes.set(self.changes.get() + 1);
+        Ok(())
+    }
+}
+
+impl Drop for GlusterNode {
+    /// Closing blocks: the pool does it, or, when the ring ends with this image, whoever drops the task.
+    fn drop(&mut self) {
+        let Some(file) = self.file.take() else { return };
+        let is_dirty = [&self.unsynced, &self.flushing].iter().any(|set| !set.borrow().is_empty());
+        let must_sync = is_dirty && !self.read_only && self.broken.get().is_none();
+        let (ring, name) = (self.ring.clone(), self.name.to_string());
+        self.ring.spawn(async move {
+            let close = move || {
+                // Nobody asked for it, but the library drops what it has not sent when the program ends.
+                if let Err(errno) = if must_sync { file.sync() } else { Ok(()) } {
+                    tracing::error!(image = %name, %errno, "what was written since the latest flush may be lost");
+                }
+                drop(file);
+            };
+            let _ = ring.offload(close).await;
+        });
+    }
+}
+
+impl Driver for GlusterNode {
+    fn kind(&self) -> &'static str {
+        "gluster"
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn len(&self) -> u64 {
+        self.len.get()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { zero_align: BLOCK_BYTES, discard_align: BLOCK_BYTES, ..Limits::default() }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities.get()
+    }
+
+    fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, buf.len() as u64);
+            let (buf, result) = self.read_all(offset, buf).await;
+            (buf, result.map_err(|errno| self.error(Operation::Read, Some(range), errno)))
+        })
+    }
+
+    fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, buf.len() as u64);
+            self.check_writable(Operation::Write, range)?;
+            let mut result = self.change(range, self.write_all(offset, buf)).await;
+            if result.is_ok() && flags.fua {
+                result = self.flush_all().await;
+            }
+            result.map_err(|errno| self.error(Operation::Write, Some(range), errno))
+        })
+    }
+
+    fn flush(&self) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            if self.read_only {
+                return Ok(());
+            }
+            self.flush_all().await.map_err(|errno| self.error(Operation::Flush, None, errno))
+        })
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, len);
+            self.check_writable(Operation::Discard, range)?;
+            let result = self.change(range, self.discard_all(range)).await;
+            result.map_err(|errno| self.error(Operation::Discard, Some(range), errno))
+        })
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, len);
+            self.check_writable(Operation::WriteZeroes, range)?;
+            let mut result = self.change(range, self.zero_all(range, flags)).await;
+            if result.is_ok() && flags.fua {
+                result = self.flush_all().await;
+            }
+            result.map_err(|errno| self.error(Operation::WriteZeroes, Some(range), errno))
+        })
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, len);
+            let result = self.status(range).await;
+            result.map_err(|errno| self.error(Operation::BlockStatus, Some(range), errno))
+        })
+    }
+
+    fn set_permissions(&self, permissions: Permissions) -> IoResult {
+        // Nobody else looks for locks on GlusterFS; all there is to say is whether writing makes sense at all.
+        if permissions.uses(Permission::Write) && self.read_only {
+            return Err(BlockError::new(Operation::Lock, self.name.clone(), Errno::EROFS));
+        }
+        Ok(())
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        // Devices of this machine have no such numbers.
+        let (volume, inode) = self.identity;
+        Some((volume | 1 << 63, inode))
+    }
+
+    fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            if self.read_only {
+                return Err(self.error(Operation::Resize, None, Errno::EROFS));
+            }
+            self.resize(len).await.map_err(|errno| self.error(Operation::Resize, None, errno))
+        })
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> Option<IoFuture<'_, IoResult>> {
+        let range = ByteRange::at_saturating(offset, len);
+        Some(self.ring.boxed(async move {
+            let file = self.file().clone();
+            let result =
+                self.ring.offload(move || file.allocate(offset, len)).await.and_then(|result| result);
+            result.map_err(|errno| self.error(Operation::Resize, Some(range), errno))
+        }))
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        Some(self.allocated)
+    }
+
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
+    }
+}
