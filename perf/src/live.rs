@@ -221,11 +221,19 @@ struct Run {
 }
 
 /// A running client.
-struct Client(Option<Daemon>);
+pub struct Client(Option<Daemon>);
 
 impl Client {
+    /// Starts one with these options, at the server of this socket.
+    pub fn start(blockferry: &str, load: &str, socket: &Path, folder: &Path) -> Fallible<Client> {
+        let mut line = vec![blockferry.to_owned()];
+        line.extend(words(&format!("--json bench --quiet --until-signal {load}")));
+        line.push(format!("nbd+unix:///?socket={}", socket.display()));
+        Ok(Client(Some(Daemon::start(&line, &folder.join("client.out"))?)))
+    }
+
     /// Ends it, and adds what it reports.
-    fn end(self, values: &mut Values) -> Fallible<()> {
+    pub fn end(self, values: &mut Values) -> Fallible<()> {
         let Some(client) = self.0 else { return Ok(()) };
         let (_, output) = client.end(Signal::INT)?;
         values.extend(own_report(&output)?);
@@ -240,11 +248,10 @@ impl Run {
     }
 
     fn client(&self) -> Fallible<Client> {
-        let Some(load) = self.load else { return Ok(Client(None)) };
-        let mut line = vec![self.blockferry.clone()];
-        line.extend(words(&format!("--json bench --quiet --until-signal {load}")));
-        line.push(format!("nbd+unix:///?socket={}", self.socket().display()));
-        Ok(Client(Some(Daemon::start(&line, &self.folder.join("client.out"))?)))
+        match self.load {
+            Some(load) => Client::start(&self.blockferry, load, &self.socket(), &self.folder),
+            None => Ok(Client(None)),
+        }
     }
 
     fn rest(&self) -> Fallible<()> {
@@ -360,15 +367,15 @@ impl Run {
 }
 
 /// What a program prints as JSON lines, read as it comes.
-struct Lines {
+pub struct Lines {
     stream: UnixStream,
     buffer: Vec<u8>,
-    all: Vec<Value>,
+    pub all: Vec<Value>,
 }
 
 impl Lines {
     /// Starts a program whose lines are to be read.
-    fn of(line: &[String], out: &Path) -> Fallible<(Daemon, Lines)> {
+    pub fn of(line: &[String], out: &Path) -> Fallible<(Daemon, Lines)> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(Duration::from_millis(100)))?;
         let daemon = Daemon::start_into(line, out, std::os::fd::OwnedFd::from(theirs).into())?;
@@ -376,7 +383,7 @@ impl Lines {
     }
 
     /// The next one; `None` at the deadline or when the program has closed its output.
-    fn next(&mut self, deadline: Instant) -> Fallible<Option<Value>> {
+    pub fn next(&mut self, deadline: Instant) -> Fallible<Option<Value>> {
         loop {
             if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
@@ -400,7 +407,7 @@ impl Lines {
     }
 
     /// The first one that contains `text`.
-    fn until(&mut self, text: &str, deadline: Instant) -> Fallible<Option<Value>> {
+    pub fn until(&mut self, text: &str, deadline: Instant) -> Fallible<Option<Value>> {
         while let Some(line) = self.next(deadline)? {
             if line.to_string().contains(text) {
                 return Ok(Some(line));

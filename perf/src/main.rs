@@ -13,6 +13,7 @@ mod gluster;
 mod live;
 mod machine;
 mod merge;
+mod merge_live;
 mod nbd;
 mod node;
 mod process;

@@ -43,7 +43,7 @@ pub enum Work {
 }
 
 impl Work {
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Work::Intermediate => "intermediate commit",
             Work::Active => "active commit",
@@ -61,7 +61,7 @@ impl Work {
 }
 
 /// A full base, a quarter of it in random clusters over it, and an empty layer on top. Fields are dropped in this order.
-struct Lab {
+pub struct Lab {
     xfs: Mount,
     _device: Loop,
     _tmpfs: Mount,
@@ -69,7 +69,7 @@ struct Lab {
 }
 
 impl Lab {
-    fn new(folder: &Path, bytes: u64) -> Fallible<Lab> {
+    pub fn new(folder: &Path, bytes: u64) -> Fallible<Lab> {
         let room = 4 * bytes + GIB;
         let tmpfs = Mount::tmpfs(&folder.join("tmpfs"), room + GIB / 4)?;
         let device = Loop::new(&tmpfs.path().join("disk.xfs"), room)?;
@@ -90,12 +90,12 @@ impl Lab {
         Ok(lab)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.xfs.path().join(name)
     }
 
     /// The images as they are before the work, and nothing of them in memory.
-    fn prepare(&self, work: Work) -> Fallible<()> {
+    pub fn prepare(&self, work: Work) -> Fallible<()> {
         let (mid, top, quarter) = (self.path("mid"), self.path("top"), self.path("quarter"));
         let middle = if work == Work::Intermediate { &mid } else { &top };
         std::fs::copy(&quarter, middle)?;
@@ -125,7 +125,7 @@ impl Lab {
         tool("qemu-img", &format!("compare -q -f qcow2 -F qcow2 {shown} {}", quarter.display()))
     }
 
-    fn moved_bytes(&self, work: Work) -> u64 {
+    pub fn moved_bytes(&self, work: Work) -> u64 {
         if work == Work::Stream { self.bytes / 4 * 3 } else { self.bytes / 4 }
     }
 }
@@ -151,11 +151,41 @@ fn delayed_base(folder: &Path, base: &Path, latency: Duration) -> Fallible<(Daem
     Ok((server, socket))
 }
 
-fn file_node(path: &Path) -> Value {
+pub fn file_node(path: &Path) -> Value {
     json!({
         "driver": "file", "filename": path.display().to_string(), "aio": "io_uring",
         "cache": {"direct": true, "no-flush": false}, "discard": "unmap",
     })
+}
+
+/// The daemon's command for it.
+pub fn command_of(work: Work) -> (&'static str, Value) {
+    match work {
+        Work::Intermediate => (
+            "block-commit",
+            json!({"job-id": "j", "device": "top", "top-node": "mid", "base-node": "base", "backing-file": "base"}),
+        ),
+        Work::Active => ("block-commit", json!({"job-id": "j", "device": "top", "base-node": "base"})),
+        Work::Stream => ("block-stream", json!({"job-id": "j", "device": "top"})),
+    }
+}
+
+/// Has the daemon open the chain, over this base.
+pub fn open_chain(qsd: &mut Qsd, lab: &Lab, work: Work, base_file: Value) -> Fallible<()> {
+    let mut add = |name: &str, file: Value, backing: Option<&str>| {
+        let mut node = json!({"driver": "qcow2", "node-name": name, "file": file, "backing": null});
+        if let Some(backing) = backing {
+            node["backing"] = json!(backing);
+        }
+        qsd.monitor.execute("blockdev-add", node).map(drop)
+    };
+    add("base", base_file, None)?;
+    if work == Work::Intermediate {
+        add("mid", file_node(&lab.path("mid")), Some("base"))?;
+        add("top", file_node(&lab.path("top")), Some("mid"))
+    } else {
+        add("top", file_node(&lab.path("top")), Some("base"))
+    }
 }
 
 /// A job of qemu-storage-daemon, until it is done, or ready.
@@ -172,28 +202,8 @@ fn by_daemon(lab: &Lab, folder: &Path, work: Work, latency: Duration) -> Fallibl
         None => file_node(&base_path),
     };
     let mut qsd = Qsd::start(folder, &[], &[])?;
-    let mut add = |name: &str, file: Value, backing: Option<&str>| {
-        let mut node = json!({"driver": "qcow2", "node-name": name, "file": file, "backing": null});
-        if let Some(backing) = backing {
-            node["backing"] = json!(backing);
-        }
-        qsd.monitor.execute("blockdev-add", node)
-    };
-    add("base", base_file, None)?;
-    if work == Work::Intermediate {
-        add("mid", file_node(&lab.path("mid")), Some("base"))?;
-        add("top", file_node(&lab.path("top")), Some("mid"))?;
-    } else {
-        add("top", file_node(&lab.path("top")), Some("base"))?;
-    }
-    let (command, arguments) = match work {
-        Work::Intermediate => (
-            "block-commit",
-            json!({"job-id": "j", "device": "top", "top-node": "mid", "base-node": "base", "backing-file": "base"}),
-        ),
-        Work::Active => ("block-commit", json!({"job-id": "j", "device": "top", "base-node": "base"})),
-        Work::Stream => ("block-stream", json!({"job-id": "j", "device": "top"})),
-    };
+    open_chain(&mut qsd, lab, work, base_file)?;
+    let (command, arguments) = command_of(work);
     let (busy, cpu, began) = (machine_busy_secs()?, qsd.daemon.cpu_secs()?, Instant::now());
     qsd.monitor.execute(command, arguments)?;
     let deadline = began + Duration::from_secs(300);

@@ -306,7 +306,7 @@ fn table(scenario: &Scenario, rows: &[Row]) -> String {
         Kind::Nbd | Kind::Node | Kind::Gluster | Kind::Qcow2Node => {
             (SERVE, &[("iops", "IOPS: ours/this"), ("cpu-us-an-io", "CPU: ours/this")])
         }
-        Kind::Live(_) => (LIVE, &[]),
+        Kind::Live(_) | Kind::MergeLive => (LIVE, &[]),
     };
     let used: Vec<&Column> =
         columns.iter().filter(|column| rows.iter().any(|row| !show(row, column).is_empty())).collect();

@@ -43,6 +43,7 @@ pub enum Kind {
     Node,
     Convert,
     Merge,
+    MergeLive,
     Qcow2Node,
     Live(crate::live::Place),
     Gluster,
@@ -392,6 +393,15 @@ pub const SCENARIOS: &[Scenario] = &[
         ],
     },
     Scenario {
+        name: "merge-live",
+        title: "A client beside commit and stream, files of 2 GiB on XFS on a loop device on tmpfs",
+        what: "One client writes 4 KiB at random over NBD to the active layer while the layers below it are merged: how long \
+               its writes take until the job is done (an active commit: ready), and how long that takes.",
+        kind: Kind::MergeLive,
+        chart: "p99-ms",
+        goals: &[],
+    },
+    Scenario {
         name: "qcow2-node",
         title: "Random reads and writes of 4 KiB through a qcow2 node, on XFS on a loop device on tmpfs",
         what: "No server between: each program opens the image itself. Cached: 4 GiB in clusters of 64 KiB, full of data. Not \
@@ -444,6 +454,7 @@ impl Scenario {
             Kind::Node => crate::node::run(cx, self.name),
             Kind::Convert => crate::convert::run(cx, self.name),
             Kind::Merge => crate::merge::run(cx, self.name),
+            Kind::MergeLive => crate::merge_live::run(cx, self.name),
             Kind::Qcow2Node => crate::qcow2::run(cx, self.name),
             Kind::Live(place) => crate::live::run(cx, self.name, *place),
             Kind::Gluster => crate::gluster::run(cx, self.name),
