@@ -17,11 +17,14 @@ use blockferry::protocol::open::{Cache, OpenOptions as FileOptions};
 use blockferry_ring::sim::{Fault, FaultRule, FileModel, OpKind, World, WorldConfig};
 use blockferry_ring::{Config, Errno, Ring};
 
+#[path = "common/ledger.rs"]
+mod ledger;
+
+use ledger::{Model, SECTOR, stamp};
+
 const DISK: &str = "/disk";
 const BASE: &str = "/base";
-const SECTOR: usize = 512;
-/// Sectors of the backing file say so.
-const OF_BASE: u32 = 1 << 30;
+use ledger::OF_BASE;
 
 #[derive(Debug)]
 struct NoFiles;
@@ -74,95 +77,6 @@ async fn open(ring: &Ring, backed: bool, read_only: bool, for_check: bool) -> Re
     let backing = if backed { Backing::Given(file(ring, BASE, true)) } else { Backing::None };
     let options = OpenOptions { read_only, backing, for_check, data_file: None };
     Qcow2::open(ring, file(ring, DISK, read_only), &NoFiles, options).await
-}
-
-fn stamp(bytes: &mut [u8], version: u32) {
-    bytes.chunks_exact_mut(4).for_each(|word| word.copy_from_slice(&version.to_be_bytes()));
-}
-
-/// What each sector may hold after a cut at this moment.
-#[derive(Clone, Debug, Default)]
-struct Model {
-    sectors: Vec<Vec<Write>>,
-    /// All that ended before a flush began that has ended.
-    clock: u64,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Write {
-    version: u32,
-    /// When it was acknowledged.
-    acked: Option<u64>,
-    /// It may be ignored (a discard).
-    optional: bool,
-}
-
-impl Model {
-    fn new(size: u64, backed: bool) -> Model {
-        let sectors = (0..size as usize / SECTOR)
-            .map(|i| {
-                vec![Write {
-                    version: if backed { OF_BASE + i as u32 } else { 0 },
-                    acked: Some(0),
-                    optional: false,
-                }]
-            })
-            .collect();
-        Model { sectors, clock: 1 }
-    }
-
-    fn issue(&mut self, sectors: std::ops::Range<usize>, version: u32, optional: bool) {
-        sectors.for_each(|i| self.sectors[i].push(Write { version, acked: None, optional }));
-    }
-
-    fn ack(&mut self, sectors: std::ops::Range<usize>) {
-        self.clock += 1;
-        for i in sectors {
-            if let Some(write) = self.sectors[i].last_mut() {
-                write.acked = Some(self.clock);
-            }
-        }
-    }
-
-    /// A flush that began at `began` has ended.
-    fn flushed(&mut self, began: u64) {
-        for writes in &mut self.sectors {
-            let floor = writes.iter().rposition(|w| !w.optional && w.acked.is_some_and(|at| at <= began));
-            writes.drain(..floor.unwrap_or(0));
-        }
-    }
-
-    fn check(&self, bytes: &[u8]) -> Result<(), String> {
-        for (i, sector) in bytes.chunks_exact(SECTOR).enumerate() {
-            let mut word = [0; 4];
-            word.copy_from_slice(&sector[..4]);
-            let found = u32::from_be_bytes(word);
-            let mut wanted = vec![0; SECTOR];
-            stamp(&mut wanted, found);
-            if sector != wanted {
-                return Err(format!("sector {i} is mixed ({found})"));
-            }
-            if !self.sectors[i].iter().any(|w| w.version == found) {
-                return Err(format!("sector {i} holds {found} and may hold {:?}", self.sectors[i]));
-            }
-        }
-        Ok(())
-    }
-
-    /// What a reader must see now, where nothing is under way: the last write, or what a discard left.
-    fn check_live(&self, bytes: &[u8]) -> Result<(), String> {
-        for (i, sector) in bytes.chunks_exact(SECTOR).enumerate() {
-            let mut word = [0; 4];
-            word.copy_from_slice(&sector[..4]);
-            let found = u32::from_be_bytes(word);
-            let writes = &self.sectors[i];
-            let first = writes.iter().rposition(|w| !w.optional).unwrap_or(0);
-            if !writes[first..].iter().any(|w| w.version == found) {
-                return Err(format!("sector {i} reads as {found} and was {writes:?}"));
-            }
-        }
-        Ok(())
-    }
 }
 
 async fn read_all(ring: &Ring, image: &Qcow2) -> Result<Vec<u8>, BlockError> {
@@ -273,7 +187,7 @@ async fn tell(ring: Ring, story: Story, model: Rc<RefCell<Model>>, flush: bool) 
 /// Tells a story and cuts the power after every turn in which something happened (or now and then).
 fn cut_everywhere(story: &Story, every: u64, cuts: u64) -> Result<u64, String> {
     let (world, ring) = world(story);
-    let model = Rc::new(RefCell::new(Model::new(story.create.size, story.backed)));
+    let model = Rc::new(RefCell::new(Model::over_base(story.create.size, story.backed)));
     let told = ring.spawn_with_result(tell(ring.clone(), story.clone(), model.clone(), true));
     let mut inspected = 0;
     let mut seen = world.events();
@@ -345,7 +259,7 @@ fn any_single_failure_is_undone() {
             for nth in 1..60 {
                 let story = Story::draw(seed + 77, 6);
                 let (world, ring) = world(&story);
-                let model = Rc::new(RefCell::new(Model::new(story.create.size, story.backed)));
+                let model = Rc::new(RefCell::new(Model::over_base(story.create.size, story.backed)));
                 world.fail_nth(kind, DISK, nth, errno);
                 let (r, s, m) = (ring.clone(), story.clone(), model.clone());
                 let _image = ring.block_on(async move { tell(r, s, m, true).await });
@@ -370,7 +284,7 @@ fn an_image_that_runs_out_of_room_goes_on_when_there_is_some() {
     for seed in 0..6 {
         let story = Story { capacity: Some(96 << 10), ..Story::draw(seed + 500, 30) };
         let (world, ring) = world(&story);
-        let model = Rc::new(RefCell::new(Model::new(story.create.size, story.backed)));
+        let model = Rc::new(RefCell::new(Model::over_base(story.create.size, story.backed)));
         let (r, s, m) = (ring.clone(), story.clone(), model.clone());
         let image = ring.block_on(async move { tell(r, s, m, true).await }).expect("it opens");
         world.change_model(DISK, |model| model.capacity_bytes = None);
@@ -465,7 +379,7 @@ fn a_power_cut_at_every_event_of_what_else_changes_an_image() {
             let seed = seed as u64 + 1;
             let story = Story { seed, create, backed: false, steps: 12, lanes: 2, capacity: None };
             let (world, ring) = world(&story);
-            let model = Rc::new(RefCell::new(Model::new(size, false)));
+            let model = Rc::new(RefCell::new(Model::over_base(size, false)));
             let (r, s) = (ring.clone(), story.clone());
             let image = ring.block_on(async move { tell(r, s, model, true).await }).expect("it opens");
             for act in acts.iter().copied() {
@@ -516,7 +430,7 @@ fn reads_of_many_places_come_whole_through_short_transfers_and_failures() {
     for seed in 200..212 {
         let story = Story { backed: true, ..Story::draw(seed, 25) };
         let (world, ring) = world(&story);
-        let model = Rc::new(RefCell::new(Model::new(story.create.size, true)));
+        let model = Rc::new(RefCell::new(Model::over_base(story.create.size, true)));
         let (r, s, m) = (ring.clone(), story.clone(), model.clone());
         let image = ring.block_on(async move { tell(r, s, m, true).await }).expect("it opens");
         let read = |image: &Rc<Qcow2>| {

@@ -181,6 +181,22 @@ pub const COMPARE_CHUNK_BYTES: u64 = MIB;
 pub const COMPARE_WORKERS: usize = 8;
 /// Bytes that are read one by one when a damaged disk is salvaged: what is lost around a bad place.
 pub const SALVAGE_BYTES: u64 = 4 * KIB;
+/// Copies of a commit or a stream in flight.
+pub const SWEEP_OPERATIONS_MAX: usize = 128;
+/// Bytes of one such copy.
+pub const SWEEP_CHUNK_BYTES: u64 = MIB;
+/// Bytes that such a job has in flight when nobody waits for it.
+pub const SWEEP_BYTES_IN_FLIGHT: u64 = 16 * MIB;
+/// The largest piece that it makes zero at once.
+pub const SWEEP_ZERO_BYTES_MAX: u64 = 64 * MIB;
+/// Extents that it asks for at once, and that it knows ahead.
+pub const SWEEP_EXTENTS_PER_QUESTION: usize = 256;
+/// See [`SWEEP_EXTENTS_PER_QUESTION`].
+pub const SWEEP_EXTENTS_AHEAD_MAX: usize = 512;
+/// Reads of guests that a stream remembers, to fill what they read first; what comes on top is filled in its turn.
+pub const SWEEP_WISHES_MAX: usize = 64;
+/// Such ranges that are filled at the same time.
+pub const SWEEP_WISHES_IN_FLIGHT: usize = 8;
 /// The first pause of a job that ignores errors; doubled with every further one.
 pub const ERROR_PAUSE_NANOS_MIN: u64 = 10_000_000;
 /// The longest such pause.

@@ -28,6 +28,14 @@ pub enum Bug {
     Qcow2RefcountAfterPointer,
     /// qcow2: a cluster is free as soon as nothing in memory refers to it.
     Qcow2FreedTooEarly,
+    /// Commit and stream: the target is not flushed before the chain changes.
+    SweepFlushSkipped,
+    /// Commit and stream: zeroes that a layer holds are taken for nothing.
+    SweepZeroesSkipped,
+    /// Commit and stream: a layer that ends early does not hide what is below it.
+    ShortLayerShows,
+    /// Stream: what a layer holds by now is overwritten with what came from below.
+    PopulateOverwrites,
 }
 
 impl Bug {
@@ -41,6 +49,10 @@ impl Bug {
         Bug::WriteNotOrdered,
         Bug::TargetNotAwaited,
     ];
+
+    /// Those of commit and stream.
+    pub const CHAINS: [Bug; 4] =
+        [Bug::SweepFlushSkipped, Bug::SweepZeroesSkipped, Bug::ShortLayerShows, Bug::PopulateOverwrites];
 
     /// Those of qcow2 images.
     pub const QCOW2: [Bug; 4] = [

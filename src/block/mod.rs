@@ -163,6 +163,73 @@ pub fn cannot_copy_range(errno: Errno) -> bool {
         )
 }
 
+/// What a layer holds itself, whatever lies below it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Bytes from the offset that was asked for; never 0, never more than was asked for.
+    pub len: u64,
+    /// What it holds of them.
+    pub what: Holds,
+}
+
+/// What a layer says of a range itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holds {
+    /// It holds data.
+    Data,
+    /// It says that there are zeroes.
+    Zero,
+    /// Nothing: what lies below shows.
+    Nothing,
+}
+
+/// Bytes for [`Layer::populate`].
+#[derive(Clone, Debug)]
+pub enum Fill {
+    /// These.
+    Data(SharedBuf),
+    /// So many zeroes.
+    Zeroes(u64),
+}
+
+impl Fill {
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        match self {
+            Fill::Data(buf) => buf.len() as u64,
+            Fill::Zeroes(len) => *len,
+        }
+    }
+
+    /// No bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What a driver can do that may have a backing file: it is a layer of a chain.
+pub trait Layer {
+    /// The layer below, where one is open.
+    fn backing(&self) -> Option<std::rc::Rc<dyn Driver>>;
+
+    /// The backing file as the image itself records it, and its format.
+    fn recorded_backing(&self) -> Option<(String, Option<String>)>;
+
+    /// What this layer holds itself from `offset` on, for at most `len` bytes (above 0).
+    fn holds(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Held, BlockError>>;
+
+    /// Holds bytes itself from now on where it held nothing; what it holds already stays as it is. They are those that
+    /// a read has given since the layers below last changed: nobody who reads notices. Others may write meanwhile.
+    fn populate(&self, offset: u64, fill: Fill) -> IoFuture<'_, IoResult>;
+
+    /// Records another backing file and its format, or none; durably, and in one step as far as a power cut can tell.
+    /// What is open below stays.
+    fn record_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> IoFuture<'a, IoResult>;
+
+    /// Reads what it does not hold from `backing` from now on. Reads under way end where they began.
+    fn set_backing(&self, backing: Option<std::rc::Rc<dyn Driver>>);
+}
+
 /// A disk or a layer of one, as stored.
 ///
 /// Ranges lie within [`Driver::len`]: who calls has checked. Reads and writes of any offset and length
@@ -224,9 +291,25 @@ pub trait Driver: std::fmt::Debug {
         Resolved::Ask
     }
 
+    /// What only a layer of a chain can do; `None` for a driver of a kind that has no backing file.
+    fn as_layer(&self) -> Option<&dyn Layer> {
+        None
+    }
+
     /// A layer lies below this one and shows where this one holds nothing.
     fn has_backing(&self) -> bool {
-        false
+        self.as_layer().is_some_and(|layer| layer.backing().is_some())
+    }
+
+    /// The name of the format, as an overlay records it.
+    fn format(&self) -> &'static str {
+        "raw"
+    }
+
+    /// Goes over to reading only, or to writing too. Nothing that changes the disk is under way; reads may be.
+    /// On an error nothing has changed. `None`: this driver is what it was opened for.
+    fn reopen(&self, _read_only: bool) -> Option<IoFuture<'_, IoResult>> {
+        None
     }
 
     /// Drivers below this one.

@@ -61,6 +61,15 @@ impl Permissions {
     /// The target of a job: written and resized here; nobody else may rely on what it reads.
     pub const JOB_TARGET: Permissions = Permissions { used: 0b1010, shared: 0b0000 };
 
+    /// A layer whose data a job moves down, under those above it: nobody else may rely on what it reads there.
+    pub const JOB_LAYER: Permissions = Permissions { used: 0b0001, shared: 0b0100 };
+
+    /// The layer that a job writes into, below those in use: read, written and resized here, read by others.
+    pub const JOB_BASE: Permissions = Permissions { used: 0b1011, shared: 0b0101 };
+
+    /// The layer that a job fills with what its readers see already.
+    pub const JOB_TOP: Permissions = Permissions { used: 0b0101, shared: 0b0101 };
+
     /// What these come to for the file that holds an image with tables of its own: whoever reads or writes
     /// the disk reads tables, which must not change meanwhile; whoever writes it lets the file grow.
     pub fn for_image(self) -> Permissions {

@@ -22,12 +22,15 @@ use blockferry_ring::{Config, Nanos, OffloadMode, Ring, SetupError, Turn};
 
 use crate::block::BlockError;
 use crate::graph::node::{Node, Root};
+use crate::job::commit;
 use crate::job::convert::{self, ConvertError, ConvertOptions, Tally};
 use crate::job::error::JobError;
 use crate::job::mirror::{self, MirrorError, MirrorOptions};
 use crate::job::registry::Registry;
 use crate::job::runner::Job;
 use crate::job::status::Status;
+use crate::job::stream::{self, Floor};
+use crate::job::sweep::{ChainError, SweepOptions};
 use guest::Guest;
 
 pub use open::{Format, ImageOptions};
@@ -50,30 +53,16 @@ struct Jobs {
 }
 
 impl Jobs {
-    async fn mirror(
+    async fn adopt<T, E: From<JobError>>(
         &self,
-        source: &Rc<Node>,
-        target: &Rc<Node>,
-        options: MirrorOptions,
-    ) -> Result<Job, MirrorError> {
-        let id = options.id.clone();
-        self.list.borrow().check_new_id(&id)?;
-        let job = mirror::start(&self.ring, source, target, options).await?;
-        self.add(&id, &job)?;
-        Ok(job)
-    }
-
-    async fn convert(
-        &self,
-        source: &Rc<Node>,
-        target: &Rc<Node>,
-        options: ConvertOptions,
-    ) -> Result<(Job, Rc<Tally>), ConvertError> {
-        let id = options.id.clone();
-        self.list.borrow().check_new_id(&id)?;
-        let (job, tally) = convert::start(&self.ring, source, target, options).await?;
-        self.add(&id, &job)?;
-        Ok((job, tally))
+        id: &str,
+        start: impl Future<Output = Result<T, E>>,
+        job: impl FnOnce(&T) -> &Job,
+    ) -> Result<T, E> {
+        self.list.borrow().check_new_id(id)?;
+        let started = start.await?;
+        self.add(id, job(&started))?;
+        Ok(started)
     }
 
     fn add(&self, id: &str, job: &Job) -> Result<(), JobError> {
@@ -127,14 +116,60 @@ impl Engine {
         Ok(Guest::new(&self.ring, Root::new(node, read_only)?))
     }
 
-    /// Starts a mirror. It counts as a job of this engine.
+    /// Starts a job of any kind: it counts as a job of this engine under `id`, if `start` gives one. Nothing is started
+    /// if the id is no good.
+    pub async fn adopt<E: From<JobError>>(
+        &self,
+        id: &str,
+        start: impl Future<Output = Result<Job, E>>,
+    ) -> Result<Job, E> {
+        self.jobs.adopt(id, start, |job| job).await
+    }
+
+    /// The same from outside a task: the result comes as the engine turns.
+    pub fn adopt_later<E: From<JobError> + 'static>(
+        &self,
+        id: &str,
+        start: impl Future<Output = Result<Job, E>> + 'static,
+    ) -> OneShot<Result<Job, E>> {
+        let (jobs, id) = (self.jobs.clone(), id.to_owned());
+        self.ring.spawn_with_result(async move { jobs.adopt(&id, start, |job| job).await })
+    }
+
+    /// Starts a [mirror].
     pub async fn mirror(
         &self,
         source: &Rc<Node>,
         target: &Rc<Node>,
         options: MirrorOptions,
     ) -> Result<Job, MirrorError> {
-        self.jobs.mirror(source, target, options).await
+        let id = options.id.clone();
+        self.adopt(&id, mirror::start(&self.ring, source, target, options)).await
+    }
+
+    /// Starts a [commit]: layers of the chain below `front` are merged down, from `top` (`None`: `front`) to `base`
+    /// (`None`: the lowest).
+    pub async fn commit(
+        &self,
+        front: &Rc<Node>,
+        top: Option<&Rc<Node>>,
+        base: Option<&Rc<Node>>,
+        options: SweepOptions,
+    ) -> Result<Job, ChainError> {
+        let id = options.id.clone();
+        self.adopt(&id, commit::start(&self.ring, front, top, base, options)).await
+    }
+
+    /// Starts a [stream] into `top` (`None`: `front`), a layer of the chain below `front`.
+    pub async fn stream(
+        &self,
+        front: &Rc<Node>,
+        top: Option<&Rc<Node>>,
+        floor: Floor,
+        options: SweepOptions,
+    ) -> Result<Job, ChainError> {
+        let id = options.id.clone();
+        self.adopt(&id, stream::start(&self.ring, front, top, floor, options)).await
     }
 
     /// Starts a conversion. It counts as a job of this engine. The tally says what was copied by which means.
@@ -144,7 +179,8 @@ impl Engine {
         target: &Rc<Node>,
         options: ConvertOptions,
     ) -> Result<(Job, Rc<Tally>), ConvertError> {
-        self.jobs.convert(source, target, options).await
+        let id = options.id.clone();
+        self.jobs.adopt(&id, convert::start(&self.ring, source, target, options), |(job, _)| job).await
     }
 
     /// Starts a mirror from outside a task: the result comes as the engine turns.
@@ -154,8 +190,37 @@ impl Engine {
         target: &Rc<Node>,
         options: MirrorOptions,
     ) -> OneShot<Result<Job, MirrorError>> {
-        let (jobs, source, target) = (self.jobs.clone(), source.clone(), target.clone());
-        self.ring.spawn_with_result(async move { jobs.mirror(&source, &target, options).await })
+        let (ring, source, target) = (self.ring.clone(), source.clone(), target.clone());
+        let id = options.id.clone();
+        self.adopt_later(&id, async move { mirror::start(&ring, &source, &target, options).await })
+    }
+
+    /// Starts a commit from outside a task: the result comes as the engine turns.
+    pub fn start_commit(
+        &self,
+        front: &Rc<Node>,
+        top: Option<&Rc<Node>>,
+        base: Option<&Rc<Node>>,
+        options: SweepOptions,
+    ) -> OneShot<Result<Job, ChainError>> {
+        let (ring, front, top, base) = (self.ring.clone(), front.clone(), top.cloned(), base.cloned());
+        let id = options.id.clone();
+        self.adopt_later(&id, async move {
+            commit::start(&ring, &front, top.as_ref(), base.as_ref(), options).await
+        })
+    }
+
+    /// Starts a stream from outside a task: the result comes as the engine turns.
+    pub fn start_stream(
+        &self,
+        front: &Rc<Node>,
+        top: Option<&Rc<Node>>,
+        floor: Floor,
+        options: SweepOptions,
+    ) -> OneShot<Result<Job, ChainError>> {
+        let (ring, front, top) = (self.ring.clone(), front.clone(), top.cloned());
+        let id = options.id.clone();
+        self.adopt_later(&id, async move { stream::start(&ring, &front, top.as_ref(), floor, options).await })
     }
 
     /// The job with this id.

@@ -1,5 +1,7 @@
 //! The graph: nodes and roots, and what stands between guests and drivers.
 
+/// Layers of one disk, and which of them holds what.
+pub mod chain;
 /// Which parts of a disk still differ.
 pub mod dirty;
 /// How long guests wait.

@@ -9,6 +9,10 @@
 //! until those inside have ended. What it gives back keeps the door shut; dropping it opens the door,
 //! and the requests that parked look again where their root points. A drain that fails changes nothing.
 //! New requests park whether their client was there before or connects meanwhile: there is one door.
+//!
+//! # Chains
+//! Each layer of a chain is a node, too ([`Node::below`]): jobs use layers, and two that do not go together are told
+//! apart there. A layer that is used by those above it keeps its locks as long as they are used.
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
@@ -109,7 +113,54 @@ pub struct Node {
     roots: RefCell<Vec<Weak<RootInner>>>,
     users: RefCell<Vec<(u64, UseKind)>>,
     user_next: Cell<u64>,
+    /// What its driver holds.
+    held: Cell<Permissions>,
+    /// The layer below.
+    below: RefCell<Option<Rc<Node>>>,
+    /// It counts as a user of that.
+    uses_below: Cell<bool>,
+    /// Layers above that are in use.
+    used_above: Cell<u32>,
+    access: Access,
+    /// The chain below is being changed.
+    relinking: Cell<bool>,
     load: Load,
+    /// Hears of guests' reads.
+    read_told: RefCell<Option<ReadTold>>,
+}
+
+/// Who needs a layer to be writable that was opened to be read.
+#[derive(Debug, Default)]
+struct Access {
+    holders: Cell<u32>,
+    /// It was opened to be read only, and will be so again.
+    reopened: Cell<bool>,
+    /// One at a time changes it.
+    busy: Cell<bool>,
+}
+
+/// Is told of a range that a guest reads.
+pub type ReadTold = Rc<dyn Fn(ByteRange)>;
+
+/// Nobody else does the same meanwhile.
+#[derive(Debug)]
+pub struct Alone<'a> {
+    busy: &'a Cell<bool>,
+    changed: &'a Notify,
+}
+
+impl<'a> Alone<'a> {
+    async fn enter(busy: &'a Cell<bool>, changed: &'a Notify) -> Alone<'a> {
+        changed.until(|| (!busy.replace(true)).then_some(())).await;
+        Alone { busy, changed }
+    }
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.busy.set(false);
+        self.changed.notify();
+    }
 }
 
 impl std::fmt::Debug for Node {
@@ -134,6 +185,14 @@ pub enum UseKind {
     JobSource(&'static str),
     /// The target of a job of this type: nobody else may use it.
     JobTarget(&'static str),
+    /// A layer whose data a job of this type moves down: by itself it will make no sense any more.
+    JobLayer(&'static str),
+    /// The layer that a job of this type writes into below others, which hide the changes.
+    JobBase(&'static str),
+    /// The layer that a job of this type fills with what it reads from below.
+    JobTop(&'static str),
+    /// The image is changed without a change of what it shows: it gets another backing file.
+    Editor,
 }
 
 impl UseKind {
@@ -143,21 +202,41 @@ impl UseKind {
             UseKind::Guest => Permissions::USER,
             UseKind::JobSource(_) => Permissions::STABLE_READER,
             UseKind::JobTarget(_) => Permissions::JOB_TARGET,
+            UseKind::JobLayer(_) => Permissions::JOB_LAYER,
+            UseKind::JobBase(_) => Permissions::JOB_BASE,
+            UseKind::JobTop(_) | UseKind::Editor => Permissions::JOB_TOP,
         }
     }
 
     fn job(self) -> Option<&'static str> {
         match self {
-            UseKind::JobSource(job) | UseKind::JobTarget(job) => Some(job),
-            _ => None,
+            UseKind::JobSource(job)
+            | UseKind::JobTarget(job)
+            | UseKind::JobLayer(job)
+            | UseKind::JobBase(job)
+            | UseKind::JobTop(job) => Some(job),
+            UseKind::Reader | UseKind::Guest | UseKind::Editor => None,
         }
     }
 
     /// Whether the two may use one node at the same time.
     fn agrees_with(self, other: UseKind) -> bool {
-        let target = matches!(self, UseKind::JobTarget(_)) || matches!(other, UseKind::JobTarget(_));
-        let two_jobs = self.job().is_some() && other.job().is_some();
-        !target && !two_jobs
+        self.allows(other) && other.allows(self)
+    }
+
+    fn allows(self, other: UseKind) -> bool {
+        match self {
+            UseKind::Reader | UseKind::Guest | UseKind::Editor => true,
+            UseKind::JobSource(_) | UseKind::JobTop(_) => other.job().is_none(),
+            UseKind::JobBase(_) => matches!(other, UseKind::Reader | UseKind::Editor),
+            UseKind::JobLayer(_) => other == UseKind::Editor,
+            UseKind::JobTarget(_) => false,
+        }
+    }
+
+    /// Whether a layer may be used so while it is the backing file of one that is in use.
+    fn allows_overlays(self) -> bool {
+        !matches!(self, UseKind::Guest | UseKind::JobTarget(_))
     }
 }
 
@@ -218,6 +297,8 @@ impl Drop for Drained {
 impl Node {
     /// A node on `driver`.
     pub fn new(ring: &Ring, name: impl Into<String>, driver: Rc<dyn Driver>) -> Rc<Node> {
+        let backing = driver.as_layer().and_then(|layer| layer.backing());
+        let below = backing.map(|driver| Node::new(ring, driver.name().to_owned(), driver));
         Rc::new(Node {
             name: name.into(),
             ring: ring.clone(),
@@ -229,7 +310,14 @@ impl Node {
             roots: RefCell::default(),
             users: RefCell::default(),
             user_next: Cell::new(0),
+            held: Cell::new(Permissions::NONE),
+            below: RefCell::new(below),
+            uses_below: Cell::new(false),
+            used_above: Cell::new(0),
+            access: Access::default(),
+            relinking: Cell::new(false),
             load: Load::default(),
+            read_told: RefCell::default(),
         })
     }
 
@@ -283,10 +371,12 @@ impl Node {
 
     fn check_use(&self, kind: UseKind, own: Option<u64>) -> IoResult {
         let users = self.users.borrow();
-        let Some((_, other)) = users.iter().find(|(id, other)| Some(*id) != own && !kind.agrees_with(*other))
-        else {
-            return Ok(());
-        };
+        let refused = users.iter().find(|(id, other)| Some(*id) != own && !kind.agrees_with(*other));
+        if refused.is_none() && self.used_above.get() > 0 && !kind.allows_overlays() {
+            let hint = format!("Node '{}' is the backing file of an image that is in use", self.name);
+            return Err(BlockError::new(Operation::Lock, self.driver.name(), Errno::EBUSY).hint(hint));
+        }
+        let Some((_, other)) = refused else { return Ok(()) };
         let hint = match other.job() {
             Some(job) => format!("Node '{}' is busy: block device is in use by block job: {job}", self.name),
             None => format!("Node '{}' is in use by a client and cannot be the target of a job", self.name),
@@ -295,9 +385,142 @@ impl Node {
     }
 
     fn apply_permissions(&self) -> IoResult {
-        let all =
-            self.users.borrow().iter().fold(Permissions::NONE, |sum, (_, kind)| sum.and(kind.permissions()));
-        self.driver.set_permissions(all)
+        let above = if self.used_above.get() > 0 { Permissions::STABLE_READER } else { Permissions::NONE };
+        let all = self.users.borrow().iter().fold(above, |sum, (_, kind)| sum.and(kind.permissions()));
+        self.driver.set_permissions(all)?;
+        if let Err(error) = self.use_below(all != Permissions::NONE) {
+            // Going back to what was held takes nothing new from others.
+            let _ = self.driver.set_permissions(self.held.get());
+            return Err(error);
+        }
+        self.held.set(all);
+        Ok(())
+    }
+
+    /// Counts as a user of the layer below, or no longer. It is only read by those above, by many at once, and must not
+    /// change under them.
+    fn use_below(&self, used: bool) -> IoResult {
+        let Some(below) = self.below() else { return Ok(()) };
+        if self.uses_below.get() != used {
+            below.count_above(used)?;
+            self.uses_below.set(used);
+        }
+        Ok(())
+    }
+
+    fn count_above(&self, more: bool) -> IoResult {
+        let before = self.used_above.get();
+        self.used_above.set(if more { before + 1 } else { before - 1 });
+        self.apply_permissions().inspect_err(|_| self.used_above.set(before))
+    }
+
+    // Chains.
+
+    /// The layer below.
+    pub fn below(&self) -> Option<Rc<Node>> {
+        self.below.borrow().clone()
+    }
+
+    /// This node and the layers below it, from above.
+    pub fn chain(self: &Rc<Node>) -> Vec<Rc<Node>> {
+        std::iter::successors(Some(self.clone()), |node| node.below()).collect()
+    }
+
+    /// Another layer lies below from now on, or none; it shows the same bytes where this one holds nothing.
+    pub fn set_below(&self, below: Option<Rc<Node>>) -> IoResult {
+        let driver = below.as_ref().map(|node| node.driver.clone());
+        self.link_below(below)?;
+        if let Some(layer) = self.driver.as_layer() {
+            layer.set_backing(driver);
+        }
+        Ok(())
+    }
+
+    /// The graph alone: its driver goes on reading from where it did. Gives what was below.
+    pub fn link_below(&self, below: Option<Rc<Node>>) -> Result<Option<Rc<Node>>, BlockError> {
+        let used = self.held.get() != Permissions::NONE;
+        if let Some(new) = &below
+            && used
+        {
+            new.count_above(true)?;
+        }
+        let old = self.below.replace(below);
+        let counted = self.uses_below.replace(used && self.below.borrow().is_some());
+        if let Some(old) = &old
+            && counted
+            && let Err(error) = old.count_above(false)
+        {
+            // To give locks up takes nothing from others; only a dying file could refuse it.
+            tracing::warn!(%error, "locks of a layer could not be given back");
+        }
+        Ok(old)
+    }
+
+    /// Waits for whoever changes the chain below this node, and keeps others from it.
+    pub async fn relinking(&self) -> Alone<'_> {
+        Alone::enter(&self.relinking, &self.changed).await
+    }
+
+    /// Sees to it that the driver can be written, until [`Node::release_writable`]. Whoever calls has a use that writes.
+    pub async fn hold_writable(&self) -> IoResult {
+        let _alone = Alone::enter(&self.access.busy, &self.changed).await;
+        if self.driver.is_read_only() {
+            self.reopen(false).await?;
+        }
+        self.access.holders.set(self.access.holders.get() + 1);
+        Ok(())
+    }
+
+    /// The last who needed it so restores how the driver was open.
+    pub async fn release_writable(&self) {
+        let _alone = Alone::enter(&self.access.busy, &self.changed).await;
+        let access = &self.access;
+        access.holders.set(access.holders.get() - 1);
+        if access.holders.get() == 0
+            && access.reopened.get()
+            && let Err(error) = self.reopen(true).await
+        {
+            tracing::warn!(%error, "a layer stays open to be written");
+        }
+    }
+
+    /// It stays writable when the last who needed it so lets go: a guest writes it from now on.
+    pub fn stay_writable(&self) {
+        self.access.reopened.set(false);
+    }
+
+    async fn reopen(&self, read_only: bool) -> IoResult {
+        match self.driver.reopen(read_only) {
+            Some(reopening) => reopening.await?,
+            None => {
+                return Err(BlockError::new(Operation::Open, self.driver.name(), Errno::EROFS).hint(
+                    "It was opened to be read only, and cannot be opened otherwise while it is in use.",
+                ));
+            }
+        }
+        // What has to be locked depends on the access.
+        if let Err(error) = self.driver.set_permissions(self.held.get()) {
+            if let Some(reopening) = self.driver.reopen(!read_only)
+                && let Err(error) = reopening.await
+            {
+                tracing::warn!(%error, "the access to a layer could not be changed back");
+            }
+            return Err(error);
+        }
+        self.access.reopened.set(!read_only);
+        Ok(())
+    }
+
+    /// `told` hears of every range that a guest has read, until it is taken away with `None`.
+    pub fn tell_reads(&self, told: Option<ReadTold>) {
+        *self.read_told.borrow_mut() = told;
+    }
+
+    fn was_read(&self, offset: u64, len: u64) {
+        let told = self.read_told.borrow().clone();
+        if let Some(told) = told {
+            told(ByteRange::at_saturating(offset, len));
+        }
     }
 
     /// Puts a filter on top of the others. Only in a drain: a request that is inside would miss it.
@@ -527,6 +750,7 @@ impl Root {
             return (buf, Err(error));
         }
         let inside = self.enter_counted().await;
+        inside.node.was_read(offset, buf.len() as u64);
         match inside.node.driver.resolve(offset, buf.len() as u64) {
             Resolved::Zero => {
                 let mut buf = buf;

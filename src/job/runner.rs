@@ -27,7 +27,7 @@ use super::lifecycle::{JobOptions, Lifecycle, Next};
 use super::policy::{CopyMode, ErrorAction, IoOperation, OnError};
 use super::progress::Progress;
 use super::status::Status;
-use crate::base::bucket::Limiter;
+use crate::base::bucket::{BucketGroup, GroupFull, Limiter};
 use crate::graph::tracker::Tracker;
 
 /// Error policies of a job's two sides.
@@ -214,6 +214,23 @@ impl Job {
         let speed = self.0.life.borrow().speed_bytes_per_sec();
         self.0.limiter.borrow_mut().set_speed(self.0.ring.now(), speed);
         Ok(())
+    }
+
+    /// Comes under a limit that others share, beside its own ([`super::group`]).
+    pub(super) fn join(&self, group: &BucketGroup) -> Result<(), GroupFull> {
+        self.0.limiter.borrow_mut().join(group)?;
+        self.look_again();
+        Ok(())
+    }
+
+    /// Something changed that the job could not see.
+    pub(super) fn look_again(&self) {
+        self.0.kick();
+    }
+
+    /// Whether both are handles of one job.
+    pub fn is_same(&self, other: &Job) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
     }
 
     /// Verb `change`: how a mirror treats what guests change. In force from the next step on, in both directions.

@@ -87,6 +87,10 @@ impl Driver for DelayDriver {
         vec![self.child.clone()]
     }
 
+    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
+        self.child.reopen(read_only)
+    }
+
     fn set_permissions(&self, permissions: Permissions) -> IoResult {
         self.child.set_permissions(permissions)
     }

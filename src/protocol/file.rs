@@ -48,7 +48,7 @@ impl FileDriver {
                 .hint("It is a block device: open it with the driver 'host_device'."));
         }
         let leaf = open::open_leaf(ring, path, options, FileKind::Regular)?;
-        let locks = options.lock.then(|| Locks::new(ring, leaf.file(), leaf.name().clone()));
+        let locks = options.lock.then(|| Locks::new(ring, &leaf.file(), leaf.name().clone()));
         Ok(FileDriver { leaf, locks, alone: Cell::new(false) })
     }
 
@@ -103,7 +103,7 @@ impl FileDriver {
     /// Looks at the allocation from `offset` on: the extent, with its true borders.
     fn look(&self, offset: u64) -> Result<(ByteRange, Extent), Errno> {
         let (ring, file, end) = (self.leaf.ring(), self.leaf.file(), self.leaf.len());
-        let data = match ring.seek(file, offset, true) {
+        let data = match ring.seek(&file, offset, true) {
             Ok(data) => data.min(end),
             // Nothing but a hole up to the end.
             Err(Errno::ENXIO) => end,
@@ -113,7 +113,7 @@ impl FileDriver {
             let range = ByteRange::at_saturating(offset, data - offset);
             return Ok((range, Extent::hole(range.len())));
         }
-        let hole = ring.seek(file, offset, false)?.min(end);
+        let hole = ring.seek(&file, offset, false)?.min(end);
         if data < offset || hole <= offset {
             // It changed between the two calls, or the filesystem makes no sense.
             return Err(Errno::EAGAIN);
@@ -214,8 +214,17 @@ impl Driver for FileDriver {
         Ok(())
     }
 
+    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
+        Some(self.leaf.ring().boxed(async move {
+            self.leaf.reopen(read_only, |file| match &self.locks {
+                Some(locks) => locks.move_to(file),
+                None => Ok(()),
+            })
+        }))
+    }
+
     fn local_file(&self) -> Option<File> {
-        Some(self.leaf.file().clone())
+        Some(self.leaf.file())
     }
 
     fn identity(&self) -> Option<(u64, u64)> {

@@ -35,7 +35,7 @@ impl HostDevice {
                 .hint("It is no block device: open it with the driver 'file'."));
         }
         let leaf = open::open_leaf(ring, path, options, FileKind::Block)?;
-        let locks = options.lock.then(|| Locks::new(ring, leaf.file(), leaf.name().clone()));
+        let locks = options.lock.then(|| Locks::new(ring, &leaf.file(), leaf.name().clone()));
         Ok(HostDevice { leaf, locks })
     }
 }
@@ -100,8 +100,17 @@ impl Driver for HostDevice {
         }
     }
 
+    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
+        Some(self.leaf.ring().boxed(async move {
+            self.leaf.reopen(read_only, |file| match &self.locks {
+                Some(locks) => locks.move_to(file),
+                None => Ok(()),
+            })
+        }))
+    }
+
     fn local_file(&self) -> Option<File> {
-        Some(self.leaf.file().clone())
+        Some(self.leaf.file())
     }
 
     /// By device number: several nodes in `/dev` may lead to one device.

@@ -32,6 +32,7 @@ use blockferry_ring::{Buf, CopyRange, Errno, File, FileInfo, FileKind, Ring, Sha
 
 use super::align::{Change, Changes};
 use super::bounce::{Bounce, RESERVE_BYTES, zero_from};
+use super::open;
 use crate::base::range::ByteRange;
 use crate::block::{
     BlockError, Capabilities, CopyFrom, Extent, IoFuture, IoResult, Limits, Operation, Resolved, WriteFlags,
@@ -54,9 +55,11 @@ pub(super) struct Leaf {
     ring: Ring,
     name: Rc<str>,
     path: PathBuf,
-    file: File,
+    /// Another handle takes its place when the access changes ([`Leaf::reopen`]).
+    file: RefCell<File>,
+    /// How it was opened.
+    how: RefCell<OpenHow>,
     info: FileInfo,
-    read_only: bool,
     len: Cell<u64>,
     /// The buffered handle for the tail, where there is one.
     tail: RefCell<Option<File>>,
@@ -86,6 +89,17 @@ enum Source<'a> {
     Zeroes,
 }
 
+/// What can be done through such a handle, until something is refused.
+fn capabilities(how: &OpenHow, info: &FileInfo) -> Capabilities {
+    Capabilities {
+        fua: how.write,
+        discard: how.write,
+        zero_fast: how.write,
+        zero_unmap: how.write,
+        status: info.kind == FileKind::Regular,
+    }
+}
+
 /// Whether `errno` says that the operation is not to be had here. Some filesystems say EINVAL.
 fn is_refusal(errno: Errno) -> bool {
     errno.is_unsupported() || errno == Errno::EINVAL
@@ -98,7 +112,7 @@ impl Leaf {
         path: PathBuf,
         file: File,
         info: FileInfo,
-        read_only: bool,
+        how: OpenHow,
     ) -> Result<Leaf, BlockError> {
         let name: Rc<str> = path.display().to_string().into();
         let bounce = Bounce::new(ring).map_err(|errno| {
@@ -109,18 +123,12 @@ impl Leaf {
             ring: ring.clone(),
             name,
             path,
-            file,
+            file: RefCell::new(file),
+            capabilities: Cell::new(capabilities(&how, &info)),
+            how: RefCell::new(how),
             info,
-            read_only,
             len: Cell::new(info.len),
             tail: RefCell::default(),
-            capabilities: Cell::new(Capabilities {
-                fua: !read_only,
-                discard: !read_only,
-                zero_fast: !read_only,
-                zero_unmap: !read_only,
-                status: info.kind == FileKind::Regular,
-            }),
             changes: Changes::new(ring),
             bounce,
             flush_failed: Cell::new(None),
@@ -142,8 +150,8 @@ impl Leaf {
         &self.name
     }
 
-    pub(super) fn file(&self) -> &File {
-        &self.file
+    pub(super) fn file(&self) -> File {
+        self.file.borrow().clone()
     }
 
     pub(super) fn info(&self) -> &FileInfo {
@@ -155,7 +163,43 @@ impl Leaf {
     }
 
     pub(super) fn is_read_only(&self) -> bool {
-        self.read_only
+        !self.how.borrow().write
+    }
+
+    /// Goes over to reading only, or to writing too, by another handle of the same file. `ready` is given the new one
+    /// before it takes the place of the old one. Nothing that changes the file is under way; reads may be.
+    ///
+    /// # Errors
+    /// What opening says; `ESTALE` if the path leads to another file by now. Nothing has changed then.
+    pub(super) fn reopen(
+        &self,
+        read_only: bool,
+        ready: impl FnOnce(&File) -> Result<(), BlockError>,
+    ) -> IoResult {
+        if read_only == self.is_read_only() {
+            return Ok(());
+        }
+        let is_device = self.is_device();
+        let old = self.how.borrow().clone();
+        let how = OpenHow { write: !read_only, exclusive_device: is_device && !read_only, ..old };
+        let fail = |errno| open::fail(Operation::Open, &self.path, errno);
+        let file = self.ring.open(&self.path, &how).map_err(fail)?;
+        if self.ring.info(&file).map_err(fail)?.identity != self.info.identity {
+            return Err(fail(Errno::ESTALE).hint(
+                "Another file has taken the place of the one that is open. Move it back, or open the image anew.",
+            ));
+        }
+        let tail = match self.tail.borrow().is_some() {
+            true => Some(self.tail_handle(!read_only).map_err(fail)?),
+            false => None,
+        };
+        ready(&file)?;
+        self.file.replace(file);
+        self.tail.replace(tail);
+        self.capabilities.set(capabilities(&how, &self.info));
+        self.how.replace(how);
+        self.known.set(None);
+        Ok(())
     }
 
     pub(super) fn capabilities(&self) -> Capabilities {
@@ -185,7 +229,7 @@ impl Leaf {
     }
 
     pub(super) fn allocated_bytes(&self) -> Option<u64> {
-        self.ring.info(&self.file).ok().map(|info| info.allocated)
+        self.ring.info(&self.file()).ok().map(|info| info.allocated)
     }
 
     pub(super) fn error(&self, operation: Operation, range: ByteRange, errno: Errno) -> BlockError {
@@ -228,24 +272,28 @@ impl Leaf {
         if len.is_multiple_of(self.align()) || self.tail.borrow().is_some() {
             return Ok(());
         }
-        let how = OpenHow { write: !self.read_only, ..OpenHow::default() };
-        let tail = self.ring.open(&self.path, &how)?;
-        if self.ring.info(&tail)?.identity != self.info.identity {
-            // Somebody has put another file in its place.
-            return Err(Errno::ENOENT);
-        }
+        let tail = self.tail_handle(!self.is_read_only())?;
         self.tail.replace(Some(tail));
         Ok(())
     }
 
+    fn tail_handle(&self, write: bool) -> Result<File, Errno> {
+        let tail = self.ring.open(&self.path, &OpenHow { write, ..OpenHow::default() })?;
+        if self.ring.info(&tail)?.identity != self.info.identity {
+            // Somebody has put another file in its place.
+            return Err(Errno::ENOENT);
+        }
+        Ok(tail)
+    }
+
     fn sides(&self, range: ByteRange) -> [(ByteRange, Side); 2] {
         let (left, right) = range.split_at(self.border());
-        let tail = self.tail.borrow().clone().unwrap_or_else(|| self.file.clone());
+        let tail = self.tail.borrow().clone().unwrap_or_else(|| self.file());
         [
             (
                 left,
                 Side {
-                    file: self.file.clone(),
+                    file: self.file(),
                     align: self.align(),
                     mem_align: self.info.mem_align.max(1) as usize,
                 },
@@ -270,7 +318,7 @@ impl Leaf {
 
     pub(super) fn resolve(&self, offset: u64, len: u64) -> Resolved {
         if self.fits(ByteRange::at_saturating(offset, len), true) {
-            Resolved::File { file: self.file.clone(), offset, pin: None }
+            Resolved::File { file: self.file(), offset, pin: None }
         } else {
             Resolved::Ask
         }
@@ -280,7 +328,7 @@ impl Leaf {
         let range = ByteRange::at_saturating(offset, buf.len() as u64);
         if self.fits(range, buf.is_aligned(self.info.mem_align.max(1) as usize)) {
             self.ring.boxed(async move {
-                let (buf, result) = self.get(&self.file, offset, buf).await;
+                let (buf, result) = self.get(&self.file(), offset, buf).await;
                 (buf, result.map_err(|errno| self.error(Operation::Read, range, errno)))
             })
         } else {
@@ -348,10 +396,10 @@ impl Leaf {
     pub(super) fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoFuture<'_, IoResult> {
         let range = ByteRange::at_saturating(offset, buf.len() as u64);
         let whole = self.fits(range, buf.is_aligned(self.info.mem_align.max(1) as usize));
-        if whole && !self.read_only && !range.is_empty() {
+        if whole && !self.is_read_only() && !range.is_empty() {
             self.ring.boxed(async move {
                 let change = self.enter(range, false).await;
-                let result = self.put(&self.file, offset, buf, flags.fua).await;
+                let result = self.put(&self.file(), offset, buf, flags.fua).await;
                 self.forget(range);
                 drop(change);
                 result.map_err(|errno| self.error(Operation::Write, range, errno))
@@ -465,7 +513,7 @@ impl Leaf {
     }
 
     fn check_writable(&self, operation: Operation, range: ByteRange) -> IoResult {
-        if self.read_only {
+        if self.is_read_only() {
             return Err(self.error(operation, range, Errno::EROFS).hint("The image was opened read-only."));
         }
         Ok(())
@@ -483,7 +531,7 @@ impl Leaf {
         let change = self.enter(range, false).await;
         let (from_offset, len) = (from.offset, from.len);
         let place = CopyRange { from_offset, to_offset: offset, len };
-        let result = self.ring.copy_range(&from.file, &self.file, place, from.how).await;
+        let result = self.ring.copy_range(&from.file, &self.file(), place, from.how).await;
         self.forget(range);
         drop(change);
         match result {
@@ -497,7 +545,7 @@ impl Leaf {
     // Flushing.
 
     pub(super) async fn flush(&self) -> IoResult {
-        if self.read_only {
+        if self.is_read_only() {
             return Ok(());
         }
         self.sync().await.map_err(|errno| {
@@ -517,7 +565,7 @@ impl Leaf {
             return Err(errno);
         }
         let tail = self.tail.borrow().clone();
-        let main = self.ring.sync(&self.file, true);
+        let main = self.ring.sync(&self.file(), true);
         let both = async {
             match tail {
                 Some(tail) => {
@@ -635,7 +683,7 @@ impl Leaf {
     }
 
     async fn fallocate(&self, mode: Fallocate, range: ByteRange) -> Result<(), Errno> {
-        self.ring.fallocate(&self.file, mode, range.start(), range.len()).await.map(drop)
+        self.ring.fallocate(&self.file(), mode, range.start(), range.len()).await.map(drop)
     }
 
     pub(super) async fn discard(&self, offset: u64, len: u64) -> IoResult {
@@ -651,7 +699,7 @@ impl Leaf {
 
     async fn give_back(&self, range: ByteRange) -> Result<(), Errno> {
         if self.is_device() && self.capabilities.get().discard {
-            match self.ring.discard(&self.file, range.start(), range.len()).await {
+            match self.ring.discard(&self.file(), range.start(), range.len()).await {
                 Err(errno) if is_refusal(errno) => self.lose("discard", |c| c.discard = false),
                 result => return result.map(drop),
             }
@@ -680,7 +728,7 @@ impl Leaf {
             return Err(fail(Errno::EOPNOTSUPP).hint("A block device has the length that it has."));
         }
         self.open_tail(len).map_err(fail)?;
-        self.ring.set_len(&self.file, len).map_err(fail)?;
+        self.ring.set_len(&self.file(), len).map_err(fail)?;
         self.len.set(len);
         self.known.set(None);
         Ok(())

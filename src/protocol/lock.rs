@@ -11,7 +11,7 @@
 //!
 //! The locks belong to the open file, not to the process: two nodes of one engine keep each other out too.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::{Errno, File, LockRange, Ring};
@@ -25,7 +25,7 @@ const DENIED: u64 = 200;
 #[derive(Debug)]
 pub struct Locks {
     ring: Ring,
-    file: File,
+    file: RefCell<File>,
     name: Rc<str>,
     held: Cell<Permissions>,
 }
@@ -46,7 +46,12 @@ fn bytes(permissions: Permissions) -> impl Iterator<Item = u64> {
 impl Locks {
     /// No locks yet. `name` is what errors call the file.
     pub fn new(ring: &Ring, file: &File, name: Rc<str>) -> Locks {
-        Locks { ring: ring.clone(), file: file.clone(), name, held: Cell::new(Permissions::NONE) }
+        Locks {
+            ring: ring.clone(),
+            file: RefCell::new(file.clone()),
+            name,
+            held: Cell::new(Permissions::NONE),
+        }
     }
 
     /// What is locked.
@@ -65,7 +70,7 @@ impl Locks {
         };
         for start in old.into_iter().chain(taken) {
             if !needed.contains(&start)
-                && let Err(errno) = self.ring.unlock(&self.file, byte(start))
+                && let Err(errno) = self.ring.unlock(&self.file.borrow(), byte(start))
             {
                 // More is locked than need be: safe, and over when the file is closed.
                 tracing::warn!(image = %self.name, %errno, byte = start, "a lock could not be given back");
@@ -77,12 +82,28 @@ impl Locks {
         result
     }
 
+    /// Another handle of the same file takes the place of the one that holds the locks: it has them too from then on.
+    /// That others do not object was settled when they were taken, so nobody is asked.
+    pub fn move_to(&self, file: &File) -> IoResult {
+        for start in bytes(self.held.get()) {
+            self.ring.lock_shared(file, byte(start)).map_err(|errno| self.failed(errno))?;
+        }
+        // A read under way may keep the old handle open for a while. It must not be in our own way.
+        let old = self.file.replace(file.clone());
+        for start in bytes(self.held.get()) {
+            if let Err(errno) = self.ring.unlock(&old, byte(start)) {
+                tracing::warn!(image = %self.name, %errno, byte = start, "a lock could not be given back");
+            }
+        }
+        Ok(())
+    }
+
     fn take(&self, permissions: Permissions, old: &[u64], taken: &mut Vec<u64>) -> IoResult {
         for start in bytes(permissions) {
             if old.contains(&start) {
                 continue;
             }
-            match self.ring.lock_shared(&self.file, byte(start)) {
+            match self.ring.lock_shared(&self.file.borrow(), byte(start)) {
                 Ok(()) => taken.push(start),
                 // An exclusive lock, which no program that follows the convention takes.
                 Err(Errno::EAGAIN | Errno::EACCES) => return Err(self.refused(start, "the lock is held")),
@@ -107,11 +128,11 @@ impl Locks {
     }
 
     fn is_locked(&self, start: u64) -> Result<bool, BlockError> {
-        self.ring.lock_conflict(&self.file, byte(start)).map_err(|errno| self.failed(errno))
+        self.ring.lock_conflict(&self.file.borrow(), byte(start)).map_err(|errno| self.failed(errno))
     }
 
     fn refused(&self, start: u64, what: &str) -> BlockError {
-        let holders = self.ring.lock_holders(&self.file, byte(start));
+        let holders = self.ring.lock_holders(&self.file.borrow(), byte(start));
         let who = if holders.is_empty() {
             "a program that cannot be named (another user's, one in a container or on another machine, or \
              this one itself)"

@@ -23,7 +23,7 @@ pub struct MemDriver {
     ring: Ring,
     name: String,
     len: Cell<u64>,
-    read_only: bool,
+    read_only: Cell<bool>,
     pieces: RefCell<Pieces>,
 }
 
@@ -119,7 +119,7 @@ impl MemDriver {
             ring: ring.clone(),
             name: name.into(),
             len: Cell::new(len),
-            read_only,
+            read_only: Cell::new(read_only),
             pieces: RefCell::default(),
         }
     }
@@ -132,7 +132,7 @@ impl MemDriver {
         change: impl FnOnce(&mut Pieces) + 'a,
     ) -> IoFuture<'a, IoResult> {
         self.ring.boxed(async move {
-            if self.read_only {
+            if self.read_only.get() {
                 let (offset, len) = (range.start(), range.len());
                 return Err(BlockError::at(operation, self.name.as_str(), offset, len, Errno::EROFS)
                     .hint("The image was opened read-only."));
@@ -157,7 +157,7 @@ impl Driver for MemDriver {
     }
 
     fn is_read_only(&self) -> bool {
-        self.read_only
+        self.read_only.get()
     }
 
     fn limits(&self) -> Limits {
@@ -197,6 +197,11 @@ impl Driver for MemDriver {
 
     fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
         self.ring.boxed(async move { Ok(self.pieces.borrow().status(ByteRange::at_saturating(offset, len))) })
+    }
+
+    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
+        self.read_only.set(read_only);
+        Some(self.ring.boxed(async { Ok(()) }))
     }
 
     fn set_permissions(&self, _permissions: Permissions) -> IoResult {

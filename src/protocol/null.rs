@@ -1,5 +1,7 @@
 //! A disk that is not there: reads give zeroes, writes are swallowed. For measuring everything else.
 
+use std::cell::Cell;
+
 use blockferry_ring::{Buf, Ring, SharedBuf};
 
 use super::bounce::zero_from;
@@ -15,14 +17,19 @@ pub const LEN_DEFAULT: u64 = 1 << 30;
 pub struct NullDriver {
     ring: Ring,
     name: String,
-    len: std::cell::Cell<u64>,
-    read_only: bool,
+    len: Cell<u64>,
+    read_only: Cell<bool>,
 }
 
 impl NullDriver {
     /// A disk of `len` bytes.
     pub fn new(ring: &Ring, name: impl Into<String>, len: u64, read_only: bool) -> NullDriver {
-        NullDriver { ring: ring.clone(), name: name.into(), len: std::cell::Cell::new(len), read_only }
+        NullDriver {
+            ring: ring.clone(),
+            name: name.into(),
+            len: Cell::new(len),
+            read_only: Cell::new(read_only),
+        }
     }
 
     fn done(&self) -> IoFuture<'_, IoResult> {
@@ -44,7 +51,7 @@ impl Driver for NullDriver {
     }
 
     fn is_read_only(&self) -> bool {
-        self.read_only
+        self.read_only.get()
     }
 
     fn limits(&self) -> Limits {
@@ -80,6 +87,11 @@ impl Driver for NullDriver {
 
     fn block_status(&self, _offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
         self.ring.boxed(async move { Ok(Extent::hole(len)) })
+    }
+
+    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
+        self.read_only.set(read_only);
+        Some(self.ring.boxed(async { Ok(()) }))
     }
 
     fn set_permissions(&self, _permissions: Permissions) -> IoResult {

@@ -117,5 +117,5 @@ pub(super) fn open_leaf(
         file = ring.open(path, &how).map_err(failed)?;
         info = ring.info(&file).map_err(failed)?;
     }
-    Leaf::new(ring, path.to_owned(), file, info, options.read_only)
+    Leaf::new(ring, path.to_owned(), file, info, how)
 }

@@ -7,8 +7,9 @@ use std::rc::Rc;
 
 use blockferry_ring::Ring;
 
-use crate::block::{BlockError, Driver, IoResult, Permissions};
+use crate::block::{BlockError, Driver, IoResult};
 use crate::engine::ImageOptions;
+use crate::graph::node::{Node, Use, UseKind};
 use crate::protocol::nbd::{ConnectOptions, Connection, NbdClientError, NbdDriver, NbdUri, UriError};
 
 /// Why there is nothing to put under load.
@@ -81,12 +82,14 @@ impl Lane {
 #[derive(Clone, Debug)]
 pub struct Target {
     lanes: Vec<Lane>,
+    /// Keeps other programs out of its files.
+    lock: Option<Rc<Use>>,
 }
 
 impl Target {
     /// A disk that is reached through a driver.
     pub fn of_driver(driver: Rc<dyn Driver>) -> Target {
-        Target { lanes: vec![Lane { driver, connection: None }] }
+        Target { lanes: vec![Lane { driver, connection: None }], lock: None }
     }
 
     /// An NBD export over `connections` connections (at least one). Where reads are to be `verified`, the server has to
@@ -108,7 +111,7 @@ impl Target {
                 connection: Some(connection),
             });
         }
-        Ok(Target { lanes })
+        Ok(Target { lanes, lock: None })
     }
 
     /// Opens what a person named: an NBD URI, or anything that the engine opens.
@@ -121,9 +124,9 @@ impl Target {
             return Err(TargetError::NoConnections { name: name.to_owned() });
         }
         let driver = crate::engine::open::open(ring, name, &options.image).await?;
-        let read_only = options.image.read_only;
-        driver.set_permissions(if read_only { Permissions::READER } else { Permissions::USER })?;
-        Ok(Target::of_driver(driver))
+        let node = Node::new(ring, name, driver.clone());
+        let lock = node.attach(if options.image.read_only { UseKind::Reader } else { UseKind::Guest })?;
+        Ok(Target { lock: Some(Rc::new(lock)), ..Target::of_driver(driver) })
     }
 
     /// What was written to an image that was opened here is durable afterwards, its tables too: they are written late, and
@@ -157,6 +160,7 @@ impl Target {
 
     /// Waits for what is in flight and closes connections politely.
     pub async fn close(self) {
+        drop(self.lock);
         for lane in &self.lanes {
             if let Some(connection) = &lane.connection {
                 connection.disconnect().await;

@@ -47,7 +47,7 @@ struct Check<'a> {
 impl Qcow2 {
     /// Looks at everything, repairs what `repair` says, and looks again if it did.
     pub(super) async fn check_image(&self, repair: Repair) -> Result<CheckReport, Fault> {
-        if repair != Repair::None && self.read_only {
+        if repair != Repair::None && self.read_only.get() {
             return Err(Fault::Refused(Errno::EROFS, "The image was opened read-only.".into()));
         }
         self.flush_all().await?;

@@ -8,8 +8,8 @@ use super::header::autoclear;
 use super::image::{Fault, Qcow2};
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, Resolved,
-    WriteFlags, ZeroFlags,
+    BlockError, Capabilities, Driver, Extent, Fill, Held, IoFuture, IoResult, Layer, Limits, Operation,
+    Permissions, Resolved, WriteFlags, ZeroFlags,
 };
 
 impl Qcow2 {
@@ -39,11 +39,11 @@ impl Driver for Qcow2 {
     }
 
     fn len(&self) -> u64 {
-        self.len.get()
+        self.len_before.get().unwrap_or(self.len.get())
     }
 
     fn is_read_only(&self) -> bool {
-        self.read_only
+        self.read_only.get()
     }
 
     fn limits(&self) -> Limits {
@@ -60,8 +60,14 @@ impl Driver for Qcow2 {
     fn capabilities(&self) -> Capabilities {
         let v3 = self.header.borrow().version >= 3;
         let raw = self.header.borrow().autoclear & autoclear::DATA_FILE_RAW != 0;
-        let zero = !self.read_only && v3 && !raw;
-        Capabilities { fua: false, discard: !self.read_only, zero_fast: zero, zero_unmap: zero, status: true }
+        let zero = !self.read_only.get() && v3 && !raw;
+        Capabilities {
+            fua: false,
+            discard: !self.read_only.get(),
+            zero_fast: zero,
+            zero_unmap: zero,
+            status: true,
+        }
     }
 
     fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {
@@ -143,37 +149,34 @@ impl Driver for Qcow2 {
         self.resolve_now(offset, len)
     }
 
-    fn has_backing(&self) -> bool {
-        self.backing().is_some()
+    fn as_layer(&self) -> Option<&dyn Layer> {
+        Some(self)
+    }
+
+    fn format(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
+        Some(self.ring.boxed(self.reopen_image(read_only)))
     }
 
     fn children(&self) -> Vec<Rc<dyn Driver>> {
         [Some(self.file.clone()), self.data_file.clone(), self.below()].into_iter().flatten().collect()
     }
 
+    /// The layer below is the graph's business.
     fn set_permissions(&self, permissions: Permissions) -> IoResult {
         let old = self.permissions.get();
-        // Tables are read and written by whoever reads or writes the disk; the layer below is only read, by
-        // many at once, and must not change under us.
+        // Tables are read and written by whoever reads or writes the disk.
         let used = permissions != Permissions::NONE;
-        let below = if used { Permissions::STABLE_READER } else { Permissions::NONE };
-        let own = if used && !self.read_only { permissions.for_image() } else { permissions };
+        let own = if used && !self.read_only.get() { permissions.for_image() } else { permissions };
         self.file.set_permissions(own)?;
-        let rest = || {
-            if let Some(data_file) = &self.data_file {
-                data_file.set_permissions(own)?;
-            }
-            match self.below() {
-                Some(driver) => driver.set_permissions(below),
-                None => Ok(()),
-            }
-        };
-        if let Err(error) = rest() {
+        if let Some(data_file) = &self.data_file
+            && let Err(error) = data_file.set_permissions(own)
+        {
             // Going back to what was held takes nothing new from others.
             let _ = self.file.set_permissions(old);
-            if let Some(data_file) = &self.data_file {
-                let _ = data_file.set_permissions(old);
-            }
             return Err(error);
         }
         self.permissions.set(own);
@@ -205,5 +208,50 @@ impl Driver for Qcow2 {
         if let Some(data_file) = &self.data_file {
             data_file.fail_in_flight();
         }
+    }
+}
+
+impl Layer for Qcow2 {
+    fn backing(&self) -> Option<Rc<dyn Driver>> {
+        self.below()
+    }
+
+    fn recorded_backing(&self) -> Option<(String, Option<String>)> {
+        let header = self.header.borrow();
+        let name = header.backing_file.clone()?;
+        Some((name, header.text(super::header::extension::BACKING_FORMAT)))
+    }
+
+    fn holds(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Held, BlockError>> {
+        self.ring.boxed(async move {
+            match self.held(offset, len).await {
+                Ok(held) => Ok(held),
+                Err(fault) => {
+                    let range = ByteRange::at_saturating(offset, len);
+                    Err(self.tell(Operation::BlockStatus, range, fault).await)
+                }
+            }
+        })
+    }
+
+    fn populate(&self, offset: u64, fill: Fill) -> IoFuture<'_, IoResult> {
+        self.ring.boxed(async move {
+            let range = ByteRange::at_saturating(offset, fill.len());
+            let populate = async {
+                self.check_range(range)?;
+                self.populate_guest(range, &fill).await
+            };
+            let result = populate.await;
+            self.done(Operation::Write, range, result).await
+        })
+    }
+
+    fn record_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> IoFuture<'a, IoResult> {
+        let backing = backing.map(|(name, format)| (name, Some(format)));
+        self.ring.boxed(Qcow2::set_backing(self, backing))
+    }
+
+    fn set_backing(&self, backing: Option<Rc<dyn Driver>>) {
+        self.replace_backing(backing);
     }
 }

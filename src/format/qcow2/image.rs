@@ -2,7 +2,7 @@
 //!
 //! All state is behind `RefCell`s that are never borrowed across an await; whoever has waited looks again.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::sync::Notify;
@@ -126,18 +126,21 @@ pub struct Qcow2 {
     /// The name of the backing file as it was opened.
     pub(super) backing_name: RefCell<Option<String>>,
     pub(super) name: Rc<str>,
-    pub(super) read_only: bool,
+    pub(super) read_only: Cell<bool>,
     pub(super) for_check: bool,
     pub(super) g: Geometry,
     pub(super) header: RefCell<Header>,
     /// The first bytes of the file, as they are there.
     pub(super) head: RefCell<Vec<u8>>,
     pub(super) len: Cell<u64>,
+    /// What others see as the length while the disk grows: the new part is not all zeroes yet.
+    pub(super) len_before: Cell<Option<u64>>,
     pub(super) meta: RefCell<Meta>,
     pub(super) claims: Claims,
     pub(super) epochs: Rc<Epochs>,
     pub(super) table_memory: Memory,
-    pub(super) copy_memory: Option<Memory>,
+    /// There once the image was opened to be written.
+    pub(super) copy_memory: OnceCell<Memory>,
     /// Making an L2 table.
     pub(super) tables: Turn,
     /// Making a refcount block, or a larger refcount table.
@@ -195,7 +198,7 @@ impl Qcow2 {
 
     /// Damage was found: the image is written no more until it is repaired, and says so.
     async fn mark_corrupt(&self, why: &str) {
-        if self.corrupt.replace(true) || self.read_only || self.for_check {
+        if self.corrupt.replace(true) || self.read_only.get() || self.for_check {
             return;
         }
         tracing::error!(image = %self.name, why, "the image is damaged and is not written any more");
@@ -208,7 +211,7 @@ impl Qcow2 {
     }
 
     pub(super) fn check_writable(&self) -> Result<(), Fault> {
-        if self.read_only {
+        if self.read_only.get() {
             return Err(Fault::Refused(Errno::EROFS, "The image was opened read-only.".into()));
         }
         if self.for_check {

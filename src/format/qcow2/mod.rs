@@ -12,9 +12,9 @@
 //! | `plan` | what a request means in terms of places |
 //! | `image`, `locks`, `memory` | the state of an open image; who may touch what |
 //! | `alloc` | the one place where clusters get and lose references |
-//! | `read`, `gather`, `write`, `zero`, `compress` | requests, straight down |
+//! | `read`, `gather`, `write`, `zero`, `populate`, `compress` | requests, straight down |
 //! | `sync` | the order in which all of it reaches the disk |
-//! | `open`, `create`, `resize`, `rename`, `snapshot`, `bitmap`, `check` | what its name says |
+//! | `open`, `reopen`, `create`, `resize`, `rename`, `snapshot`, `bitmap`, `check` | what its name says |
 
 mod alloc;
 mod bitmap;
@@ -38,8 +38,10 @@ mod meta;
 mod open;
 pub mod options;
 mod plan;
+mod populate;
 mod read;
 mod rename;
+mod reopen;
 mod resize;
 mod snapshot;
 mod sync;

@@ -1,6 +1,6 @@
 //! Opening an image: its header is believed only where it makes sense, and other files only through the gate.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
@@ -23,7 +23,7 @@ use crate::block::{BlockError, Driver, Operation, Permissions};
 /// Bytes that are read to learn how large the first cluster is.
 const HEAD_BYTES: u64 = 4096;
 /// Memory in reserve for pieces that are put together.
-const COPY_RESERVE_BYTES: usize = 64 << 10;
+pub(super) const COPY_RESERVE_BYTES: usize = 64 << 10;
 
 /// What an image is put together from.
 struct Parts {
@@ -31,14 +31,14 @@ struct Parts {
     data_file: Option<Rc<dyn Driver>>,
     backing: Option<Rc<dyn Driver>>,
     table_memory: Memory,
-    copy_memory: Option<Memory>,
+    copy_memory: OnceCell<Memory>,
 }
 
-fn refuse(name: &str, errno: Errno, why: impl Into<Rc<str>>) -> BlockError {
+pub(super) fn refuse(name: &str, errno: Errno, why: impl Into<Rc<str>>) -> BlockError {
     BlockError::new(Operation::Open, name, errno).hint(why)
 }
 
-fn plain(name: &str, fault: Fault) -> BlockError {
+pub(super) fn plain(name: &str, fault: Fault) -> BlockError {
     match fault {
         Fault::Io(error) => error,
         Fault::Damage(why) => refuse(name, Errno::EINVAL, format!("The image is damaged: {why}.")),
@@ -75,7 +75,10 @@ impl Qcow2 {
             })
         };
         let table_memory = memory(SLICE_BYTES_MAX as usize)?;
-        let copy_memory = if read_only { None } else { Some(memory(COPY_RESERVE_BYTES)?) };
+        let copy_memory = OnceCell::new();
+        if !read_only {
+            let _ = copy_memory.set(memory(COPY_RESERVE_BYTES)?);
+        }
         // Held from here on: nobody else changes what is read now.
         let held = if read_only { Permissions::STABLE_READER } else { Permissions::USER }.for_image();
         file.set_permissions(held)?;
@@ -120,7 +123,7 @@ impl Qcow2 {
 
     /// Reads tables, and does what has to be done before the first write.
     async fn make_ready(&self) -> Result<(), Fault> {
-        let writable = !self.read_only && !self.for_check;
+        let writable = !self.read_only.get() && !self.for_check;
         self.load_tables(writable || self.for_check).await?;
         if writable { self.make_writable().await } else { Ok(()) }
     }
@@ -161,10 +164,11 @@ impl Qcow2 {
             data_file,
             backing_name: RefCell::new(backing.as_ref().map(|backing| backing.name().to_owned())),
             backing: RefCell::new(backing),
-            read_only,
+            read_only: Cell::new(read_only),
             for_check,
             g,
             len: Cell::new(header.size),
+            len_before: Cell::new(None),
             corrupt: Cell::new(header.incompatible & incompatible::CORRUPT != 0),
             header: RefCell::new(header),
             head: RefCell::new(head),
@@ -205,7 +209,7 @@ impl Qcow2 {
         let twice = {
             let mut meta = self.meta.borrow_mut();
             let twice = meta.note_l1(WholeTable::new(&self.g, l1_at, l1));
-            twice.filter(|_| !self.for_check && !self.read_only)
+            twice.filter(|_| !self.for_check && !self.read_only.get())
         };
         if let Some(at) = twice {
             return Err(Fault::Damage(format!("two entries of its L1 table lead to {at:#x}")));
@@ -221,7 +225,7 @@ impl Qcow2 {
         let twice = refs.iter().map(|e| e & !0x1ff).filter(|at| *at != 0).find(|at| !blocks.insert(*at));
         if let Some(at) = twice
             && !self.for_check
-            && !self.read_only
+            && !self.read_only.get()
         {
             return Err(Fault::Damage(format!("two entries of its refcount table lead to {at:#x}")));
         }
@@ -230,7 +234,7 @@ impl Qcow2 {
             meta.refblocks = blocks;
             meta.reftable = WholeTable::new(&self.g, refs_at, refs);
         }
-        if !self.for_check && !self.read_only {
+        if !self.for_check && !self.read_only.get() {
             self.note_fixed_tables().await?;
         }
         Ok(())
@@ -266,7 +270,7 @@ impl Qcow2 {
 
     /// What has to be done before the first write: features that we do not keep up are switched off, and
     /// refcounts that may be off are repaired.
-    async fn make_writable(&self) -> Result<(), Fault> {
+    pub(super) async fn make_writable(&self) -> Result<(), Fault> {
         let (unknown, dirty) = {
             let header = self.header.borrow();
             (header.autoclear & !autoclear::KNOWN, header.incompatible & incompatible::DIRTY != 0)

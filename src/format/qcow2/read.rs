@@ -46,8 +46,8 @@ impl Qcow2 {
                 }
                 match data.resolve(host, len) {
                     Resolved::File { file, offset, pin: None } => {
-                        let pin = (!self.read_only).then(|| self.epochs.enter());
-                        Resolved::File { file, offset, pin }
+                        // An image that is only read may be written before this read ends.
+                        Resolved::File { file, offset, pin: Some(self.epochs.enter()) }
                     }
                     _ => Resolved::Ask,
                 }

@@ -50,6 +50,7 @@ impl Qcow2 {
         if let Some(data_file) = &self.data_file {
             data_file.set_len(len).await?;
         }
+        self.len_before.set(Some(old));
         self.len.set(len);
         // What was cut off earlier, or lies below, must not appear in the new part.
         let below = self.below().map_or(0, |below| below.len()).min(len);
@@ -68,6 +69,7 @@ impl Qcow2 {
             self.flush_files().await
         };
         let result = work.await;
+        self.len_before.set(None);
         if result.is_err() {
             self.len.set(old);
             self.header.borrow_mut().size = old;

@@ -29,7 +29,7 @@ struct Mappings {
 impl Qcow2 {
     /// Makes everything that was acknowledged durable.
     pub(super) async fn flush_all(&self) -> Result<(), Fault> {
-        if self.read_only || self.for_check {
+        if self.read_only.get() || self.for_check {
             return Ok(());
         }
         self.write_back().await

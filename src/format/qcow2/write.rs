@@ -106,7 +106,7 @@ impl Qcow2 {
     }
 
     /// Writes the next part of a request, whose clusters are claimed alone; gives where it ends.
-    async fn write_some(&self, range: ByteRange, at: u64, buf: &SharedBuf) -> Result<u64, Fault> {
+    pub(super) async fn write_some(&self, range: ByteRange, at: u64, buf: &SharedBuf) -> Result<u64, Fault> {
         let size = self.g.cluster_size();
         let start = self.g.cluster_start(at);
         let end = range.end().min(start + size);
@@ -263,7 +263,7 @@ impl Qcow2 {
         if self.data_file.is_some() {
             wide_now = wide_now.split_at(disk_end).0;
         }
-        let Some(memory) = &self.copy_memory else {
+        let Some(memory) = self.copy_memory.get() else {
             return Err(Fault::Damage("an image that is only read was to be written".into()));
         };
         let mut at = wide_now.start();

@@ -15,7 +15,7 @@ const ZERO_BYTES: u64 = 64 << 10;
 const CLUSTERS_AT_ONCE: u64 = 4096;
 
 impl Qcow2 {
-    fn is_v2(&self) -> bool {
+    pub(super) fn is_v2(&self) -> bool {
         self.header.borrow().version < 3
     }
 
@@ -91,7 +91,6 @@ impl Qcow2 {
     }
 
     async fn zero_units(&self, range: ByteRange, flags: ZeroFlags) -> Result<(), Fault> {
-        let v2 = self.is_v2();
         let mut at = range.start();
         while at < range.end() {
             let start = self.g.cluster_start(at);
@@ -105,7 +104,7 @@ impl Qcow2 {
                 let _claim = self.claims.enter(self.clusters_of(part), true).await;
                 let raw = self.load_entry(at).await?;
                 let old = self.decode(raw, start)?;
-                let change = self.zero_entry(old, part, flags.may_unmap, v2);
+                let change = self.zero_entry(old, part, self.nothing_below(start), flags.may_unmap);
                 match change {
                     Change::Nothing => false,
                     Change::Write => true,
@@ -159,11 +158,16 @@ impl Qcow2 {
         })
     }
 
-    /// What zeroing `part` of a cluster makes of its entry.
-    fn zero_entry(&self, old: Cluster, part: ByteRange, may_unmap: bool, v2: bool) -> Change {
-        let g = &self.g;
+    /// What zeroing `part` of a cluster makes of its entry. `below_is_zero`: what is not mapped reads as zeroes.
+    pub(super) fn zero_entry(
+        &self,
+        old: Cluster,
+        part: ByteRange,
+        below_is_zero: bool,
+        may_unmap: bool,
+    ) -> Change {
+        let (g, v2) = (&self.g, self.is_v2());
         let start = g.cluster_start(part.start());
-        let below_is_zero = self.nothing_below(start);
         let whole = part.len() == g.cluster_size();
         // A raw data file is read without these tables: what has a place there keeps it.
         let may_unmap = may_unmap && !self.is_data_raw();
@@ -171,7 +175,8 @@ impl Qcow2 {
             return match old {
                 Cluster::Unallocated if below_is_zero => Change::Nothing,
                 Cluster::Unallocated => Change::Write,
-                _ if may_unmap && below_is_zero => Change::Entry(Raw::UNALLOCATED),
+                // With a layer below, even a shorter one, an entry says more than none: that layer may be replaced.
+                _ if may_unmap && self.below().is_none() => Change::Entry(Raw::UNALLOCATED),
                 _ => Change::Write,
             };
         }
@@ -258,7 +263,7 @@ impl Qcow2 {
 }
 
 /// What becomes of an entry.
-enum Change {
+pub(super) enum Change {
     Nothing,
     Entry(Raw),
     /// Zeroes have to be written as data.

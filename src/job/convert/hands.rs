@@ -7,7 +7,6 @@ use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::{Buf, PooledFuture, Ring, SharedBuf};
 
 use super::machine::{Op, Outcome};
-use super::plan::{What, plan};
 use super::{Compressor, TargetState};
 use crate::base::limits;
 use crate::base::range::ByteRange;
@@ -20,6 +19,7 @@ use crate::job::error::JobFailure;
 use crate::job::mirror::Marker;
 use crate::job::mirror::machine::Copied;
 use crate::job::offload::CopyOffload;
+use crate::job::plan::{What, plan};
 use crate::job::policy::{Failed, IoOperation};
 
 /// What was done by which means, beside the job's [`crate::job::body::Details`].

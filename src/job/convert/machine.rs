@@ -13,12 +13,12 @@
 
 use std::collections::VecDeque;
 
-use super::plan::What;
 use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::job::body::{Body, Context, Details, Event, Report};
 use crate::job::error::JobFailure;
 use crate::job::mirror::machine::Copied;
+use crate::job::plan::What;
 use crate::job::policy::{ErrorAction, Failed};
 
 /// What the machine asks for.

@@ -12,7 +12,6 @@
 
 mod hands;
 pub mod machine;
-mod plan;
 
 use std::cell::Cell;
 use std::rc::Rc;

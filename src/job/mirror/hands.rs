@@ -13,7 +13,8 @@ use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::base::zero::zero_runs;
-use crate::block::{BlockError, Driver, IoFuture, IoResult};
+use crate::block::{BlockError, Driver, Holds, IoFuture, IoResult};
+use crate::graph::chain::held_by;
 use crate::graph::node::{Drained, Filter, Node, Use, UseKind};
 use crate::graph::peer::Peer;
 use crate::graph::tracker::Tracker;
@@ -21,6 +22,7 @@ use crate::job::body::Hands;
 use crate::job::error::JobFailure;
 use crate::job::offload::CopyOffload;
 use crate::job::policy::Failed;
+use crate::job::writable::Writable;
 use crate::protocol::mark::TargetMark;
 
 /// Says on the target that it is not complete, and takes that back.
@@ -60,6 +62,10 @@ pub(super) struct Parts {
     pub verifier: Option<Rc<Verifier>>,
     pub detect_zeroes: bool,
     pub granularity: u64,
+    /// The layers whose data is copied, if not all of the source's.
+    pub layers: Vec<Rc<Node>>,
+    /// The target is the base of the source.
+    pub base: Option<Writable>,
 }
 
 /// The hands of a mirror.
@@ -102,7 +108,8 @@ impl Hands<Op, Outcome> for MirrorHands {
         }
         self.0.over.set(true);
         self.0.drained.borrow_mut().take();
-        if forced {
+        // A base is read by the guests of the source.
+        if forced && self.0.base.is_none() {
             self.0.target_node.driver().fail_in_flight();
         }
     }
@@ -156,15 +163,14 @@ impl Parts {
         Outcome::Status(range, status.map(|extent| (extent.len, extent.zero)).map_err(Failed::read))
     }
 
-    /// Makes dirty what the source's uppermost layer holds itself, data and zeroes. What guests change meanwhile is
-    /// dirty by their own doing.
+    /// Makes dirty what the layers hold, data and zeroes. What guests change meanwhile is dirty by their own doing.
     async fn scan(&self) -> Result<(), BlockError> {
         let len = self.from().len();
         let mut at = 0;
         while at < len && !self.over.get() {
-            let extent = self.from().block_status(at, len - at).await?;
-            let range = ByteRange::at_saturating(at, extent.len.clamp(1, len - at));
-            if extent.allocated {
+            let held = held_by(&self.layers, at, len - at).await?;
+            let range = ByteRange::at_saturating(at, held.len.clamp(1, len - at));
+            if held.what != Holds::Nothing {
                 self.tracker.set(range);
             }
             at = range.end();
@@ -258,8 +264,36 @@ impl Parts {
         Outcome::Piece(range, done, None)
     }
 
+    fn target_kind(&self) -> UseKind {
+        match self.base {
+            Some(_) => UseKind::JobBase("commit"),
+            None => UseKind::JobTarget("mirror"),
+        }
+    }
+
     /// Lets the source's users use the target instead. Locks first; a refusal changes nothing.
     fn pivot(&self) -> Result<(), JobFailure> {
+        let refused = |error: BlockError| JobFailure::with_text(error.errno.0, error.to_string());
+        // Whoever writes a base is no longer above it.
+        let lowest = self.layers.last().filter(|_| self.base.is_some());
+        let cut = match lowest {
+            Some(lowest) => lowest.link_below(None).map_err(refused)?,
+            None => None,
+        };
+        let result = self.pivot_to_target();
+        match (&result, lowest) {
+            (Err(_), Some(lowest)) => {
+                if let Err(error) = lowest.link_below(cut) {
+                    tracing::warn!(%error, "the locks of a layer could not be taken back");
+                }
+            }
+            (Ok(()), Some(_)) => self.base.iter().for_each(Writable::hand_over),
+            _ => {}
+        }
+        result
+    }
+
+    fn pivot_to_target(&self) -> Result<(), JobFailure> {
         let refused = |error: BlockError| JobFailure::with_text(error.errno.0, error.to_string());
         let source = self.source.node();
         let roots = source.roots();
@@ -275,7 +309,7 @@ impl Parts {
             };
             if let Err(error) = result {
                 drop(uses);
-                let back = using.change(UseKind::JobTarget("mirror"));
+                let back = using.change(self.target_kind());
                 if let Err(error) = back {
                     tracing::warn!(%error, "the target's locks could not be taken back");
                 }

@@ -48,7 +48,7 @@ use crate::job::policy::{CopyMode, ErrorAction, Failed, IoOperation};
 pub enum Op {
     /// Put the mark of an unfinished copy on the target.
     Mark,
-    /// Make dirty what the source's uppermost layer holds itself.
+    /// Make dirty what the layers hold whose data is to be copied.
     Scan,
     /// Ask the source for holes and data.
     Status(ByteRange),
@@ -86,7 +86,7 @@ pub struct Copied {
 pub enum Outcome {
     /// The mark is on the target, durably.
     Marked(Result<(), Failed>),
-    /// What the uppermost layer holds is dirty.
+    /// What the layers hold is dirty.
     Scanned(Result<(), Failed>),
     /// From the start of the range on, so many bytes are a hole or not.
     Status(ByteRange, Result<(u64, bool), Failed>),
@@ -110,7 +110,7 @@ pub enum Outcome {
 pub enum Stage {
     /// The target is being marked.
     Marking,
-    /// The uppermost layer is being looked through.
+    /// The layers are being looked through.
     Scanning,
     /// Not yet alike.
     Copying,
@@ -187,7 +187,7 @@ pub struct Settings {
     pub zeroes_cost: bool,
     /// Settle before the body returns, because finalizing follows at once.
     pub auto_finalize: bool,
-    /// Only what the source's uppermost layer holds is to be copied: look through it first.
+    /// Only what some of the source's layers hold is to be copied: look through them first.
     pub scans: bool,
     /// Compare source and target before the end.
     pub verify: bool,
@@ -225,8 +225,10 @@ pub struct Mirror {
     conduct: Conduct,
     /// What the source said of a range: a hole or not. Whoever acts on it asks again.
     hint: Option<Hint>,
-    /// The uppermost layer has yet to be looked through.
+    /// What is to be copied has yet to be looked for.
     scans: bool,
+    /// Bytes that were to be copied at first.
+    first_bytes: u64,
     /// The mark is on the target: data may be written.
     marked: bool,
     marking: bool,
@@ -271,6 +273,7 @@ impl Mirror {
             conduct,
             hint: None,
             scans: settings.scans,
+            first_bytes: settings.len,
             marked: false,
             marking: false,
             asking: false,
@@ -344,6 +347,7 @@ impl Mirror {
                 match result {
                     Ok(()) => {
                         self.scans = false;
+                        self.first_bytes = self.tracker.dirty_bytes();
                         self.advance(Stage::Scanning, Stage::Copying);
                     }
                     Err(failed) => self.error(cx, failed),
@@ -705,8 +709,8 @@ impl Mirror {
     fn end_on(&mut self, cx: &mut Context<'_, Op>) {
         let ending = cx.orders.complete || cx.orders.soft_cancel;
         let left = self.left();
-        // All of the disk has been dealt with once: what is left is what guests changed since.
-        let passed = cx.progress.offset() >= self.settings.len;
+        // All has been dealt with once: what is left is what guests changed since.
+        let passed = cx.progress.offset() >= self.first_bytes;
         let alike = left == 0 && self.pieces.is_empty() && self.others == 0 && !self.asking;
         let may_shut = cx.now >= self.shut_again_at && self.others == 0;
         if cx.now < self.shut_again_at {

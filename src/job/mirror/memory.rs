@@ -13,26 +13,26 @@ use crate::base::limits::JOB_RESERVE_BYTES;
 
 /// Memory of a job.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(in crate::job) struct Memory {
     ring: Ring,
     reserve: RefCell<Option<Buf>>,
 }
 
 /// A buffer, and whether it is the reserve, or of it.
 #[derive(Debug)]
-pub(super) struct Lease {
-    pub(super) buf: Buf,
-    pub(super) of_reserve: bool,
+pub(in crate::job) struct Lease {
+    pub(in crate::job) buf: Buf,
+    pub(in crate::job) of_reserve: bool,
 }
 
 impl Memory {
     /// Nothing is set aside yet.
-    pub(super) fn without_reserve(ring: &Ring) -> Memory {
+    pub(in crate::job) fn without_reserve(ring: &Ring) -> Memory {
         Memory { ring: ring.clone(), reserve: RefCell::default() }
     }
 
     /// Sets the reserve aside. Waits for it: guests that are served give memory back.
-    pub(super) async fn reserve(&self) {
+    pub(in crate::job) async fn reserve(&self) {
         if self.reserve.borrow().is_none() {
             self.done(true).await;
         }
@@ -40,7 +40,7 @@ impl Memory {
 
     /// A buffer of `wanted` bytes, or a shorter one out of the reserve. What it was used for must be followed by
     /// [`Memory::done`].
-    pub(super) async fn take(&self, wanted: usize) -> Lease {
+    pub(in crate::job) async fn take(&self, wanted: usize) -> Lease {
         let arena = self.ring.arena();
         arena
             .freed()
@@ -55,7 +55,7 @@ impl Memory {
     }
 
     /// The buffer of a lease has been dropped. The reserve is filled up again before anybody else gets that memory.
-    pub(super) async fn done(&self, of_reserve: bool) {
+    pub(in crate::job) async fn done(&self, of_reserve: bool) {
         if !of_reserve {
             return;
         }

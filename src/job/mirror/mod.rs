@@ -17,7 +17,7 @@ pub mod conduct;
 pub mod converge;
 mod hands;
 pub mod machine;
-mod memory;
+pub(super) mod memory;
 pub mod verify;
 
 use std::cell::{Cell, RefCell};
@@ -31,9 +31,10 @@ use super::lifecycle::{JobOptions, parse_speed};
 use super::offload::{CopyOffload, OffloadPolicy};
 use super::policy::CopyMode;
 use super::runner::{ErrorPolicies, Job};
+use super::writable::Writable;
 use crate::base::limits;
 use crate::block::BlockError;
-use crate::graph::node::{Filter, Node, UseKind};
+use crate::graph::node::{Filter, Node, Use, UseKind};
 use crate::graph::peer::{Peer, PeerOptions};
 use crate::graph::tracker::Tracker;
 use conduct::{Conduct, ConductSettings};
@@ -182,38 +183,109 @@ pub async fn start(
     target: &Rc<Node>,
     options: MirrorOptions,
 ) -> Result<Job, MirrorError> {
+    let (from, to) = (source.driver(), target.driver());
+    let same = from.identity().is_some() && from.identity() == to.identity();
+    if same || Rc::ptr_eq(source, target) || Rc::ptr_eq(from, to) {
+        return Err(MirrorError::Itself);
+    }
+    let settled = settle(&options, target, JobType::Mirror)?;
+    // Without a layer below, the uppermost one is the whole disk.
+    let layers =
+        if options.sync == SyncMode::Top && from.has_backing() { vec![source.clone()] } else { Vec::new() };
+    let source_use = source.attach(UseKind::JobSource("mirror"))?;
+    let target_use = target.attach(UseKind::JobTarget("mirror"))?;
+    let ends = Ends { source_use, target_use, layers, base: None };
+    begin(ring, source, target, ends, options, settled).await
+}
+
+/// Starts an active commit: a mirror of what `layers`, the chain of `source` down to and without `base`, hold, to `base`.
+pub(super) async fn start_commit(
+    ring: &Ring,
+    source: &Rc<Node>,
+    layers: Vec<Rc<Node>>,
+    base: &Rc<Node>,
+    options: MirrorOptions,
+) -> Result<Job, MirrorError> {
+    let settled = settle(&options, base, JobType::Commit)?;
+    let source_use = source.attach(UseKind::JobSource("commit"))?;
+    let mut uses = Vec::new();
+    for layer in layers.iter().skip(1) {
+        uses.push(layer.attach(UseKind::JobLayer("commit"))?);
+    }
+    let target_use = base.attach(UseKind::JobBase("commit"))?;
+    // Writing ends after the job's use of it.
+    uses.push(base.attach(UseKind::Editor)?);
+    let writable = Writable::hold(ring, base, uses).await?;
+    let grown = async {
+        // What lies below the base must not change while that grows.
+        let _alone = source.relinking().await;
+        let len = source.driver().len();
+        if base.driver().len() < len { base.driver().set_len(len).await } else { Ok(()) }
+    };
+    if let Err(error) = grown.await {
+        writable.release().await;
+        return Err(error.into());
+    }
+    let ends = Ends { source_use, target_use, layers, base: Some(writable) };
+    let options = MirrorOptions { allow_larger_target: true, ..options };
+    begin(ring, source, base, ends, options, settled).await
+}
+
+/// What was read out of the options.
+struct Settled {
+    granularity: u64,
+    buf_size: u64,
+    job: JobOptions,
+}
+
+fn settle(options: &MirrorOptions, target: &Node, job_type: JobType) -> Result<Settled, MirrorError> {
     let granularity = granularity(options.granularity, target)?;
     let buf_size = match u64::try_from(options.buf_size).map_err(|_| MirrorError::BufSize)? {
         0 => limits::MIRROR_BUF_SIZE,
         n => n,
     }
     .next_multiple_of(granularity);
-    let (from, to) = (source.driver(), target.driver());
-    let same = from.identity().is_some() && from.identity() == to.identity();
-    if same || Rc::ptr_eq(source, target) || Rc::ptr_eq(from, to) {
-        return Err(MirrorError::Itself);
-    }
-    let mut job_options = JobOptions::new(options.id.clone(), JobType::Mirror);
-    job_options.speed_bytes_per_sec = parse_speed(options.speed)?;
-    job_options.auto_finalize = options.auto_finalize;
-    job_options.auto_dismiss = options.auto_dismiss;
+    let mut job = JobOptions::new(options.id.clone(), job_type);
+    job.completable = true;
+    job.speed_bytes_per_sec = parse_speed(options.speed)?;
+    job.auto_finalize = options.auto_finalize;
+    job.auto_dismiss = options.auto_dismiss;
+    Ok(Settled { granularity, buf_size, job })
+}
 
+/// What a job has of its two ends.
+struct Ends {
+    source_use: Use,
+    target_use: Use,
+    /// The layers whose data is copied, if not all of the source's.
+    layers: Vec<Rc<Node>>,
+    /// The target is the base of the source.
+    base: Option<Writable>,
+}
+
+async fn begin(
+    ring: &Ring,
+    source: &Rc<Node>,
+    target: &Rc<Node>,
+    ends: Ends,
+    options: MirrorOptions,
+    settled: Settled,
+) -> Result<Job, MirrorError> {
+    let (from, to) = (source.driver(), target.driver());
+    let Settled { granularity, buf_size, job: job_options } = settled;
     let memory = Memory::without_reserve(ring);
     memory.reserve().await;
     if let Some(verifier) = &options.verifier {
         verifier.reserve().await;
     }
-    let source_use = source.attach(UseKind::JobSource("mirror"))?;
-    let target_use = target.attach(UseKind::JobTarget("mirror"))?;
     let job = Job::new(ring, job_options, options.policies);
     let len = from.len();
-    let target_use = Rc::new(RefCell::new(Some(target_use)));
+    let target_use = Rc::new(RefCell::new(Some(ends.target_use)));
     let peer = PeerOptions { granularity, is_zero: options.target_is_zero, may_unmap: options.may_unmap };
     let peer = Rc::new(Peer::new(to.clone(), target_use.clone(), peer)?);
     let tracker = Tracker::new(ring, len, granularity, Some(peer.clone()), job.waker())?;
     job.follows_guests(options.copy_mode, &tracker);
-    // Without a layer below, the uppermost one is the whole disk.
-    let scans = options.sync == SyncMode::Top && from.has_backing();
+    let scans = !ends.layers.is_empty();
     if options.sync != SyncMode::None && !scans {
         tracker.set_all();
     }
@@ -243,7 +315,7 @@ pub async fn start(
     let hands = MirrorHands(Rc::new(Parts {
         ring: ring.clone(),
         memory,
-        source: source_use,
+        source: ends.source_use,
         target: target_use,
         target_node: target.clone(),
         tracker: tracker.clone(),
@@ -256,6 +328,8 @@ pub async fn start(
         verifier: options.verifier,
         detect_zeroes: options.detect_zeroes,
         granularity,
+        layers: ends.layers,
+        base: ends.base,
     }));
     let conduct = ConductSettings {
         guest_first: options.guest_first,

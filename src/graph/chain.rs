@@ -1,0 +1,84 @@
+//! A chain: the layers of one disk, each over its backing file. Which of them holds what, and what they are called.
+//!
+//! A layer that is shorter than the one above reads as zeroes beyond its end and hides what lies below it there,
+//! however long that is.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use super::node::Node;
+use crate::base::planted::{Bug, is_planted};
+use crate::block::{BlockError, Held, Holds};
+
+/// What the `layers` (from above) hold together from `offset` on, for at most `len` bytes (above 0): the uppermost that
+/// holds something decides. Bytes beyond the end of the first of them count as zeroes, too.
+pub async fn held_by(layers: &[Rc<Node>], offset: u64, len: u64) -> Result<Held, BlockError> {
+    let mut len = len;
+    for node in layers {
+        let driver = node.driver();
+        if offset >= driver.len() {
+            if is_planted(Bug::ShortLayerShows) {
+                continue;
+            }
+            return Ok(Held { len, what: Holds::Zero });
+        }
+        len = len.min(driver.len() - offset);
+        let held = match driver.as_layer() {
+            Some(layer) => layer.holds(offset, len).await?,
+            // It has no backing file: it holds everything.
+            None => {
+                let extent = driver.block_status(offset, len).await?;
+                Held { len: extent.len, what: if extent.zero { Holds::Zero } else { Holds::Data } }
+            }
+        };
+        len = held.len.clamp(1, len);
+        if held.what != Holds::Nothing {
+            return Ok(Held { len, what: held.what });
+        }
+    }
+    Ok(Held { len, what: Holds::Nothing })
+}
+
+/// The layer of the chain below `front` that is called so: by the name of its node, or the name or path of its file.
+/// `front` itself counts.
+pub fn find(front: &Rc<Node>, name: &str) -> Option<Rc<Node>> {
+    let chain = front.chain();
+    let called = |node: &&Rc<Node>| node.name() == name || node.driver().name() == name;
+    let same_path = |node: &&Rc<Node>| {
+        let path = |name: &str| std::path::absolute(name.strip_prefix("file:").unwrap_or(name)).ok();
+        path(node.driver().name()).is_some_and(|found| Some(found) == path(name))
+    };
+    let recorded = || {
+        // As the layer above it has it.
+        chain.iter().zip(chain.iter().skip(1)).find_map(|(above, node)| {
+            let (text, _) = above.driver().as_layer()?.recorded_backing()?;
+            (text == name).then_some(node)
+        })
+    };
+    chain.iter().find(called).or_else(|| chain.iter().find(same_path)).or_else(recorded).cloned()
+}
+
+/// How `overlay` is to record `base` as its backing file: in the words of the layer that has had it so far, if they mean
+/// the same to the overlay; by a path relative to the overlay where it lies there or below; else by its whole path.
+pub fn name_for(overlay: &Node, had_it: &Node, base: &Node) -> String {
+    let directory = |node: &Node| {
+        let path = PathBuf::from(node.driver().name());
+        path.parent().map(Path::to_owned).unwrap_or_default()
+    };
+    let recorded = had_it.driver().as_layer().and_then(|layer| layer.recorded_backing());
+    if let Some((text, _)) = recorded
+        && directory(overlay) == directory(had_it)
+    {
+        return text;
+    }
+    let name = base.driver().name();
+    if let Ok(rest) = Path::new(name).strip_prefix(directory(overlay))
+        && base.driver().local_file().is_some()
+    {
+        return rest.display().to_string();
+    }
+    match base.driver().local_file() {
+        Some(_) => std::path::absolute(name).map_or(name.to_owned(), |path| path.display().to_string()),
+        None => name.to_owned(),
+    }
+}

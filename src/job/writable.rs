@@ -1,0 +1,56 @@
+//! A layer that a job writes: its right to do so, and what it uses meanwhile, given back when the job is over.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use blockferry_ring::Ring;
+
+use crate::block::BlockError;
+use crate::graph::node::{Node, Use};
+
+/// A layer that may be written, and uses of it and of others that end with that.
+#[derive(Debug)]
+pub(super) struct Writable {
+    ring: Ring,
+    node: Rc<Node>,
+    uses: RefCell<Option<Vec<Use>>>,
+}
+
+impl Writable {
+    /// Makes `node` writable. `uses` hold what that needs.
+    pub(super) async fn hold(ring: &Ring, node: &Rc<Node>, uses: Vec<Use>) -> Result<Writable, BlockError> {
+        node.hold_writable().await?;
+        Ok(Writable { ring: ring.clone(), node: node.clone(), uses: RefCell::new(Some(uses)) })
+    }
+
+    /// The layer.
+    pub(super) fn node(&self) -> &Rc<Node> {
+        &self.node
+    }
+
+    /// Gives everything back, once.
+    pub(super) async fn release(&self) {
+        let uses = self.uses.borrow_mut().take();
+        if uses.is_some() {
+            self.node.release_writable().await;
+        }
+    }
+
+    /// Somebody else has the right to write from now on; only the uses end.
+    pub(super) fn hand_over(&self) {
+        self.node.stay_writable();
+    }
+}
+
+impl Drop for Writable {
+    /// Of a job that was given up while requests of it were stuck.
+    fn drop(&mut self) {
+        if let Some(uses) = self.uses.borrow_mut().take() {
+            let node = self.node.clone();
+            self.ring.spawn(async move {
+                node.release_writable().await;
+                drop(uses);
+            });
+        }
+    }
+}

@@ -1,0 +1,460 @@
+//! Commit and stream on real files: chains that QEMU made, guests that write meanwhile, and what QEMU finds afterwards.
+
+mod common;
+
+use std::rc::Rc;
+
+use blockferry::block::{Holds, WriteFlags};
+use blockferry::engine::{Engine, Format, ImageOptions};
+use blockferry::graph::chain;
+use blockferry::graph::node::{Node, Root};
+use blockferry::job::runner::{Ending, Job};
+use blockferry::job::stream::Floor;
+use blockferry::job::sweep::{ChainError, SweepOptions};
+use blockferry::protocol::open::Cache;
+use blockferry_ring::{Config, Ring};
+
+use common::image::{Dice, MIB, Scratch, pattern};
+use common::tool;
+
+const LEN: u64 = 8 * MIB;
+const UNIT: u64 = 4096;
+
+/// A chain of `layers` images over a raw base, each with random pieces of its own; and what the uppermost shows.
+struct Chain {
+    scratch: Scratch,
+    names: Vec<String>,
+    model: Vec<u8>,
+}
+
+impl Chain {
+    /// `options` are those of `qemu-img create -o` for each layer, from the lowest overlay up.
+    fn new(seed: u64, options: &[&str]) -> Chain {
+        let scratch = Scratch::new();
+        let base = scratch.path("base.raw");
+        let mut model = vec![0; LEN as usize];
+        pattern(0, seed, &mut model[..(LEN / 2) as usize]);
+        std::fs::write(&base, &model).expect("a base");
+        let mut names = vec!["base.raw".to_owned()];
+        let mut dice = Dice::new(seed);
+        for (i, options) in options.iter().enumerate() {
+            let (name, below) = (format!("l{i}.qcow2"), names.last().expect("one").clone());
+            let format = if i == 0 { "raw" } else { "qcow2" };
+            let path = scratch.path(&name);
+            let mut args = vec!["create", "-q", "-f", "qcow2", "-F", format, "-b", &below];
+            if !options.is_empty() {
+                args.extend(["-o", options]);
+            }
+            args.push(&path);
+            tool("qemu-img", &args);
+            let mut commands: Vec<String> = Vec::new();
+            for _ in 0..12 {
+                let at = dice.below(LEN / UNIT - 32) * UNIT;
+                let len = (1 + dice.below(32)) * UNIT;
+                let range = at as usize..(at + len) as usize;
+                match dice.below(4) {
+                    0 => {
+                        commands.push(format!("write -z {at} {len}"));
+                        model[range].fill(0);
+                    }
+                    _ => {
+                        let byte = 1 + dice.below(255) as u8;
+                        commands.push(format!("write -P {byte} {at} {len}"));
+                        model[range].fill(byte);
+                    }
+                }
+            }
+            let mut args = vec!["-f", "qcow2"];
+            commands.iter().for_each(|command| args.extend(["-c", command.as_str()]));
+            args.push(&path);
+            tool("qemu-io", &args);
+            names.push(name);
+        }
+        Chain { scratch, names, model }
+    }
+
+    fn path(&self, layer: usize) -> String {
+        self.scratch.path(&self.names[layer])
+    }
+
+    fn top(&self) -> String {
+        self.path(self.names.len() - 1)
+    }
+
+    /// QEMU finds nothing wrong with any of `layers`, and reads the model through `path`.
+    fn check(&self, path: &str, model: &[u8], layers: &[usize]) {
+        for &layer in layers {
+            tool("qemu-img", &["check", "-q", "-f", "qcow2", &self.path(layer)]);
+        }
+        let wanted = self.scratch.path("model.raw");
+        std::fs::write(&wanted, model).expect("a model");
+        let format = if path.ends_with(".raw") { "raw" } else { "qcow2" };
+        tool("qemu-img", &["compare", "-q", "-f", format, "-F", "raw", path, &wanted]);
+    }
+
+    /// The backing files below `path`, as QEMU finds them.
+    fn chain_of(&self, path: &str) -> Vec<String> {
+        let text = tool("qemu-img", &["info", "--output=json", "--backing-chain", path]);
+        let list: Vec<serde_json::Value> = serde_json::from_str(&text).expect("JSON");
+        let name = |value: &serde_json::Value| {
+            let path = value["filename"].as_str().unwrap_or_default();
+            path.rsplit('/').next().unwrap_or_default().to_owned()
+        };
+        list.iter().skip(1).map(name).collect()
+    }
+}
+
+fn options() -> ImageOptions {
+    ImageOptions { cache: Cache::Buffered, format: Some(Format::Qcow2), ..ImageOptions::default() }
+}
+
+fn engine() -> Engine {
+    Engine::new(&Config { arena_bytes: 16 << 20, ..Config::default() }).expect("an engine")
+}
+
+/// Writes and reads at random, checking what it reads, until `over`; gives the model as it is then.
+async fn guest(ring: &Ring, root: &Root, model: &mut [u8], seed: u64, job: &Job) -> u64 {
+    let mut dice = Dice::new(seed);
+    let mut requests = 0;
+    while job.ending().is_none() {
+        let at = dice.below(LEN / 512 - 64) * 512;
+        let len = ((1 + dice.below(64)) * 512) as usize;
+        let range = at as usize..at as usize + len;
+        if dice.below(2) == 0 {
+            let mut buf = ring.alloc(len).await;
+            pattern(at, requests + 1000, &mut model[range.clone()]);
+            buf.copy_from(0, &model[range]);
+            root.write(at, buf.freeze(), WriteFlags::default()).await.expect("a write");
+        } else {
+            let (buf, result) = root.read(at, ring.alloc(len).await).await;
+            result.expect("a read");
+            assert!(buf.as_slice() == &model[range], "what is read at {at} is wrong");
+        }
+        requests += 1;
+    }
+    requests
+}
+
+async fn all(ring: &Ring, node: &Rc<Node>) -> Vec<u8> {
+    let mut bytes = vec![0; node.driver().len() as usize];
+    for (i, piece) in bytes.chunks_mut(1 << 20).enumerate() {
+        let (buf, result) = node.driver().read((i as u64) << 20, ring.alloc(piece.len()).await).await;
+        result.expect("a read");
+        buf.copy_to(0, piece);
+    }
+    bytes
+}
+
+fn sweep(id: &str) -> SweepOptions {
+    SweepOptions { auto_dismiss: false, ..SweepOptions::new(id) }
+}
+
+const PLAIN: [&str; 4] = ["", "", "", ""];
+const MIXED: [&str; 4] = [
+    "cluster_size=4k",
+    "compat=0.10,cluster_size=64k",
+    "cluster_size=512k,extended_l2=on",
+    "cluster_size=16k",
+];
+
+/// Two intermediates of five layers go down into the one below them while a guest writes.
+#[test]
+fn an_intermediate_commit_under_a_guest() {
+    for (seed, layers) in [(1, PLAIN), (2, MIXED)] {
+        let chain = Chain::new(seed, &layers);
+        let engine = engine();
+        let (ring, top) = (engine.ring().clone(), chain.top());
+        let mut model = chain.model.clone();
+        let model = engine.run(async move {
+            let node = Node::new(
+                &ring,
+                "disk",
+                blockferry::engine::open::open(&ring, &top, &options()).await.unwrap(),
+            );
+            let root = Root::new(&node, false).unwrap();
+            let layers = node.chain();
+            let read_only: Vec<bool> = layers.iter().map(|node| node.driver().is_read_only()).collect();
+            // base.raw ← l0 ← l1 ← l2 ← l3: l2 and l1 go into l0.
+            let job =
+                blockferry::job::commit::start(&ring, &node, Some(&layers[1]), Some(&layers[3]), sweep("c"))
+                    .await
+                    .unwrap();
+            let requests = guest(&ring, &root, &mut model, 9, &job).await;
+            assert_eq!(job.ending(), Some(Ending::Completed));
+            assert!(requests > 0);
+            assert_eq!(job.progress().offset(), job.progress().len());
+            let after = node.chain();
+            assert_eq!(after.len(), 3);
+            assert!(Rc::ptr_eq(&after[1], &layers[3]));
+            assert_eq!(after[1].driver().is_read_only(), read_only[3]);
+            assert!(all(&ring, &node).await == model);
+            root.flush().await.unwrap();
+            model
+        });
+        drop(engine);
+        assert_eq!(chain.chain_of(&chain.top()), ["l0.qcow2", "base.raw"]);
+        chain.check(&chain.top(), &model, &[1, 4]);
+    }
+}
+
+/// All layers go down into the raw base, and the guest goes on there.
+#[test]
+fn an_active_commit_pivots_to_the_base() {
+    for (seed, layers) in [(3, PLAIN), (4, MIXED)] {
+        let chain = Chain::new(seed, &layers);
+        let engine = engine();
+        let (ring, top) = (engine.ring().clone(), chain.top());
+        let mut model = chain.model.clone();
+        let model = engine.run(async move {
+            let node = Node::new(
+                &ring,
+                "disk",
+                blockferry::engine::open::open(&ring, &top, &options()).await.unwrap(),
+            );
+            let root = Root::new(&node, false).unwrap();
+            let base = node.chain().last().unwrap().clone();
+            assert!(base.driver().is_read_only());
+            let job = blockferry::job::commit::start(&ring, &node, None, None, sweep("c")).await.unwrap();
+            let waiter = job.clone();
+            ring.spawn(async move {
+                waiter.until_ready().await;
+                waiter.complete().unwrap();
+            });
+            guest(&ring, &root, &mut model, 10, &job).await;
+            assert_eq!(job.ending(), Some(Ending::Completed));
+            assert!(Rc::ptr_eq(&root.node(), &base));
+            assert!(!base.driver().is_read_only());
+            // The guest goes on.
+            let mut buf = ring.alloc(512).await;
+            buf.as_mut_slice().fill(7);
+            model[..512].fill(7);
+            root.write(0, buf.freeze(), WriteFlags::default()).await.unwrap();
+            assert!(all(&ring, &base).await == model);
+            root.flush().await.unwrap();
+            model
+        });
+        drop(engine);
+        chain.check(&chain.path(0), &model, &[]);
+    }
+}
+
+/// A soft cancel of a ready commit leaves the overlay, and the base restored.
+#[test]
+fn a_soft_cancel_keeps_the_overlay() {
+    let chain = Chain::new(5, &PLAIN);
+    let engine = engine();
+    let (ring, top) = (engine.ring().clone(), chain.top());
+    engine.run(async move {
+        let node =
+            Node::new(&ring, "disk", blockferry::engine::open::open(&ring, &top, &options()).await.unwrap());
+        let layers = node.chain();
+        let job =
+            blockferry::job::commit::start(&ring, &node, None, Some(&layers[2]), sweep("c")).await.unwrap();
+        job.until_ready().await;
+        job.cancel(false).unwrap();
+        assert_eq!(job.until_over().await, Ending::Completed);
+        drop(job);
+        while !layers[2].driver().is_read_only() {
+            ring.yield_now().await;
+        }
+        assert_eq!(node.chain().len(), 5);
+    });
+    drop(engine);
+    assert_eq!(chain.chain_of(&chain.top()).len(), 4);
+    chain.check(&chain.top(), &chain.model, &[1, 2, 3, 4]);
+    chain.check(&chain.path(2), &chain.model, &[]);
+}
+
+/// The whole chain, or part of it, goes up into the top, or into a layer in the middle.
+#[test]
+fn streams_under_a_guest() {
+    type Case = (u64, [&'static str; 4], usize, Option<usize>, &'static [&'static str], &'static [usize]);
+    let cases: [Case; 5] = [
+        (6, PLAIN, 0, None, &[], &[4]),
+        (7, MIXED, 0, None, &[], &[4]),
+        (8, PLAIN, 0, Some(3), &["l0.qcow2", "base.raw"], &[1, 4]),
+        (9, MIXED, 1, Some(4), &["l2.qcow2", "base.raw"], &[3, 4]),
+        (10, MIXED, 2, Some(4), &["l2.qcow2", "l1.qcow2", "base.raw"], &[2, 3, 4]),
+    ];
+    for (seed, layers, top_at, base_at, left, sound) in cases {
+        let chain = Chain::new(seed, &layers);
+        let engine = engine();
+        let (ring, top) = (engine.ring().clone(), chain.top());
+        let mut model = chain.model.clone();
+        let model = engine.run(async move {
+            let node = Node::new(
+                &ring,
+                "disk",
+                blockferry::engine::open::open(&ring, &top, &options()).await.unwrap(),
+            );
+            let root = Root::new(&node, false).unwrap();
+            let layers = node.chain();
+            let was = layers[top_at].driver().is_read_only();
+            let floor = base_at.map_or(Floor::Whole, |at| Floor::Base(layers[at].clone()));
+            let job = blockferry::job::stream::start(&ring, &node, Some(&layers[top_at]), floor, sweep("s"))
+                .await
+                .unwrap();
+            guest(&ring, &root, &mut model, 11, &job).await;
+            assert_eq!(job.ending(), Some(Ending::Completed), "seed {seed}");
+            assert_eq!(layers[top_at].driver().is_read_only(), was);
+            assert!(all(&ring, &node).await == model);
+            root.flush().await.unwrap();
+            model
+        });
+        drop(engine);
+        assert_eq!(chain.chain_of(&chain.top()), left, "seed {seed}");
+        chain.check(&chain.top(), &model, sound);
+    }
+}
+
+/// Two jobs that share a layer: the second is refused, with QEMU's words, and nothing has changed.
+#[test]
+fn two_jobs_share_no_layer() {
+    let chain = Chain::new(12, &PLAIN);
+    let engine = engine();
+    let (ring, top) = (engine.ring().clone(), chain.top());
+    engine.run(async move {
+        let node =
+            Node::new(&ring, "disk", blockferry::engine::open::open(&ring, &top, &options()).await.unwrap());
+        let layers = node.chain();
+        let slow = SweepOptions { speed: 4096, ..sweep("one") };
+        let one = blockferry::job::commit::start(&ring, &node, Some(&layers[2]), Some(&layers[3]), slow)
+            .await
+            .unwrap();
+        let again =
+            blockferry::job::commit::start(&ring, &node, Some(&layers[3]), Some(&layers[4]), sweep("two"))
+                .await;
+        let Err(ChainError::Block(error)) = again else { panic!("{again:?}") };
+        let wanted =
+            format!("Node '{}' is busy: block device is in use by block job: commit", layers[3].name());
+        assert!(error.to_string().contains(&wanted), "{error}");
+        assert!(layers[4].driver().is_read_only());
+        // Neighbours get along.
+        let other = blockferry::job::stream::start(
+            &ring,
+            &node,
+            Some(&layers[0]),
+            Floor::Base(layers[2].clone()),
+            sweep("three"),
+        );
+        let other = other.await.unwrap();
+        assert_eq!(other.until_over().await, Ending::Completed);
+        one.set_speed(0).unwrap();
+        assert_eq!(one.until_over().await, Ending::Completed);
+        assert!(chain::find(&node, "l0.qcow2").is_some());
+        assert_eq!(node.chain().len(), 3);
+        assert!(layers[3].driver().is_read_only());
+    });
+    drop(engine);
+    assert_eq!(chain.chain_of(&chain.top()), ["l0.qcow2", "base.raw"]);
+    chain.check(&chain.top(), &chain.model, &[1, 4]);
+}
+
+/// What guests read is filled at once, however slow the job is told to be; and a job that is cancelled leaves it.
+#[test]
+fn what_a_guest_reads_is_filled_first() {
+    let chain = Chain::new(13, &PLAIN);
+    let engine = engine();
+    let (ring, top) = (engine.ring().clone(), chain.top());
+    engine.run(async move {
+        let driver = blockferry::engine::open::open(&ring, &top, &options()).await.unwrap();
+        let node = Node::new(&ring, "disk", driver);
+        let root = Root::new(&node, false).unwrap();
+        let slow = SweepOptions { speed: 1, ..sweep("s") };
+        let job = blockferry::job::stream::start(&ring, &node, None, Floor::Whole, slow).await.unwrap();
+        let layer = node.driver().as_layer().expect("a layer");
+        // From the end of what the base holds: the sweep is still at the beginning.
+        let mut filled = 0;
+        for cluster in (0..LEN / 2 / 65_536).rev() {
+            let at = cluster * 65_536;
+            let held = layer.holds(at, 65_536).await.unwrap();
+            if held.what != Holds::Nothing
+                || node.chain()[0].driver().block_status(at, 4096).await.unwrap().zero
+            {
+                continue;
+            }
+            let (_, result) = root.read(at + 512, ring.alloc(512).await).await;
+            result.unwrap();
+            while layer.holds(at, 65_536).await.unwrap().what == Holds::Nothing {
+                ring.sleep(100_000).await;
+            }
+            filled += 1;
+            if filled == 5 {
+                break;
+            }
+        }
+        assert_eq!(filled, 5);
+        assert!(job.details().bytes_copied >= 5 * 65_536);
+        job.cancel(true).unwrap();
+        assert_eq!(job.until_over().await, Ending::Cancelled);
+        assert_eq!(node.chain().len(), 5);
+        root.flush().await.unwrap();
+    });
+    drop(engine);
+    assert_eq!(chain.chain_of(&chain.top()).len(), 4);
+    chain.check(&chain.top(), &chain.model, &[4]);
+}
+
+/// A base that is shorter than the top grows, and one that is longer does not shrink; a layer that ends early hides what
+/// is below it. Each time the disk is what it was.
+#[test]
+fn lengths_differ() {
+    // From the lowest: bytes of each of four layers in MiB; which are merged, from and to, counted from the front.
+    let cases: [([u64; 4], usize, usize); 5] = [
+        ([4, 8, 8, 8], 1, 3),
+        ([8, 4, 8, 8], 1, 3),
+        ([8, 8, 4, 8], 1, 2),
+        ([8, 2, 4, 8], 1, 3),
+        ([8, 6, 4, 8], 2, 3),
+    ];
+    for (lens, top_at, base_at) in cases {
+        for stream in [false, true] {
+            let scratch = Scratch::new();
+            let mut names = Vec::new();
+            for (i, mib) in lens.iter().enumerate() {
+                let name = scratch.path(&format!("l{i}.qcow2"));
+                let size = (mib * MIB).to_string();
+                let below: Option<&String> = names.last();
+                let mut args = vec!["create", "-q", "-f", "qcow2"];
+                if let Some(below) = below {
+                    args.extend(["-F", "qcow2", "-b", below]);
+                }
+                args.extend([name.as_str(), &size]);
+                tool("qemu-img", &args);
+                let write = format!("write -P {} 0 {}", 17 + i, mib * MIB - (i as u64 * 700 << 10));
+                let inner = format!("write -P {} {} 64k", 33 + i, i as u64 * MIB);
+                let commands = if i == 0 { vec!["-c", &write] } else { vec!["-c", &inner] };
+                tool("qemu-io", &[&["-f", "qcow2"], &commands[..], &[name.as_str()]].concat());
+                names.push(name);
+            }
+            let front = names[3].clone();
+            let before = common::qcow2::content_by_qemu(&front);
+            let engine = engine();
+            let (ring, path) = (engine.ring().clone(), front.clone());
+            engine.run(async move {
+                let driver = blockferry::engine::open::open(&ring, &path, &options()).await.unwrap();
+                let node = Node::new(&ring, "disk", driver);
+                let layers = node.chain();
+                let (top, base) = (&layers[top_at], &layers[base_at]);
+                let len = base.driver().len().max(top.driver().len());
+                let job = if stream {
+                    let floor = Floor::Base(base.clone());
+                    blockferry::job::stream::start(&ring, &node, Some(&layers[0]), floor, sweep("s"))
+                        .await
+                        .unwrap()
+                } else {
+                    blockferry::job::commit::start(&ring, &node, Some(top), Some(base), sweep("c"))
+                        .await
+                        .unwrap()
+                };
+                assert_eq!(job.until_over().await, Ending::Completed);
+                if !stream {
+                    assert_eq!(base.driver().len(), len);
+                }
+            });
+            drop(engine);
+            assert!(common::qcow2::content_by_qemu(&front) == before, "{lens:?} {top_at} {base_at} {stream}");
+            common::qcow2::check_by_qemu(&front);
+        }
+    }
+}
