@@ -421,7 +421,7 @@ fn lengths_differ() {
                 }
                 args.extend([name.as_str(), &size]);
                 tool("qemu-img", &args);
-                let write = format!("write -P {} 0 {}", 17 + i, mib * MIB - (i as u64 * 700 << 10));
+                let write = format!("write -P {} 0 {}", 17 + i, mib * MIB - ((i as u64 * 700) << 10));
                 let inner = format!("write -P {} {} 64k", 33 + i, i as u64 * MIB);
                 let commands = if i == 0 { vec!["-c", &write] } else { vec!["-c", &inner] };
                 tool("qemu-io", &[&["-f", "qcow2"], &commands[..], &[name.as_str()]].concat());
