@@ -32,7 +32,7 @@ use images::{DISK, Image, Kind, corpus, file, new_ring};
 const CORPUS_MAX: usize = 3000;
 const PATCHES_MAX: usize = 24;
 /// Inputs that each target runs, however little time there is.
-const RUNS_MIN: u64 = 80;
+const RUNS_MIN: u64 = 40;
 /// Operations of the reactor that one input takes at most.
 const OPERATIONS_MAX: u64 = 300_000;
 /// A file becomes at most so much longer.
@@ -344,7 +344,7 @@ fn images_that_were_bred_to_be_strange_do_no_harm() {
         done.store(true, Ordering::Release);
         for (kind, ways) in Kind::ALL.into_iter().zip(ended) {
             let ways = ways.unwrap_or_else(|_| panic!("{kind:?}: see above"));
-            assert!(ways > 8, "{kind:?}: {ways} ways");
+            assert!(ways > 4, "{kind:?}: {ways} ways");
         }
     });
 }

@@ -560,21 +560,20 @@ impl<'a> Check<'a> {
         let (table_clusters, used) = loop {
             let last = blocks.last().copied().unwrap_or(0);
             let table = ((last + 1) * 8).div_ceil(size);
+            // Before anything is made of it: a file may claim to end far away.
+            if table.saturating_mul(size) > REFTABLE_BYTES_MAX.max(size) {
+                let why = "New refcounts for all of it would be too large.";
+                return Err(Fault::Refused(Errno::EFBIG, why.into()));
+            }
             let used = table + blocks.len() as u64;
             let own = start / per_block..=(start + used - 1) / per_block;
-            let missing: Vec<u64> = own.filter(|block| !blocks.contains(block)).collect();
+            let missing: Vec<u64> = own.filter(|block| blocks.binary_search(block).is_err()).collect();
             if missing.is_empty() {
                 break (table, used);
             }
             blocks.extend(missing);
             blocks.sort_unstable();
         };
-        if table_clusters * size > REFTABLE_BYTES_MAX.max(size) {
-            return Err(Fault::Refused(
-                Errno::EFBIG,
-                "New refcounts for all of it would be too large.".into(),
-            ));
-        }
         (start..start + used).for_each(|cluster| {
             self.counts.add(cluster);
         });

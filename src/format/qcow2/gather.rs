@@ -205,8 +205,8 @@ impl Qcow2 {
         }
         match data.resolve(host, len) {
             Resolved::File { file, offset, pin: None } => {
-                let pin = Some(self.epochs.enter());
-                Some(Source::File { file, offset, _pin: pin })
+                // An image that is only read may be written before this read ends.
+                Some(Source::File { file, offset, _pin: Some(self.epochs.enter()) })
             }
             _ => None,
         }

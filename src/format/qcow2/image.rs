@@ -270,6 +270,15 @@ impl Qcow2 {
         read_bytes(&self.file, &self.table_memory, offset, len).await
     }
 
+    /// Reads a table that may be long, and mostly a hole.
+    pub(super) async fn read_table(&self, offset: u64, len: u64) -> Result<Vec<u8>, Fault> {
+        if self.is_hole(offset, len).await? {
+            Ok(vec![0; len as usize])
+        } else {
+            self.read_bytes(offset, len).await
+        }
+    }
+
     /// Writes bytes to the file.
     pub(super) async fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
         write_bytes(&self.file, &self.table_memory, offset, bytes).await

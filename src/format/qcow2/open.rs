@@ -205,7 +205,7 @@ impl Qcow2 {
         if !self.for_check {
             self.must_be_there("its L1 table", l1_at, l1_len)?;
         }
-        let l1 = entries(self.read_bytes(l1_at, l1_len).await?);
+        let l1 = entries(self.read_table(l1_at, l1_len).await?);
         let twice = {
             let mut meta = self.meta.borrow_mut();
             let twice = meta.note_l1(WholeTable::new(&self.g, l1_at, l1));
@@ -220,7 +220,7 @@ impl Qcow2 {
         if !self.for_check {
             self.must_be_there("its refcount table", refs_at, refs_len)?;
         }
-        let refs = entries(self.read_bytes(refs_at, refs_len).await?);
+        let refs = entries(self.read_table(refs_at, refs_len).await?);
         let mut blocks = BTreeSet::new();
         let twice = refs.iter().map(|e| e & !0x1ff).filter(|at| *at != 0).find(|at| !blocks.insert(*at));
         if let Some(at) = twice

@@ -429,7 +429,7 @@ impl Qcow2 {
     async fn l1_of(&self, snapshot: &Snapshot) -> Result<Vec<u64>, Fault> {
         let len = u64::from(snapshot.l1_size) * 8;
         self.must_be_there("the L1 table of a snapshot", snapshot.l1_offset, len)?;
-        let bytes = self.read_bytes(snapshot.l1_offset, len).await?;
+        let bytes = self.read_table(snapshot.l1_offset, len).await?;
         Ok((0..snapshot.l1_size as usize).map(|i| get_be64(&bytes, i)).collect())
     }
 
