@@ -1,11 +1,15 @@
 //! Commit and stream on real files: chains that QEMU made, guests that write meanwhile, and what QEMU finds afterwards.
 
 mod common;
+#[path = "common/nbd_peers.rs"]
+mod nbd_peers;
 
 use std::rc::Rc;
 
-use blockferry::block::{Holds, WriteFlags};
+use blockferry::block::{BlockError, Driver, Holds, IoFuture, WriteFlags};
+use blockferry::engine::open::open;
 use blockferry::engine::{Engine, Format, ImageOptions};
+use blockferry::format::qcow2::{Backing, OpenFiles, OpenOptions, Qcow2, Wanted};
 use blockferry::graph::chain as layers_of;
 use blockferry::graph::node::{Node, Root};
 use blockferry::job::runner::{Ending, Job};
@@ -370,5 +374,54 @@ fn lengths_differ() {
             assert!(common::qcow2::content_by_qemu(&front) == before, "{lens:?} {top_at} {base_at} {stream}");
             common::qcow2::check_by_qemu(&front);
         }
+    }
+}
+
+/// A base on an NBD server: it was opened to be read, a commit writes to it, and users go on there.
+#[test]
+fn a_base_on_a_server() {
+    let chain = Chain::new(14, &["", ""]);
+    let server = nbd_peers::Peer::qemu_nbd(chain.path(0).as_ref(), &["--cache=none", "--discard=unmap"]);
+    let engine = engine();
+    let (ring, paths, uri) = (engine.ring().clone(), [chain.path(1), chain.path(2)], server.uri());
+    let mut model = chain.model.clone();
+    let model = engine.run(async move {
+        let raw = |read_only| ImageOptions { format: Some(Format::Raw), read_only, ..options() };
+        let mut driver = open(&ring, &uri, &raw(true)).await.unwrap();
+        for (i, path) in paths.iter().enumerate() {
+            let read_only = i == 0;
+            let file = open(&ring, path, &raw(read_only)).await.unwrap();
+            let with = OpenOptions { read_only, backing: Backing::Given(driver), ..OpenOptions::default() };
+            driver = Qcow2::open(&ring, file, &NoFiles, with).await.unwrap();
+        }
+        let node = Node::new(&ring, "disk", driver);
+        let root = Root::new(&node, false).unwrap();
+        let base = node.chain()[2].clone();
+        assert!(base.driver().is_read_only());
+        let job = blockferry::job::commit::start(&ring, &node, None, None, sweep("c")).await.unwrap();
+        let waiter = job.clone();
+        ring.spawn(async move {
+            waiter.until_ready().await;
+            waiter.complete().unwrap();
+        });
+        guest(&ring, &root, &mut model, 15, &job).await;
+        assert_eq!(job.ending(), Some(Ending::Completed));
+        assert!(Rc::ptr_eq(&root.node(), &base));
+        assert!(all(&ring, &base).await == model);
+        root.flush().await.unwrap();
+        model
+    });
+    drop(engine);
+    drop(server);
+    chain.check(&chain.path(0), &model, &[]);
+}
+
+/// Nothing is opened by name.
+#[derive(Debug)]
+struct NoFiles;
+
+impl OpenFiles for NoFiles {
+    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<dyn Driver>, BlockError>> {
+        unreachable!("'{}' is given", wanted.name)
     }
 }

@@ -43,7 +43,8 @@ pub struct NbdNode {
     ring: Ring,
     remote: Rc<Remote>,
     facts: Facts,
-    read_only: bool,
+    /// Nothing is written to it, whatever the server allows.
+    read_only: Cell<bool>,
     changes: Changes,
     /// Memory for parts of blocks, where blocks are larger than a byte.
     bounce: Bounce,
@@ -94,7 +95,7 @@ impl NbdNode {
         Ok(Rc::new(NbdNode {
             ring: ring.clone(),
             facts,
-            read_only: read_only || facts.read_only,
+            read_only: Cell::new(read_only || facts.read_only),
             changes: Changes::new(ring),
             bounce,
             range_bytes_max: Cell::new(RANGE_BYTES_MAX),
@@ -172,7 +173,7 @@ impl NbdNode {
     }
 
     fn check_writable(&self, operation: Operation, range: ByteRange) -> IoResult {
-        if !self.read_only {
+        if !self.read_only.get() {
             return Ok(());
         }
         let name = self.remote.name().clone();
@@ -509,7 +510,7 @@ impl Driver for NbdNode {
     }
 
     fn is_read_only(&self) -> bool {
-        self.read_only
+        self.read_only.get()
     }
 
     fn limits(&self) -> Limits {
@@ -524,7 +525,7 @@ impl Driver for NbdNode {
     }
 
     fn capabilities(&self) -> Capabilities {
-        let can = |flag| !self.read_only && self.remote.offers(flag);
+        let can = |flag| !self.read_only.get() && self.remote.offers(flag);
         let zeroes = can(TransmissionFlags::SEND_WRITE_ZEROES) && !self.zeroes_refused.get();
         Capabilities {
             fua: can(TransmissionFlags::SEND_FUA),
@@ -554,7 +555,7 @@ impl Driver for NbdNode {
 
     fn flush(&self) -> IoFuture<'_, IoResult> {
         self.ring.boxed(async move {
-            if self.read_only {
+            if self.read_only.get() {
                 return Ok(());
             }
             self.flush_all().await.map_err(|error| self.error(Operation::Flush, None, &error))
@@ -590,9 +591,20 @@ impl Driver for NbdNode {
         })
     }
 
+    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
+        Some(self.ring.boxed(async move {
+            if self.facts.read_only && !read_only {
+                return Err(BlockError::new(Operation::Open, self.name(), Errno::EROFS)
+                    .hint("The server lets nobody write to this export."));
+            }
+            self.read_only.set(read_only);
+            Ok(())
+        }))
+    }
+
     fn set_permissions(&self, permissions: Permissions) -> IoResult {
         // The protocol has no locks; all there is to say is whether writing makes sense at all.
-        if permissions.uses(Permission::Write) && self.read_only {
+        if permissions.uses(Permission::Write) && self.facts.read_only {
             return Err(BlockError::new(Operation::Lock, self.name(), Errno::EROFS));
         }
         Ok(())
