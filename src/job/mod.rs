@@ -47,6 +47,7 @@ pub mod mirror;
 pub mod offload;
 /// What is to be done about which part of a disk.
 pub mod plan;
+mod retry;
 /// Runs a job.
 pub mod runner;
 /// Fills a layer with what it reads from those below.

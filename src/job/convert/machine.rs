@@ -22,7 +22,8 @@ use crate::job::depth::Depth;
 use crate::job::error::JobFailure;
 use crate::job::mirror::machine::Copied;
 use crate::job::plan::What;
-use crate::job::policy::{ErrorAction, Failed};
+use crate::job::policy::Failed;
+use crate::job::retry::Retries;
 
 /// What the machine asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,12 +150,9 @@ pub struct Convert {
     /// The operation of this stage has been asked for.
     asked_stage: bool,
     returned: bool,
-    failure: Option<JobFailure>,
-    retry_at: Option<u64>,
-    retry_pause: u64,
+    retries: Retries,
     done: Copied,
     shared: u64,
-    errors: u64,
 }
 
 impl Convert {
@@ -172,12 +170,9 @@ impl Convert {
             others: 0,
             asked_stage: false,
             returned: false,
-            failure: None,
-            retry_at: None,
-            retry_pause: limits::ERROR_PAUSE_NANOS_MIN,
+            retries: Retries::new(),
             done: Copied::default(),
             shared: 0,
-            errors: 0,
         }
     }
 
@@ -189,7 +184,7 @@ impl Convert {
     fn enter(&mut self, stage: Stage) {
         self.stage = stage;
         self.asked_stage = false;
-        self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN;
+        self.retries.went_well();
     }
 
     fn ended(&mut self, cx: &mut Context<'_, Op>, outcome: Outcome) {
@@ -203,7 +198,7 @@ impl Convert {
                             self.due.push_back(Due { range, what, by_reading: !self.settings.share });
                         }
                     }
-                    Err(failed) => self.error(cx, failed),
+                    Err(failed) => self.retries.failed(cx, failed),
                 }
             }
             Outcome::Shared(range, result) => {
@@ -223,7 +218,7 @@ impl Convert {
                     }
                     Err(failed) => {
                         self.put_back(range, What::Data);
-                        self.error(cx, failed);
+                        self.retries.failed(cx, failed);
                     }
                 }
             }
@@ -241,9 +236,9 @@ impl Convert {
                 match failed {
                     Some((_, failed)) => {
                         self.put_back(rest, what);
-                        self.error(cx, failed);
+                        self.retries.failed(cx, failed);
                     }
-                    None => self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN,
+                    None => self.retries.went_well(),
                 }
             }
             Outcome::Marked(result) => self.stage_ended(cx, result, Stage::Marking, Stage::Copying),
@@ -254,7 +249,7 @@ impl Convert {
             Outcome::Verified(Err(failed)) => {
                 self.others -= 1;
                 // No policy forgives a copy that differs.
-                self.failure = Some(failed.into());
+                self.retries.fail(failed.into());
             }
             Outcome::Verified(Ok(())) => self.stage_ended(cx, Ok(()), Stage::Verifying, Stage::Unmarking),
             Outcome::Unmarked(result) => self.stage_ended(cx, result, Stage::Unmarking, Stage::Settled),
@@ -284,26 +279,7 @@ impl Convert {
             Ok(()) => self.enter(to),
             Err(failed) => {
                 self.asked_stage = false;
-                self.error(cx, failed);
-            }
-        }
-    }
-
-    fn error(&mut self, cx: &mut Context<'_, Op>, failed: Failed) {
-        self.errors += 1;
-        tracing::warn!(error = failed.text, "a request of a conversion failed");
-        if self.failure.is_some() {
-            return;
-        }
-        match (cx.on_error)(failed.operation, failed.errno) {
-            ErrorAction::Report => self.failure = Some(failed.into()),
-            ErrorAction::Stop => {
-                self.retry_at = None;
-                cx.orders.hold = true;
-            }
-            ErrorAction::Ignore => {
-                self.retry_at = Some(cx.now + self.retry_pause);
-                self.retry_pause = (self.retry_pause * 2).min(limits::ERROR_PAUSE_NANOS_MAX);
+                self.retries.failed(cx, failed);
             }
         }
     }
@@ -378,19 +354,14 @@ impl Convert {
             return;
         }
         let idle = self.pieces.is_empty() && self.others == 0 && !self.asking;
-        if let Some(failure) = self.failure.take_if(|_| idle) {
-            self.give_up(cx, failure);
-            return;
-        }
-        if self.failure.is_some() {
-            return;
-        }
-        if let Some(at) = self.retry_at {
-            if at > cx.now {
-                cx.wake_by(at);
-                return;
+        if self.retries.is_failing() {
+            if let Some(failure) = idle.then(|| self.retries.take_failure()).flatten() {
+                self.give_up(cx, failure);
             }
-            self.retry_at = None;
+            return;
+        }
+        if self.retries.waits(cx) {
+            return;
         }
         if cx.orders.hold {
             return;
@@ -450,7 +421,7 @@ impl Body for Convert {
             bytes_copied: self.done.data,
             bytes_zeroed: self.done.zeroed,
             bytes_skipped: self.done.skipped,
-            errors: self.errors,
+            errors: self.retries.count(),
             in_sync: matches!(self.stage, Stage::Unmarking | Stage::Settled | Stage::Over),
             ..Details::default()
         }

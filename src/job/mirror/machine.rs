@@ -41,7 +41,8 @@ use crate::base::range::ByteRange;
 use crate::graph::tracker::{GuestTally, Tracker};
 use crate::job::body::{Body, Context, Details, Event, Report};
 use crate::job::error::JobFailure;
-use crate::job::policy::{CopyMode, ErrorAction, Failed, IoOperation};
+use crate::job::policy::{CopyMode, Failed, IoOperation};
+use crate::job::retry::Retries;
 
 /// What the machine asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -255,11 +256,8 @@ pub struct Mirror {
     preflushed: bool,
     /// The body has returned; it follows until it is finalized.
     pending: bool,
-    failure: Option<JobFailure>,
-    retry_at: Option<u64>,
-    retry_pause: u64,
+    retries: Retries,
     done: Copied,
-    errors: u64,
 }
 
 impl Mirror {
@@ -291,11 +289,8 @@ impl Mirror {
             downtime_nanos: 0,
             preflushed: false,
             pending: false,
-            failure: None,
-            retry_at: None,
-            retry_pause: limits::ERROR_PAUSE_NANOS_MIN,
+            retries: Retries::new(),
             done: Copied::default(),
-            errors: 0,
         }
     }
 
@@ -309,7 +304,7 @@ impl Mirror {
             Event::Start => {
                 if self.settings.sizes_differ {
                     let text = "Source and target image have different sizes";
-                    self.failure = Some(JobFailure::with_text(EINVAL, text));
+                    self.retries.fail(JobFailure::with_text(EINVAL, text));
                 }
             }
             Event::Wake => {}
@@ -382,7 +377,7 @@ impl Mirror {
                         }
                     }
                     // No policy forgives a copy that differs.
-                    Err(failed) => self.failure = Some(failed.into()),
+                    Err(failed) => self.retries.fail(failed.into()),
                 }
             }
             Outcome::Unmarked(result) => {
@@ -424,7 +419,7 @@ impl Mirror {
             return false;
         }
         self.stage = to;
-        self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN;
+        self.retries.went_well();
         true
     }
 
@@ -454,33 +449,21 @@ impl Mirror {
         match undone {
             Some((_, Some(failed))) => self.error(cx, failed),
             Some((_, None)) => self.hint = None,
-            None => self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN,
+            None => self.retries.went_well(),
         }
     }
 
     fn error(&mut self, cx: &mut Context<'_, Op>, failed: Failed) {
-        self.errors += 1;
-        tracing::warn!(error = failed.text, "a request of a mirror failed");
-        if self.failure.is_some() {
-            return;
-        }
+        let fails_already = self.retries.is_failing();
         let closing = self.stage.is_closing();
         if closing && self.pending {
             // Finalizing: there is no way back.
-            self.failure = Some(failed.into());
+            self.retries.fatal(failed);
             return;
         }
-        match (cx.on_error)(failed.operation, failed.errno) {
-            ErrorAction::Report => self.failure = Some(failed.into()),
-            ErrorAction::Stop => {
-                self.retry_at = None;
-                // Stopped from now on, not from the next step on: this one must not try the range again.
-                cx.orders.hold = true;
-            }
-            ErrorAction::Ignore => {
-                self.retry_at = Some(cx.now + self.retry_pause);
-                self.retry_pause = (self.retry_pause * 2).min(limits::ERROR_PAUSE_NANOS_MAX);
-            }
+        self.retries.failed(cx, failed);
+        if fails_already {
+            return;
         }
         if closing {
             self.reopen(cx);
@@ -517,7 +500,7 @@ impl Mirror {
 
     fn tell_ready(&mut self, cx: &mut Context<'_, Op>) {
         self.stage = Stage::Following;
-        self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN;
+        self.retries.went_well();
         self.ready_told = true;
         (self.waits_since, self.preflushed) = (None, false);
         self.late_attempts = 0;
@@ -645,8 +628,8 @@ impl Mirror {
         // An unmarked target is not touched, and one that fails is left alone until the job goes on.
         let may_block = self.marked
             && !cx.orders.hold
-            && self.retry_at.is_none()
-            && self.failure.is_none()
+            && !self.retries.is_pausing()
+            && !self.retries.is_failing()
             && self.stage != Stage::Over;
         tracker.set_blocking(may_block && self.conduct.wants_blocking(cx.orders.copy_mode));
     }
@@ -660,11 +643,10 @@ impl Mirror {
             self.give_up(cx, JobFailure::cancelled());
             return;
         }
-        if let Some(failure) = self.failure.take_if(|_| idle) {
-            self.give_up(cx, failure);
-            return;
-        }
-        if self.failure.is_some() {
+        if self.retries.is_failing() {
+            if let Some(failure) = idle.then(|| self.retries.take_failure()).flatten() {
+                self.give_up(cx, failure);
+            }
             return;
         }
         if cx.orders.hold && !self.pending && self.stage.may_reopen() {
@@ -672,12 +654,8 @@ impl Mirror {
             self.reopen(cx);
         }
         self.keep_downtime(cx);
-        if let Some(at) = self.retry_at {
-            if at > cx.now {
-                cx.wake_by(at);
-                return;
-            }
-            self.retry_at = None;
+        if self.retries.waits(cx) {
+            return;
         }
         // Too late for a pause: the end is a few steps away, and to stand still here would keep guests at the door.
         let is_ending = matches!(self.stage, Stage::Verifying | Stage::Unmarking | Stage::Settled);
@@ -836,7 +814,7 @@ impl Body for Mirror {
             bytes_shared: self.done.shared,
             bytes_dirty: self.left(),
             bytes_guest: self.seen.bytes,
-            errors: self.errors,
+            errors: self.retries.count(),
             in_sync: self.tracker.is_clean(),
             actively_synced: self.tracker.is_actively_synced(),
             copy_mode: if self.tracker.is_blocking() {

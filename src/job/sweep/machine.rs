@@ -29,7 +29,8 @@ use crate::job::error::JobFailure;
 use crate::job::governor::{Governor, GuestFirst, Sight};
 use crate::job::mirror::machine::Copied;
 use crate::job::plan::What;
-use crate::job::policy::{ErrorAction, Failed};
+use crate::job::policy::Failed;
+use crate::job::retry::Retries;
 
 /// What the machine asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,11 +172,8 @@ pub struct Sweep {
     /// The operation of this stage has been asked for.
     asked_stage: bool,
     returned: bool,
-    failure: Option<JobFailure>,
-    retry_at: Option<Nanos>,
-    retry_pause: Nanos,
+    retries: Retries,
     done: Copied,
-    errors: u64,
     /// For the speed that is shown: since when, and what had been done by then.
     since: Option<(Nanos, u64)>,
     speed_bytes_per_sec: u64,
@@ -198,11 +196,8 @@ impl Sweep {
             others: 0,
             asked_stage: false,
             returned: false,
-            failure: None,
-            retry_at: None,
-            retry_pause: limits::ERROR_PAUSE_NANOS_MIN,
+            retries: Retries::new(),
             done: Copied::default(),
-            errors: 0,
             since: None,
             speed_bytes_per_sec: 0,
         }
@@ -216,7 +211,7 @@ impl Sweep {
     fn enter(&mut self, stage: Stage) {
         self.stage = stage;
         self.asked_stage = false;
-        self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN;
+        self.retries.went_well();
     }
 
     fn ended(&mut self, cx: &mut Context<'_, Op>, outcome: Outcome) {
@@ -229,7 +224,7 @@ impl Sweep {
                         self.asked_to = pieces.last().map_or(self.asked_to, |(range, _)| range.end());
                         self.due.extend(pieces);
                     }
-                    Err(failed) => self.error(cx, failed),
+                    Err(failed) => self.retries.failed(cx, failed),
                 }
             }
             Outcome::Piece(range, what, copied, failed) => self.piece_ended(cx, range, what, copied, failed),
@@ -248,15 +243,14 @@ impl Sweep {
                         *cx.report = Some(Report::Prepared(Ok(())));
                     }
                     Err(failed) => {
-                        self.errors += 1;
-                        self.failure = Some(failed.into());
+                        self.retries.fatal(failed);
                         self.stage = Stage::Settled;
                     }
                 }
             }
             Outcome::Restored => {
                 self.others -= 1;
-                if let Some(failure) = self.failure.take() {
+                if let Some(failure) = self.retries.take_failure() {
                     self.give_up(cx, failure);
                 }
             }
@@ -287,9 +281,9 @@ impl Sweep {
                 if !rest.is_empty() {
                     self.due.push_front((rest, what));
                 }
-                self.error(cx, failed);
+                self.retries.failed(cx, failed);
             }
-            None => self.retry_pause = limits::ERROR_PAUSE_NANOS_MIN,
+            None => self.retries.went_well(),
         }
     }
 
@@ -308,26 +302,7 @@ impl Sweep {
             Ok(()) => self.enter(to),
             Err(failed) => {
                 self.asked_stage = false;
-                self.error(cx, failed);
-            }
-        }
-    }
-
-    fn error(&mut self, cx: &mut Context<'_, Op>, failed: Failed) {
-        self.errors += 1;
-        tracing::warn!(error = failed.text, "a request of a job failed");
-        if self.failure.is_some() {
-            return;
-        }
-        match (cx.on_error)(failed.operation, failed.errno) {
-            ErrorAction::Report => self.failure = Some(failed.into()),
-            ErrorAction::Stop => {
-                self.retry_at = None;
-                cx.orders.hold = true;
-            }
-            ErrorAction::Ignore => {
-                self.retry_at = Some(cx.now + self.retry_pause);
-                self.retry_pause = (self.retry_pause * 2).min(limits::ERROR_PAUSE_NANOS_MAX);
+                self.retries.failed(cx, failed);
             }
         }
     }
@@ -436,19 +411,15 @@ impl Sweep {
             self.give_up(cx, JobFailure::cancelled());
             return;
         }
-        if self.failure.is_some() {
+        if self.retries.is_failing() {
             if self.is_idle() {
                 self.enter(Stage::Restoring);
                 self.ask(cx, Op::Restore);
             }
             return;
         }
-        if let Some(at) = self.retry_at {
-            if at > cx.now {
-                cx.wake_by(at);
-                return;
-            }
-            self.retry_at = None;
+        if self.retries.waits(cx) {
+            return;
         }
         if cx.orders.hold {
             return;
@@ -521,7 +492,7 @@ impl Body for Sweep {
             bytes_copied: self.done.data,
             bytes_zeroed: self.done.zeroed,
             bytes_skipped: self.done.skipped,
-            errors: self.errors,
+            errors: self.retries.count(),
             in_sync: matches!(self.stage, Stage::Settled | Stage::Relinking | Stage::Over),
             copy_bytes_per_sec: self.speed_bytes_per_sec,
             window_bytes: self.window(),
