@@ -3,7 +3,7 @@
 use super::*;
 use crate::base::bucket::Limiter;
 use crate::job::body::Orders;
-use crate::job::policy::IoOperation;
+use crate::job::policy::{ErrorAction, IoOperation};
 use crate::job::progress::Progress;
 
 const MIB: u64 = 1 << 20;

@@ -9,6 +9,7 @@ use crate::job::body::Orders;
 use crate::job::governor::GuestFirst;
 use crate::job::mirror::conduct::ConductSettings;
 use crate::job::mirror::converge::OnDivergence;
+use crate::job::policy::ErrorAction;
 use crate::job::progress::Progress;
 
 const MIB: u64 = 1 << 20;
