@@ -216,6 +216,7 @@ impl Life {
             self.wrong(format!("{id} was started on a layer in use"));
         }
         self.count(aim.name);
+        let commits = self.commits();
         self.users(&job, &plan, aim.active).await;
         let ending = job.until_over().await;
         // What is on its way ends.
@@ -232,7 +233,13 @@ impl Life {
                 break;
             }
         }
-        self.judge(&aim, &plan, &job, ending, view, &before).await;
+        self.judge(&aim, &plan, &job, ending, (view, commits), &before).await;
+    }
+
+    /// Commits that were started so far.
+    fn commits(&self) -> u64 {
+        let counts = self.counts.borrow();
+        counts.get("commits, active") + counts.get("commits, intermediate")
     }
 
     /// What users do to a job.
@@ -279,7 +286,7 @@ impl Life {
         plan: &JobPlan,
         job: &Job,
         ending: Ending,
-        view: Option<Vec<u8>>,
+        (view, commits): (Option<Vec<u8>>, u64),
         before: &[*const Node],
     ) {
         let id = job.id();
@@ -298,8 +305,8 @@ impl Life {
                     self.wrong(format!("{id} completed and left layers in the chain"));
                 }
                 self.changed.set(self.changed.get() || !aim.active || pivoted);
-                // An active commit beside it may have changed the base since.
-                let settled = aim.active || self.counts.borrow().get("commits, active") == 0;
+                // Another commit may have changed the base since.
+                let settled = aim.active || self.commits() == commits;
                 if let (Kind::Commit, true, Some(view), Some(base)) =
                     (plan.kind, settled, view, aim.nodes.last())
                 {
