@@ -150,6 +150,22 @@ fn write_blocking_from_the_start_copies_everything_once() {
     assert_eq!(details.copy_mode, CopyMode::WriteBlocking);
 }
 
+/// What guests send to both sides is charged to the limit, but never all of it: the job comes to its end.
+#[test]
+fn a_limit_below_what_guests_write_starves_no_job() {
+    let speed = 16 * MIB;
+    let (ready, details, _) = run(
+        6,
+        80 * SECOND,
+        options(|o| {
+            o.copy_mode = CopyMode::WriteBlocking;
+            o.speed = speed as i64;
+        }),
+    );
+    assert!(ready, "{details:?}");
+    assert!(details.bytes_mirrored > 10 * speed, "the guest is not fast enough for this test: {details:?}");
+}
+
 #[test]
 fn a_writer_that_is_slowed_down_lets_the_job_catch_up() {
     let (ready, details, scene) = run(2, 20 * SECOND, options(|o| o.on_divergence = OnDivergence::Throttle));

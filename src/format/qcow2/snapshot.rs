@@ -125,14 +125,15 @@ impl Qcow2 {
         let damaged = |what: &str| Fault::Damage(format!("its table of snapshots {what}"));
         let mut found = Vec::new();
         let mut at = 0;
+        let mut ahead = Ahead::default();
         for _ in 0..count {
-            let fixed = self.read_bytes(start + at, 40).await?;
-            let len = Snapshot::entry_bytes(&fixed).ok_or_else(|| damaged("has too much extra data"))?;
+            let fixed = self.read_ahead(&mut ahead, start + at, 40).await?;
+            let len = Snapshot::entry_bytes(fixed).ok_or_else(|| damaged("has too much extra data"))?;
             if at + len > TABLE_BYTES_MAX {
                 return Err(damaged("is too large"));
             }
             self.must_be_there("its table of snapshots", start, at + len)?;
-            let snapshot = Snapshot::parse(&self.read_bytes(start + at, len).await?);
+            let snapshot = Snapshot::parse(self.read_ahead(&mut ahead, start + at, len).await?);
             let entries_max = (super::geometry::L1_BYTES_MAX / 8) as u32;
             if !snapshot.l1_offset.is_multiple_of(self.g.cluster_size())
                 || snapshot.l1_offset >= 1 << 56
@@ -145,6 +146,27 @@ impl Qcow2 {
         }
         Ok((found, at))
     }
+
+    /// Bytes of the file, with what follows them: entries are small, and there may be many.
+    async fn read_ahead<'a>(&self, ahead: &'a mut Ahead, offset: u64, len: u64) -> Result<&'a [u8], Fault> {
+        let is_there = offset >= ahead.at && offset + len <= ahead.at + ahead.bytes.len() as u64;
+        if !is_there {
+            ahead.bytes = self.read_bytes(offset, len.max(AHEAD_BYTES)).await?;
+            ahead.at = offset;
+        }
+        let from = (offset - ahead.at) as usize;
+        Ok(&ahead.bytes[from..from + len as usize])
+    }
+}
+
+/// So much is read at once.
+const AHEAD_BYTES: u64 = 64 << 10;
+
+/// Bytes of a file that are read already.
+#[derive(Default)]
+struct Ahead {
+    at: u64,
+    bytes: Vec<u8>,
 }
 
 /// While references are dropped, requests that still look at something are waited for so long at a time.

@@ -236,8 +236,9 @@ pub struct Mirror {
     asking: bool,
     pieces: Vec<Piece>,
     bytes_in_flight: u64,
-    /// What guests' changes did on the target, as far as it has been seen to.
+    /// What guests' changes did on the target, as far as it has been seen to, and when that was.
     seen: GuestTally,
+    heeded_at: Nanos,
     others: usize,
     ready_told: bool,
     /// The last piece was shared, not copied.
@@ -278,6 +279,7 @@ impl Mirror {
             pieces: Vec::with_capacity(limits::MIRROR_OPERATIONS),
             bytes_in_flight: 0,
             seen: GuestTally::default(),
+            heeded_at: 0,
             others: 0,
             ready_told: false,
             shares: false,
@@ -609,10 +611,17 @@ impl Mirror {
         let tally = self.tracker.tally();
         let mirrored = tally.mirrored_bytes - self.seen.mirrored_bytes;
         cx.progress.done(tally.cleaned_bytes - self.seen.cleaned_bytes);
+        let span = cx.now.saturating_sub(self.heeded_at);
         if mirrored > 0 {
-            // Guests are not made to wait for the limit: the copying makes room for them.
-            cx.limiter.charge_debt(cx.now, mirrored);
+            // Guests are not made to wait for the limit: the copying makes room for them. It keeps a part of the limit
+            // all the same, or guests who write as fast as that would keep it from ever coming to an end.
+            let most = match cx.limiter.speed() {
+                0 => mirrored,
+                speed => share(speed, span),
+            };
+            cx.limiter.charge_debt(cx.now, mirrored.min(most));
         }
+        self.heeded_at = cx.now;
         self.seen = tally;
         while let Some(error) = self.tracker.pop_failure() {
             self.error(cx, Failed::write(error));
@@ -780,6 +789,12 @@ impl Mirror {
             Report::Returned(Err(failure))
         });
     }
+}
+
+/// What guests may take of a limit in so many nanoseconds, in bytes.
+fn share(speed_bytes_per_sec: u64, span: Nanos) -> u64 {
+    let most = u128::from(speed_bytes_per_sec) * u128::from(span) * 3 / 4 / 1_000_000_000;
+    most.min(u128::from(u64::MAX)) as u64
 }
 
 fn first(run: ByteRange, len: u64) -> ByteRange {
