@@ -135,8 +135,9 @@ impl Run {
         } else {
             rest()?;
         }
-        client.end(&mut values)?;
+        // It ends with its last client.
         values.insert("rss-mib".to_owned(), server.rss_mib_max()?);
+        client.end(&mut values)?;
         stop::signal(server.pid(), Signal::INT);
         while lines.next(Instant::now() + Duration::from_secs(30))?.is_some() {}
         let (status, _, _) = server.wait()?;
