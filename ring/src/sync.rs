@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::task::Poll;
 
 use crate::exec::{Exec, TaskId};
+use crate::pool::PooledFuture;
 
 /// A list of tasks that wait for some state to change.
 #[derive(Clone, Debug)]
@@ -112,6 +113,25 @@ pub async fn yield_now(exec: &Exec) {
         Poll::Pending
     })
     .await
+}
+
+/// Runs futures in one task and waits for all.
+pub async fn join_all<T>(futures: Vec<PooledFuture<'_, T>>) -> Vec<T> {
+    let mut running: Vec<Result<T, PooledFuture<'_, T>>> = futures.into_iter().map(Err).collect();
+    std::future::poll_fn(|cx| {
+        let mut pending = false;
+        for slot in &mut running {
+            if let Err(future) = slot {
+                match std::pin::Pin::new(future).poll(cx) {
+                    Poll::Ready(value) => *slot = Ok(value),
+                    Poll::Pending => pending = true,
+                }
+            }
+        }
+        if pending { Poll::Pending } else { Poll::Ready(()) }
+    })
+    .await;
+    running.into_iter().filter_map(Result::ok).collect()
 }
 
 /// Runs two futures in one task and waits for both.

@@ -5,7 +5,7 @@
 use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 
-use blockferry_ring::sync::Notify;
+use blockferry_ring::sync::{Notify, join_all};
 use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
 
 use super::cache::Page;
@@ -15,7 +15,6 @@ use super::header::Header;
 use super::locks::Claims;
 use super::memory::Memory;
 use super::meta::{Damage, Meta};
-use super::read::join_all;
 use crate::base::range::ByteRange;
 use crate::block::pin::Epochs;
 use crate::block::{BlockError, Driver, Operation, WriteFlags};

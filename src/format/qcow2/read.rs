@@ -1,10 +1,6 @@
 //! Reading: from the tables to the places, each place in one request, all of them at once.
 
-use std::future::Future;
-use std::pin::Pin;
-use std::task::Poll;
-
-use blockferry_ring::{Buf, PooledFuture};
+use blockferry_ring::Buf;
 
 use super::image::{Fault, Qcow2};
 use super::meta::Known;
@@ -139,23 +135,4 @@ impl Qcow2 {
         }
         Ok(true)
     }
-}
-
-/// Runs futures in one task and waits for all.
-pub(super) async fn join_all<T>(futures: Vec<PooledFuture<'_, T>>) -> Vec<T> {
-    let mut running: Vec<Result<T, PooledFuture<'_, T>>> = futures.into_iter().map(Err).collect();
-    std::future::poll_fn(|cx| {
-        let mut pending = false;
-        for slot in &mut running {
-            if let Err(future) = slot {
-                match Pin::new(future).poll(cx) {
-                    Poll::Ready(value) => *slot = Ok(value),
-                    Poll::Pending => pending = true,
-                }
-            }
-        }
-        if pending { Poll::Pending } else { Poll::Ready(()) }
-    })
-    .await;
-    running.into_iter().filter_map(Result::ok).collect()
 }

@@ -3,13 +3,13 @@
 //! the mapping is published is undone, and the guest sees what it saw before.
 
 use blockferry_ring::SharedBuf;
+use blockferry_ring::sync::join_all;
 
 use super::alloc::Run;
 use super::entry::{Cluster, Raw};
 use super::image::{Fault, Qcow2};
 use super::meta::{Freed, Known, L2Table};
 use super::plan::WriteStep;
-use super::read::join_all;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 

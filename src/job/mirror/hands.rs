@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::sync::{join, join_all};
 use blockferry_ring::{Buf, PooledFuture, Ring, SharedBuf};
 
 use super::machine::{Copied, Op, Outcome};
@@ -215,14 +216,30 @@ impl Parts {
             return self.write(piece.start(), buf, done).await;
         }
         let runs = zero_runs(buf.as_slice(), self.granularity.clamp(4096, 65_536) as usize);
+        // Data goes out at once: a piece takes as long as one write, however many there are in it.
+        let (mut first, mut more) = (None, Vec::new());
         for run in runs {
             let (offset, len) = (piece.start() + run.offset as u64, run.len);
             if run.is_zero {
                 let zero = self.make_zero(ByteRange::at_saturating(offset, len as u64), done).await;
                 zero.map_err(|(_, failed)| failed)?;
+            } else if first.is_none() {
+                first = Some((offset, buf.slice(run.offset, len)));
             } else {
-                self.write(offset, buf.slice(run.offset, len), done).await?;
+                let (data, peer) = (buf.slice(run.offset, len), &self.peer);
+                more.push((len as u64, self.ring.boxed(async move { peer.write(offset, data).await })));
             }
+        }
+        let Some((offset, data)) = first else { return Ok(()) };
+        if more.is_empty() {
+            return self.write(offset, data, done).await;
+        }
+        let (lens, writes): (Vec<u64>, Vec<_>) = more.into_iter().unzip();
+        let (first, others) = join(self.write(offset, data, done), join_all(writes)).await;
+        first?;
+        for (len, result) in lens.into_iter().zip(others) {
+            result.map_err(Failed::write)?;
+            done.data += len;
         }
         Ok(())
     }
