@@ -12,8 +12,9 @@ use blockferry::engine::{Engine, Format, ImageOptions};
 use blockferry::format::qcow2::{Backing, OpenFiles, OpenOptions, Qcow2, Wanted};
 use blockferry::graph::chain as layers_of;
 use blockferry::graph::node::{Node, Root};
+use blockferry::job::commit;
 use blockferry::job::runner::{Ending, Job};
-use blockferry::job::stream::Floor;
+use blockferry::job::stream::{self, Floor};
 use blockferry::job::sweep::{ChainError, SweepOptions};
 use blockferry::protocol::open::Cache;
 use blockferry_ring::{Config, Ring};
@@ -63,6 +64,11 @@ async fn all(ring: &Ring, node: &Rc<Node>) -> Vec<u8> {
     bytes
 }
 
+/// The chain of `top`, as its disk.
+async fn opened(ring: &Ring, top: &str) -> Rc<Node> {
+    Node::new(ring, "disk", open(ring, top, &options()).await.unwrap())
+}
+
 fn sweep(id: &str) -> SweepOptions {
     SweepOptions { auto_dismiss: false, ..SweepOptions::new(id) }
 }
@@ -84,19 +90,13 @@ fn an_intermediate_commit_under_a_guest() {
         let (ring, top) = (engine.ring().clone(), chain.top());
         let mut model = chain.model.clone();
         let model = engine.run(async move {
-            let node = Node::new(
-                &ring,
-                "disk",
-                blockferry::engine::open::open(&ring, &top, &options()).await.unwrap(),
-            );
+            let node = opened(&ring, &top).await;
             let root = Root::new(&node, false).unwrap();
             let layers = node.chain();
             let read_only: Vec<bool> = layers.iter().map(|node| node.driver().is_read_only()).collect();
             // base.raw ← l0 ← l1 ← l2 ← l3: l2 and l1 go into l0.
             let job =
-                blockferry::job::commit::start(&ring, &node, Some(&layers[1]), Some(&layers[3]), sweep("c"))
-                    .await
-                    .unwrap();
+                commit::start(&ring, &node, Some(&layers[1]), Some(&layers[3]), sweep("c")).await.unwrap();
             let requests = guest(&ring, &root, &mut model, 9, &job).await;
             assert_eq!(job.ending(), Some(Ending::Completed));
             assert!(requests > 0);
@@ -124,15 +124,11 @@ fn an_active_commit_pivots_to_the_base() {
         let (ring, top) = (engine.ring().clone(), chain.top());
         let mut model = chain.model.clone();
         let model = engine.run(async move {
-            let node = Node::new(
-                &ring,
-                "disk",
-                blockferry::engine::open::open(&ring, &top, &options()).await.unwrap(),
-            );
+            let node = opened(&ring, &top).await;
             let root = Root::new(&node, false).unwrap();
             let base = node.chain().last().unwrap().clone();
             assert!(base.driver().is_read_only());
-            let job = blockferry::job::commit::start(&ring, &node, None, None, sweep("c")).await.unwrap();
+            let job = commit::start(&ring, &node, None, None, sweep("c")).await.unwrap();
             let waiter = job.clone();
             ring.spawn(async move {
                 waiter.until_ready().await;
@@ -163,11 +159,9 @@ fn a_soft_cancel_keeps_the_overlay() {
     let engine = engine();
     let (ring, top) = (engine.ring().clone(), chain.top());
     engine.run(async move {
-        let node =
-            Node::new(&ring, "disk", blockferry::engine::open::open(&ring, &top, &options()).await.unwrap());
+        let node = opened(&ring, &top).await;
         let layers = node.chain();
-        let job =
-            blockferry::job::commit::start(&ring, &node, None, Some(&layers[2]), sweep("c")).await.unwrap();
+        let job = commit::start(&ring, &node, None, Some(&layers[2]), sweep("c")).await.unwrap();
         job.until_ready().await;
         job.cancel(false).unwrap();
         assert_eq!(job.until_over().await, Ending::Completed);
@@ -200,18 +194,12 @@ fn streams_under_a_guest() {
         let (ring, top) = (engine.ring().clone(), chain.top());
         let mut model = chain.model.clone();
         let model = engine.run(async move {
-            let node = Node::new(
-                &ring,
-                "disk",
-                blockferry::engine::open::open(&ring, &top, &options()).await.unwrap(),
-            );
+            let node = opened(&ring, &top).await;
             let root = Root::new(&node, false).unwrap();
             let layers = node.chain();
             let was = layers[top_at].driver().is_read_only();
             let floor = base_at.map_or(Floor::Whole, |at| Floor::Base(layers[at].clone()));
-            let job = blockferry::job::stream::start(&ring, &node, Some(&layers[top_at]), floor, sweep("s"))
-                .await
-                .unwrap();
+            let job = stream::start(&ring, &node, Some(&layers[top_at]), floor, sweep("s")).await.unwrap();
             guest(&ring, &root, &mut model, 11, &job).await;
             assert_eq!(job.ending(), Some(Ending::Completed), "seed {seed}");
             assert_eq!(layers[top_at].driver().is_read_only(), was);
@@ -232,29 +220,19 @@ fn two_jobs_share_no_layer() {
     let engine = engine();
     let (ring, top) = (engine.ring().clone(), chain.top());
     engine.run(async move {
-        let node =
-            Node::new(&ring, "disk", blockferry::engine::open::open(&ring, &top, &options()).await.unwrap());
+        let node = opened(&ring, &top).await;
         let layers = node.chain();
         let slow = SweepOptions { speed: 4096, ..sweep("one") };
-        let one = blockferry::job::commit::start(&ring, &node, Some(&layers[2]), Some(&layers[3]), slow)
-            .await
-            .unwrap();
-        let again =
-            blockferry::job::commit::start(&ring, &node, Some(&layers[3]), Some(&layers[4]), sweep("two"))
-                .await;
+        let one = commit::start(&ring, &node, Some(&layers[2]), Some(&layers[3]), slow).await.unwrap();
+        let again = commit::start(&ring, &node, Some(&layers[3]), Some(&layers[4]), sweep("two")).await;
         let Err(ChainError::Block(error)) = again else { panic!("{again:?}") };
         let wanted =
             format!("Node '{}' is busy: block device is in use by block job: commit", layers[3].name());
         assert!(error.to_string().contains(&wanted), "{error}");
         assert!(layers[4].driver().is_read_only());
         // Neighbours get along.
-        let other = blockferry::job::stream::start(
-            &ring,
-            &node,
-            Some(&layers[0]),
-            Floor::Base(layers[2].clone()),
-            sweep("three"),
-        );
+        let other =
+            stream::start(&ring, &node, Some(&layers[0]), Floor::Base(layers[2].clone()), sweep("three"));
         let other = other.await.unwrap();
         assert_eq!(other.until_over().await, Ending::Completed);
         one.set_speed(0).unwrap();
@@ -275,11 +253,11 @@ fn what_a_guest_reads_is_filled_first() {
     let engine = engine();
     let (ring, top) = (engine.ring().clone(), chain.top());
     engine.run(async move {
-        let driver = blockferry::engine::open::open(&ring, &top, &options()).await.unwrap();
+        let driver = open(&ring, &top, &options()).await.unwrap();
         let node = Node::new(&ring, "disk", driver);
         let root = Root::new(&node, false).unwrap();
         let slow = SweepOptions { speed: 1, ..sweep("s") };
-        let job = blockferry::job::stream::start(&ring, &node, None, Floor::Whole, slow).await.unwrap();
+        let job = stream::start(&ring, &node, None, Floor::Whole, slow).await.unwrap();
         let layer = node.driver().as_layer().expect("a layer");
         // From the end of what the base holds: the sweep is still at the beginning.
         let mut filled = 0;
@@ -350,20 +328,16 @@ fn lengths_differ() {
             let engine = engine();
             let (ring, path) = (engine.ring().clone(), front.clone());
             engine.run(async move {
-                let driver = blockferry::engine::open::open(&ring, &path, &options()).await.unwrap();
+                let driver = open(&ring, &path, &options()).await.unwrap();
                 let node = Node::new(&ring, "disk", driver);
                 let layers = node.chain();
                 let (top, base) = (&layers[top_at], &layers[base_at]);
                 let len = base.driver().len().max(top.driver().len());
                 let job = if stream {
                     let floor = Floor::Base(base.clone());
-                    blockferry::job::stream::start(&ring, &node, Some(&layers[0]), floor, sweep("s"))
-                        .await
-                        .unwrap()
+                    stream::start(&ring, &node, Some(&layers[0]), floor, sweep("s")).await.unwrap()
                 } else {
-                    blockferry::job::commit::start(&ring, &node, Some(top), Some(base), sweep("c"))
-                        .await
-                        .unwrap()
+                    commit::start(&ring, &node, Some(top), Some(base), sweep("c")).await.unwrap()
                 };
                 assert_eq!(job.until_over().await, Ending::Completed);
                 if !stream {
@@ -398,7 +372,7 @@ fn a_base_on_a_server() {
         let root = Root::new(&node, false).unwrap();
         let base = node.chain()[2].clone();
         assert!(base.driver().is_read_only());
-        let job = blockferry::job::commit::start(&ring, &node, None, None, sweep("c")).await.unwrap();
+        let job = commit::start(&ring, &node, None, None, sweep("c")).await.unwrap();
         let waiter = job.clone();
         ring.spawn(async move {
             waiter.until_ready().await;

@@ -38,6 +38,9 @@ pub struct Zeroed {
     pub skipped: u64,
 }
 
+/// What was made zero, and, if that failed, from where on and why.
+pub type ZeroResult = (Zeroed, Result<(), (u64, BlockError)>);
+
 /// See the module's documentation.
 pub struct Peer {
     driver: Rc<dyn Driver>,
@@ -59,13 +62,14 @@ impl std::fmt::Debug for Peer {
 }
 
 impl Peer {
-    /// The target `driver`; `keep` is held as long as anything is under way on it.
+    /// The target `driver`, of which `len` bytes are changed; `keep` is held as long as anything is under way on it.
     pub fn new(
         driver: Rc<dyn Driver>,
+        len: u64,
         keep: Rc<dyn Any>,
         options: PeerOptions,
     ) -> Result<Peer, DirtyMapError> {
-        let mut nonzero = DirtyMap::new(driver.len(), options.granularity)?;
+        let mut nonzero = DirtyMap::new(len, options.granularity)?;
         if !options.is_zero {
             nonzero.set_all();
         }
@@ -104,11 +108,7 @@ impl Peer {
 
     /// Makes a range zero, where it is not known to be so; with `may_unmap` space may be given back, if the user allows
     /// it at all.
-    pub async fn make_zero(
-        &self,
-        range: ByteRange,
-        may_unmap: bool,
-    ) -> (Zeroed, Result<(), (u64, BlockError)>) {
+    pub async fn make_zero(&self, range: ByteRange, may_unmap: bool) -> ZeroResult {
         let mut done = Zeroed::default();
         let mut at = range.start();
         while at < range.end() {

@@ -27,17 +27,17 @@ use std::rc::Rc;
 use blockferry_ring::{Errno, Ring, SharedBuf};
 
 use super::event::JobType;
-use super::mirror::{self, MirrorOptions};
+use super::mirror::{self, MirrorError, MirrorOptions};
 use super::plan::What;
 use super::policy::{Failed, IoOperation};
 use super::runner::{ErrorPolicies, Job};
 use super::sweep::{self, ChainError, Direction, Plan, SweepOptions};
 use super::writable::Writable;
-use crate::base::limits;
 use crate::base::range::ByteRange;
-use crate::block::{BlockError, Holds, IoFuture, WriteFlags, ZeroFlags};
+use crate::block::{BlockError, Holds, IoFuture};
 use crate::graph::chain::{held_by, name_for};
 use crate::graph::node::{Drained, Node, UseKind};
+use crate::graph::peer::{Peer, PeerOptions, ZeroResult};
 
 /// The layers from `top` down to, and without, `base`.
 fn layers_between(top: &Rc<Node>, base: &Rc<Node>) -> Result<Vec<Rc<Node>>, ChainError> {
@@ -82,12 +82,17 @@ pub async fn start(
         uses.push(layer.attach(UseKind::JobLayer("commit"))?);
     }
     uses.push(base.attach(UseKind::JobBase("commit"))?);
-    let base = Writable::hold(ring, base, uses).await?;
+    let base = Rc::new(Writable::hold(ring, base, uses).await?);
     let len = top.driver().len();
+    let peer = peer(&base, len);
+    if peer.is_err() {
+        base.release().await;
+    }
     let direction = Rc::new(Down {
         ring: ring.clone(),
         front: front.clone(),
         base,
+        peer: peer?,
         layers,
         backing_file: options.backing_file.clone(),
     });
@@ -103,6 +108,14 @@ pub async fn start(
         direction.restore().await;
     }
     started
+}
+
+/// The base, as what is written to. It may still have to grow to `len` bytes.
+fn peer(base: &Rc<Writable>, len: u64) -> Result<Peer, MirrorError> {
+    let granularity = mirror::granularity(None, base.node())?;
+    let options = PeerOptions { granularity, is_zero: false, may_unmap: true };
+    let driver = base.node().driver();
+    Ok(Peer::new(driver.clone(), driver.len().max(len), base.clone(), options)?)
 }
 
 /// The active layer is committed: a mirror to its own base.
@@ -133,7 +146,9 @@ async fn start_active(
 struct Down {
     ring: Ring,
     front: Rc<Node>,
-    base: Writable,
+    base: Rc<Writable>,
+    /// The base, as what is written to.
+    peer: Peer,
     layers: Vec<Rc<Node>>,
     backing_file: Option<String>,
 }
@@ -170,15 +185,12 @@ impl Down {
             let shown_to = overlay.driver().len().min(base.len());
             if shown_to > hidden_to {
                 let rest = ByteRange::at_saturating(hidden_to, shown_to - hidden_to);
-                self.make_zero(rest).await.map_err(Failed::write)?;
+                let (_, result) = self.peer.make_zero(rest, true).await;
+                result.map_err(|(_, error)| Failed::write(error))?;
                 base.flush().await.map_err(Failed::write)?;
                 hidden_to = shown_to;
             }
-            let drained = self.front.drain(limits::DRAIN_NANOS_MAX).await.map_err(|errno| Failed {
-                operation: IoOperation::Write,
-                errno: errno.0,
-                text: "Draining the disk timed out: a guest's request does not end".into(),
-            })?;
+            let drained = sweep::drained(&self.front, IoOperation::Write).await?;
             if overlay.driver().len().min(base.len()) <= hidden_to {
                 return Ok(drained);
             }
@@ -237,26 +249,11 @@ impl Direction for Down {
     }
 
     fn write(&self, offset: u64, buf: SharedBuf) -> IoFuture<'_, Result<(), BlockError>> {
-        self.base.node().driver().write(offset, buf, WriteFlags::default())
+        self.ring.boxed(self.peer.write(offset, buf))
     }
 
-    fn make_zero(&self, range: ByteRange) -> IoFuture<'_, Result<u64, BlockError>> {
-        self.ring.boxed(async move {
-            let base = self.base.node().driver();
-            let (mut at, mut zeroed) = (range.start(), 0);
-            while at < range.end() {
-                let left = range.end() - at;
-                let extent = base.block_status(at, left).await?;
-                let len = extent.len.clamp(1, left);
-                if !extent.zero {
-                    let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
-                    base.write_zeroes(at, len, flags).await?;
-                    zeroed += len;
-                }
-                at += len;
-            }
-            Ok(zeroed)
-        })
+    fn make_zero(&self, range: ByteRange) -> IoFuture<'_, ZeroResult> {
+        self.ring.boxed(self.peer.make_zero(range, true))
     }
 
     fn relink(&self) -> IoFuture<'_, Result<(), Failed>> {

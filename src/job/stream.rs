@@ -27,11 +27,11 @@ use super::policy::{Failed, IoOperation};
 use super::runner::Job;
 use super::sweep::{self, ChainError, Direction, Plan, SweepOptions};
 use super::writable::Writable;
-use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::block::{BlockError, Fill, Holds, IoFuture, Layer};
 use crate::graph::chain::{held_by, name_for};
 use crate::graph::node::{Node, UseKind};
+use crate::graph::peer::{ZeroResult, Zeroed};
 
 /// Down to where a stream fills its top.
 #[derive(Clone, Debug, Default)]
@@ -149,11 +149,7 @@ impl Up {
     async fn link(&self) -> Result<(), Failed> {
         let _alone = self.front.relinking().await;
         let Some(bottom) = self.mids.last() else { return Ok(()) };
-        let drained = self.front.drain(limits::DRAIN_NANOS_MAX).await.map_err(|errno| Failed {
-            operation: IoOperation::Read,
-            errno: errno.0,
-            text: "Draining the disk timed out: a guest's request does not end".into(),
-        })?;
+        let drained = sweep::drained(&self.front, IoOperation::Read).await?;
         // As it is now: a commit may have replaced it.
         let base = if self.whole { None } else { bottom.below() };
         let name = base.as_ref().map(|base| match &self.backing_file {
@@ -195,13 +191,17 @@ impl Direction for Up {
         self.ring.boxed(async move { self.layer()?.populate(offset, Fill::Data(buf)).await })
     }
 
-    fn make_zero(&self, range: ByteRange) -> IoFuture<'_, Result<u64, BlockError>> {
+    fn make_zero(&self, range: ByteRange) -> IoFuture<'_, ZeroResult> {
         self.ring.boxed(async move {
             if self.whole {
-                return Ok(0);
+                return (Zeroed { zeroed: 0, skipped: range.len() }, Ok(()));
             }
-            self.layer()?.populate(range.start(), Fill::Zeroes(range.len())).await?;
-            Ok(range.len())
+            let (start, len) = (range.start(), range.len());
+            let filled = async { self.layer()?.populate(start, Fill::Zeroes(len)).await };
+            match filled.await {
+                Ok(()) => (Zeroed { zeroed: len, skipped: 0 }, Ok(())),
+                Err(error) => (Zeroed::default(), Err((start, error))),
+            }
         })
     }
 

@@ -162,7 +162,7 @@ pub enum MirrorError {
 }
 
 /// The granularity in use: as asked for, or by QEMU's rule.
-fn granularity(asked: Option<u64>, target: &Node) -> Result<u64, MirrorError> {
+pub(super) fn granularity(asked: Option<u64>, target: &Node) -> Result<u64, MirrorError> {
     match asked {
         Some(g) if !(512..=64 << 20).contains(&g) => Err(MirrorError::GranularityRange),
         Some(g) if !g.is_power_of_two() => Err(MirrorError::GranularityPower),
@@ -282,7 +282,7 @@ async fn begin(
     let len = from.len();
     let target_use = Rc::new(RefCell::new(Some(ends.target_use)));
     let peer = PeerOptions { granularity, is_zero: options.target_is_zero, may_unmap: options.may_unmap };
-    let peer = Rc::new(Peer::new(to.clone(), target_use.clone(), peer)?);
+    let peer = Rc::new(Peer::new(to.clone(), to.len(), target_use.clone(), peer)?);
     let tracker = Tracker::new(ring, len, granularity, Some(peer.clone()), job.waker())?;
     job.follows_guests(options.copy_mode, &tracker);
     let scans = !ends.layers.is_empty();

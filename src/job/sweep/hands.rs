@@ -12,6 +12,7 @@ use crate::base::range::ByteRange;
 use crate::base::zero::zero_runs;
 use crate::block::BlockError;
 use crate::graph::node::Node;
+use crate::graph::peer::Zeroed;
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
 use crate::job::mirror::machine::Copied;
@@ -47,7 +48,7 @@ impl Hands<Op, Outcome> for SweepHands {
             Op::Zero(range) => ring.boxed(async move {
                 let mut done = Copied::default();
                 let failed = parts.make_zero(range, &mut done).await.err();
-                Outcome::Piece(range, What::Zero, done, failed.map(|failed| (range.start(), failed)))
+                Outcome::Piece(range, What::Zero, done, failed)
             }),
             Op::Status(range) => {
                 ring.boxed(async move { Outcome::Status(parts.status(range).await.map_err(Failed::read)) })
@@ -147,7 +148,7 @@ impl Parts {
         for run in zero_runs(buf.as_slice(), self.unit as usize) {
             let part = ByteRange::at_saturating(piece.start() + run.offset as u64, run.len as u64);
             if run.is_zero {
-                self.make_zero(part, done).await?;
+                self.make_zero(part, done).await.map_err(|(_, failed)| failed)?;
             } else {
                 let bytes = buf.slice(run.offset, run.len);
                 let result = self.direction.write(part.start(), bytes).await;
@@ -158,11 +159,11 @@ impl Parts {
         Ok(())
     }
 
-    async fn make_zero(&self, range: ByteRange, done: &mut Copied) -> Result<(), Failed> {
-        let zeroed = self.direction.make_zero(range).await.map_err(|error| self.failed(error))?;
+    async fn make_zero(&self, range: ByteRange, done: &mut Copied) -> Result<(), (u64, Failed)> {
+        let (Zeroed { zeroed, skipped }, result) = self.direction.make_zero(range).await;
         done.zeroed += zeroed;
-        done.skipped += range.len() - zeroed;
-        Ok(())
+        done.skipped += skipped;
+        result.map_err(|(at, error)| (at, self.failed(error)))
     }
 
     /// What a guest has read is seen to at once, as far as there is something to do about it. Errors are left to the
@@ -176,7 +177,7 @@ impl Parts {
             let result = match what {
                 What::Skip => Ok(()),
                 What::Zero => self.make_zero(part, &mut done).await,
-                What::Data => self.copy(part, &mut done).await.map_err(|(_, failed)| failed),
+                What::Data => self.copy(part, &mut done).await,
             };
             if result.is_err() {
                 break;

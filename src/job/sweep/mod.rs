@@ -20,12 +20,13 @@ use super::lifecycle::{JobOptions, parse_speed};
 use super::mirror::MirrorError;
 use super::mirror::memory::Memory;
 use super::plan::What;
-use super::policy::{Failed, OnError};
+use super::policy::{Failed, IoOperation, OnError};
 use super::runner::{ErrorPolicies, Job};
 use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::block::{BlockError, IoFuture};
-use crate::graph::node::Node;
+use crate::graph::node::{Drained, Node};
+use crate::graph::peer::ZeroResult;
 use hands::{Parts, SweepHands};
 use machine::{Settings, Sweep, Wishes};
 
@@ -147,8 +148,8 @@ pub(super) trait Direction: std::fmt::Debug {
     /// Puts bytes into the target that the source has just given.
     fn write(&self, offset: u64, buf: SharedBuf) -> IoFuture<'_, Result<(), BlockError>>;
 
-    /// Makes a range zero in the target; gives how many bytes were not so before.
-    fn make_zero(&self, range: ByteRange) -> IoFuture<'_, Result<u64, BlockError>>;
+    /// Makes a range zero in the target; an error comes with where it happened.
+    fn make_zero(&self, range: ByteRange) -> IoFuture<'_, ZeroResult>;
 
     /// Changes the chain; on an error it is as it was.
     fn relink(&self) -> IoFuture<'_, Result<(), Failed>>;
@@ -160,6 +161,15 @@ pub(super) trait Direction: std::fmt::Debug {
 
     /// Gives back the right to write. The last thing that is done, after a success, too.
     fn restore(&self) -> IoFuture<'_, ()>;
+}
+
+/// The guests' requests are over, so that the chain can change; they wait until this is dropped.
+pub(super) async fn drained(front: &Rc<Node>, operation: IoOperation) -> Result<Drained, Failed> {
+    front.drain(limits::DRAIN_NANOS_MAX).await.map_err(|errno| Failed {
+        operation,
+        errno: errno.0,
+        text: "Draining the disk timed out: a guest's request does not end".into(),
+    })
 }
 
 /// What a sweep is made of.
