@@ -146,3 +146,50 @@ impl Peer {
         Ok(len)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use blockferry_ring::sim::{FileModel, OpKind, World, WorldConfig};
+    use blockferry_ring::{Config, Errno, Ring};
+
+    use super::*;
+    use crate::protocol::{OpenOptions, open};
+
+    const PATH: &str = "/to";
+    const CHUNK: u64 = 65_536;
+
+    /// What a failed change left may be seen and yet not be durable: it is made zero, though it reads as zero.
+    #[test]
+    fn after_a_failed_change_nothing_is_zero_because_it_reads_so() {
+        let world = World::new(WorldConfig::new(1));
+        world.add_file(PATH, FileModel { mem_align: 512, ..FileModel::regular(4 * CHUNK) });
+        let config = Config { arena_bytes: 1 << 20, ..Config::default() };
+        let ring = Ring::with_backend(world.backend(), &config).expect("a ring");
+        let r = ring.clone();
+        ring.block_on(async move {
+            let driver = open(&r, Path::new(PATH), &OpenOptions::default()).expect("a disk");
+            let options = PeerOptions { granularity: CHUNK, is_zero: false, may_unmap: true };
+            let peer = Peer::new(driver, 4 * CHUNK, Rc::new(()), options).expect("a peer");
+            let chunk = |n: u64| ByteRange::at_saturating(n * CHUNK, CHUNK);
+            let zero = async |n: u64| {
+                let (zeroed, result) = peer.make_zero(chunk(n), true).await;
+                result.expect("a zeroing");
+                zeroed
+            };
+            let hole = Zeroed { zeroed: 0, skipped: CHUNK };
+            assert_eq!(zero(0).await, hole);
+            world.fail_nth(OpKind::Write, PATH, 1, Errno::EIO);
+            let mut buf = r.alloc(512).await;
+            buf.fill_zero();
+            assert!(peer.write(CHUNK, buf.freeze()).await.is_err());
+            let made = Zeroed { zeroed: CHUNK, skipped: 0 };
+            assert_eq!(zero(1).await, made);
+            assert_eq!(zero(2).await, made);
+            // Known from before, and from now on.
+            assert_eq!(zero(0).await, hole);
+            assert_eq!(zero(2).await, hole);
+        });
+    }
+}
