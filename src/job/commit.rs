@@ -240,12 +240,7 @@ impl Direction for Down {
     }
 
     fn prepare(&self) -> IoFuture<'_, Result<(), BlockError>> {
-        self.ring.boxed(async move {
-            let (base, top) = (self.base.node().driver(), self.layers[0].driver());
-            // What lies below the base must not change while that shows what it hides.
-            let _alone = self.front.relinking().await;
-            if base.len() < top.len() { base.set_len(top.len()).await } else { Ok(()) }
-        })
+        self.ring.boxed(self.base.grow(&self.front, self.layers[0].driver().len()))
     }
 
     fn write(&self, offset: u64, buf: SharedBuf) -> IoFuture<'_, Result<(), BlockError>> {

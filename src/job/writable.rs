@@ -28,6 +28,14 @@ impl Writable {
         &self.node
     }
 
+    /// Grows it to `len` bytes, if it is shorter. It lies in the chain of `front`: what is below it must not change while
+    /// the new part shows what that hides.
+    pub(super) async fn grow(&self, front: &Rc<Node>, len: u64) -> Result<(), BlockError> {
+        let _alone = front.relinking().await;
+        let driver = self.node.driver();
+        if driver.len() < len { driver.set_len(len).await } else { Ok(()) }
+    }
+
     /// Gives everything back, once.
     pub(super) async fn release(&self) {
         let uses = self.uses.borrow_mut().take();

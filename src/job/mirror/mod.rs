@@ -216,13 +216,7 @@ pub(super) async fn start_commit(
     // Writing ends after the job's use of it.
     uses.push(base.attach(UseKind::Editor)?);
     let writable = Writable::hold(ring, base, uses).await?;
-    let grown = async {
-        // What lies below the base must not change while that grows.
-        let _alone = source.relinking().await;
-        let len = source.driver().len();
-        if base.driver().len() < len { base.driver().set_len(len).await } else { Ok(()) }
-    };
-    if let Err(error) = grown.await {
+    if let Err(error) = writable.grow(source, source.driver().len()).await {
         writable.release().await;
         return Err(error.into());
     }
