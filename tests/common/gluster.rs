@@ -7,6 +7,7 @@
 //!
 //! Needs root, `glusterd`, `gluster`, `mount.glusterfs`, `ip`, `nsenter`, `unshare`.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ pub const SOCKET: &str = "/tmp/glusterd.socket";
 pub const BRICKS: [&str; 3] = ["plain", "first", "second"];
 
 const ADDRESS: &str = "1:2:3:4:5:6:7:8";
+/// What a lab's namespace is called, before the id of its process.
+const NAMESPACE: &str = "bf-gluster-";
 
 /// See the head of this file.
 pub struct Lab {
@@ -39,7 +42,8 @@ pub struct Lab {
 impl Lab {
     /// Starts all of it.
     pub fn start() -> Lab {
-        let namespace = format!("bf-gluster-{}", std::process::id());
+        let namespace = format!("{NAMESPACE}{}", std::process::id());
+        clear_away_the_killed();
         // From here on whatever stands is taken down again when this goes.
         let mut lab = Lab { scratch: Scratch::new(), namespace, mounted: Vec::new() };
         lab.make_namespace();
@@ -127,10 +131,6 @@ impl Lab {
         // `ip netns exec` makes mounts of its own, too.
         tool("ip", &["netns", "exec", &self.namespace, "sh", "-c", &script]);
         self.until("the daemon answers", || self.try_gluster(&["volume", "list"]).code == Some(0));
-        // What an earlier run left when it was killed leads nowhere.
-        if std::fs::symlink_metadata(SOCKET).is_ok() && !Path::new(SOCKET).exists() {
-            std::fs::remove_file(SOCKET).expect("a link that leads nowhere");
-        }
         std::os::unix::fs::symlink(self.path("glusterd.socket"), SOCKET).expect("the socket of the example");
     }
 
@@ -243,6 +243,32 @@ impl Lab {
             }
         }
         files.iter().filter_map(|file| pid_in(file)).collect()
+    }
+}
+
+/// Takes down what labs of test programs that were killed have left: nobody is there who would.
+fn clear_away_the_killed() {
+    // A link to a daemon that answers is another lab's, which is in use.
+    let is_link = std::fs::symlink_metadata(SOCKET).is_ok_and(|found| found.is_symlink());
+    if is_link && UnixStream::connect(SOCKET).is_err() {
+        std::fs::remove_file(SOCKET).expect("a link to nobody");
+    }
+    // A client that has lost its process answers nothing but this.
+    for line in std::fs::read_to_string("/proc/self/mounts").expect("what is mounted").lines() {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let is_dead =
+            || std::fs::metadata(fields[1]).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
+        if fields[0].starts_with("1.2.3.4:/") && fields[2] == "fuse.glusterfs" && is_dead() {
+            tool("umount", &["-l", fields[1]]);
+        }
+    }
+    for entry in std::fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let of_process = name.strip_prefix(NAMESPACE).and_then(|number| number.parse::<i32>().ok());
+        if of_process.and_then(Pid::from_raw).is_some_and(|pid| !is_there(pid)) {
+            tool("ip", &["netns", "del", &name]);
+            let _ = std::fs::remove_dir_all(Path::new("/etc/netns").join(&name));
+        }
     }
 }
 
