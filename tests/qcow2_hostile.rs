@@ -187,19 +187,20 @@ fn features_that_are_unknown_or_unsupported() {
     patch(&path, 80, &[0x20]);
     with(&ring, &path, &options(false), async |_| ());
     assert_eq!(peek(&path, 80, 1), [0x20]);
-    let luks = scratch.path("luks");
-    let secret = ["--object", "secret,id=s,data=abc"];
-    let made = [
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
-    ];
-    tool("qemu-img", &[&made[..1], &secret[..], &made[1..], &[&luks, "1M"]].concat());
-    let why = refusal(&ring, &luks, options(true));
-    assert!(why.contains("encrypted (LUKS)"), "{why}");
+    for (format, shown) in [("luks", "encrypted (LUKS)"), ("aes", "encrypted (AES)")] {
+        let image = scratch.path(format);
+        let mut encrypt = format!("encrypt.format={format},encrypt.key-secret=s");
+        if format == "luks" {
+            encrypt += ",encrypt.iter-time=10";
+        }
+        let secret = ["--object", "secret,id=s,data=abc"];
+        tool(
+            "qemu-img",
+            &[&["create", "-q"], &secret[..], &["-f", "qcow2", "-o", &encrypt, &image, "1M"]].concat(),
+        );
+        let why = refusal(&ring, &image, options(true));
+        assert!(why.contains(shown), "{why}");
+    }
 }
 
 #[test]

@@ -1,8 +1,9 @@
-//! Writing another backing file into an image, so that a power cut leaves the old name or the new one.
+//! Writing a header of another length, such as one that names another backing file, so that a power cut leaves the
+//! old one or the new one.
 //!
-//! The fields that lead to the name share the first sector with the extensions that come first; a sector is
-//! written as a whole or not at all. Everything else that the new header needs goes first, to places that the
-//! old one does not use. Where the extensions would move, a filler extension leads past the old ones.
+//! The fixed fields share the first sector with the extensions that come first; a sector is written as a whole or
+//! not at all. Everything else that the new header needs goes first, to places that the old one does not use.
+//! Where the extensions would move, a filler extension leads past the old ones.
 
 use blockferry_ring::Errno;
 
@@ -78,26 +79,35 @@ impl Qcow2 {
     pub(super) async fn set_backing_name(&self, backing: Option<(&str, Option<&str>)>) -> Result<(), Fault> {
         self.check_writable()?;
         let refuse = |errno, why: &str| Err(Fault::Refused(errno, why.into()));
-        let old = self.header.borrow().clone();
-        if backing.is_some() && old.data_file_raw() {
+        if backing.is_some() && self.header.borrow().data_file_raw() {
             return refuse(Errno::EINVAL, "An image with a raw data file cannot have a backing file.");
         }
         if backing.is_some_and(|(name, _)| name.is_empty() || name.len() > BACKING_NAME_BYTES_MAX as usize) {
             return refuse(Errno::EINVAL, "The name of a backing file has 1 to 1023 bytes.");
         }
         self.write_back().await?;
-        let size = self.g.cluster_size();
-        let cluster = self.read_bytes(0, size).await?;
-        let mut new = old.clone();
-        new.backing_file = backing.map(|(name, _)| name.to_owned());
-        let format = backing.and_then(|(_, format)| format).map(|format| format.as_bytes().to_vec());
-        // It comes first, with the fields that change together with it.
-        new.set_extension(extension::BACKING_FORMAT, None);
-        new.set_extension(extension::BACKING_FORMAT, format);
-        let Some(bytes) = rearranged(&old, &mut new, &cluster) else {
-            return refuse(Errno::ENOSPC, "The header has no room for that name.");
-        };
+        let rearranged = self.rearrange_header(|new| {
+            new.backing_file = backing.map(|(name, _)| name.to_owned());
+            let format = backing.and_then(|(_, format)| format).map(|format| format.as_bytes().to_vec());
+            // It comes first, with the fields that change together with it.
+            new.set_extension(extension::BACKING_FORMAT, None);
+            new.set_extension(extension::BACKING_FORMAT, format);
+        });
+        if rearranged.await? {
+            return Ok(());
+        }
+        refuse(Errno::ENOSPC, "The header has no room for that name.")
+    }
+
+    /// Writes the header, durably, as it is after a change of its version, its features, its extensions or the name
+    /// of its backing file. False, and nothing has changed: it has no room for that.
+    pub(super) async fn rearrange_header(&self, change: impl FnOnce(&mut Header)) -> Result<bool, Fault> {
         let _turn = self.heading.take().await;
+        let cluster = self.read_bytes(0, self.g.cluster_size()).await?;
+        let old = self.header.borrow().clone();
+        let mut new = old.clone();
+        change(&mut new);
+        let Some(bytes) = rearranged(&old, &mut new, &cluster) else { return Ok(false) };
         if bytes.len() > SECTOR && bytes[SECTOR..] != cluster[SECTOR..] {
             self.write_bytes(SECTOR as u64, &bytes[SECTOR..]).await?;
         }
@@ -107,9 +117,17 @@ impl Qcow2 {
             let mut head = self.head.borrow_mut();
             let len = head.len();
             head.copy_from_slice(&bytes[..len]);
+            // Others may have changed the other fields meanwhile, and wait for their turn to write them.
+            let mut header = self.header.borrow_mut();
+            header.version = new.version;
+            header.header_length = new.header_length;
+            header.incompatible = new.incompatible;
+            header.extensions = new.extensions;
+            header.backing_file = new.backing_file;
+            header.backing_offset = new.backing_offset;
         }
-        *self.header.borrow_mut() = new;
-        self.flush_files().await
+        self.flush_files().await?;
+        Ok(true)
     }
 }
 

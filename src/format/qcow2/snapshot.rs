@@ -6,8 +6,8 @@
 //!
 //! Marks of sole references cannot change in the same instant as the refcounts that they tell of. So the image
 //! says durably that it is dirty before the first of them changes, and no longer does after the last: whoever
-//! opens it to write in between repairs it. Version 2 has no such mark; there a cut may leave marks that are
-//! missing, or that nobody but a check minds.
+//! opens it to write in between repairs it. Version 2 has no such mark: such an image is of version 3 meanwhile,
+//! and stays so after a cut.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +15,7 @@ use blockferry_ring::Errno;
 
 use super::count::Counts;
 use super::entry::{COPIED, Cluster, OFFSET_MASK, Raw, get_be64, set_be64};
-use super::header::{SNAPSHOTS_MAX, incompatible};
+use super::header::{SNAPSHOTS_MAX, V2_BYTES, V3_BYTES_MIN, incompatible};
 use super::image::{Fault, Qcow2};
 use super::info::SnapshotInfo;
 use super::meta::Freed;
@@ -172,6 +172,17 @@ struct Ahead {
 /// While references are dropped, requests that still look at something are waited for so long at a time.
 const WAIT_NANOS: u64 = 1_000_000;
 
+/// What the image was before it said that it is dirty.
+#[derive(Clone, Copy, Debug)]
+enum Unsettled {
+    /// It said so.
+    Already,
+    /// Of version 2, to which it goes back.
+    V2,
+    /// Of version 3.
+    V3,
+}
+
 impl Qcow2 {
     fn check_snapshots(&self) -> Result<(), Fault> {
         self.check_writable()?;
@@ -182,25 +193,50 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Says durably that refcounts and marks of sole references may be off. False: it said so already.
-    async fn unsettle(&self) -> Result<bool, Fault> {
-        {
-            let mut header = self.header.borrow_mut();
-            if header.version < 3 || header.incompatible & incompatible::DIRTY != 0 {
-                return Ok(false);
-            }
-            header.incompatible |= incompatible::DIRTY;
+    /// Says durably that refcounts and marks of sole references may be off.
+    async fn unsettle(&self) -> Result<Unsettled, Fault> {
+        let (version, features) = {
+            let header = self.header.borrow();
+            (header.version, header.incompatible)
+        };
+        if features & incompatible::DIRTY != 0 {
+            return Ok(Unsettled::Already);
         }
-        self.write_header().await?;
-        self.flush_files().await?;
-        Ok(true)
+        if version >= 3 {
+            self.header.borrow_mut().incompatible |= incompatible::DIRTY;
+            self.write_header().await?;
+            self.flush_files().await?;
+            return Ok(Unsettled::V3);
+        }
+        let marked = self.rearrange_header(|header| {
+            header.version = 3;
+            header.header_length = V3_BYTES_MIN as u32;
+            header.incompatible |= incompatible::DIRTY;
+        });
+        if marked.await? {
+            return Ok(Unsettled::V2);
+        }
+        let why = "The header has no room to say that snapshots are being changed. Convert the image to one of \
+                   version 3 (`blockferry convert -O qcow2`), or give its backing file a shorter name.";
+        Err(Fault::Refused(Errno::ENOSPC, why.into()))
     }
 
-    /// All of it is right again, and durable. `ours`: what [`Qcow2::unsettle`] gave.
-    async fn settle(&self, ours: bool) -> Result<(), Fault> {
+    /// All of it is right again, and durable.
+    async fn settle(&self, unsettled: Unsettled) -> Result<(), Fault> {
         self.flush_files().await?;
-        if !ours {
-            return Ok(());
+        match unsettled {
+            Unsettled::Already => return Ok(()),
+            Unsettled::V3 => {}
+            Unsettled::V2 => {
+                let back = self.rearrange_header(|header| {
+                    header.version = 2;
+                    header.header_length = V2_BYTES as u32;
+                    header.incompatible &= !incompatible::DIRTY;
+                });
+                if back.await? {
+                    return Ok(());
+                }
+            }
         }
         self.header.borrow_mut().incompatible &= !incompatible::DIRTY;
         self.write_header().await?;
@@ -393,7 +429,7 @@ impl Qcow2 {
         let mut l1 = self.meta.borrow().l1.entries.clone();
         let counts = self.references(&l1).await?;
         self.check_references(&counts).await?;
-        let ours = self.unsettle().await?;
+        let unsettled = self.unsettle().await?;
         self.add_references(&counts).await?;
         self.share_all().await?;
         // Refcounts before the marks, and both before anything refers to them once more.
@@ -430,14 +466,14 @@ impl Qcow2 {
                 let undo = async {
                     self.drop_references(&counts).await?;
                     self.repair_copied().await?;
-                    self.settle(ours).await
+                    self.settle(unsettled).await
                 };
                 let _ = undo.await;
             }
             return Err(fault);
         }
         self.write_back().await?;
-        self.settle(ours).await?;
+        self.settle(unsettled).await?;
         Ok(id.to_string())
     }
 
@@ -473,11 +509,11 @@ impl Qcow2 {
         let now = self.meta.borrow().l1.entries.clone();
         let old = self.references(&now).await?;
         self.check_references(&new).await?;
-        let ours = self.unsettle().await?;
+        let unsettled = self.unsettle().await?;
         self.add_references(&new).await?;
         if let Err(fault) = self.move_l1(l1, Some(size)).await {
             if self.sync.failed.get().is_none() && self.drop_references(&new).await.is_ok() {
-                let _ = self.settle(ours).await;
+                let _ = self.settle(unsettled).await;
             }
             return Err(fault);
         }
@@ -491,7 +527,7 @@ impl Qcow2 {
         self.packing.reset();
         self.drop_references(&old).await?;
         self.repair_copied().await?;
-        self.settle(ours).await
+        self.settle(unsettled).await
     }
 
     pub(super) async fn delete_snapshot(&self, name_or_id: &str) -> Result<(), Fault> {
@@ -504,10 +540,10 @@ impl Qcow2 {
         let mut counts = self.references(&l1).await?;
         let clusters = self.g.clusters(u64::from(snapshot.l1_size) * 8);
         let first = snapshot.l1_offset >> self.g.cluster_bits;
-        let ours = self.unsettle().await?;
+        let unsettled = self.unsettle().await?;
         if let Err(fault) = self.write_snapshots(&list, old_bytes).await {
             if self.sync.failed.get().is_none() {
-                let _ = self.settle(ours).await;
+                let _ = self.settle(unsettled).await;
             }
             return Err(fault);
         }
@@ -517,7 +553,7 @@ impl Qcow2 {
         self.drop_references(&counts).await?;
         self.repair_copied().await?;
         self.packing.reset();
-        self.settle(ours).await
+        self.settle(unsettled).await
     }
 }
 
