@@ -171,8 +171,11 @@ pub const MIRROR_OPERATIONS_MAX: usize = 256;
 pub const DEPTH_SMALL_BYTES: u64 = 2 * MIB;
 /// After so long, in nanoseconds, what one copy takes on a path without a queue is measured anew.
 pub const DEPTH_PROBE_NANOS: u64 = 10_000_000_000;
-/// Bytes of one copy of a mirror, unless its granularity is larger.
-pub const MIRROR_CHUNK_BYTES: u64 = 256 * 1024;
+/// Bytes of one copy of a mirror from and to what is near by, unless its granularity is larger: what stays in a
+/// processor's cache on its way.
+pub const COPY_BYTES: u64 = 256 * 1024;
+/// The same where a server is involved, which wakes up for each.
+pub const COPY_BYTES_REMOTE: u64 = MIB;
 /// A mirror's `buf-size` when none is given (as QEMU has it).
 pub const MIRROR_BUF_SIZE: u64 = 16 << 20;
 /// Memory that the command sets aside for a mirror's copies to or from a server, however large its `buf-size` is.

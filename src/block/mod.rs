@@ -50,6 +50,8 @@ pub struct Limits {
     pub cluster_size: Option<u32>,
     /// The largest single read or write.
     pub transfer_max: u32,
+    /// Bytes of a read or write that suit one who copies all of it.
+    pub transfer_best: u32,
 }
 
 impl Default for Limits {
@@ -61,6 +63,7 @@ impl Default for Limits {
             discard_align: 1,
             cluster_size: None,
             transfer_max: blockferry_ring::arena::BLOCK_MAX as u32,
+            transfer_best: crate::base::limits::COPY_BYTES as u32,
         }
     }
 }

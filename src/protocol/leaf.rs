@@ -223,8 +223,7 @@ impl Leaf {
             mem_align: self.info.mem_align.max(1),
             zero_align: block.max(self.info.offset_align).max(1),
             discard_align: block.max(self.info.offset_align).max(1),
-            cluster_size: None,
-            transfer_max: BLOCK_MAX as u32,
+            ..Limits::default()
         }
     }
 

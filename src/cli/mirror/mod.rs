@@ -59,13 +59,14 @@ fn is_far(settings: &Settings) -> bool {
 /// not take what is theirs.
 fn arena_bytes(settings: &Settings) -> usize {
     let granularity = settings.granularity.unwrap_or(0);
-    let chunk = limits::MIRROR_CHUNK_BYTES.max(granularity).min(BLOCK_MAX as u64) as usize;
+    let is_far = is_far(settings);
+    let chunk = if is_far { limits::COPY_BYTES_REMOTE } else { limits::COPY_BYTES };
+    let chunk = chunk.max(granularity).min(BLOCK_MAX as u64) as usize;
     let near = limits::MIRROR_OPERATIONS * chunk;
     let far = match settings.buf_size {
         0 => limits::MIRROR_BUF_SIZE,
         bytes => bytes.unsigned_abs().min(limits::MIRROR_MEMORY_BYTES_MAX),
     };
-    let is_far = is_far(settings);
     if settings.export.is_empty() && !settings.verify {
         return if is_far { near.max(far as usize) + (8 << 20) } else { near + (4 << 20) };
     }

@@ -30,6 +30,8 @@ pub struct ConductSettings {
     pub deadline_nanos: Option<Nanos>,
     /// Bytes that may be in flight.
     pub window_max: u64,
+    /// Bytes of one copy when nobody waits for it.
+    pub piece_max: u64,
 }
 
 /// See the module's documentation.
@@ -132,8 +134,8 @@ impl Conduct {
     /// Bytes of one copy.
     pub fn piece(&self) -> u64 {
         match self.source {
-            Some(_) => self.governor.piece(limits::MIRROR_CHUNK_BYTES),
-            None => limits::MIRROR_CHUNK_BYTES,
+            Some(_) => self.governor.piece(self.settings.piece_max),
+            None => self.settings.piece_max,
         }
     }
 

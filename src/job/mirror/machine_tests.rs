@@ -52,6 +52,7 @@ impl Bench {
             downtime_nanos_max: 0,
             deadline_nanos: None,
             window_max: settings.buf_size,
+            piece_max: limits::COPY_BYTES,
         };
         Bench {
             _ring: ring,

@@ -331,6 +331,7 @@ async fn begin(
         downtime_nanos_max: options.downtime_nanos_max,
         deadline_nanos: options.deadline_nanos,
         window_max: buf_size,
+        piece_max: from.limits().transfer_best.max(to.limits().transfer_best).into(),
     };
     let conduct = Conduct::new(conduct, Some(source.clone()), ring.now());
     job.start(Mirror::new(settings, tracker, conduct), Rc::new(hands));

@@ -40,7 +40,7 @@ use super::file::{FileFacts, OpenFile, unlink};
 use super::options::Logging;
 use super::uri::Image;
 use crate::base::limits::{
-    DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_OPEN_NS_MAX, GLUSTER_RANGE_BYTES_MAX,
+    COPY_BYTES_REMOTE, DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_OPEN_NS_MAX, GLUSTER_RANGE_BYTES_MAX,
     GLUSTER_STATUS_AGE_NS_MAX,
 };
 use crate::base::range::ByteRange;
@@ -623,7 +623,12 @@ impl Driver for GlusterNode {
     }
 
     fn limits(&self) -> Limits {
-        Limits { zero_align: BLOCK_BYTES, discard_align: BLOCK_BYTES, ..Limits::default() }
+        Limits {
+            zero_align: BLOCK_BYTES,
+            discard_align: BLOCK_BYTES,
+            transfer_best: COPY_BYTES_REMOTE as u32,
+            ..Limits::default()
+        }
     }
 
     fn capabilities(&self) -> Capabilities {

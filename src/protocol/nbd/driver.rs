@@ -11,6 +11,7 @@ use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
 use super::client_error::{NbdClientError, NotSentReason};
 use super::connection::Connection;
 use super::constants::{AllocationFlags, CommandFlags, TransmissionFlags};
+use crate::base::limits::COPY_BYTES_REMOTE;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
     WriteFlags, ZeroFlags,
@@ -112,6 +113,7 @@ impl Driver for NbdDriver {
             zero_align: sizes.minimum_bytes,
             discard_align: sizes.minimum_bytes,
             transfer_max,
+            transfer_best: transfer_max.min(COPY_BYTES_REMOTE as u32),
             ..Limits::default()
         }
     }

@@ -23,7 +23,7 @@ use super::connection::Connection;
 use super::constants::{AllocationFlags, Command, CommandFlags, TransmissionFlags};
 use super::known::Known;
 use super::remote::{Facts, Remote, RemoteOptions};
-use crate::base::limits::{DISK_LEN_MAX, NBD_STATUS_AHEAD_BYTES};
+use crate::base::limits::{COPY_BYTES_REMOTE, DISK_LEN_MAX, NBD_STATUS_AHEAD_BYTES};
 use crate::base::range::ByteRange;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
@@ -514,12 +514,13 @@ impl Driver for NbdNode {
     }
 
     fn limits(&self) -> Limits {
-        let block = self.facts.block_bytes;
+        let (block, payload_max) = (self.facts.block_bytes, self.payload_max() as u32);
         Limits {
             request_align: block,
             zero_align: block,
             discard_align: block,
-            transfer_max: self.payload_max() as u32,
+            transfer_max: payload_max,
+            transfer_best: payload_max.min(COPY_BYTES_REMOTE as u32),
             ..Limits::default()
         }
     }
