@@ -239,8 +239,8 @@ fn a_hung_server_keeps_no_conversion_and_no_server_of_ours() {
     let scratch = Scratch::new();
     let source = scratch.full("source", 4 * MIB);
     let hung = ["--filter=delay", "memory", "4M", "delay-write=3600", "delay-zero=3600"];
-    let (to, from) =
-        (Peer::nbdkit(&hung), Peer::nbdkit(&["--filter=delay", "pattern", "4M", "delay-read=3600"]));
+    let never_reads = || Peer::nbdkit(&["--filter=delay", "pattern", "4M", "delay-read=3600"]);
+    let (to, from) = (Peer::nbdkit(&hung), never_reads());
     let (notes, target) = (scratch.path("notes"), scratch.path("target"));
     let arguments: [&[&str]; 2] = [
         &["convert", "-n", "-f", "raw", "--state-dir", &notes, &source, &to.uri()],
@@ -256,7 +256,9 @@ fn a_hung_server_keeps_no_conversion_and_no_server_of_ours() {
         assert!(begin.elapsed() < BOUND, "{:?}", begin.elapsed());
         event(&ended.events(), "end");
     }
-    // A client waits for a read that never ends.
+    // A client waits for a read that never ends. The server is another one: nbdkit 1.32 sometimes fails an assertion of
+    // its own (`raw_send_socket`) when a client goes whose requests it has not answered.
+    let from = never_reads();
     let socket = scratch.dir().join("sock");
     let export = format!("nbd+unix:///disk?socket={}", socket.display());
     let mut server = Process::json(&["serve", "-r", "-f", "raw", "--export", &export, &from.uri()]);
