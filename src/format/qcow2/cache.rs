@@ -2,7 +2,9 @@
 //!
 //! A slice is what is read at once, a page what is written at once. Changed pages stay until they are
 //! written: [`TableCache::take_dirty`] gives copies of them, taken at one instant, and what is changed after
-//! that is for the next time. Slices with changes, or with a copy under way, are never dropped.
+//! that is for the next time. Slices with changes, or with a copy under way, are never dropped; of the others, one
+//! that was not used since a hand that goes round in the order of the file last came by (the clock algorithm): which
+//! one that is costs a few steps, however many there are.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +20,8 @@ pub(super) struct TableCache {
     slice_bytes: u64,
     page_bytes: u64,
     slices_max: usize,
-    tick: u64,
+    /// Slices before this one have been passed by in this round.
+    hand: u64,
     dirty: usize,
 }
 
@@ -29,7 +32,8 @@ struct Slice {
     dirty: u64,
     /// Copies are on their way to the file.
     writing: bool,
-    used: u64,
+    /// Since the hand came by.
+    used: bool,
 }
 
 /// Changed bytes: where in the file, and what.
@@ -44,7 +48,7 @@ impl TableCache {
             slice_bytes,
             page_bytes: slice_bytes.min(PAGE_BYTES_MAX),
             slices_max: (bytes_max / slice_bytes).max(4) as usize,
-            tick: 0,
+            hand: 0,
             dirty: 0,
         }
     }
@@ -61,9 +65,8 @@ impl TableCache {
 
     /// The slice at `at`, if it is here.
     pub(super) fn get(&mut self, at: u64) -> Option<&[u8]> {
-        self.tick += 1;
         let slice = self.slices.get_mut(&at)?;
-        slice.used = self.tick;
+        slice.used = true;
         Some(&slice.bytes)
     }
 
@@ -90,13 +93,25 @@ impl TableCache {
             return;
         }
         if self.slices.len() >= self.slices_max {
-            let clean = self.slices.iter().filter(|(_, s)| s.dirty == 0 && !s.writing);
-            if let Some(oldest) = clean.min_by_key(|(_, s)| s.used).map(|(at, _)| *at) {
-                self.slices.remove(&oldest);
+            self.drop_one();
+        }
+        self.slices.insert(at, Slice { bytes, dirty: 0, writing: false, used: true });
+    }
+
+    /// Drops a slice that has not been used lately, unless there is none that may be dropped.
+    fn drop_one(&mut self) {
+        // Once round takes the marks of use off, as far as need be: the second time finds one.
+        for from in [self.hand, 0, 0] {
+            let found = self.slices.range_mut(from..).find_map(|(at, slice)| {
+                let may_go = slice.dirty == 0 && !slice.writing;
+                (may_go && !std::mem::take(&mut slice.used)).then_some(*at)
+            });
+            if let Some(at) = found {
+                self.slices.remove(&at);
+                self.hand = at + 1;
+                return;
             }
         }
-        self.tick += 1;
-        self.slices.insert(at, Slice { bytes, dirty: 0, writing: false, used: self.tick });
     }
 
     #[cfg(test)]
@@ -200,12 +215,15 @@ mod tests {
         cache.change(0, 8, |b| b.fill(9));
         let _pages = cache.take_dirty();
         cache.change(1 << 14, 8, |b| b.fill(9));
-        cache.get(2 << 14);
+        // All have been used: the hand goes round once, and takes the first that may go.
         cache.insert(4 << 14, slice(4));
-        assert!(cache.has(0) && cache.has(1 << 14) && cache.has(2 << 14) && !cache.has(3 << 14));
-        cache.written();
+        assert!(cache.has(0) && cache.has(1 << 14) && !cache.has(2 << 14) && cache.has(3 << 14));
+        // The one that came since is passed by.
         cache.insert(5 << 14, slice(5));
-        assert!(!cache.has(0));
+        assert!(cache.has(0) && cache.has(1 << 14) && !cache.has(3 << 14) && cache.has(4 << 14));
+        cache.written();
+        (6..10).for_each(|i| cache.insert(i << 14, slice(i as u8)));
+        assert!(!cache.has(0) && cache.has(1 << 14), "one is written, one is changed");
         cache.forget(0, 1 << 20);
         assert_eq!((cache.dirty(), cache.has(1 << 14)), (0, false));
     }
