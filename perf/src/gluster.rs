@@ -190,10 +190,10 @@ pub fn run(cx: &mut Context, scenario: &str) -> Fallible<()> {
     Content::Random(1).fill(&gluster.path("mnt/disk.img"), bytes)?;
     for case in &CASES {
         let (folder, blockferry) = (cx.folder.clone(), cx.blockferry.clone());
-        let lines = contenders(case, secs, bytes, &gluster.text("mnt/disk.img"));
+        let lines = contenders(case, secs, bytes);
         let entries = lines.into_iter().map(|(name, role, command)| {
             let (gluster, folder, blockferry) = (&gluster, &folder, blockferry.clone());
-            let line = command.clone();
+            let line = command.replace("MNT", &gluster.text("mnt"));
             Contender {
                 name: name.to_owned(),
                 role,
@@ -209,7 +209,7 @@ pub fn run(cx: &mut Context, scenario: &str) -> Fallible<()> {
     Ok(())
 }
 
-fn contenders(case: &Case, secs: u32, bytes: u64, seen: &str) -> Vec<(&'static str, Role, String)> {
+fn contenders(case: &Case, secs: u32, bytes: u64) -> Vec<(&'static str, Role, String)> {
     let Case { write, random, kib, depth, .. } = *case;
     let (percent, pattern) = (if write { 0 } else { 100 }, if random { "random" } else { "sequential" });
     let rw = format!("{}{}", if random { "rand" } else { "" }, if write { "write" } else { "read" });
@@ -225,7 +225,7 @@ fn contenders(case: &Case, secs: u32, bytes: u64, seen: &str) -> Vec<(&'static s
     let mut all = vec![
         ("blockferry bench", Role::Ours, ours),
         ("fio, gfapi_async", Role::Peer, format!("{fio} --ioengine=gfapi_async {library}")),
-        ("fio, FUSE mount", Role::Peer, format!("{fio} --ioengine=io_uring --filename={seen}")),
+        ("fio, FUSE mount", Role::Peer, format!("{fio} --ioengine=io_uring --filename=MNT/disk.img")),
     ];
     if depth == 1 {
         // It does one thing at a time, whatever depth is said.
@@ -263,11 +263,11 @@ mod tests {
 
     #[test]
     fn every_contender_does_the_same_work() {
-        let lines = contenders(&CASES[5], 3, 1 << 20, "/mnt/disk.img");
+        let lines = contenders(&CASES[5], 3, 1 << 20);
         assert_eq!(lines.len(), 3);
         assert!(lines[0].2.contains("-d 16 -b 4KiB -p 100 --pattern random gluster://1.2.3.4/perf/disk.img"));
         assert!(lines.iter().skip(1).all(|line| line.2.contains("--rw=randread --bs=4k --iodepth=16")));
-        let lines = contenders(&CASES[2], 3, 1 << 20, "/mnt/disk.img");
+        let lines = contenders(&CASES[2], 3, 1 << 20);
         assert!(lines[0].2.contains("-p 0 --pattern sequential"));
         assert!(lines.len() == 4 && lines[3].2.contains("--rw=write --bs=1024k --iodepth=1 "));
     }
