@@ -9,11 +9,13 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use common::gluster::{BRICKS, Lab, PLAIN, SOCKET, TWICE};
 use common::image::{MIB, Scratch, assert_equal, content};
 use common::writer::{Plan, Writer};
 use common::{Process, event, run, tool};
+use rustix::process::Signal;
 use serde_json::Value;
 
 const DISK_BYTES: u64 = 32 * MIB;
@@ -21,7 +23,7 @@ const DISK_BYTES: u64 = 32 * MIB;
 #[test]
 fn images_on_a_real_glusterfs() {
     type Part = (&'static str, fn(&Lab));
-    const PARTS: [Part; 10] = [
+    const PARTS: [Part; 11] = [
         ("every example opens", every_example_opens),
         ("what is wrong is said", what_is_wrong_is_said),
         ("images are made and measured", images_are_made_and_measured),
@@ -32,6 +34,7 @@ fn images_on_a_real_glusterfs() {
         ("mirrors under a writing client", mirrors_under_a_writing_client),
         ("one of two bricks dies", one_of_two_bricks_dies),
         ("the only brick dies", the_only_brick_dies),
+        ("a hung brick does not keep the user", a_hung_brick_does_not_keep_the_user),
     ];
     let lab = Lab::start();
     let mut failed = Vec::new();
@@ -405,4 +408,29 @@ fn a_machine_without_the_library_says_what_to_install() {
     assert!(!linked.contains("gfapi"), "{linked}");
     let refused = run(&["info", "gluster+vsock://h/v/a"]);
     assert!(refused.code == Some(1) && refused.err.contains("Invalid URI"), "{refused}");
+}
+
+/// A brick that answers nothing any more keeps requests for the volume's ping-timeout, but not who gives up.
+fn a_hung_brick_does_not_keep_the_user(lab: &Lab) {
+    let scratch = Scratch::new();
+    let base = scratch.full("base.img", DISK_BYTES);
+    let state = lab.path("state");
+    let target = uri(PLAIN, "hung.img");
+    let arguments = ["mirror", "-f", "raw", "--speed", "8MiB", "--state-dir", &state, &base, &target];
+    let mut process = lab.json(&arguments);
+    process.wait_for(|event| is_status(event, "running"));
+    let on_brick = lab.path(&format!("{}/hung.img", BRICKS[0]));
+    lab.until("some of it is there", || {
+        Path::new(&on_brick).exists() && common::image::allocated(&on_brick) > MIB
+    });
+    lab.signal_brick(BRICKS[0], Signal::STOP);
+    std::thread::sleep(Duration::from_millis(500));
+    let begin = Instant::now();
+    process.interrupt();
+    let ended = process.end();
+    let took = begin.elapsed();
+    lab.signal_brick(BRICKS[0], Signal::CONT);
+    assert_eq!(ended.code, Some(3), "{ended}");
+    // It waits 10 seconds for what is under way; the ping-timeout is 42.
+    assert!(took < Duration::from_secs(30), "{took:?}: {ended}");
 }

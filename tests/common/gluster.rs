@@ -213,8 +213,13 @@ impl Lab {
 
     /// Ends a brick's process as a power cut does.
     pub fn kill_brick(&self, name: &str) {
+        self.signal_brick(name, Signal::KILL);
+    }
+
+    /// Sends a signal to a brick's process.
+    pub fn signal_brick(&self, name: &str, signal: Signal) {
         let pid = self.brick(name).expect("the id of a brick's process");
-        rustix::process::kill_process(pid, Signal::KILL).expect("a signal to a brick");
+        rustix::process::kill_process(pid, signal).expect("a signal to a brick");
     }
 
     /// Starts the bricks of a volume that do not run, and waits until they take clients.
