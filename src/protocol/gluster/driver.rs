@@ -81,10 +81,14 @@ struct Opened {
 pub struct GlusterNode {
     ring: Ring,
     name: Rc<str>,
-    file: Option<Arc<OpenFile>>,
+    /// How it was opened; nothing is made when it is opened otherwise.
+    how: OpenHow,
+    api: Option<&'static Api>,
+    /// Another one takes its place when the access changes.
+    file: RefCell<Option<Arc<OpenFile>>>,
     identity: (u64, u64),
     allocated: u64,
-    read_only: bool,
+    read_only: Cell<bool>,
     len: Cell<u64>,
     capabilities: Cell<Capabilities>,
     in_flight: Cell<usize>,
@@ -198,6 +202,38 @@ fn look(file: OpenFile) -> Result<Opened, Errno> {
     Ok(Opened { file, facts, len, can_tell })
 }
 
+/// Opens, for so long as anybody would wait.
+async fn open_in_time(
+    ring: &Ring,
+    name: &Rc<str>,
+    how: &OpenHow,
+    api: Option<&'static Api>,
+) -> Result<Opened, BlockError> {
+    let operation = if how.create { Operation::Create } else { Operation::Open };
+    let fail = |errno, hint: String| BlockError::new(operation, name.clone(), errno).hint(hint);
+    let there = how.clone();
+    let mut opening = std::pin::pin!(ring.offload(move || open_blocking(&there, api)));
+    let opened = match either(opening.as_mut(), ring.sleep(GLUSTER_OPEN_NS_MAX)).await {
+        Either::First(Ok(opened)) => opened,
+        Either::First(Err(errno)) => return Err(fail(errno, "The offload pool failed".into())),
+        // The call itself goes on; what it opens is closed again when its result is dropped.
+        Either::Second(()) => {
+            return Err(fail(Errno::ETIMEDOUT, open_hint(&how.image, Errno::ETIMEDOUT, true)));
+        }
+    };
+    opened.map_err(|failed| fail(failed.errno, format!("{}.", failed.hint)))
+}
+
+fn capabilities(read_only: bool, can_tell: bool) -> Capabilities {
+    Capabilities {
+        fua: false,
+        discard: !read_only,
+        zero_fast: !read_only,
+        zero_unmap: !read_only,
+        status: can_tell,
+    }
+}
+
 impl GlusterNode {
     /// Opens an image, or makes one ([`OpenHow::create`]: an empty file).
     pub async fn open(ring: &Ring, how: OpenHow) -> Result<Rc<GlusterNode>, BlockError> {
@@ -210,35 +246,18 @@ impl GlusterNode {
         api: Option<&'static Api>,
     ) -> Result<Rc<GlusterNode>, BlockError> {
         let name: Rc<str> = how.image.to_string().into();
-        let operation = if how.create { Operation::Create } else { Operation::Open };
-        let fail = |errno, hint: String| BlockError::new(operation, name.clone(), errno).hint(hint);
-        let there = how.clone();
-        let mut opening = std::pin::pin!(ring.offload(move || open_blocking(&there, api)));
-        let opened = match either(opening.as_mut(), ring.sleep(GLUSTER_OPEN_NS_MAX)).await {
-            Either::First(Ok(opened)) => opened,
-            Either::First(Err(errno)) => return Err(fail(errno, "The offload pool failed".into())),
-            // The call itself goes on; what it opens is closed again when its result is dropped.
-            Either::Second(()) => {
-                return Err(fail(Errno::ETIMEDOUT, open_hint(&how.image, Errno::ETIMEDOUT, true)));
-            }
-        };
-        let opened = opened.map_err(|failed| fail(failed.errno, format!("{}.", failed.hint)))?;
-        let may_write = !how.read_only;
+        let opened = open_in_time(ring, &name, &how, api).await?;
         Ok(Rc::new(GlusterNode {
             ring: ring.clone(),
             name,
-            file: Some(Arc::new(opened.file)),
+            api,
             identity: opened.facts.identity,
             allocated: opened.facts.allocated,
-            read_only: how.read_only,
+            read_only: Cell::new(how.read_only),
             len: Cell::new(opened.len),
-            capabilities: Cell::new(Capabilities {
-                fua: false,
-                discard: may_write,
-                zero_fast: may_write,
-                zero_unmap: may_write,
-                status: opened.can_tell,
-            }),
+            capabilities: Cell::new(capabilities(how.read_only, opened.can_tell)),
+            file: RefCell::new(Some(Arc::new(opened.file))),
+            how: OpenHow { create: false, ..how },
             in_flight: Cell::new(0),
             changed: ring.notify(),
             flushes: Cell::default(),
@@ -313,16 +332,16 @@ impl GlusterNode {
         Ok(Room(self))
     }
 
-    fn file(&self) -> &Arc<OpenFile> {
+    fn file(&self) -> Arc<OpenFile> {
         // It is taken only by `drop`.
-        match &self.file {
-            Some(file) => file,
+        match &*self.file.borrow() {
+            Some(file) => file.clone(),
             None => unreachable!("the file is there until the image is dropped"),
         }
     }
 
     fn keep(&self) -> (Arc<OpenFile>, Keep) {
-        (self.file().clone(), self.file().clone())
+        (self.file(), self.file())
     }
 
     fn call(&self, start: impl FnOnce(&OpenFile, Completer)) -> RingOperation<PlainKind> {
@@ -548,7 +567,7 @@ impl GlusterNode {
         if let Some(known) = self.known_at(offset) {
             return Ok(known);
         }
-        let (changes, end, file) = (self.changes.get(), self.len.get(), self.file().clone());
+        let (changes, end, file) = (self.changes.get(), self.len.get(), self.file());
         let found = self
             .ring
             .offload(move || {
@@ -565,7 +584,7 @@ impl GlusterNode {
     }
 
     fn check_writable(&self, operation: Operation, range: ByteRange) -> IoResult {
-        match self.read_only {
+        match self.read_only.get() {
             true => Err(self.error(operation, Some(range), Errno::EROFS)),
             false => Ok(()),
         }
@@ -576,7 +595,7 @@ impl GlusterNode {
         if len > DISK_LEN_MAX {
             return Err(Errno::EFBIG);
         }
-        let file = self.file().clone();
+        let file = self.file();
         self.ring.offload(move || file.set_len(len)).await??;
         self.len.set(len);
         self.known.set(None);
@@ -585,23 +604,55 @@ impl GlusterNode {
     }
 }
 
-impl Drop for GlusterNode {
+impl GlusterNode {
+    /// Goes over to reading only, or to writing too, by another handle of the same file.
+    async fn reopen_as(&self, read_only: bool) -> IoResult {
+        if read_only == self.read_only.get() {
+            return Ok(());
+        }
+        if read_only {
+            self.flush_all().await.map_err(|errno| self.error(Operation::Flush, None, errno))?;
+        }
+        let how = OpenHow { read_only, ..self.how.clone() };
+        let opened = open_in_time(&self.ring, &self.name, &how, self.api).await?;
+        if opened.facts.identity != self.identity {
+            return Err(BlockError::new(Operation::Open, self.name.clone(), Errno::ESTALE).hint(
+                "Another file has taken the place of the one that is open. Move it back, or open the image anew.",
+            ));
+        }
+        let old = self.file.replace(Some(Arc::new(opened.file)));
+        self.close(old, false);
+        self.read_only.set(read_only);
+        self.capabilities.set(capabilities(read_only, opened.can_tell));
+        self.known.set(None);
+        Ok(())
+    }
+
     /// Closing blocks: the pool does it, or, when the ring ends with this image, whoever drops the task.
-    fn drop(&mut self) {
-        let Some(file) = self.file.take() else { return };
-        let is_dirty = [&self.unsynced, &self.flushing].iter().any(|set| !set.borrow().is_empty());
-        let must_sync = is_dirty && !self.read_only && self.broken.get().is_none();
+    fn close(&self, file: Option<Arc<OpenFile>>, must_sync: bool) {
         let (ring, name) = (self.ring.clone(), self.name.to_string());
         self.ring.spawn(async move {
             let close = move || {
                 // Nobody asked for it, but the library drops what it has not sent when the program ends.
-                if let Err(errno) = if must_sync { file.sync() } else { Ok(()) } {
+                if must_sync
+                    && let Some(file) = &file
+                    && let Err(errno) = file.sync()
+                {
                     tracing::error!(image = %name, %errno, "what was written since the latest flush may be lost");
                 }
                 drop(file);
             };
             let _ = ring.offload(close).await;
         });
+    }
+}
+
+impl Drop for GlusterNode {
+    fn drop(&mut self) {
+        let is_dirty = [&self.unsynced, &self.flushing].iter().any(|set| !set.borrow().is_empty());
+        let must_sync = is_dirty && !self.read_only.get() && self.broken.get().is_none();
+        let file = self.file.take();
+        self.close(file, must_sync);
     }
 }
 
@@ -619,7 +670,7 @@ impl Driver for GlusterNode {
     }
 
     fn is_read_only(&self) -> bool {
-        self.read_only
+        self.read_only.get()
     }
 
     fn limits(&self) -> Limits {
@@ -657,7 +708,7 @@ impl Driver for GlusterNode {
 
     fn flush(&self) -> IoFuture<'_, IoResult> {
         self.ring.boxed(async move {
-            if self.read_only {
+            if self.read_only.get() {
                 return Ok(());
             }
             self.flush_all().await.map_err(|errno| self.error(Operation::Flush, None, errno))
@@ -693,9 +744,13 @@ impl Driver for GlusterNode {
         })
     }
 
+    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
+        Some(self.ring.boxed(self.reopen_as(read_only)))
+    }
+
     fn set_permissions(&self, permissions: Permissions) -> IoResult {
         // Nobody else looks for locks on GlusterFS; all there is to say is whether writing makes sense at all.
-        if permissions.uses(Permission::Write) && self.read_only {
+        if permissions.uses(Permission::Write) && self.read_only.get() {
             return Err(BlockError::new(Operation::Lock, self.name.clone(), Errno::EROFS));
         }
         Ok(())
@@ -709,7 +764,7 @@ impl Driver for GlusterNode {
 
     fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {
         self.ring.boxed(async move {
-            if self.read_only {
+            if self.read_only.get() {
                 return Err(self.error(Operation::Resize, None, Errno::EROFS));
             }
             self.resize(len).await.map_err(|errno| self.error(Operation::Resize, None, errno))
@@ -719,7 +774,7 @@ impl Driver for GlusterNode {
     fn allocate(&self, offset: u64, len: u64) -> Option<IoFuture<'_, IoResult>> {
         let range = ByteRange::at_saturating(offset, len);
         Some(self.ring.boxed(async move {
-            let file = self.file().clone();
+            let file = self.file();
             let result =
                 self.ring.offload(move || file.allocate(offset, len)).await.and_then(|result| result);
             result.map_err(|errno| self.error(Operation::Resize, Some(range), errno))

@@ -5,7 +5,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::api::{Api, Attributes, Callback, Fd, Fs};
 
@@ -17,6 +17,9 @@ pub(super) static MADE: AtomicU32 = AtomicU32::new(0);
 
 struct File {
     name: String,
+    may_write: bool,
+    /// The first, the second...
+    number: u64,
     bytes: Mutex<Vec<u8>>,
     syncs: AtomicU32,
 }
@@ -98,10 +101,17 @@ unsafe extern "C" fn fini(_: *mut Fs) -> c_int {
     0
 }
 
-unsafe extern "C" fn open(_: *mut Fs, path: *const c_char, _: c_int) -> *mut Fd {
+unsafe extern "C" fn open(_: *mut Fs, path: *const c_char, flags: c_int) -> *mut Fd {
+    static OPENED: AtomicU64 = AtomicU64::new(0);
     // SAFETY: the caller's C string.
     let name = unsafe { CStr::from_ptr(path) }.to_string_lossy().into_owned();
-    let file = File { name, bytes: Mutex::new(vec![0xaa; LEN]), syncs: AtomicU32::new(0) };
+    let file = File {
+        name,
+        may_write: flags & libc::O_RDWR != 0,
+        number: OPENED.fetch_add(1, Ordering::SeqCst),
+        bytes: Mutex::new(vec![0xaa; LEN]),
+        syncs: AtomicU32::new(0),
+    };
     Box::into_raw(Box::new(file)).cast()
 }
 
@@ -118,9 +128,11 @@ unsafe extern "C" fn close(_: *mut Fd) -> c_int {
     0
 }
 
-unsafe extern "C" fn fstat(_: *mut Fd, stat: *mut libc::stat) -> c_int {
-    // SAFETY: the caller has room for the answer.
+unsafe extern "C" fn fstat(fd: *mut Fd, stat: *mut libc::stat) -> c_int {
+    // SAFETY: the caller's file, and room for the answer.
     unsafe {
+        let file = file(fd);
+        (*stat).st_ino = if file.is("replaced") { file.number } else { 1 };
         (*stat).st_mode = libc::S_IFREG | 0o600;
         (*stat).st_size = LEN as i64;
     }
@@ -201,6 +213,9 @@ unsafe extern "C" fn pwrite_async(
     // SAFETY: the caller's memory is `count` bytes.
     let from = unsafe { std::slice::from_raw_parts(buf.cast::<u8>(), count as usize) }.to_vec();
     end(fd, callback, data, move || {
+        if !file.may_write {
+            return fail(libc::EBADF);
+        }
         let n = match file.name.as_str() {
             "short-write" => from.len() / 2,
             "empty-write" => 0,

@@ -108,6 +108,39 @@ fn after_a_flush_that_failed_nothing_goes_on() {
 }
 
 #[test]
+fn who_reads_goes_over_to_writing_and_back() {
+    on_a_ring(|ring| async move {
+        let open = async |path| {
+            let how = OpenHow { read_only: true, ..how("v", path, &["h"]) };
+            GlusterNode::open_with(&ring, how, Some(&FAKE)).await.expect("an image")
+        };
+        let write = async |node: &Rc<GlusterNode>| {
+            let result = node.write(0, filled(&ring, 4096, 7).await, WriteFlags::default()).await;
+            result.map_err(|error| error.errno)
+        };
+        let node = open("good").await;
+        assert_eq!((node.is_read_only(), write(&node).await), (true, Err(Errno::EROFS)));
+        node.reopen(false).expect("it can").await.unwrap();
+        assert!(!node.is_read_only() && node.capabilities().discard);
+        write(&node).await.unwrap();
+        assert_eq!(read(&ring, &node, 0, 4096).await.unwrap(), [7; 4096]);
+        node.reopen(true).expect("it can").await.unwrap();
+        assert_eq!((node.is_read_only(), write(&node).await), (true, Err(Errno::EROFS)));
+        // What was written is flushed first; without that nothing changes.
+        let node = open("flush-fails").await;
+        node.reopen(false).expect("it can").await.unwrap();
+        write(&node).await.unwrap();
+        assert_eq!(node.reopen(true).expect("it can").await.unwrap_err().errno, Errno::EIO);
+        assert!(!node.is_read_only());
+        // Under the name is another file by now.
+        let node = open("replaced").await;
+        let error = node.reopen(false).expect("it can").await.unwrap_err();
+        assert_eq!(error.errno, Errno::ESTALE);
+        assert!(node.is_read_only() && read(&ring, &node, 0, 512).await.is_ok());
+    });
+}
+
+#[test]
 fn nonsense_about_holes_is_data() {
     on_a_ring(|ring| async move {
         for path in ["seek-unknown", "seek-backwards", "seek-nowhere"] {
