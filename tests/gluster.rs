@@ -23,11 +23,12 @@ const DISK_BYTES: u64 = 32 * MIB;
 #[test]
 fn images_on_a_real_glusterfs() {
     type Part = (&'static str, fn(&Lab));
-    const PARTS: [Part; 11] = [
+    const PARTS: [Part; 12] = [
         ("every example opens", every_example_opens),
         ("what is wrong is said", what_is_wrong_is_said),
         ("images are made and measured", images_are_made_and_measured),
         ("qcow2 works on top", qcow2_works_on_top),
+        ("layers are merged into a volume", layers_are_merged_into_a_volume),
         ("the load generator finds nothing", the_load_generator_finds_nothing),
         ("holes stay holes", holes_stay_holes),
         ("a served image holds what was acknowledged", a_served_image_holds_what_was_acknowledged),
@@ -195,6 +196,33 @@ fn qcow2_works_on_top(lab: &Lab) {
     let other = scratch.full("other.img", 4 * MIB);
     lab.run_json(&["convert", "-f", "raw", "-O", "qcow2", "--force", &other, &name]);
     tool("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", &other, &seen]);
+}
+
+/// A base that was opened to be read is opened to be written while layers over it are merged into it.
+fn layers_are_merged_into_a_volume(lab: &Lab) {
+    let scratch = Scratch::new();
+    let base = scratch.full("base.img", DISK_BYTES);
+    put(lab, PLAIN, "base.img", &base);
+    // An overlay that changes some of it, and an empty one above.
+    let changed = scratch.holey("changed.img", DISK_BYTES, &[]);
+    let (mid, top) = (scratch.path("mid.qcow2"), scratch.path("top.qcow2"));
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &mid, &DISK_BYTES.to_string()]);
+    let below = uri(PLAIN, "base.img");
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 1M 3M", "-c", "write -P 9 20M 64k", &mid]);
+    tool("qemu-img", &["rebase", "-u", "-f", "qcow2", "-b", &below, "-F", "raw", &mid]);
+    tool("qemu-img", &["create", "-q", "-u", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", &top, "32M"]);
+    let mut wanted = content(&base);
+    wanted[MIB as usize..4 * MIB as usize].fill(7);
+    wanted[20 * MIB as usize..][..64 << 10].fill(9);
+    std::fs::write(&changed, &wanted).expect("what is wanted");
+    let same = lab.run(&["compare", "-F", "raw", "--allow-servers", &top, &changed]);
+    assert_eq!(same.code, Some(0), "{same}");
+    lab.run_json(&["commit", "--allow-servers", "--top", &mid, &top]);
+    assert_equal(&changed, &lab.seen(PLAIN, "base.img"));
+    let info = lab.run_json(&["info", "--allow-servers", &top]).pop().expect("information");
+    assert_eq!(info["backing-filename"].as_str(), Some(below.as_str()), "{info:#}");
+    let same = lab.run(&["compare", "-F", "raw", "--allow-servers", &top, &changed]);
+    assert_eq!(same.code, Some(0), "{same}");
 }
 
 fn the_load_generator_finds_nothing(lab: &Lab) {

@@ -122,6 +122,46 @@ fn a_qcow2_image_lies_on_a_server() {
 }
 
 #[test]
+fn an_image_names_a_disk_on_a_server_if_the_user_allows_it() {
+    let scratch = Scratch::new();
+    let base = scratch.holey("base", 8 * MIB, &pieces(20, 300 * KIB, 100 * KIB));
+    let (before, after) = (scratch.path("before"), scratch.path("after"));
+    let mut wanted = content(&base);
+    std::fs::write(&before, &wanted).unwrap();
+    wanted[MIB as usize..2 * MIB as usize].fill(7);
+    std::fs::write(&after, &wanted).unwrap();
+    let peer = Peer::qemu_nbd(base.as_ref(), &["--cache=writeback"]);
+    let uri = peer.uri();
+    let (top, ours) = (scratch.path("top"), scratch.path("ours"));
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &uri, "-F", "raw", &top]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 1M 1M", &top]);
+    // What a user names needs no permission.
+    run_json(&["create", "-f", "qcow2", "-b", &uri, "-F", "raw", &ours]);
+    for image in [&top, &ours] {
+        let refused = run(&["map", image]);
+        assert!(refused.code == Some(1) && refused.err.contains("--allow-servers"), "{refused}");
+    }
+    let same = |image: &str, content: &str| {
+        let ended = run(&["compare", "--allow-servers", "-F", "raw", image, content]);
+        assert_eq!(ended.code, Some(0), "{ended}");
+        tool("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", image, content]);
+    };
+    same(&top, &after);
+    same(&ours, &before);
+    let socket = uri.split_once("socket=").expect("a Unix socket").1;
+    let server = format!(r#"{{"driver":"nbd","server":{{"type":"unix","path":"{socket}"}}}}"#);
+    let name = format!(r#"json:{{"driver":"raw","file":{server}}}"#);
+    tool("qemu-img", &["rebase", "-u", "-f", "qcow2", "-b", &name, "-F", "raw", &ours]);
+    same(&ours, &before);
+    let chain = run_json(&["info", "--backing-chain", "--allow-servers", &top]);
+    assert!(format!("{chain:?}").contains(&uri), "{chain:?}");
+    // Down to the server.
+    run_json(&["commit", "--allow-servers", &top]);
+    drop(peer);
+    assert_equal(&base, &after);
+}
+
+#[test]
 fn a_far_server_has_more_requests_under_way() {
     let scratch = Scratch::new();
     let notes = scratch.path("notes");

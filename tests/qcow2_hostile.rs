@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use blockferry::block::{Driver, WriteFlags};
 use blockferry::engine::ImageOptions;
 use blockferry::engine::open::open_qcow2;
-use blockferry::format::qcow2::{CheckReport, CreateOptions, Gate, Repair};
+use blockferry::format::qcow2::{CheckReport, CreateOptions, Reach, Repair};
 use common::image::{Dice, Scratch};
 use common::qcow2::{
     assert_bytes, check_by_qemu, content, content_by_qemu, create, options, ring, storm, with,
@@ -414,7 +414,8 @@ fn names_in_images_are_not_followed_just_like_that() {
         create(&ring, &path, &over);
         let why = refusal(&ring, &path, options(true));
         assert!(why.contains("not in its own directory"), "{why}");
-        let more = ImageOptions { gate: Gate::Directories(vec![scratch.dir().into()]), ..options(true) };
+        let more =
+            ImageOptions { gate: Reach::Directories(vec![scratch.dir().into()]).into(), ..options(true) };
         assert_eq!(refusal(&ring, &path, more), "", "{name}");
     }
     // A raw disk that looks like an image stays raw, or is not opened.

@@ -6,7 +6,7 @@ use super::exit::Failure;
 use crate::base::limits;
 use crate::engine::remote::ServerOptions;
 use crate::engine::{Format, ImageOptions};
-use crate::format::qcow2::Gate;
+use crate::format::qcow2::{Gate, Reach};
 use crate::protocol::mark::default_state_dir;
 use crate::protocol::open::Cache;
 
@@ -91,6 +91,9 @@ pub struct GateArgs {
     /// Let images name any file of this machine: for images that you trust
     #[arg(long)]
     pub allow_any_file: bool,
+    /// Let images name disks on servers (nbd://..., gluster://...) as backing files: for images that you trust
+    #[arg(long)]
+    pub allow_servers: bool,
     /// Guess the format of backing files that the image does not tell: never where a guest wrote a raw one
     #[arg(long)]
     pub probe_backing: bool,
@@ -99,11 +102,12 @@ pub struct GateArgs {
 impl GateArgs {
     /// What they mean.
     pub fn gate(&self) -> Gate {
-        match (self.allow_any_file, self.allow_dir.is_empty()) {
-            (true, _) => Gate::Anything,
-            (false, true) => Gate::OwnDirectory,
-            (false, false) => Gate::Directories(self.allow_dir.clone()),
-        }
+        let files = match (self.allow_any_file, self.allow_dir.is_empty()) {
+            (true, _) => Reach::Anything,
+            (false, true) => Reach::OwnDirectory,
+            (false, false) => Reach::Directories(self.allow_dir.clone()),
+        };
+        Gate { files, servers: self.allow_servers }
     }
 }
 

@@ -16,9 +16,10 @@ use super::{Global, config, snapshot, stats};
 use crate::base::limits::{BACKING_CHAIN_MAX, SECTOR_BYTES};
 use crate::block::Driver;
 use crate::engine::qcow2::{format, qcow2, recorded_format};
+use crate::engine::remote::names_server;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::Info;
-use crate::format::qcow2::gate::{resolve, understand};
+use crate::format::qcow2::gate::{judge_server, resolve, understand};
 use crate::protocol::mark::{MarkInfo, TargetMark};
 
 /// Tell what an image is, and whether a copy to it was left incomplete
@@ -109,6 +110,12 @@ async fn look(engine: &Engine, args: &InfoArgs) -> Result<Vec<Layer>, Failure> {
         let above = driver.name().to_owned();
         layers.push(Layer { name, driver, info, mark });
         let Some((backing, recorded)) = below else { return Ok(layers) };
+        if names_server(&backing) {
+            judge_server(&gate, &backing).map_err(|error| Failure::text(error.to_string()))?;
+            options.format = recorded_format(recorded.as_deref(), &backing)?;
+            name = backing;
+            continue;
+        }
         let reference =
             resolve(&gate, Path::new(&above), &backing).map_err(|error| Failure::text(error.to_string()))?;
         name = reference.path.display().to_string();

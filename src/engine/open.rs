@@ -24,7 +24,7 @@ use crate::protocol::mem::MemDriver;
 use crate::protocol::null::NullDriver;
 use crate::protocol::open::{Cache, OpenOptions};
 
-use super::remote::{ServerOptions, is_remote};
+use super::remote::{ServerOptions, is_remote, names_server};
 use crate::format::probe::{FormatError, HEAD_BYTES, choose_format};
 
 pub use crate::format::probe::Format;
@@ -225,17 +225,6 @@ impl Files {
 
     async fn open_named(&self, wanted: Wanted<'_>) -> Result<Rc<dyn Driver>, BlockError> {
         let refuse = |why: String| BlockError::new(Operation::Open, wanted.image, Errno::EPERM).hint(why);
-        let Some(image) = local_path(wanted.image) else {
-            return Err(refuse(format!(
-                "The image names the file '{}', and is no file itself.",
-                wanted.name
-            )));
-        };
-        let reference = gate::resolve(&self.options.gate, &image, wanted.name)
-            .map_err(|error| refuse(error.to_string()))?;
-        if self.above.len() > BACKING_CHAIN_MAX {
-            return Err(refuse(format!("There are more than {BACKING_CHAIN_MAX} backing files.")));
-        }
         let options = ImageOptions {
             format: None,
             read_only: wanted.read_only,
@@ -244,24 +233,39 @@ impl Files {
             for_check: false,
             ..self.options.clone()
         };
-        let child = open_path(&self.ring, &reference.path, &options)?;
-        let path = reference.path.display();
+        let (child, shown, named_format) = if wanted.role == Role::Backing && names_server(wanted.name) {
+            gate::judge_server(&options.gate, wanted.name).map_err(|error| refuse(error.to_string()))?;
+            self.check_length(&wanted)?;
+            let (child, format) = super::remote::open(&self.ring, wanted.name, &options).await?;
+            (child, wanted.name.to_owned(), format.map(|format| format.to_string()))
+        } else {
+            let Some(image) = local_path(wanted.image) else {
+                return Err(refuse(format!(
+                    "The image names the file '{}', and is no file itself.",
+                    wanted.name
+                )));
+            };
+            let reference = gate::resolve(&options.gate, &image, wanted.name)
+                .map_err(|error| refuse(error.to_string()))?;
+            self.check_length(&wanted)?;
+            let child = open_path(&self.ring, &reference.path, &options)?;
+            (child, reference.path.display().to_string(), reference.format)
+        };
         if child.identity().is_some() && self.above.contains(&child.identity()) {
-            return Err(refuse(format!("The chain of images leads back to '{path}'.")));
+            return Err(refuse(format!("The chain of images leads back to '{shown}'.")));
         }
-        let said = reference.format.as_deref().or(wanted.format);
+        let said = named_format.as_deref().or(wanted.format);
         let format = match (said, wanted.role) {
             (_, Role::DataFile) => Format::Raw,
-            // What the image calls a file or a device is raw.
-            (Some("file" | "host_device"), _) => Format::Raw,
-            (Some(said), _) => choose_format(Some(said), &[], false)
-                .map_err(|error| error.of(&reference.path.display().to_string()))?,
+            // What the image calls a file, a device or a server's disk is raw.
+            (Some("file" | "host_device" | "nbd" | "gluster"), _) => Format::Raw,
+            (Some(said), _) => choose_format(Some(said), &[], false).map_err(|error| error.of(&shown))?,
             (None, _) => {
                 let found = choose_format(None, &head(&self.ring, &child).await?, false)
-                    .map_err(|error| error.of(&reference.path.display().to_string()))?;
+                    .map_err(|error| error.of(&shown))?;
                 if found != Format::Raw && !self.options.probe_backing {
                     return Err(refuse(format!(
-                        "The image does not record the format of its backing file '{path}', which looks like \
+                        "The image does not record the format of its backing file '{shown}', which looks like \
                          {found}. A guest may have written that. If you know that it is {found}, record it \
                          (`blockferry rebase -u -F {found} -b ...`), or allow guessing (--probe-backing)."
                     )));
@@ -271,6 +275,14 @@ impl Files {
         };
         let files = Files::new(&self.ring, &options, &child, &self.above);
         with_format(&self.ring, child, format, &options, &files).await
+    }
+
+    fn check_length(&self, wanted: &Wanted<'_>) -> Result<(), BlockError> {
+        if self.above.len() <= BACKING_CHAIN_MAX {
+            return Ok(());
+        }
+        let why = format!("There are more than {BACKING_CHAIN_MAX} backing files.");
+        Err(BlockError::new(Operation::Open, wanted.image, Errno::EPERM).hint(why))
     }
 }
 

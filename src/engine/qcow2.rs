@@ -7,10 +7,11 @@ use blockferry_ring::{Errno, Ring};
 
 use super::ImageOptions;
 use super::open::open;
+use super::remote::names_server;
 use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation};
 use crate::format::probe::Format;
 use crate::format::qcow2::gate::{Reference, understand};
-use crate::format::qcow2::{Gate, Qcow2};
+use crate::format::qcow2::{Gate, Qcow2, Reach};
 use crate::job::convert::Compressor;
 
 /// The image as what it is, if it is one of this format.
@@ -27,7 +28,7 @@ pub fn format(driver: &Rc<dyn Driver>) -> Format {
 pub fn recorded_format(name: Option<&str>, file: &str) -> Result<Option<Format>, BlockError> {
     match name {
         // QEMU writes the name of the protocol for a raw file, too.
-        Some("file" | "host_device") => Ok(Some(Format::Raw)),
+        Some("file" | "host_device" | "nbd" | "gluster") => Ok(Some(Format::Raw)),
         Some(name) => Format::parse(name).map(Some).ok_or_else(|| {
             BlockError::new(Operation::Open, file, Errno::EOPNOTSUPP).hint(format!(
                 "An image says that this file has the format '{name}', which is not supported."
@@ -52,17 +53,21 @@ pub async fn open_backing(
     format: Option<Format>,
     options: &ImageOptions,
 ) -> Result<Rc<dyn Driver>, BlockError> {
-    let reference = named_by_user(image, name)?;
-    let path = reference.path.display().to_string();
-    let format = recorded_format(reference.format.as_deref(), &path)?.or(format);
     let options = ImageOptions {
         format,
         read_only: true,
-        gate: Gate::Anything,
+        gate: Gate { files: Reach::Anything, ..options.gate },
         no_backing: false,
         for_check: false,
         ..options.clone()
     };
+    if names_server(name) {
+        return open(ring, name, &options).await;
+    }
+    let reference = named_by_user(image, name)?;
+    let path = reference.path.display().to_string();
+    let format = recorded_format(reference.format.as_deref(), &path)?.or(format);
+    let options = ImageOptions { format, ..options };
     open(ring, &format!("file:{path}"), &options).await
 }
 

@@ -49,6 +49,11 @@ pub fn is_remote(name: &str) -> bool {
     begins_with(name, &NBD) || begins_with(name, &GLUSTER) || is_structured(name)
 }
 
+/// Whether a name in an image, or one that a user gives for an image, leads to a disk on a server.
+pub fn names_server(name: &str) -> bool {
+    is_remote(name) && Meaning::of(name, &ImageOptions::default()).is_ok()
+}
+
 /// A disk on a server, and how it is reached.
 enum Disk {
     Nbd(RemoteOptions),

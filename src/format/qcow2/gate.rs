@@ -4,7 +4,8 @@
 //! followed just because they are there: by default only files in the image's own directory, or below it,
 //! are opened, and more where the user allows it. Names are cleaned of `.` and `..` by their text alone, and
 //! what was cleaned and judged is what is opened. Symbolic links that lead out of the directory were made by
-//! somebody who may write there, not by the image: they are followed.
+//! somebody who may write there, not by the image: they are followed. Names of disks on servers are for the engine to
+//! understand; they are not followed either, unless the user allows it.
 //!
 //! A backing file without a recorded format is taken for raw, and only if it does not look like anything
 //! else: guests write the first bytes of raw disks.
@@ -48,7 +49,23 @@ pub trait OpenFiles: std::fmt::Debug {
 
 /// What may be opened.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub enum Gate {
+pub struct Gate {
+    /// Files of this machine.
+    pub files: Reach,
+    /// Disks on servers, as backing files.
+    pub servers: bool,
+}
+
+impl From<Reach> for Gate {
+    /// No servers.
+    fn from(files: Reach) -> Gate {
+        Gate { files, servers: false }
+    }
+}
+
+/// Which files may be opened.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum Reach {
     /// Files in the directory of the image that names them, and below it.
     #[default]
     OwnDirectory,
@@ -76,6 +93,11 @@ pub enum GateError {
          directory (--allow-dir DIR) or everything (--allow-any-file)."
     )]
     Outside(String),
+    /// A disk on a server, which it may not.
+    #[error(
+        "The image names '{0}', a disk on a server. If you trust the image, allow that (--allow-servers)."
+    )]
+    Server(String),
     /// A protocol that is not for files.
     #[error("The image names '{0}', which is not a file on this machine; that is not supported.")]
     Protocol(String),
@@ -119,15 +141,20 @@ pub fn resolve(gate: &Gate, image: &Path, name: &str) -> Result<Reference, GateE
             == Some(Component::ParentDir);
         same_kind && path.starts_with(dir) && !leaves
     };
-    let allowed = match gate {
-        Gate::Anything => true,
-        Gate::OwnDirectory => inside(&own),
-        Gate::Directories(dirs) => inside(&own) || dirs.iter().any(|dir| inside(&clean(dir))),
+    let allowed = match &gate.files {
+        Reach::Anything => true,
+        Reach::OwnDirectory => inside(&own),
+        Reach::Directories(dirs) => inside(&own) || dirs.iter().any(|dir| inside(&clean(dir))),
     };
     if allowed { Ok(reference) } else { Err(GateError::Outside(path.display().to_string())) }
 }
 
-/// Reads a name without judging it.
+/// Judges the name of a disk on a server.
+pub fn judge_server(gate: &Gate, name: &str) -> Result<(), GateError> {
+    if gate.servers { Ok(()) } else { Err(GateError::Server(name.to_owned())) }
+}
+
+/// Reads the name of a file without judging it.
 pub fn understand(image: &Path, name: &str) -> Result<Reference, GateError> {
     if let Some(text) = name.strip_prefix("json:") {
         return understand_json(image, text);
@@ -199,7 +226,7 @@ mod tests {
 
     #[test]
     fn names_are_relative_to_the_image() {
-        let own = Gate::OwnDirectory;
+        let own = Gate::default();
         let path = |image, name| resolved(&own, image, name).map(|(path, _)| path);
         assert_eq!(path("/vm/a.qcow2", "base.img"), Ok("/vm/base.img".into()));
         assert_eq!(path("/vm/a.qcow2", "./x/../base.img"), Ok("/vm/base.img".into()));
@@ -211,7 +238,7 @@ mod tests {
 
     #[test]
     fn names_that_lead_out_are_not_followed() {
-        let own = Gate::OwnDirectory;
+        let own = Gate::default();
         for (image, name) in [
             ("/vm/a", "/etc/shadow"),
             ("/vm/a", "../etc/shadow"),
@@ -228,17 +255,20 @@ mod tests {
             ),
         ] {
             assert!(matches!(resolved(&own, image, name), Err(GateError::Outside(_))), "{image} {name}");
-            assert!(resolved(&Gate::Anything, image, name).is_ok());
+            assert!(resolved(&Reach::Anything.into(), image, name).is_ok());
         }
-        let more = Gate::Directories(vec!["/base/".into()]);
+        let more = Gate::from(Reach::Directories(vec!["/base/".into()]));
         assert!(resolved(&more, "/vm/a", "/base/b").is_ok() && resolved(&more, "/vm/a", "b").is_ok());
         assert!(resolved(&more, "/vm/a", "/base/../etc/b").is_err());
-        assert!(matches!(resolved(&Gate::Anything, "/a", "nbd:localhost:1"), Err(GateError::Protocol(_))));
+        assert!(matches!(
+            resolved(&Reach::Anything.into(), "/a", "nbd:localhost:1"),
+            Err(GateError::Protocol(_))
+        ));
     }
 
     #[test]
     fn json_descriptions() {
-        let own = Gate::OwnDirectory;
+        let own = Gate::default();
         for json in [
             r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"b"}}"#,
             r#"json:{"driver":"qcow2","file.driver":"file","file.filename":"/vm/b"}"#,

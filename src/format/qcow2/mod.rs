@@ -52,7 +52,7 @@ use std::rc::Rc;
 
 use blockferry_ring::{Ring, SharedBuf};
 
-pub use gate::{Gate, OpenFiles, Role, Wanted};
+pub use gate::{Gate, OpenFiles, Reach, Role, Wanted};
 pub use image::{Counted, Qcow2};
 pub use info::{BitmapInfo, CheckReport, Info, MapExtent, Measured, Repair, SnapshotInfo};
 pub use options::{Compat, CompressionType, CreateOptions, Preallocation};

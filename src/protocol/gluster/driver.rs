@@ -45,8 +45,8 @@ use crate::base::limits::{
 };
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
-    WriteFlags, ZeroFlags,
+    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, WriteFlags,
+    ZeroFlags,
 };
 use crate::protocol::bounce::zero_from;
 
@@ -748,11 +748,8 @@ impl Driver for GlusterNode {
         Some(self.ring.boxed(self.reopen_as(read_only)))
     }
 
-    fn set_permissions(&self, permissions: Permissions) -> IoResult {
-        // Nobody else looks for locks on GlusterFS; all there is to say is whether writing makes sense at all.
-        if permissions.uses(Permission::Write) && self.read_only.get() {
-            return Err(BlockError::new(Operation::Lock, self.name.clone(), Errno::EROFS));
-        }
+    fn set_permissions(&self, _: Permissions) -> IoResult {
+        // Nobody else looks for locks on GlusterFS; and who is to write opens it anew for that.
         Ok(())
     }
 
