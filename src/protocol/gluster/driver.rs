@@ -602,9 +602,7 @@ impl GlusterNode {
         self.changes.set(self.changes.get() + 1);
         Ok(())
     }
-}
 
-impl GlusterNode {
     /// Goes over to reading only, or to writing too, by another handle of the same file.
     async fn reopen_as(&self, read_only: bool) -> IoResult {
         if read_only == self.read_only.get() {
