@@ -120,7 +120,26 @@ impl Library {
         if handle.is_null() {
             return Err(format!("GlusterFS's client library cannot be loaded ({})", latest_error()));
         }
-        Ok(Library(handle))
+        let library = Library(handle);
+        library.keep_openssl();
+        Ok(library)
+    }
+
+    /// Has OpenSSL, which the library loads, keep what it has when the process ends. It would be thrown away by an exit
+    /// handler, while threads of the library, and those that have called it, end too and throw their own parts of it away:
+    /// one exit in two thousand crashed in there.
+    fn keep_openssl(&self) {
+        type Init = unsafe extern "C" fn(u64, *const c_void) -> c_int;
+        const NO_ATEXIT: u64 = 0x0008_0000;
+        // SAFETY: the handle is an open library's, the name is a C string. Libraries that it needs are searched as well.
+        let address = unsafe { libc::dlsym(self.0, c"OPENSSL_init_crypto".as_ptr()) };
+        if address.is_null() {
+            // Built without, or with OpenSSL 1.0, which has no such handler.
+            return;
+        }
+        // SAFETY: `crypto.h` of OpenSSL 1.1.0 to 3 declares the function so; no settings are null.
+        let done = unsafe { std::mem::transmute::<*mut c_void, Init>(address)(NO_ATEXIT, std::ptr::null()) };
+        tracing::debug!(agreed = done == 1, "OpenSSL was told to keep what it has at exit");
     }
 
     fn symbol(&self, name: &CStr, version: &CStr) -> Result<*mut c_void, String> {
