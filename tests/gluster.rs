@@ -23,12 +23,13 @@ const DISK_BYTES: u64 = 32 * MIB;
 #[test]
 fn images_on_a_real_glusterfs() {
     type Part = (&'static str, fn(&Lab));
-    const PARTS: [Part; 12] = [
+    const PARTS: [Part; 13] = [
         ("every example opens", every_example_opens),
         ("what is wrong is said", what_is_wrong_is_said),
         ("images are made and measured", images_are_made_and_measured),
         ("qcow2 works on top", qcow2_works_on_top),
         ("layers are merged into a volume", layers_are_merged_into_a_volume),
+        ("chains on a volume stay in their folder", chains_on_a_volume_stay_in_their_folder),
         ("the load generator finds nothing", the_load_generator_finds_nothing),
         ("holes stay holes", holes_stay_holes),
         ("a served image holds what was acknowledged", a_served_image_holds_what_was_acknowledged),
@@ -101,8 +102,8 @@ fn every_example_opens(lab: &Lab) {
         assert_eq!(info["virtual-size"].as_u64(), Some(len), "{name}: {info:#}");
         let compared = lab.run(&["compare", "-f", "raw", name, bytes]);
         assert_eq!(compared.code, Some(0), "{name}: {compared}");
-        let is_rdma = name.starts_with("gluster+rdma");
-        assert_eq!(compared.err.contains("tcp is used"), is_rdma, "{name}: {compared}");
+        let warnings = usize::from(name.starts_with("gluster+rdma"));
+        assert_eq!(compared.err.matches("tcp is used").count(), warnings, "{name}: {compared}");
     }
     // Without this one process in two thousand crashes when all is done and it ends.
     let said = lab.run(&["-vv", "info", "-f", "raw", "gluster://1.2.3.4/testvol/a.img"]);
@@ -170,13 +171,11 @@ fn images_are_made_and_measured(lab: &Lab) {
     assert_eq!(std::fs::metadata(&on_brick).unwrap().len(), 9 * MIB);
     lab.run_json(&["create", "--force", &name, "5M"]);
     assert_eq!(std::fs::metadata(&on_brick).unwrap().len(), 5 * MIB);
-    let refused =
-        lab.run(&["create", "-f", "qcow2", "-b", "a.img", "-F", "raw", "-u", &uri(PLAIN, "over"), "1M"]);
+    // What is beside the tables there would have to be made there, too.
+    let data = ["create", "-f", "qcow2", "-o", "data_file=d.raw", &uri(PLAIN, "over"), "1M"];
+    let refused = lab.run(&data);
     assert_eq!(refused.code, Some(1), "{refused}");
-    assert!(
-        refused.err.contains("backing file") && !Path::new(&lab.seen(PLAIN, "over")).exists(),
-        "{refused}"
-    );
+    assert!(refused.err.contains("data file") && !Path::new(&lab.seen(PLAIN, "over")).exists(), "{refused}");
 }
 
 fn qcow2_works_on_top(lab: &Lab) {
@@ -226,6 +225,74 @@ fn layers_are_merged_into_a_volume(lab: &Lab) {
     assert_eq!(info["backing-filename"].as_str(), Some(below.as_str()), "{info:#}");
     let same = lab.run(&["compare", "-F", "raw", "--allow-servers", &top, &changed]);
     assert_eq!(same.code, Some(0), "{same}");
+}
+
+/// A chain that lies on a volume as a whole: its names are relative, as if it lay in a folder.
+fn chains_on_a_volume_stay_in_their_folder(lab: &Lab) {
+    let scratch = Scratch::new();
+    let base = scratch.full("base.img", DISK_BYTES);
+    let seen = |name: &str| lab.seen(TWICE, &format!("chain/{name}"));
+    let there = |name: &str| uri(TWICE, &format!("chain/{name}"));
+    put(lab, TWICE, "chain/base.img", &base);
+    // One layer by QEMU, through FUSE; two by us.
+    let create = ["create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw"];
+    tool("qemu-img", &[&create[..], &[&seen("one.qcow2")]].concat());
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 1 1M 3M", &seen("one.qcow2")]);
+    for (below, name) in [("one.qcow2", "two.qcow2"), ("two.qcow2", "top.qcow2")] {
+        let made = lab.run(&["create", "-f", "qcow2", "-b", below, "-F", "qcow2", &there(name)]);
+        assert_eq!(made.code, Some(0), "{made}");
+    }
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 2 2M 3M", &seen("two.qcow2")]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 3 20M 64k", &seen("top.qcow2")]);
+    let model = scratch.path("model.img");
+    tool("qemu-img", &["convert", "-O", "raw", &seen("top.qcow2"), &model]);
+    let same = || {
+        let same = lab.run(&["compare", "-F", "raw", &there("top.qcow2"), &model]);
+        assert_eq!(same.code, Some(0), "{same}");
+        // On the bricks: the client behind FUSE keeps what it has read for a second.
+        for brick in &BRICKS[1..] {
+            let on_brick = |name: &str| lab.path(&format!("{brick}/chain/{name}"));
+            tool("qemu-img", &["compare", "-q", "-U", "-F", "raw", &on_brick("top.qcow2"), &model]);
+            for name in ["one.qcow2", "two.qcow2", "top.qcow2"] {
+                tool("qemu-img", &["check", "-q", "-U", &on_brick(name)]);
+            }
+        }
+    };
+    same();
+    let chain = lab.run_json(&["info", "--backing-chain", &there("top.qcow2")]);
+    let chain = chain.last().and_then(Value::as_array).expect("a list of layers").clone();
+    assert_eq!(chain.len(), 4, "{chain:#?}");
+    assert_eq!(chain[0]["full-backing-filename"].as_str(), Some(there("two.qcow2").as_str()), "{chain:#?}");
+    // Layers are named as they are recorded. What is recorded afterwards is relative still.
+    lab.run_json(&["commit", "--top", "two.qcow2", "--base", "one.qcow2", &there("top.qcow2")]);
+    same();
+    let info = lab.run_json(&["info", &there("top.qcow2")]).pop().expect("information");
+    assert_eq!(info["backing-filename"].as_str(), Some("one.qcow2"), "{info:#}");
+    lab.run_json(&["stream", "--base", "base.img", &there("top.qcow2")]);
+    same();
+    let info = lab.run_json(&["info", &there("top.qcow2")]).pop().expect("information");
+    assert_eq!(info["backing-filename"].as_str(), Some("base.img"), "{info:#}");
+    // An overlay of the same backing file is made beside it.
+    lab.run_json(&["mirror", "--sync", "top", "-F", "qcow2", &there("top.qcow2"), &there("copy.qcow2")]);
+    let same_copy = lab.run(&["compare", "-F", "raw", &there("copy.qcow2"), &model]);
+    assert_eq!(same_copy.code, Some(0), "{same_copy}");
+
+    // What leads out of the folder is not followed unless the user allows it.
+    put(lab, TWICE, "secret.img", &base);
+    let over = seen("over.qcow2");
+    for name in ["../secret.img", &uri(TWICE, "secret.img"), &uri(PLAIN, "a.img")] {
+        tool("qemu-img", &["create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "raw", &over, "1M"]);
+        let refused = lab.run(&["info", "--backing-chain", &there("over.qcow2")]);
+        assert_eq!(refused.code, Some(1), "{name}: {refused}");
+        let refused = lab.run(&["compare", &there("over.qcow2"), &there("over.qcow2")]);
+        assert!(refused.code != Some(0) && refused.err.contains("--allow-servers"), "{name}: {refused}");
+        let over = there("over.qcow2");
+        let allowed = lab.run(&["compare", "--allow-servers", &over, &over]);
+        assert_eq!(allowed.code, Some(0), "{name}: {allowed}");
+    }
+    tool("qemu-img", &["create", "-q", "-u", "-f", "qcow2", "-b", &model, "-F", "raw", &over, "1M"]);
+    let refused = lab.run(&["compare", "--allow-servers", &there("over.qcow2"), &there("over.qcow2")]);
+    assert!(refused.code != Some(0) && refused.err.contains("--allow-dir"), "{refused}");
 }
 
 fn the_load_generator_finds_nothing(lab: &Lab) {

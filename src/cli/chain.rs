@@ -18,8 +18,7 @@ use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::Signals;
 use super::{Global, config, stats};
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
-use crate::engine::open::local_path;
-use crate::engine::{Engine, Format};
+use crate::engine::{Engine, Format, named};
 use crate::graph::chain;
 use crate::graph::node::{Node, UseKind};
 use crate::job::governor::GuestFirst;
@@ -88,12 +87,12 @@ pub struct Manner {
     pub at_ready: AtReady,
 }
 
-/// The layer that is called so: by its path, by the name that the layer above it records, or by a path relative to the
+/// The layer that is called so: by its path, by the name that the layer above it records, or by a name relative to the
 /// active layer.
 pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
     let beside = || {
-        let path = local_path(front.driver().name())?.parent()?.join(name);
-        chain::find(front, path.to_str()?)
+        let named = named::by_user(front.driver().name(), name).ok()?;
+        chain::find(front, &named.name())
     };
     let found = chain::find(front, name).or_else(beside);
     Ok(found.ok_or_else(|| ChainError::NotInChain(name.to_owned()))?)

@@ -114,8 +114,7 @@ pub async fn backing_len(
     };
     let format = recorded_format(Some(format), name)?;
     let options = ImageOptions::read_only();
-    let path = local_path(image).unwrap_or_default();
-    let backing = open_backing(engine.ring(), &path, name, format, &options).await?;
+    let backing = open_backing(engine.ring(), image, name, format, &options).await?;
     Ok(Some(backing.len()))
 }
 

@@ -3,7 +3,6 @@
 //! The JSON has the fields of `qemu-img info`, and some of our own: `driver`, `request-alignment`, `state` and `mark`.
 //! Backing files are not opened, unless `--backing-chain` asks for them: each layer is looked at by itself.
 
-use std::path::Path;
 use std::rc::Rc;
 
 use clap::Args;
@@ -16,10 +15,9 @@ use super::{Global, config, snapshot, stats};
 use crate::base::limits::{BACKING_CHAIN_MAX, SECTOR_BYTES};
 use crate::block::Driver;
 use crate::engine::qcow2::{format, qcow2, recorded_format};
-use crate::engine::remote::names_server;
-use crate::engine::{Engine, Format, ImageOptions};
+use crate::engine::{Engine, Format, ImageOptions, named};
 use crate::format::qcow2::Info;
-use crate::format::qcow2::gate::{judge_server, resolve, understand};
+use crate::format::qcow2::gate::{Role, Wanted};
 use crate::protocol::mark::{MarkInfo, TargetMark};
 
 /// Tell what an image is, and whether a copy to it was left incomplete
@@ -110,25 +108,19 @@ async fn look(engine: &Engine, args: &InfoArgs) -> Result<Vec<Layer>, Failure> {
         let above = driver.name().to_owned();
         layers.push(Layer { name, driver, info, mark });
         let Some((backing, recorded)) = below else { return Ok(layers) };
-        if names_server(&backing) {
-            judge_server(&gate, &backing).map_err(|error| Failure::text(error.to_string()))?;
-            options.format = recorded_format(recorded.as_deref(), &backing)?;
-            name = backing;
-            continue;
-        }
-        let reference =
-            resolve(&gate, Path::new(&above), &backing).map_err(|error| Failure::text(error.to_string()))?;
-        name = reference.path.display().to_string();
-        options.format = recorded_format(reference.format.as_deref().or(recorded.as_deref()), &name)?;
+        let (image, name_there) = (above.as_str(), backing.as_str());
+        let wanted = Wanted { role: Role::Backing, name: name_there, format: None, image, read_only: true };
+        let named = named::by_image(&gate, &wanted).map_err(|error| Failure::text(error.to_string()))?;
+        name = named.name();
+        options.format = recorded_format(named.format().or(recorded.as_deref()), &name)?;
     }
 }
 
 /// The name that the backing file would be opened by: none is open here.
 fn with_full_name(mut info: Info, driver: &Rc<dyn Driver>) -> Info {
     if let (None, Some(name)) = (&info.full_backing_filename, &info.backing_filename) {
-        let reference = understand(Path::new(driver.name()), name);
-        // What is no file of this machine is shown as it is written.
-        let full = reference.map_or_else(|_| name.clone(), |found| found.path.display().to_string());
+        // What leads nowhere is shown as it is written.
+        let full = named::by_user(driver.name(), name).map_or_else(|_| name.clone(), |found| found.name());
         info.full_backing_filename = Some(full);
     }
     info

@@ -22,7 +22,6 @@ use super::{Global, config};
 use crate::base::range::ByteRange;
 use crate::base::zero::is_zero;
 use crate::block::{BlockError, Driver, WriteFlags, ZeroFlags};
-use crate::engine::open::local_path;
 use crate::engine::qcow2::{open_backing, qcow2};
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::UseKind;
@@ -107,10 +106,7 @@ async fn rebase(
     if !args.name_only {
         let new = match args.backing.as_str() {
             "" => None,
-            name => {
-                let path = local_path(&args.file).unwrap_or_default();
-                Some(open_backing(engine.ring(), &path, name, args.backing_format, &options).await?)
-            }
+            name => Some(open_backing(engine.ring(), &args.file, name, args.backing_format, &options).await?),
         };
         let copy =
             Copy { ring: engine.ring().clone(), image: node.driver().clone(), old: image.backing(), new };

@@ -210,9 +210,9 @@ fn exists(name: &str) -> Failure {
 
 /// Makes an image in a new file on a server; `None` if there is one of this name already.
 async fn make_remote(engine: &Engine, name: &str, new: &NewImage) -> Result<Option<Made>, Failure> {
-    if new.names_files() {
+    if new.has_data_file() {
         return Err(Failure::text(format!(
-            "'{name}' is on a server: an image there cannot name a backing file or a data file"
+            "'{name}' is on a server: an image there cannot name a data file"
         )));
     }
     let ring = engine.ring();

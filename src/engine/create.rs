@@ -10,11 +10,11 @@ use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::op::Fallocate;
 use blockferry_ring::{Errno, Ring};
 
-use super::qcow2::named_by_user;
-use super::{Format, ImageOptions};
+use super::{Format, ImageOptions, named};
 use crate::base::range::ByteRange;
 use crate::base::units::parse_size;
 use crate::block::{BlockError, Driver, IoResult, Operation, WriteFlags};
+use crate::format::qcow2::gate::understand;
 use crate::format::qcow2::{CreateOptions, Qcow2};
 use crate::protocol::file::{CreateOptions as FileOptions, FileDriver};
 
@@ -122,11 +122,11 @@ impl NewImage {
         }
     }
 
-    /// It names other files: a layer below, or one for its data.
-    pub fn names_files(&self) -> bool {
+    /// Its data is in a file of its own.
+    pub fn has_data_file(&self) -> bool {
         match self {
             NewImage::Raw { .. } => false,
-            NewImage::Qcow2(options) => options.backing_file.is_some() || options.data_file.is_some(),
+            NewImage::Qcow2(options) => options.data_file.is_some(),
         }
     }
 
@@ -152,7 +152,7 @@ impl NewImage {
 
 /// The external data file of a new image, which is made if it is not there. What is in it is lost.
 async fn make_data_file(ring: &Ring, image: &Path, name: &str) -> Result<Rc<dyn Driver>, BlockError> {
-    let reference = named_by_user(image, name)?;
+    let reference = understand(image, name).map_err(|error| named::failed(name, &error))?;
     if matches!(ring.lookup(&reference.path), Ok(None)) {
         FileDriver::create(ring, &reference.path, 0, FileOptions::default()).await?;
     }

@@ -9,6 +9,7 @@
 
 pub mod create;
 pub mod guest;
+pub mod named;
 pub mod open;
 pub mod qcow2;
 pub mod remote;

@@ -17,14 +17,15 @@ use blockferry_ring::{Errno, Ring};
 use crate::base::limits::BACKING_CHAIN_MAX;
 use crate::base::units::{parse_duration, parse_size};
 use crate::block::{BlockError, Driver, IoFuture, Operation};
-use crate::format::qcow2::{self, Gate, OpenFiles, Qcow2, Role, Wanted, gate};
+use crate::format::qcow2::{self, Gate, OpenFiles, Qcow2, Role, Wanted};
 use crate::format::raw::RawDriver;
 use crate::protocol::delay::DelayDriver;
 use crate::protocol::mem::MemDriver;
 use crate::protocol::null::NullDriver;
 use crate::protocol::open::{Cache, OpenOptions};
 
-use super::remote::{ServerOptions, is_remote, names_server};
+use super::named::{self, Named};
+use super::remote::{ServerOptions, is_remote};
 use crate::format::probe::{FormatError, HEAD_BYTES, choose_format};
 
 pub use crate::format::probe::Format;
@@ -94,8 +95,9 @@ pub fn local_path(name: &str) -> Option<PathBuf> {
     if let Some(rest) = name.strip_prefix("delay:") {
         return local_path(rest.split_once(':')?.1);
     }
-    let special = ["mem:", "null:", "delay:", "nbd:", "nbd+", "nbds", "gluster", "json:", "driver="];
-    (!special.iter().any(|prefix| name.starts_with(prefix))).then(|| PathBuf::from(name))
+    let special = ["mem:", "null:", "json:", "driver="];
+    let is_special = is_remote(name) || special.iter().any(|prefix| name.starts_with(prefix));
+    (!is_special).then(|| PathBuf::from(name))
 }
 
 /// Opens what `name` means. The format is the one that was said, or what the image's own header says by
@@ -233,23 +235,15 @@ impl Files {
             for_check: false,
             ..self.options.clone()
         };
-        let (child, shown, named_format) = if wanted.role == Role::Backing && names_server(wanted.name) {
-            gate::judge_server(&options.gate, wanted.name).map_err(|error| refuse(error.to_string()))?;
-            self.check_length(&wanted)?;
-            let (child, format) = super::remote::open(&self.ring, wanted.name, &options).await?;
-            (child, wanted.name.to_owned(), format.map(|format| format.to_string()))
-        } else {
-            let Some(image) = local_path(wanted.image) else {
-                return Err(refuse(format!(
-                    "The image names the file '{}', and is no file itself.",
-                    wanted.name
-                )));
-            };
-            let reference = gate::resolve(&options.gate, &image, wanted.name)
-                .map_err(|error| refuse(error.to_string()))?;
-            self.check_length(&wanted)?;
-            let child = open_path(&self.ring, &reference.path, &options)?;
-            (child, reference.path.display().to_string(), reference.format)
+        let named = named::by_image(&options.gate, &wanted).map_err(|error| refuse(error.to_string()))?;
+        self.check_length(&wanted)?;
+        let shown = named.name();
+        let (child, named_format) = match named {
+            Named::Server(name) => {
+                let (child, format) = super::remote::open(&self.ring, &name, &options).await?;
+                (child, format.map(|format| format.to_string()))
+            }
+            Named::File(file) => (open_path(&self.ring, &file.path, &options)?, file.format),
         };
         if child.identity().is_some() && self.above.contains(&child.identity()) {
             return Err(refuse(format!("The chain of images leads back to '{shown}'.")));

@@ -1,16 +1,14 @@
 //! What only qcow2 images have, for those who hold an image as a driver.
 
-use std::path::Path;
 use std::rc::Rc;
 
 use blockferry_ring::{Errno, Ring};
 
 use super::ImageOptions;
+use super::named::{self, Named};
 use super::open::open;
-use super::remote::names_server;
 use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation};
 use crate::format::probe::Format;
-use crate::format::qcow2::gate::{Reference, understand};
 use crate::format::qcow2::{Gate, Qcow2, Reach};
 use crate::job::convert::Compressor;
 
@@ -38,17 +36,10 @@ pub fn recorded_format(name: Option<&str>, file: &str) -> Result<Option<Format>,
     }
 }
 
-/// Reads the name of another file as a user wrote it: relative to the image, and through no gate, because it is not
-/// the image that asks.
-pub fn named_by_user(image: &Path, name: &str) -> Result<Reference, BlockError> {
-    understand(image, name)
-        .map_err(|error| BlockError::new(Operation::Open, name, Errno::EINVAL).hint(error.to_string()))
-}
-
 /// Opens a backing file that a user named for an image.
 pub async fn open_backing(
     ring: &Ring,
-    image: &Path,
+    image: &str,
     name: &str,
     format: Option<Format>,
     options: &ImageOptions,
@@ -61,14 +52,15 @@ pub async fn open_backing(
         for_check: false,
         ..options.clone()
     };
-    if names_server(name) {
-        return open(ring, name, &options).await;
-    }
-    let reference = named_by_user(image, name)?;
-    let path = reference.path.display().to_string();
-    let format = recorded_format(reference.format.as_deref(), &path)?.or(format);
+    let named = named::by_user(image, name).map_err(|error| named::failed(name, &error))?;
+    let shown = named.name();
+    let format = recorded_format(named.format(), &shown)?.or(format);
     let options = ImageOptions { format, ..options };
-    open(ring, &format!("file:{path}"), &options).await
+    let opened = match named {
+        Named::Server(name) => name,
+        Named::File(_) => format!("file:{shown}"),
+    };
+    open(ring, &opened, &options).await
 }
 
 /// Compresses the clusters of an image.

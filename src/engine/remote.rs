@@ -57,7 +57,11 @@ pub fn names_server(name: &str) -> bool {
 /// A disk on a server, and how it is reached.
 enum Disk {
     Nbd(RemoteOptions),
-    Gluster(OpenHow),
+    Gluster {
+        how: OpenHow,
+        /// The transport rdma was named.
+        asked_for_rdma: bool,
+    },
 }
 
 /// What a name means.
@@ -77,16 +81,12 @@ impl Meaning {
             connections_max: server.connections_max,
             ..RemoteOptions::new(uri)
         };
-        let on_gluster = |image_there, asked_for_rdma: bool, logging, read_only| {
-            if asked_for_rdma {
-                tracing::warn!("GlusterFS has no transport 'rdma' any more; tcp is used");
-            }
-            Disk::Gluster(OpenHow { image: image_there, logging, read_only, create: false })
-        };
         if begins_with(name, &GLUSTER) {
-            let uri: GlusterUri = name.parse().map_err(|error| format!("{error}."))?;
-            let disk = on_gluster(uri.image, uri.asked_for_rdma, Logging::default(), image.read_only);
-            return Ok(Meaning { disk, read_only: image.read_only, format: None });
+            let GlusterUri { image: there, asked_for_rdma } =
+                name.parse().map_err(|error| format!("{error}."))?;
+            let read_only = image.read_only;
+            let how = OpenHow { image: there, logging: Logging::default(), read_only, create: false };
+            return Ok(Meaning { disk: Disk::Gluster { how, asked_for_rdma }, read_only, format: None });
         }
         if !is_structured(name) {
             let uri: NbdUri = name.parse().map_err(|error| format!("{error}"))?;
@@ -109,7 +109,8 @@ impl Meaning {
             "gluster" => {
                 let said = gluster::options::understand(options)?;
                 let read_only = image.read_only || said.read_only == Some(true);
-                let disk = on_gluster(said.image, said.asked_for_rdma, said.logging, read_only);
+                let how = OpenHow { image: said.image, logging: said.logging, read_only, create: false };
+                let disk = Disk::Gluster { how, asked_for_rdma: said.asked_for_rdma };
                 Ok(Meaning { disk, read_only, format })
             }
             other => {
@@ -139,7 +140,12 @@ pub(super) async fn open(
     let meaning = Meaning::of(rest, image).map_err(|why| refuse(Operation::Open, name, why))?;
     let mut driver: Rc<dyn Driver> = match meaning.disk {
         Disk::Nbd(remote) => NbdNode::open(ring, remote, meaning.read_only).await?,
-        Disk::Gluster(how) => GlusterNode::open(ring, how).await?,
+        Disk::Gluster { how, asked_for_rdma } => {
+            if asked_for_rdma {
+                tracing::warn!("GlusterFS has no transport 'rdma' any more; tcp is used");
+            }
+            GlusterNode::open(ring, how).await?
+        }
     };
     for latency_ns in delays.into_iter().rev() {
         driver = Rc::new(DelayDriver::new(ring, driver, latency_ns));
@@ -150,8 +156,17 @@ pub(super) async fn open(
 /// Where files can be made on a server, the file of a name; `None` for other names.
 fn file_of(name: &str, image: &ImageOptions) -> Option<OpenHow> {
     match Meaning::of(name, image).ok()?.disk {
-        Disk::Gluster(how) => Some(how),
+        Disk::Gluster { how, .. } => Some(how),
         Disk::Nbd(_) => None,
+    }
+}
+
+/// The image on a volume of GlusterFS that a name means, through `delay:` too.
+pub(super) fn gluster_image(name: &str) -> Option<gluster::Image> {
+    match name.strip_prefix("delay:") {
+        Some(rest) => gluster_image(rest.split_once(':')?.1),
+        None if is_remote(name) => Some(file_of(name, &ImageOptions::default())?.image),
+        None => None,
     }
 }
 

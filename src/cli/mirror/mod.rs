@@ -18,6 +18,7 @@ use super::target::{Target, TargetOptions};
 use super::{Global, config, stats};
 use crate::base::limits;
 use crate::engine::create::NewImage;
+use crate::engine::open::local_path;
 use crate::engine::qcow2::{format as image_format, qcow2};
 use crate::engine::remote::is_remote;
 use crate::engine::{Engine, Format};
@@ -152,9 +153,7 @@ impl Run {
             && new.backing_file.is_none()
             && let Some(backing) = qcow2(source.driver()).and_then(Qcow2::backing)
         {
-            let name = std::path::absolute(backing.name())
-                .map_err(|error| Failure::text(format!("The backing file '{}': {error}", backing.name())))?;
-            new.backing_file = Some(name.display().to_string());
+            new.backing_file = Some(whole_name(backing.name())?);
             new.backing_fmt = Some(image_format(&backing).name().to_owned());
         }
         Target::open_as(&self.engine, options, &new).await
@@ -225,6 +224,16 @@ impl Run {
             pass.try_take().is_some()
         };
         watch.follow(job, passed).await
+    }
+}
+
+/// A name that means the same from everywhere.
+fn whole_name(name: &str) -> Result<String, Failure> {
+    match local_path(name) {
+        Some(path) => std::path::absolute(path)
+            .map(|path| path.display().to_string())
+            .map_err(|error| Failure::text(format!("The backing file '{name}': {error}"))),
+        None => Ok(name.to_owned()),
     }
 }
 

@@ -5,7 +5,7 @@
 //! are opened, and more where the user allows it. Names are cleaned of `.` and `..` by their text alone, and
 //! what was cleaned and judged is what is opened. Symbolic links that lead out of the directory were made by
 //! somebody who may write there, not by the image: they are followed. Names of disks on servers are for the engine to
-//! understand; they are not followed either, unless the user allows it.
+//! understand; they are not followed either, unless the user allows it, or they are in the image's own directory there.
 //!
 //! A backing file without a recorded format is taken for raw, and only if it does not look like anything
 //! else: guests write the first bytes of raw disks.
@@ -101,6 +101,9 @@ pub enum GateError {
     /// A protocol that is not for files.
     #[error("The image names '{0}', which is not a file on this machine; that is not supported.")]
     Protocol(String),
+    /// A file, beside an image that is not in a directory.
+    #[error("The image names the file '{0}', and is no file itself.")]
+    NoFile(String),
     /// `json:` with something in it that is not understood.
     #[error("The image describes a file in a way that is not understood: {0}.")]
     Json(String),
@@ -132,8 +135,12 @@ fn directory(image: &Path) -> PathBuf {
 /// Reads a name in an image at `image` (a path) and judges it. Relative names are relative to the image.
 pub fn resolve(gate: &Gate, image: &Path, name: &str) -> Result<Reference, GateError> {
     let reference = understand(image, name)?;
-    let path = &reference.path;
-    let own = directory(image);
+    judge(gate, Some(image), &reference.path)?;
+    Ok(reference)
+}
+
+/// Judges a file that is named by an image, which is itself at `image`, or at no path at all.
+pub fn judge(gate: &Gate, image: Option<&Path>, path: &Path) -> Result<(), GateError> {
     // A relative path that begins with `..` has left the directory that relative paths begin in.
     let inside = |dir: &Path| {
         let same_kind = dir.is_absolute() == path.is_absolute();
@@ -141,17 +148,13 @@ pub fn resolve(gate: &Gate, image: &Path, name: &str) -> Result<Reference, GateE
             == Some(Component::ParentDir);
         same_kind && path.starts_with(dir) && !leaves
     };
+    let in_own = || image.is_some_and(|image| inside(&directory(image)));
     let allowed = match &gate.files {
         Reach::Anything => true,
-        Reach::OwnDirectory => inside(&own),
-        Reach::Directories(dirs) => inside(&own) || dirs.iter().any(|dir| inside(&clean(dir))),
+        Reach::OwnDirectory => in_own(),
+        Reach::Directories(dirs) => in_own() || dirs.iter().any(|dir| inside(&clean(dir))),
     };
-    if allowed { Ok(reference) } else { Err(GateError::Outside(path.display().to_string())) }
-}
-
-/// Judges the name of a disk on a server.
-pub fn judge_server(gate: &Gate, name: &str) -> Result<(), GateError> {
-    if gate.servers { Ok(()) } else { Err(GateError::Server(name.to_owned())) }
+    if allowed { Ok(()) } else { Err(GateError::Outside(path.display().to_string())) }
 }
 
 /// Reads the name of a file without judging it.
@@ -173,7 +176,7 @@ fn place(image: &Path, path: &str) -> PathBuf {
 }
 
 /// Text before a colon with no slash before it is a protocol, as QEMU has it.
-fn has_protocol(name: &str) -> bool {
+pub fn has_protocol(name: &str) -> bool {
     name.split_once(':').is_some_and(|(before, _)| !before.contains('/'))
 }
 
