@@ -20,9 +20,13 @@
 //! guests, and with a deadline that would be missed, the window is as large as the user allows.
 //!
 //! The window never falls below [`WINDOW_MIN`]: a job does not starve.
+//!
+//! What has been written and not flushed is a queue of its own, which guests meet when it is flushed: beside them that is
+//! done before it grows long ([`Unflushed`]).
 
 use blockferry_ring::Nanos;
 
+use super::unflushed::Unflushed;
 use crate::graph::load::Counts;
 
 /// How often the governor decides.
@@ -82,6 +86,9 @@ pub struct Governor {
     /// Bytes a second of the job, smoothed, and the best of it lately.
     speed: u64,
     speed_best: u64,
+    unflushed: Unflushed,
+    /// Guests come first at the moment.
+    is_beside_guests: bool,
 }
 
 /// What there is to see at one look.
@@ -122,6 +129,8 @@ impl Governor {
             own_bytes: 0,
             speed: 0,
             speed_best: 0,
+            unflushed: Unflushed::new(),
+            is_beside_guests: false,
         }
     }
 
@@ -149,9 +158,25 @@ impl Governor {
     /// One of the job's own requests has ended.
     pub fn own(&mut self, bytes: u64, nanos: Nanos) {
         self.own_bytes += bytes;
+        self.unflushed.wrote(bytes);
         self.own_min = Some(self.own_min.map_or(nanos, |min| min.min(nanos)));
         self.own_sum = self.own_sum.saturating_add(nanos);
         self.own_count += 1;
+    }
+
+    /// Whether what was written is to be flushed before more is.
+    pub fn wants_flush(&self) -> bool {
+        self.is_beside_guests && self.unflushed.is_much()
+    }
+
+    /// A flush of what was written has begun.
+    pub fn flush_began(&mut self, now: Nanos) {
+        self.unflushed.began(now);
+    }
+
+    /// It has ended.
+    pub fn flush_ended(&mut self, now: Nanos) {
+        self.unflushed.ended(now);
     }
 
     /// Looks, if it is time.
@@ -168,7 +193,8 @@ impl Governor {
         self.seen = *sight.all;
         let own = self.own_sum.checked_div(self.own_count);
         (self.own_sum, self.own_count) = (0, 0);
-        if !sight.has_guests || sight.is_late {
+        self.is_beside_guests = sight.has_guests && !sight.is_late;
+        if !self.is_beside_guests {
             self.window = self.window_max;
             return;
         }

@@ -54,4 +54,5 @@ pub mod runner;
 pub mod stream;
 /// One pass over a chain that is in use: what commit and stream have in common.
 pub mod sweep;
+mod unflushed;
 mod writable;

@@ -150,6 +150,21 @@ impl Conduct {
         self.depth.ended(began, now);
     }
 
+    /// Whether the target is to be flushed while the job copies.
+    pub fn wants_flush(&self) -> bool {
+        self.governor.wants_flush()
+    }
+
+    /// That flush has begun.
+    pub fn flush_began(&mut self, now: Nanos) {
+        self.governor.flush_began(now);
+    }
+
+    /// It has ended.
+    pub fn flush_ended(&mut self, now: Nanos) {
+        self.governor.flush_ended(now);
+    }
+
     /// So much may differ when the door is shut, after the job has waited for a better moment for so long: little at
     /// first, in the end what half of the longest downtime suffices for. Nobody waits when there are no guests.
     pub fn closing_bytes(&self, waited: Nanos) -> u64 {

@@ -88,6 +88,9 @@ impl Hands<Op, Outcome> for MirrorHands {
             Op::Flush => {
                 ring.boxed(async move { Outcome::Flushed(parts.to().flush().await.map_err(Failed::write)) })
             }
+            Op::FlushMeanwhile => ring.boxed(async move {
+                Outcome::FlushedMeanwhile(parts.to().flush().await.map_err(Failed::write))
+            }),
             Op::Drain => ring.boxed(async move { parts.drain().await }),
             Op::Undrain => {
                 parts.drained.borrow_mut().take();

@@ -14,8 +14,8 @@
 //! ```
 //! *Copying* takes dirty pieces in order from a cursor that wraps. Before a piece is taken the source is
 //! asked for holes; the answer is a hint that decides between a copy and a zeroing, and is verified by
-//! whoever zeroes. When all has been dealt with once and little is left, the target is flushed; the job is
-//! ready at the first moment at which nothing differs. Guests that never leave such a moment are made to
+//! whoever zeroes. When all has been dealt with once and little is left, the target is flushed (beside guests now
+//! and then before that, too, so that this takes no long time); the job is ready at the first moment at which nothing differs. Guests that never leave such a moment are made to
 //! wait while the little that is left is copied (*Draining*, *Closing*, and back).
 //! *Following* copies what guests dirty. To end, the source is drained, what is still dirty is copied
 //! (*Closing*: no guest can add to it), the target is flushed, the mark on it removed. Then, still
@@ -59,6 +59,8 @@ pub enum Op {
     Zero(ByteRange),
     /// Flush the target.
     Flush,
+    /// Flush the target while it is written, so that no later flush takes long.
+    FlushMeanwhile,
     /// Drain the source.
     Drain,
     /// Open the source's door again.
@@ -96,6 +98,8 @@ pub enum Outcome {
     Piece(ByteRange, Copied, Option<(u64, Option<Failed>)>),
     /// The target was flushed.
     Flushed(Result<(), Failed>),
+    /// It was flushed while it was written.
+    FlushedMeanwhile(Result<(), Failed>),
     /// The source is drained, or could not be.
     Drained(bool),
     /// Source and target were compared.
@@ -367,6 +371,13 @@ impl Mirror {
                         }
                     }
                     Err(failed) => self.error(cx, failed),
+                }
+            }
+            Outcome::FlushedMeanwhile(result) => {
+                self.others -= 1;
+                self.conduct.flush_ended(cx.now);
+                if let Err(failed) = result {
+                    self.error(cx, failed);
                 }
             }
             Outcome::Verified(result) => {
@@ -683,6 +694,10 @@ impl Mirror {
         }
         if self.marked && self.stage.copies() {
             self.copy_on(cx);
+            if self.conduct.wants_flush() && matches!(self.stage, Stage::Copying | Stage::Following) {
+                self.conduct.flush_began(cx.now);
+                self.ask(cx, Op::FlushMeanwhile);
+            }
         }
         if cx.report.is_none() && self.marked {
             self.end_on(cx);

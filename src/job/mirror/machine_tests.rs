@@ -109,6 +109,7 @@ impl Bench {
                     self.done(Outcome::Piece(range, Copied::default(), None))
                 }
                 Op::Flush => self.done(Outcome::Flushed(Ok(()))),
+                Op::FlushMeanwhile => self.done(Outcome::FlushedMeanwhile(Ok(()))),
                 Op::Drain => self.done(Outcome::Drained(true)),
                 Op::Undrain => self.done(Outcome::Undrained),
                 Op::Verify => self.done(Outcome::Verified(Ok(()))),

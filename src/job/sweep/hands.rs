@@ -84,6 +84,10 @@ impl Parts {
                 let result = self.direction.target().driver().flush().await;
                 Outcome::Flushed(result.map_err(|error| self.failed(error)))
             }
+            Op::FlushMeanwhile => {
+                let result = self.direction.target().driver().flush().await;
+                Outcome::FlushedMeanwhile(result.map_err(|error| self.failed(error)))
+            }
             Op::Wish(range) => Outcome::Wished(self.wish(range).await),
             Op::Relink => {
                 let result = self.direction.relink().await;

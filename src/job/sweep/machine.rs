@@ -47,6 +47,8 @@ pub enum Op {
     Wish(ByteRange),
     /// Flush what was written to.
     Flush,
+    /// Flush it while it is written, so that no later flush takes long.
+    FlushMeanwhile,
     /// Change the chain.
     Relink,
     /// Put everything back as it was.
@@ -66,6 +68,8 @@ pub enum Outcome {
     Wished(Copied),
     /// It was flushed.
     Flushed(Result<(), Failed>),
+    /// It was flushed while it was written.
+    FlushedMeanwhile(Result<(), Failed>),
     /// The chain is changed, or as it was.
     Relinked(Result<(), Failed>),
     /// Everything is as it was.
@@ -235,6 +239,13 @@ impl Sweep {
                 cx.limiter.charge_debt(cx.now, copied.data);
             }
             Outcome::Flushed(result) => self.stage_ended(cx, result, Stage::Flushing, Stage::Settled),
+            Outcome::FlushedMeanwhile(result) => {
+                self.others -= 1;
+                self.governor.flush_ended(cx.now);
+                if let Err(failed) = result {
+                    self.retries.failed(cx, failed);
+                }
+            }
             Outcome::Relinked(result) => {
                 self.others -= 1;
                 match result {
@@ -426,6 +437,11 @@ impl Sweep {
         }
         if self.stage == Stage::Copying {
             self.copy_on(cx);
+            if self.governor.wants_flush() {
+                self.governor.flush_began(cx.now);
+                self.others += 1;
+                cx.operations.push(Op::FlushMeanwhile);
+            }
             let all = self.asked_to >= self.settings.len && self.due.is_empty();
             if all && self.is_idle() {
                 let skips = is_planted(Bug::SweepFlushSkipped);

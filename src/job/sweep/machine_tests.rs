@@ -116,6 +116,45 @@ fn from_the_first_question_to_the_new_chain() {
     assert_eq!((details.bytes_copied, details.bytes_zeroed, details.bytes_skipped), (MIB, MIB, 2 * MIB));
 }
 
+/// Beside guests, a copy of so many MiB at once.
+fn beside_guests(mib: u64) -> (Bench, Vec<Op>) {
+    let (mut bench, mut operations) = Bench::begun(mib * MIB, vec![(range(0, mib * MIB), What::Data)]);
+    let all = crate::graph::load::Counts::default();
+    for _ in 0..2 {
+        bench.now += crate::job::governor::LOOK_NANOS;
+        let sight = Sight { now: bench.now, all: &all, has_guests: true, is_late: false };
+        bench.machine.governor.look(sight);
+    }
+    // All copies but the last one.
+    while bench.progress.offset() + limits::SWEEP_CHUNK_BYTES < mib * MIB {
+        let Op::Copy(piece) = operations.remove(0) else { panic!("{operations:?}") };
+        operations.extend(bench.copied(piece));
+    }
+    (bench, operations)
+}
+
+#[test]
+fn what_was_written_is_flushed_meanwhile_and_all_of_it_in_the_end() {
+    let (mut bench, mut operations) = beside_guests(20);
+    let at = operations.iter().position(|op| *op == Op::FlushMeanwhile).expect("more than 16 MiB");
+    operations.remove(at);
+    let [Op::Copy(last)] = operations[..] else { panic!("{operations:?}") };
+    assert_eq!(bench.copied(last), [], "a flush that began earlier is not the last one");
+    assert_eq!(bench.done(Outcome::FlushedMeanwhile(Ok(()))), [Op::Flush]);
+}
+
+#[test]
+fn a_flush_that_fails_meanwhile_ends_the_job() {
+    let (mut bench, operations) = beside_guests(20);
+    assert!(operations.contains(&Op::FlushMeanwhile), "{operations:?}");
+    let error = failed(IoOperation::Write, 5);
+    assert_eq!(bench.done(Outcome::FlushedMeanwhile(Err(error))), [], "what is in flight is waited for");
+    let Some(Op::Copy(last)) = operations.iter().find(|op| matches!(op, Op::Copy(_))).copied() else {
+        panic!("{operations:?}")
+    };
+    assert_eq!(bench.copied(last), [Op::Restore]);
+}
+
 #[test]
 fn a_chain_that_cannot_be_changed_is_given_back_before_the_job_fails() {
     let (mut bench, _) = Bench::begun(MIB, vec![(range(0, MIB), What::Skip)]);
