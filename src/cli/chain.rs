@@ -18,6 +18,7 @@ use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::Signals;
 use super::{Global, config, stats};
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::engine::open::local_path;
 use crate::engine::{Engine, Format, named};
 use crate::graph::chain;
 use crate::graph::node::{Node, UseKind};
@@ -91,8 +92,12 @@ pub struct Manner {
 /// active layer.
 pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
     let beside = || {
-        let named = named::by_user(front.driver().name(), name).ok()?;
-        chain::find(front, &named.name())
+        let front_name = front.driver().name();
+        let full = match local_path(front_name) {
+            Some(path) => path.parent()?.join(name).to_str()?.to_owned(),
+            None => named::by_user(front_name, name).ok()?.name(),
+        };
+        chain::find(front, &full)
     };
     let found = chain::find(front, name).or_else(beside);
     Ok(found.ok_or_else(|| ChainError::NotInChain(name.to_owned()))?)

@@ -5,18 +5,19 @@
 //! that an image has, the ones that stay in its own directory are followed; the others where the user allows it
 //! ([`Gate`]).
 
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use blockferry_ring::Errno;
 
-use super::open::local_path;
+use super::open::{local_path, name_of};
 use super::remote::{gluster_image, names_server};
 use crate::block::{BlockError, Operation};
 use crate::format::qcow2::Gate;
 use crate::format::qcow2::gate::{
-    GateError, Reference, Role, Wanted, clean, has_protocol, judge, understand,
+    GateError, Reference, Role, Wanted, clean, has_protocol, judge, resolve, understand,
 };
 use crate::protocol::gluster::Image;
+use crate::protocol::structured::is_structured;
 
 /// Where a name leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +32,7 @@ impl Named {
     /// The name, relative to nothing or to where this program runs.
     pub fn name(&self) -> String {
         match self {
-            Named::File(reference) => reference.path.display().to_string(),
+            Named::File(reference) => name_of(&reference.path),
             Named::Server(name) => name.clone(),
         }
     }
@@ -67,14 +68,19 @@ pub fn by_user(image: &str, name: &str) -> Result<Named, GateError> {
 
 /// Reads a name that an image has, and judges it.
 pub fn by_image(gate: &Gate, wanted: &Wanted<'_>) -> Result<Named, GateError> {
-    let named = match (wanted.role, local_path(wanted.image)) {
-        (Role::Backing, _) => by_user(wanted.image, wanted.name)?,
+    let may_be_far = wanted.role == Role::Backing;
+    if let Some(path) = local_path(wanted.image)
+        && !(may_be_far && names_server(wanted.name))
+    {
+        return resolve(gate, &path, wanted.name).map(Named::File);
+    }
+    if !may_be_far {
         // The guest's data is beside its tables, as a file.
-        (Role::DataFile, Some(path)) => Named::File(understand(&path, wanted.name)?),
-        (Role::DataFile, None) => return Err(GateError::NoFile(wanted.name.to_owned())),
-    };
+        return Err(GateError::NoFile(wanted.name.to_owned()));
+    }
+    let named = by_user(wanted.image, wanted.name)?;
     match &named {
-        Named::File(reference) => judge(gate, local_path(wanted.image).as_deref(), &reference.path)?,
+        Named::File(reference) => judge(gate, None, &reference.path)?,
         Named::Server(name) if gate.servers || is_in_directory_of(wanted.image, name) => {}
         Named::Server(_) => return Err(GateError::Server(wanted.name.to_owned())),
     }
@@ -86,8 +92,8 @@ pub(super) fn failed(name: &str, error: &GateError) -> BlockError {
     BlockError::new(Operation::Open, name, Errno::EINVAL).hint(error.to_string())
 }
 
-fn directory(image: &Image) -> &Path {
-    Path::new(&image.path).parent().unwrap_or(Path::new(""))
+fn directory(image: &Image) -> PathBuf {
+    clean(Path::new(&image.path).parent().unwrap_or(Path::new("")))
 }
 
 /// The image that `name` means where `image` lies; `None` beyond the volume.
@@ -103,9 +109,12 @@ fn is_in_directory_of(image: &str, name: &str) -> bool {
     let (Some(image), Some(other)) = (gluster_image(image), gluster_image(name)) else { return false };
     let path = Path::new(&other.path);
     let is_plain = path.components().all(|part| matches!(part, Component::Normal(_)));
+    // Options may say more than where it lies, such as where to log.
+    let says_no_more = !is_structured(name) || other.to_string() == name;
     other.servers == image.servers
         && other.volume == image.volume
         && is_plain
+        && says_no_more
         && path.starts_with(directory(&image))
 }
 
@@ -151,6 +160,7 @@ mod tests {
             "gluster://host/other/dir/base.img",
             "gluster://elsewhere/vol/dir/base.img",
             "nbd://host/disk",
+            r#"json:{"driver":"gluster","filename":"gluster://host/vol/dir/b","logfile":"log"}"#,
         ] {
             assert_eq!(named(&own, ON_VOLUME, name), Err(GateError::Server(name.into())));
             assert!(named(&servers, ON_VOLUME, name).is_ok(), "{name}");
@@ -165,6 +175,26 @@ mod tests {
         assert_eq!(named(&trusted, ON_VOLUME, "/vm/b"), Ok("/vm/b".into()));
         let data = Wanted { role: Role::DataFile, ..wanted(ON_VOLUME, "data") };
         assert_eq!(by_image(&servers, &data), Err(GateError::NoFile("data".into())));
+    }
+
+    #[test]
+    fn a_file_that_is_called_like_something_else_is_that_file() {
+        let own = Gate::default();
+        let server = "driver=gluster,volume=v,path=p,server.0.type=inet,server.0.host=h,server.0.port=1";
+        for odd in ["nbd:evil:10809", "file:/etc/shadow", "delay:1ms:/etc/shadow", "mem:1M", server] {
+            // By whatever name the image gets there, what is opened is the file.
+            for name in [format!("./{odd}"), format!("file:{odd}"), format!("file:./{odd}")] {
+                if Path::new(name.trim_start_matches("file:")).is_absolute() {
+                    continue;
+                }
+                let found = named(&own, "top.qcow2", &name);
+                assert_eq!(found.as_deref(), Ok(format!("./{odd}").as_str()), "{name}");
+                assert_eq!(local_path(&found.unwrap_or_default()), Some(format!("./{odd}").into()));
+            }
+            // And it is where it is, not on that server.
+            let image = name_of(Path::new(odd));
+            assert_eq!(named(&own, &image, "x"), Ok(name_of(&Path::new(odd).with_file_name("x"))));
+        }
     }
 
     #[test]

@@ -100,6 +100,13 @@ pub fn local_path(name: &str) -> Option<PathBuf> {
     (!is_special).then(|| PathBuf::from(name))
 }
 
+/// A name that leads to this path and to nothing else, whatever the file is called.
+pub fn name_of(path: &Path) -> String {
+    let text = path.display().to_string();
+    // `nbd:x`, `file:x` and the like are good names of files, too.
+    if local_path(&text).as_deref() == Some(path) { text } else { format!("./{text}") }
+}
+
 /// Opens what `name` means. The format is the one that was said, or what the image's own header says by
 /// the safe rule.
 pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
@@ -327,5 +334,6 @@ fn open_protocol(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<d
 
 fn open_path(ring: &Ring, path: &Path, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
     let open = OpenOptions { read_only: options.read_only, cache: options.cache, lock: options.lock };
-    crate::protocol::open::open(ring, path, &open)
+    // The path becomes the image's name, and names in it are relative to what that says.
+    crate::protocol::open::open(ring, Path::new(&name_of(path)), &open)
 }

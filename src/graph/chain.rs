@@ -65,9 +65,16 @@ pub fn name_for(overlay: &Node, had_it: &Node, base: &Node) -> String {
         let path = PathBuf::from(node.driver().name());
         path.parent().map(Path::to_owned).unwrap_or_default()
     };
+    // Where an image lies is told by its path or its URI; not by options, which name servers elsewhere.
+    let has_place = |node: &Node| {
+        let name = node.driver().name();
+        node.driver().local_file().is_some() || name.contains("://") && !name.starts_with("json:")
+    };
     let recorded = had_it.driver().as_layer().and_then(|layer| layer.recorded_backing());
     if let Some((text, _)) = recorded
         && directory(overlay) == directory(had_it)
+        && has_place(overlay)
+        && has_place(had_it)
     {
         return text;
     }

@@ -158,13 +158,22 @@ impl Governor {
     /// One of the job's own requests has ended.
     pub fn own(&mut self, bytes: u64, nanos: Nanos) {
         self.own_bytes += bytes;
-        self.unflushed.wrote(bytes);
         self.own_min = Some(self.own_min.map_or(nanos, |min| min.min(nanos)));
         self.own_sum = self.own_sum.saturating_add(nanos);
         self.own_count += 1;
     }
 
-    /// Whether what was written is to be flushed before more is.
+    /// The job has written so much.
+    pub fn wrote(&mut self, bytes: u64) {
+        self.unflushed.wrote(bytes);
+    }
+
+    /// Whether nothing more is to be written before the flush under way has ended.
+    pub fn waits_for_flush(&self) -> bool {
+        self.is_beside_guests && self.unflushed.is_too_much()
+    }
+
+    /// Whether so much was written that it is to be flushed now.
     pub fn wants_flush(&self) -> bool {
         self.is_beside_guests && self.unflushed.is_much()
     }

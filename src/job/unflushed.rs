@@ -10,7 +10,7 @@
 //! is learnt from how long flushes take: half as much after one of more than [`LONG_NANOS`], twice as much after one of less
 //! than [`SHORT_NANOS`]. Where a flush takes its time however little there is to flush, less of it would only mean more
 //! flushes: if half of the bytes did not take clearly less, there are more bytes to a flush, and before the next attempt
-//! there are twice as many flushes as before the last.
+//! there are twice as many flushes as before the last. While a flush is under way, no more may gather than is flushed next.
 
 use blockferry_ring::Nanos;
 
@@ -60,6 +60,11 @@ impl Unflushed {
     /// So much has gathered that it is to be flushed.
     pub fn is_much(&self) -> bool {
         self.running.is_none() && self.bytes >= self.bytes_max
+    }
+
+    /// As much has gathered again as the flush under way began with: more is to wait for its end.
+    pub fn is_too_much(&self) -> bool {
+        self.running.is_some() && self.bytes >= self.bytes_max
     }
 
     /// A flush has begun.

@@ -147,7 +147,13 @@ impl Conduct {
     /// One copy has ended.
     pub fn piece_ended(&mut self, bytes: u64, began: Nanos, now: Nanos) {
         self.governor.own(bytes, now.saturating_sub(began));
+        self.governor.wrote(bytes);
         self.depth.ended(began, now);
+    }
+
+    /// Whether no other copy is to begin before a flush has ended.
+    pub fn waits_for_flush(&self) -> bool {
+        self.governor.waits_for_flush()
     }
 
     /// Whether the target is to be flushed while the job copies.

@@ -567,6 +567,9 @@ impl Mirror {
         } else {
             limits::MIRROR_ZERO_BYTES_MAX
         };
+        if self.conduct.waits_for_flush() {
+            return;
+        }
         while self.conduct.has_room(self.pieces.len(), self.bytes_in_flight) {
             let Some(run) = self.tracker.peek(self.cursor, run_max.max(chunk)) else {
                 return;
@@ -694,7 +697,11 @@ impl Mirror {
         }
         if self.marked && self.stage.copies() {
             self.copy_on(cx);
-            if self.conduct.wants_flush() && matches!(self.stage, Stage::Copying | Stage::Following) {
+            // The flush that ready, or the end, waits for is asked for elsewhere.
+            let awaits_end =
+                self.waits_since.is_some() || cx.orders.complete || cx.orders.soft_cancel || self.pending;
+            let writes = matches!(self.stage, Stage::Copying | Stage::Following);
+            if writes && !awaits_end && self.conduct.wants_flush() {
                 self.conduct.flush_began(cx.now);
                 self.ask(cx, Op::FlushMeanwhile);
             }

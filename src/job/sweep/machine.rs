@@ -284,6 +284,7 @@ impl Sweep {
             }
         }
         self.note(copied);
+        self.governor.wrote(copied.data);
         let done_to = failed.as_ref().map_or(range.end(), |(at, _)| *at);
         let (done, rest) = range.split_at(done_to);
         cx.progress.done(done.len());
@@ -340,6 +341,9 @@ impl Sweep {
     /// Starts copies as long as there is something to copy and room for it.
     fn copy_on(&mut self, cx: &mut Context<'_, Op>) {
         self.grant(cx);
+        if self.governor.waits_for_flush() {
+            return;
+        }
         let window = self.window();
         let chunk = if self.has_guests() {
             self.governor.piece(limits::SWEEP_CHUNK_BYTES)

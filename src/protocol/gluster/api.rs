@@ -127,7 +127,8 @@ impl Library {
 
     /// Has OpenSSL, which the library loads, keep what it has when the process ends. It would be thrown away by an exit
     /// handler, while threads of the library, and those that have called it, end too and throw their own parts of it away:
-    /// one exit in two thousand crashed in there.
+    /// one exit in two thousand crashed in there. It comes too late, and is not told so, where this process has used the
+    /// same OpenSSL before.
     fn keep_openssl(&self) {
         type Init = unsafe extern "C" fn(u64, *const c_void) -> c_int;
         const NO_ATEXIT: u64 = 0x0008_0000;
