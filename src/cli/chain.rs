@@ -94,6 +94,7 @@ pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
     let beside = || {
         let front_name = front.driver().name();
         let full = match local_path(front_name) {
+            // As a path, whatever it looks like: a user who names a layer means a file by it.
             Some(path) => path.parent()?.join(name).to_str()?.to_owned(),
             None => named::by_user(front_name, name).ok()?.name(),
         };

@@ -108,8 +108,8 @@ async fn look(engine: &Engine, args: &InfoArgs) -> Result<Vec<Layer>, Failure> {
         let above = driver.name().to_owned();
         layers.push(Layer { name, driver, info, mark });
         let Some((backing, recorded)) = below else { return Ok(layers) };
-        let (image, name_there) = (above.as_str(), backing.as_str());
-        let wanted = Wanted { role: Role::Backing, name: name_there, format: None, image, read_only: true };
+        let wanted =
+            Wanted { role: Role::Backing, name: &backing, format: None, image: &above, read_only: true };
         let named = named::by_image(&gate, &wanted).map_err(|error| Failure::text(error.to_string()))?;
         name = named.name();
         options.format = recorded_format(named.format().or(recorded.as_deref()), &name)?;

@@ -19,6 +19,7 @@ const BYTES_FIRST: u64 = 16 << 20;
 /// Bytes between flushes at least, and at most.
 const BYTES_MIN: u64 = 2 << 20;
 const BYTES_MAX: u64 = 1 << 30;
+/// Long flushes in a row at most before half as much is tried again: a device may change.
 const PATIENCE_MAX: u32 = 64;
 /// A flush that took less disturbs nobody.
 const SHORT_NANOS: Nanos = 2_500_000;

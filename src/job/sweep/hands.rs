@@ -75,19 +75,17 @@ impl Parts {
         self.direction.failed(error)
     }
 
+    async fn flush(&self) -> Result<(), Failed> {
+        self.direction.target().driver().flush().await.map_err(|error| self.failed(error))
+    }
+
     async fn perform(&self, op: Op) -> Outcome {
         match op {
             Op::Prepare => {
                 Outcome::Prepared(self.direction.prepare().await.map_err(|error| self.failed(error)))
             }
-            Op::Flush => {
-                let result = self.direction.target().driver().flush().await;
-                Outcome::Flushed(result.map_err(|error| self.failed(error)))
-            }
-            Op::FlushMeanwhile => {
-                let result = self.direction.target().driver().flush().await;
-                Outcome::FlushedMeanwhile(result.map_err(|error| self.failed(error)))
-            }
+            Op::Flush => Outcome::Flushed(self.flush().await),
+            Op::FlushMeanwhile => Outcome::FlushedMeanwhile(self.flush().await),
             Op::Wish(range) => Outcome::Wished(self.wish(range).await),
             Op::Relink => {
                 let result = self.direction.relink().await;
