@@ -13,7 +13,9 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, parse_format, size, speed};
-use super::job::{AtReady, Policy, Watch, Words, bytes, ending_name, exit_code, guest_first, suit_bulk};
+use super::job::{
+    AtReady, Policy, Watch, Words, bytes, copy_rate, disk, ending_name, exit_code, guest_first, suit_bulk,
+};
 use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::Signals;
 use super::{Global, config, stats};
@@ -65,12 +67,12 @@ pub struct ChainArgs {
 }
 
 /// A job on a chain, and what to say of it.
-#[derive(Debug)]
+#[allow(missing_debug_implementations)] // What is said is a function.
 pub struct Started {
     /// The job.
     pub job: Job,
-    /// What is so when it is completed.
-    pub done: String,
+    /// What is so when it is completed, asked then: a base may have grown.
+    pub done: Box<dyn Fn() -> String>,
     /// What is so when it is given up or failed.
     pub undone: String,
     /// Where clients go on afterwards, if they do not stay where they are.
@@ -216,15 +218,14 @@ impl Run {
         } else if *ending == Ending::Cancelled {
             eprintln!("Cancelled. {}", started.undone);
         } else if *ending == Ending::Completed && !self.args.quiet {
-            let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
             eprintln!(
-                "Completed in {}: {} copied ({}), {} zeroed, {} skipped; {}{}",
+                "Completed in {}: {} copied ({}), {} zeroed, {} skipped\n{}{}",
                 fmt_duration(elapsed_ns),
                 fmt_bytes(details.bytes_copied),
-                fmt_rate(rate),
+                fmt_rate(copy_rate(&started.job)),
                 fmt_bytes(details.bytes_zeroed),
                 fmt_bytes(details.bytes_skipped),
-                started.done,
+                (started.done)(),
                 if moved.is_some() { ", and is in use now" } else { "" },
             );
         }
@@ -234,7 +235,16 @@ impl Run {
 
 /// A layer as people are told of it.
 pub fn shown(node: &Node) -> String {
+    format!("'{}'", short_name(node))
+}
+
+/// The same with its format and size.
+pub fn shown_whole(node: &Node) -> String {
+    disk(&short_name(node), node.driver())
+}
+
+fn short_name(node: &Node) -> String {
     let name = node.driver().name();
     let file = Path::new(name).file_name().filter(|_| node.driver().local_file().is_some());
-    format!("'{}'", file.map_or(name.into(), |file| file.to_string_lossy()))
+    file.map_or(name.into(), |file| file.to_string_lossy().into_owned())
 }

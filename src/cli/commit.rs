@@ -5,7 +5,7 @@ use std::rc::Rc;
 use clap::Args;
 
 use super::Global;
-use super::chain::{self, ChainArgs, Manner, Started, layer, shown};
+use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole};
 use super::exit::{Exit, Failure};
 use super::job::{AtReady, Words};
 use crate::graph::node::Node;
@@ -84,13 +84,10 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
         let above = front.chain().into_iter().find(is_above);
         let job = engine.commit(front, Some(&top), Some(&base), options).await?;
         let (base_name, top_name) = (shown(&base), shown(&top));
-        let done = match above {
-            Some(above) => format!(
-                "{base_name} holds what {top_name} showed, and is the backing file of {} now",
-                shown(&above)
-            ),
-            None => format!("{base_name} holds what {top_name} showed"),
-        };
+        let now = above
+            .map_or_else(String::new, |above| format!(", and is the backing file of {} now", shown(&above)));
+        let merged = base.clone();
+        let done = Box::new(move || format!("{} holds what {top_name} showed{now}", shown_whole(&merged)));
         let undone = format!(
             "The chain is as it was. {base_name} by itself may hold some of what lies above it: do not use it alone"
         );

@@ -14,6 +14,7 @@ use serde_json::json;
 use super::create::{add_backing, backing_len};
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, OpenArgs, Reflink, parse_format, size, speed, state_dir};
+use super::job::{copy_rate, disk, left_behind};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::Signals;
 use super::target::{Target, TargetOptions};
@@ -21,6 +22,7 @@ use super::tool::{OutputArgs, cache, option_pairs, read_options};
 use super::{Global, config, stats};
 use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::block::Driver;
 use crate::engine::create::NewImage;
 use crate::engine::qcow2::{Qcow2Compressor, qcow2};
 use crate::engine::{Engine, Format};
@@ -169,17 +171,17 @@ impl Run {
                 return Err(failure);
             }
         };
-        let tail = target.node.driver().len() - source.driver().len();
         let mark = target.marker(engine);
+        let drivers = [source.driver().clone(), target.node.driver().clone()];
         drop((source, target));
         let ending = self.follow(&job).await?;
         let is_marked = mark.is_set().await.unwrap_or(false);
-        let exit = self.report(&job, &tally, &ending, ring.clock() - began, tail);
+        let exit = self.report(&job, &tally, &ending, ring.clock() - began, &drivers);
         stats::print(&self.global, ring);
         match ending {
             Ending::Failed(text) if exit == Exit::Failed => {
-                let rest = if is_marked { ". The target is incomplete and marked so" } else { "" };
-                Err(Failure::text(format!("The conversion failed: {text}{rest}")))
+                let left = left_behind(&disk(&self.args.target, &drivers[1]), is_marked);
+                Err(Failure::text(format!("The conversion failed: {}. {left}", text.trim_end_matches('.'))))
             }
             _ => Ok(exit),
         }
@@ -295,8 +297,16 @@ impl Run {
         }
     }
 
-    fn report(&self, job: &Job, tally: &Tally, ending: &Ending, elapsed_ns: u64, tail: u64) -> Exit {
+    fn report(
+        &self,
+        job: &Job,
+        tally: &Tally,
+        ending: &Ending,
+        elapsed_ns: u64,
+        [from, to]: &[Rc<dyn Driver>; 2],
+    ) -> Exit {
         let (args, details) = (&self.args, job.details());
+        let tail = to.len().saturating_sub(from.len());
         let lost = tally.bytes_lost.get();
         let mismatch = tally.mismatch.get();
         let (word, exit) = match ending {
@@ -324,7 +334,6 @@ impl Run {
         }
         match ending {
             Ending::Completed => {
-                let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
                 let shared = match tally.bytes_shared.get() {
                     0 => String::new(),
                     n => format!(", {} of it by sharing blocks", fmt_bytes(n)),
@@ -333,7 +342,7 @@ impl Run {
                     "Completed in {}: {} copied ({}){shared}, {} zeroed, {} skipped",
                     fmt_duration(elapsed_ns),
                     fmt_bytes(details.bytes_copied),
-                    fmt_rate(rate),
+                    fmt_rate(copy_rate(job)),
                     fmt_bytes(details.bytes_zeroed),
                     fmt_bytes(details.bytes_skipped),
                 );
@@ -347,11 +356,18 @@ impl Run {
                         fmt_bytes(tail)
                     );
                 }
-                if lost > 0 {
-                    eprintln!("{} could not be read and are zeroes in the target", fmt_bytes(lost));
+                let (source, target) = (disk(&args.source, from), disk(&args.target, to));
+                match lost {
+                    0 => eprintln!("{target} equals {source}"),
+                    lost => eprintln!(
+                        "{target} equals {source} but for {} that could not be read and are zeroes",
+                        fmt_bytes(lost)
+                    ),
                 }
             }
-            Ending::Cancelled => eprintln!("Cancelled: '{}' is incomplete and marked so", args.target),
+            Ending::Cancelled => {
+                eprintln!("Cancelled: {} is incomplete and marked so", disk(&args.target, to));
+            }
             Ending::Failed(_) => {
                 if let Some(at) = mismatch {
                     eprintln!("Verify: source and target differ at offset {at}");

@@ -1,5 +1,7 @@
 //! What commands that run a job have in common: options, and how a job is watched to its end.
 
+use std::rc::Rc;
+
 use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Patience, Ring};
 use clap::ValueEnum;
@@ -12,6 +14,8 @@ use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::{Signal, Signals};
 use crate::base::limits;
 use crate::base::units::fmt_bytes;
+use crate::block::Driver;
+use crate::engine::qcow2::format;
 use crate::job::event::JobEvent;
 use crate::job::governor::GuestFirst;
 use crate::job::policy::{ErrorAction, OnError};
@@ -70,6 +74,39 @@ pub fn exit_code(ending: &Ending) -> Exit {
         Ending::Completed => Exit::Done,
         Ending::Cancelled => Exit::Cancelled,
         Ending::Failed(_) => Exit::Failed,
+    }
+}
+
+/// Bytes of data a second, in the time in which the job copied. A limit allows a first burst; over any longer time it holds,
+/// so no rate above it is claimed.
+pub fn copy_rate(job: &Job) -> u64 {
+    let details = job.details();
+    within_limit(job, rate(details.bytes_copied, details.copy_nanos))
+}
+
+/// No more than the job's limit, where it has one.
+pub fn within_limit(job: &Job, bytes_per_sec: u64) -> u64 {
+    match job.info().speed {
+        0 => bytes_per_sec,
+        limit => bytes_per_sec.min(limit),
+    }
+}
+
+fn rate(bytes: u64, nanos: u64) -> u64 {
+    let rate = u128::from(bytes) * 1_000_000_000 / u128::from(nanos.max(1));
+    rate.min(u128::from(u64::MAX)) as u64
+}
+
+/// A disk as the last line of a job names it: its name, format and size.
+pub fn disk(name: &str, driver: &Rc<dyn Driver>) -> String {
+    format!("'{name}' ({}, {})", format(driver), fmt_bytes(driver.len()))
+}
+
+/// What a job that failed has left of its target, which is called so.
+pub fn left_behind(target: &str, is_marked: bool) -> String {
+    match is_marked {
+        true => format!("{target} is incomplete and marked so"),
+        false => format!("Nothing says of {target} that it is incomplete: do not use it"),
     }
 }
 

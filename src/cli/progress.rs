@@ -1,7 +1,7 @@
 //! Progress of a job: a bar for people, lines for scripts.
 //!
-//! Rate and ETA are of the job's own work (bytes that it has dealt with, holes included in the ETA but
-//! not in the rate of copying). The phase is named, because "100 %" and "ready" are not the same.
+//! Rate and ETA are of the job's own work: the rate is that of data that it copied, and never above its speed limit; the
+//! ETA goes by bytes that it has dealt with, holes included. The phase is named, because "100 %" and "ready" are not the same.
 
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::Global;
+use super::job::within_limit;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::job::policy::CopyMode;
 use crate::job::runner::Job;
@@ -24,8 +25,11 @@ pub struct Progress {
     quiet: bool,
     began_ns: u64,
     last: Option<(u64, u64)>,
-    /// Bytes a second, smoothed.
+    /// Bytes a second that are dealt with, smoothed.
     rate: f64,
+    /// Bytes of data that were copied by the latest look, and a second, smoothed.
+    copied: u64,
+    copy_rate: f64,
     looks: u32,
 }
 
@@ -40,7 +44,17 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_secs(3600));
             bar
         });
-        Progress { bar, json: global.json, quiet, began_ns: now_ns, last: None, rate: 0.0, looks: 0 }
+        Progress {
+            bar,
+            json: global.json,
+            quiet,
+            began_ns: now_ns,
+            last: None,
+            rate: 0.0,
+            copied: 0,
+            copy_rate: 0.0,
+            looks: 0,
+        }
     }
 
     /// Looks at the job.
@@ -50,11 +64,17 @@ impl Progress {
         if let Some((then, done)) = self.last
             && now_ns > then
         {
-            let rate = (progress.offset() - done) as f64 * 1e9 / (now_ns - then) as f64;
-            self.rate = if self.looks < 3 { rate } else { self.rate * 0.7 + rate * 0.3 };
+            let a_second = |bytes: u64| bytes as f64 * 1e9 / (now_ns - then) as f64;
+            let new = self.looks < 3;
+            let smooth = |old: f64, rate: f64| if new { rate } else { old * 0.7 + rate * 0.3 };
+            self.rate = smooth(self.rate, a_second(progress.offset().saturating_sub(done)));
+            let copied = a_second(details.bytes_copied.saturating_sub(self.copied));
+            self.copy_rate = smooth(self.copy_rate, copied);
         }
         self.last = Some((now_ns, progress.offset()));
+        self.copied = details.bytes_copied;
         self.looks += 1;
+        let copy_rate = within_limit(job, self.copy_rate as u64);
         let eta_ns = (self.rate > 0.0).then(|| (progress.remaining() as f64 / self.rate * 1e9) as u64);
         if let Some(bar) = &self.bar {
             bar.set_length(progress.len().max(1));
@@ -65,7 +85,7 @@ impl Progress {
                 "{} of {}  {}  ETA {eta}  dirty {}{}",
                 fmt_bytes(progress.offset()),
                 fmt_bytes(progress.len()),
-                fmt_rate(self.rate as u64),
+                fmt_rate(copy_rate),
                 fmt_bytes(details.bytes_dirty),
                 match (details.copy_mode, details.converges) {
                     (CopyMode::WriteBlocking, _) => "  write-blocking",
@@ -81,7 +101,7 @@ impl Progress {
                 "phase": details.phase,
                 "offset": progress.offset(),
                 "len": progress.len(),
-                "rate-bytes-per-sec": self.rate as u64,
+                "rate-bytes-per-sec": copy_rate,
                 "eta-ns": eta_ns,
                 "elapsed-ns": now_ns - self.began_ns,
                 "bytes-dirty": details.bytes_dirty,
@@ -92,7 +112,7 @@ impl Progress {
                 "bytes-mirrored": details.bytes_mirrored,
                 "copy-mode": details.copy_mode,
                 "actively-synced": details.actively_synced,
-                "copy-bytes-per-sec": details.copy_bytes_per_sec,
+                "copy-bytes-per-sec": within_limit(job, details.copy_bytes_per_sec),
                 "dirty-bytes-per-sec": details.dirty_bytes_per_sec,
                 "converges": details.converges,
                 "window-bytes": details.window_bytes,

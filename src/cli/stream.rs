@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::Global;
-use super::chain::{self, ChainArgs, Manner, Started, layer, shown};
+use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole};
 use super::exit::{Exit, Failure};
 use super::job::{AtReady, Words};
 use crate::job::stream::Floor;
@@ -75,10 +75,10 @@ pub fn main(global: &Global, args: StreamArgs) -> Result<Exit, Failure> {
             (None, None) => (Floor::Whole, None),
         };
         let job = engine.stream(front, Some(&top), floor, options).await?;
-        let done = match left {
-            Some(left) => format!("{} is the backing file of {} now", shown(&left), shown(&top)),
-            None => format!("{} needs no backing file any more", shown(&top)),
-        };
+        let done = Box::new(move || match &left {
+            Some(left) => format!("{} has {} as its backing file now", shown_whole(&top), shown(left)),
+            None => format!("{} needs no backing file any more", shown_whole(&top)),
+        });
         let undone = "The chain is as it was; what has been filled need not be filled again".into();
         Ok(Started { job, done, undone, moves_to: None })
     })

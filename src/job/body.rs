@@ -111,6 +111,8 @@ pub struct Details {
     pub copy_mode: CopyMode,
     /// Bytes that guests' changes sent to the target.
     pub bytes_mirrored: u64,
+    /// How long the job has copied: the time that the rate of `bytes_copied` is about.
+    pub copy_nanos: Nanos,
     /// Bytes a second: what the job deals with.
     pub copy_bytes_per_sec: u64,
     /// Bytes a second: what guests make dirty.

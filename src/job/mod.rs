@@ -35,6 +35,7 @@ pub mod commit;
 pub mod compare;
 /// Copies a disk that nobody writes.
 pub mod convert;
+mod copytime;
 /// How many copies a job keeps in flight.
 pub mod depth;
 /// How much a job may have in flight beside guests.

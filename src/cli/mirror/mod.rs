@@ -11,7 +11,7 @@ use blockferry_ring::{Config, Nanos};
 
 use super::exit::{Exit, Failure};
 use super::image::state_dir;
-use super::job::{AtReady, Watch, Words, suit_bulk};
+use super::job::{AtReady, Watch, Words, disk, suit_bulk};
 use super::serve::Exports;
 use super::signals::Signals;
 use super::target::{Target, TargetOptions};
@@ -123,18 +123,19 @@ impl Run {
         drop((source, target));
         let ending = self.follow(settings, &job, verifier.as_ref()).await?;
         let elapsed_ns = ring.clock() - began;
-        let allocated = drivers.map(|driver| driver.allocated_bytes());
-        let result = Outcome { ending: &ending, elapsed_ns, tail, allocated };
+        let allocated = [drivers[0].allocated_bytes(), drivers[1].allocated_bytes()];
+        let result = Outcome { ending: &ending, elapsed_ns, tail, allocated, drivers: &drivers };
         let exit = self.report(settings, &job, &result, verifier.as_ref());
         // What cannot be told is not said.
         let is_marked = mark.is_set().await.unwrap_or(false);
-        drop(mark);
+        let target = disk(&settings.target, &drivers[1]);
+        drop((mark, drivers));
         if !settings.exit_on_done && exit != Exit::Cancelled {
             exports.serve_until_idle(&self.signals).await;
         }
         exports.stop().await;
         stats::print(&self.global, &ring);
-        exit_of(exit, ending, is_marked)
+        exit_of(exit, ending, &target, is_marked)
     }
 
     /// Opens the target, or makes it: raw, or in the format that was said. An overlay of the source's backing file if only

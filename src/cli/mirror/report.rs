@@ -7,8 +7,10 @@ use serde_json::json;
 use super::Run;
 use super::args::Settings;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::block::Driver;
 use crate::cli::exit::{Exit, Failure};
-use crate::cli::job::{ending_name, exit_code};
+use crate::cli::job::{copy_rate, disk, ending_name, exit_code, left_behind};
+use crate::job::mirror::SyncMode;
 use crate::job::mirror::verify::{Report, Verifier};
 use crate::job::runner::{Ending, Job};
 
@@ -20,6 +22,8 @@ pub(super) struct Outcome<'a> {
     pub(super) tail: Option<u64>,
     /// Bytes that source and target occupy.
     pub(super) allocated: [Option<u64>; 2],
+    /// The two.
+    pub(super) drivers: &'a [Rc<dyn Driver>; 2],
 }
 
 impl Run {
@@ -31,7 +35,9 @@ impl Run {
         outcome: &Outcome<'_>,
         verifier: Option<&Rc<Verifier>>,
     ) -> Exit {
-        let Outcome { ending, elapsed_ns, tail, allocated: [source_allocated, target_allocated] } = *outcome;
+        let Outcome { ending, elapsed_ns, tail, allocated: [source_allocated, target_allocated], .. } =
+            *outcome;
+        let target = &outcome.drivers[1];
         let details = job.details();
         let verified = verifier.map(|verifier| verifier.report());
         let exit = match ending {
@@ -59,66 +65,90 @@ impl Run {
             return exit;
         }
         match ending {
-            Ending::Completed => {
-                let rate = (details.bytes_copied as f64 * 1e9 / elapsed_ns.max(1) as f64) as u64;
-                if let Some(tail) = tail {
-                    eprintln!(
-                        "The target is {} larger than the source: what lies behind the source's end holds what \
-                         it held before",
-                        fmt_bytes(tail)
-                    );
-                }
-                eprintln!(
-                    "Completed in {}: {} copied ({}), {}{} zeroed, {} skipped{}; '{}' equals '{}'{}",
-                    fmt_duration(elapsed_ns),
-                    fmt_bytes(details.bytes_copied),
-                    fmt_rate(rate),
-                    match details.bytes_shared {
-                        0 => String::new(),
-                        shared => format!("{} shared, ", fmt_bytes(shared)),
-                    },
-                    fmt_bytes(details.bytes_zeroed),
-                    fmt_bytes(details.bytes_skipped),
-                    target_allocated.map_or_else(String::new, |bytes| {
-                        format!("; the target occupies {}", fmt_bytes(bytes))
-                    }),
-                    settings.target,
-                    settings.source,
-                    if settings.pivot { " and is in use now" } else { "" },
-                );
-            }
+            Ending::Completed => self.say_completed(settings, job, outcome, verified.as_ref()),
             Ending::Cancelled => {
-                eprintln!("Cancelled: '{}' is incomplete and marked so", settings.target);
+                eprintln!("Cancelled: {} is incomplete and marked so", disk(&settings.target, target));
             }
-            Ending::Failed(_) => {}
-        }
-        if let Some(report) = verified {
-            say_verified(&report, self.engine.ring().clock());
+            Ending::Failed(_) => {
+                // Nothing is verified by a job that failed; where the two differ is worth a line.
+                if let Some(offset) = verified.and_then(|report| report.mismatch) {
+                    eprintln!("Verify: source and target differ at offset {offset}");
+                }
+            }
         }
         exit
+    }
+
+    /// What was done, and, as the last line, what is true now.
+    fn say_completed(
+        &self,
+        settings: &Settings,
+        job: &Job,
+        outcome: &Outcome<'_>,
+        verified: Option<&Report>,
+    ) {
+        let details = job.details();
+        eprintln!(
+            "Completed in {}: {} copied ({}), {}{} zeroed, {} skipped{}",
+            fmt_duration(outcome.elapsed_ns),
+            fmt_bytes(details.bytes_copied),
+            fmt_rate(copy_rate(job)),
+            match details.bytes_shared {
+                0 => String::new(),
+                shared => format!("{} shared, ", fmt_bytes(shared)),
+            },
+            fmt_bytes(details.bytes_zeroed),
+            fmt_bytes(details.bytes_skipped),
+            outcome.allocated[1]
+                .map_or_else(String::new, |bytes| { format!("; the target occupies {}", fmt_bytes(bytes)) }),
+        );
+        if let Some(tail) = outcome.tail {
+            eprintln!(
+                "The target is {} larger than the source: what lies behind the source's end holds what it held before",
+                fmt_bytes(tail)
+            );
+        }
+        if let Some(report) = verified {
+            say_verified(report, self.engine.ring().clock());
+        }
+        let [source, target] = outcome.drivers;
+        eprintln!(
+            "{} {}{}",
+            disk(&settings.target, target),
+            whats_true(settings.sync, &disk(&settings.source, source)),
+            if settings.pivot { ", and is in use now" } else { "" },
+        );
+    }
+}
+
+/// What is true of the target of a job that completed.
+fn whats_true(sync: SyncMode, source: &str) -> String {
+    match sync {
+        SyncMode::Full | SyncMode::Top => format!("equals {source}"),
+        SyncMode::None => {
+            format!("holds what was written to {source} meanwhile, is no copy of it, and is marked so")
+        }
     }
 }
 
 fn say_verified(report: &Report, now_ns: u64) {
-    match &report.mismatch {
-        None => eprintln!(
-            "Verified: {} compared ({} of it again), checksum {} (BLAKE3 of the BLAKE3 of each MiB), as of {}",
-            fmt_bytes(report.bytes_compared),
-            fmt_bytes(report.bytes_compared_again),
-            report.checksum,
-            instant(report.instant_ns, now_ns),
-        ),
-        Some(offset) => eprintln!("Verify: source and target differ at offset {offset}"),
-    }
+    eprintln!(
+        "Verified: {} compared ({} of it again), checksum {} (BLAKE3 of the BLAKE3 of each MiB), as of {}",
+        fmt_bytes(report.bytes_compared),
+        fmt_bytes(report.bytes_compared_again),
+        report.checksum,
+        instant(report.instant_ns, now_ns),
+    );
 }
 
 /// The failure in words, where it is one.
-pub(super) fn exit_of(exit: Exit, ending: Ending, is_marked: bool) -> Result<Exit, Failure> {
+pub(super) fn exit_of(exit: Exit, ending: Ending, target: &str, is_marked: bool) -> Result<Exit, Failure> {
     match ending {
-        Ending::Failed(text) if exit == Exit::Failed => {
-            let rest = if is_marked { ". The target is incomplete and marked so" } else { "" };
-            Err(Failure::text(format!("The mirror failed: {text}{rest}")))
-        }
+        Ending::Failed(text) if exit == Exit::Failed => Err(Failure::text(format!(
+            "The mirror failed: {}. {}",
+            text.trim_end_matches('.'),
+            left_behind(target, is_marked)
+        ))),
         _ => Ok(exit),
     }
 }

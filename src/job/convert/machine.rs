@@ -18,6 +18,7 @@ use blockferry_ring::Nanos;
 use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::job::body::{Body, Context, Details, Event, Report};
+use crate::job::copytime::CopyTime;
 use crate::job::depth::Depth;
 use crate::job::error::JobFailure;
 use crate::job::mirror::machine::Copied;
@@ -153,6 +154,7 @@ pub struct Convert {
     retries: Retries,
     done: Copied,
     shared: u64,
+    copy_time: CopyTime,
 }
 
 impl Convert {
@@ -173,6 +175,7 @@ impl Convert {
             retries: Retries::new(),
             done: Copied::default(),
             shared: 0,
+            copy_time: CopyTime::default(),
         }
     }
 
@@ -409,6 +412,8 @@ impl Body for Convert {
             self.upkeep(cx);
         }
         cx.progress.set_remaining(self.settings.len.saturating_sub(cx.progress.offset()));
+        let stands = cx.orders.hold || self.retries.is_pausing() || self.retries.is_failing();
+        self.copy_time.look(cx.now, self.stage == Stage::Copying && !stands);
     }
 
     fn in_flight(&self) -> usize {
@@ -421,6 +426,7 @@ impl Body for Convert {
             bytes_copied: self.done.data,
             bytes_zeroed: self.done.zeroed,
             bytes_skipped: self.done.skipped,
+            copy_nanos: self.copy_time.total(),
             errors: self.retries.count(),
             in_sync: matches!(self.stage, Stage::Unmarking | Stage::Settled | Stage::Over),
             ..Details::default()

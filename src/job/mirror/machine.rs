@@ -40,6 +40,7 @@ use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::graph::tracker::{GuestTally, Tracker};
 use crate::job::body::{Body, Context, Details, Event, Report};
+use crate::job::copytime::CopyTime;
 use crate::job::error::JobFailure;
 use crate::job::policy::{CopyMode, Failed, IoOperation};
 use crate::job::retry::Retries;
@@ -263,6 +264,7 @@ pub struct Mirror {
     pending: bool,
     retries: Retries,
     done: Copied,
+    copy_time: CopyTime,
 }
 
 impl Mirror {
@@ -297,6 +299,7 @@ impl Mirror {
             pending: false,
             retries: Retries::new(),
             done: Copied::default(),
+            copy_time: CopyTime::default(),
         }
     }
 
@@ -648,6 +651,8 @@ impl Mirror {
         let copies = self.marked && !cx.orders.hold && self.stage.copies() && left > 0;
         let (tracker, len) = (&self.tracker, self.settings.len);
         self.conduct.look(cx.now, tracker, cx.progress.offset(), left, len, copies);
+        let stands = self.retries.is_pausing() || self.retries.is_failing();
+        self.copy_time.look(cx.now, copies && !stands);
         // An unmarked target is not touched, and one that fails is left alone until the job goes on.
         let may_block = self.marked
             && !cx.orders.hold
@@ -860,6 +865,7 @@ impl Body for Mirror {
                 CopyMode::Background
             },
             bytes_mirrored: self.seen.mirrored_bytes,
+            copy_nanos: self.copy_time.total(),
             copy_bytes_per_sec: rates.copied,
             dirty_bytes_per_sec: rates.dirtied,
             converges: self.conduct.verdict(),

@@ -25,6 +25,7 @@ use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::graph::node::Node;
 use crate::job::body::{Body, Context, Details, Event, Report};
+use crate::job::copytime::CopyTime;
 use crate::job::error::JobFailure;
 use crate::job::governor::{Governor, GuestFirst, Sight};
 use crate::job::mirror::machine::Copied;
@@ -178,6 +179,7 @@ pub struct Sweep {
     returned: bool,
     retries: Retries,
     done: Copied,
+    copy_time: CopyTime,
     /// For the speed that is shown: since when, and what had been done by then.
     since: Option<(Nanos, u64)>,
     speed_bytes_per_sec: u64,
@@ -202,6 +204,7 @@ impl Sweep {
             returned: false,
             retries: Retries::new(),
             done: Copied::default(),
+            copy_time: CopyTime::default(),
             since: None,
             speed_bytes_per_sec: 0,
         }
@@ -499,6 +502,8 @@ impl Body for Sweep {
             self.upkeep(cx);
         }
         self.measure(cx.now, cx.progress.offset());
+        let stands = cx.orders.hold || self.retries.is_pausing() || self.retries.is_failing();
+        self.copy_time.look(cx.now, self.stage == Stage::Copying && !stands);
         cx.progress.set_remaining(self.settings.len.saturating_sub(cx.progress.offset()));
     }
 
@@ -514,6 +519,7 @@ impl Body for Sweep {
             bytes_skipped: self.done.skipped,
             errors: self.retries.count(),
             in_sync: matches!(self.stage, Stage::Settled | Stage::Relinking | Stage::Over),
+            copy_nanos: self.copy_time.total(),
             copy_bytes_per_sec: self.speed_bytes_per_sec,
             window_bytes: self.window(),
             goal_nanos: self.governor.goal(),
