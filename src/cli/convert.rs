@@ -11,7 +11,7 @@ use blockferry_ring::sync::{Either, either};
 use clap::Args;
 use serde_json::json;
 
-use super::create::{add_backing, backing_len};
+use super::create::{add_backing, open_new_backing};
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, OpenArgs, Reflink, parse_format, size, speed, state_dir};
 use super::job::{copy_rate, disk, left_behind};
@@ -23,10 +23,11 @@ use super::{Global, config, stats};
 use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::block::Driver;
+use crate::engine::admit::{Admission, IfThere, Wish};
 use crate::engine::create::NewImage;
 use crate::engine::qcow2::{Qcow2Compressor, qcow2};
 use crate::engine::{Engine, Format};
-use crate::graph::node::Node;
+use crate::graph::node::{Node, Use};
 use crate::job::convert::{ConvertOptions, Tally, TargetState};
 use crate::job::event::JobEvent;
 use crate::job::offload::OffloadPolicy;
@@ -161,7 +162,7 @@ impl Run {
             gate: args.gate.clone(),
             ..OpenArgs::default()
         };
-        let (target, target_state) = self.open_target(&source, &open).await?;
+        let (target, target_state, uses) = self.open_target(&source, &open).await?;
         let began = ring.clock();
         let started = self.start(&source, &target, target_state).await;
         let (job, tally) = match started {
@@ -171,6 +172,7 @@ impl Run {
                 return Err(failure);
             }
         };
+        drop(uses);
         let mark = target.marker(engine);
         let drivers = [source.driver().clone(), target.node.driver().clone()];
         drop((source, target));
@@ -187,43 +189,53 @@ impl Run {
         }
     }
 
+    /// Settles what can be settled before the target is touched; then it is opened or made. The source stays as it is
+    /// while the uses that come with it are kept.
     async fn open_target(
         &self,
         source: &Rc<Node>,
         open: &OpenArgs,
-    ) -> Result<(Target, TargetState), Failure> {
-        let args = &self.args;
-        let options = TargetOptions {
-            name: &args.target,
-            format: Some(args.target_format),
-            force: args.force || args.no_create,
-            len: source.driver().len(),
-            open,
-            state_dir: state_dir(args.state_dir.as_deref()),
-            mark: MarkInfo::incomplete("convert", &args.source).started(unix_secs()),
-        };
-        if args.no_create {
-            let path = crate::engine::open::local_path(&args.target);
-            if let Some(path) = path.filter(|path| matches!(self.engine.ring().lookup(path), Ok(None))) {
-                let text = "does not exist, and -n says that it is not to be made";
-                return Err(Failure::text(format!("The target '{}' {text}", path.display())));
-            }
-            if crate::engine::remote::can_create(&args.target) {
-                // A target that is not there would be made.
-                self.engine.open(&args.target, &open.image(Some(args.target_format), true)).await?;
-            }
-            let target = Target::open(&self.engine, options).await?;
-            let state = if args.target_is_zero { TargetState::Zero } else { TargetState::Unknown };
-            return Ok((target, state));
+    ) -> Result<(Target, TargetState, Vec<Use>), Failure> {
+        let (args, ring) = (&self.args, self.engine.ring());
+        if args.compress && args.target_format != Format::Qcow2 {
+            let text = format!("Images of the format '{}' cannot be compressed", args.target_format);
+            return Err(Failure::text(text));
         }
+        speed_of(args.rate)?;
         let mut pairs = option_pairs(&args.options)?;
         add_backing(&mut pairs, args.backing.as_deref(), args.backing_format);
         let new = NewImage::parse(args.target_format, &pairs, Some(source.driver().len()));
         let new = new.map_err(Failure::text)?;
-        // An error here leaves no trace; one after the target was made would.
-        backing_len(&self.engine, &args.target, &pairs).await?;
-        let target = Target::make_anew(&self.engine, options, &new).await?;
+        let image = open.image(Some(args.target_format), false);
+        let mut admission = Admission::new(ring, "convert");
+        admission.source(source).await;
+        if let Some(backing) = open_new_backing(&self.engine, &args.target, &pairs).await? {
+            admission.reads("new backing file", &backing).await;
+        }
+        let if_there = match (args.no_create, args.force) {
+            (true, _) => IfThere::Overwrite,
+            (false, true) => IfThere::Remake,
+            (false, false) => IfThere::Refuse,
+        };
+        let wish = Wish {
+            if_there,
+            may_make: !args.no_create,
+            ..Wish::copy(&args.target, image.clone(), &new, source)
+        };
+        admission.target(&wish).await;
+        let (plan, admitted) = admission.judge();
+        plan.admitted()?;
+        let Some(standing) = admitted.target else { return Err(Failure::text("There is no target")) };
+        let options = TargetOptions {
+            name: &args.target,
+            image,
+            state_dir: state_dir(args.state_dir.as_deref()),
+            mark: MarkInfo::incomplete("convert", &args.source).started(unix_secs()),
+        };
+        let target = Target::take(&self.engine, standing, options, &new).await?;
         let state = match () {
+            () if args.target_is_zero => TargetState::Zero,
+            () if args.no_create => TargetState::Unknown,
             () if new.has_backing() => match qcow2(source.driver()).and_then(|image| image.backing()) {
                 Some(backing) => TargetState::Backed { source_backing_len: backing.len() },
                 None => TargetState::Unknown,
@@ -231,7 +243,7 @@ impl Run {
             () if target.is_fresh() => TargetState::Zero,
             () => TargetState::Unknown,
         };
-        Ok((target, state))
+        Ok((target, state, admitted.uses))
     }
 
     async fn start(
@@ -243,7 +255,7 @@ impl Run {
         let args = &self.args;
         let mut options = ConvertOptions::new("convert0");
         options.parallel = args.parallel.map(usize::from);
-        options.speed = i64::try_from(args.rate).map_err(|_| Failure::text("--rate is too large"))?;
+        options.speed = speed_of(args.rate)?;
         options.sparse_bytes = args.sparse_size;
         options.target_state = target_state;
         options.offload = match (args.reflink, args.copy_range) {
@@ -376,6 +388,10 @@ impl Run {
         }
         exit
     }
+}
+
+fn speed_of(rate: u64) -> Result<i64, Failure> {
+    i64::try_from(rate).map_err(|_| Failure::text("--rate is too large"))
 }
 
 fn unix_secs() -> u64 {

@@ -8,15 +8,16 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{parse_format, size};
-use super::target::{create_remote, make_file};
+use super::target::{make_file, make_remote};
 use super::tool::{OutputArgs, option_pairs};
 use super::{Global, config};
+use crate::block::Driver;
+use crate::engine::admit::{Admission, IfThere, Standing, Wish};
 use crate::engine::create::NewImage;
 use crate::engine::open::local_path;
 use crate::engine::qcow2::{open_backing, recorded_format};
 use crate::engine::remote::can_create;
 use crate::engine::{Engine, Format, ImageOptions};
-use crate::graph::node::UseKind;
 
 /// Make a new image
 #[derive(Debug, Args)]
@@ -55,8 +56,7 @@ pub struct CreateArgs {
 /// Runs the command.
 pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
-    let path = local_path(&args.file);
-    if path.is_none() && !can_create(&args.file) {
+    if local_path(&args.file).is_none() && !can_create(&args.file) {
         let text = "is neither a file on this machine nor one on a server on which files can be made";
         return Err(Failure::text(format!("'{}' {text}", args.file)));
     }
@@ -64,21 +64,7 @@ pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
     add_backing(&mut pairs, args.backing.as_deref(), args.backing_format);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
-    let new = engine.run(async move {
-        let size = match a.size {
-            None if !a.no_open => backing_len(&e, &a.file, &pairs).await?,
-            size => size,
-        };
-        let new = NewImage::parse(a.format, &pairs, size).map_err(Failure::text)?;
-        if new.has_backing() && !a.no_open {
-            backing_len(&e, &a.file, &pairs).await?;
-        }
-        match &path {
-            Some(path) => create(&e, path, &new, a.force).await?,
-            None => create_remote(&e, &a.file, &new, a.force).await?,
-        }
-        Ok::<_, Failure>(new)
-    })?;
+    let new = engine.run(async move { create(&e, &a, &pairs).await })?;
     let value = json!({
         "filename": args.file, "format": new.format().name(), "virtual-size": new.len(),
     });
@@ -98,32 +84,55 @@ pub fn add_backing(pairs: &mut Vec<(String, String)>, name: Option<&str>, format
     }
 }
 
-/// Bytes of the backing file that the options name, which has to be one that can be opened, and of a format that is
-/// said: the image will record it, and nobody will have to guess.
-pub async fn backing_len(
+/// The backing file that the options name, which has to be one that can be opened, and of a format that is said: the
+/// image will record it, and nobody will have to guess.
+pub async fn open_new_backing(
     engine: &Engine,
     image: &str,
     pairs: &[(String, String)],
-) -> Result<Option<u64>, Failure> {
-    let last = |name: &str| pairs.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
-    let Some(name) = last("backing_file") else { return Ok(None) };
-    let Some(format) = last("backing_fmt") else {
+) -> Result<Option<Rc<dyn Driver>>, Failure> {
+    let Some(name) = last(pairs, "backing_file") else { return Ok(None) };
+    let Some(format) = last(pairs, "backing_fmt") else {
         return Err(Failure::text(format!(
             "The format of the backing file '{name}' has to be said (-F FORMAT, or backing_fmt in -o)"
         )));
     };
     let format = recorded_format(Some(format), name)?;
     let options = ImageOptions::read_only();
-    let backing = open_backing(engine.ring(), image, name, format, &options).await?;
-    Ok(Some(backing.len()))
+    Ok(Some(open_backing(engine.ring(), image, name, format, &options).await?))
 }
 
-async fn create(engine: &Engine, path: &Path, new: &NewImage, force: bool) -> Result<(), Failure> {
-    if force && matches!(engine.ring().lookup(path), Ok(Some(_))) {
-        let file = engine.open(&format!("file:{}", path.display()), &ImageOptions::raw()).await?;
-        let _lock = file.attach(UseKind::JobTarget("create"))?;
-        file.driver().set_len(0).await?;
-        return Ok(new.write(engine.ring(), file.driver(), path).await?);
+/// The value of an option; what is said later counts.
+fn last<'a>(pairs: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    pairs.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+}
+
+async fn create(engine: &Engine, args: &CreateArgs, pairs: &[(String, String)]) -> Result<NewImage, Failure> {
+    let mut admission = Admission::new(engine.ring(), "create");
+    let mut size = args.size;
+    if !args.no_open {
+        if let Some(backing) = open_new_backing(engine, &args.file, pairs).await? {
+            admission.reads("new backing file", &backing).await;
+            size = size.or(Some(backing.len()));
+        }
+    } else if let Some(name) = last(pairs, "backing_file") {
+        admission.keeps(&args.file, name).await;
     }
-    make_file(engine, path, new, async |_| Ok(())).await
+    let new = NewImage::parse(args.format, pairs, size).map_err(Failure::text)?;
+    let if_there = if args.force { IfThere::Remake } else { IfThere::Refuse };
+    let image = ImageOptions { format: Some(args.format), ..ImageOptions::default() };
+    let wish = Wish { name: &args.file, image, new: &new, if_there, may_make: true, len_min: 0 };
+    admission.target(&wish).await;
+    let (plan, admitted) = admission.judge();
+    plan.admitted()?;
+    let path = local_path(&args.file);
+    match (admitted.target, &path) {
+        (Some(Standing::Anew(held) | Standing::AsItIs(held)), _) => {
+            held.bytes().set_len(0).await?;
+            new.write(engine.ring(), held.bytes(), path.as_deref().unwrap_or(Path::new(""))).await?;
+        }
+        (_, Some(path)) => make_file(engine, path, &new, async |_| Ok(())).await?,
+        (_, None) => make_remote(engine, &args.file, &new).await?,
+    }
+    Ok(new)
 }

@@ -50,6 +50,9 @@ pub enum Failure {
     /// A job verb.
     #[error(transparent)]
     Job(#[from] crate::job::error::JobError),
+    /// Something speaks against it, before anything was changed.
+    #[error(transparent)]
+    Refused(#[from] crate::engine::admit::Refusal),
     /// Anything else, said in full.
     #[error("{0}")]
     Text(String),

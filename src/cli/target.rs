@@ -11,16 +11,16 @@
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use blockferry_ring::{Errno, FileKind};
+use blockferry_ring::Errno;
 
 use super::exit::Failure;
-use super::image::OpenArgs;
 use crate::block::Driver;
-use crate::engine::create::{NewImage, RawPreallocation};
+use crate::engine::admit::{Refusal, Standing};
+use crate::engine::create::NewImage;
 use crate::engine::open::local_path;
 use crate::engine::remote;
-use crate::engine::{Engine, Format, ImageOptions};
-use crate::graph::node::{Node, UseKind};
+use crate::engine::{Engine, ImageOptions};
+use crate::graph::node::{Node, Use, UseKind};
 use crate::protocol::file::{CreateOptions, FileDriver};
 use crate::protocol::mark::{MarkInfo, TargetMark};
 
@@ -29,14 +29,8 @@ use crate::protocol::mark::{MarkInfo, TargetMark};
 pub struct TargetOptions<'a> {
     /// As the user said it.
     pub name: &'a str,
-    /// Its format, if that was said.
-    pub format: Option<Format>,
-    /// Overwrite what exists.
-    pub force: bool,
-    /// Bytes of a new one.
-    pub len: u64,
-    /// Options for opening.
-    pub open: &'a OpenArgs,
+    /// How to open it.
+    pub image: ImageOptions,
     /// Where marks go that targets cannot carry.
     pub state_dir: Option<PathBuf>,
     /// What the mark says.
@@ -69,6 +63,8 @@ impl Made {
 pub struct Target {
     /// To copy to.
     pub node: Rc<Node>,
+    /// Keeps others away until a job has its own locks.
+    _promised: Use,
     state_dir: Option<PathBuf>,
     mark: MarkInfo,
     /// It was made here.
@@ -78,99 +74,44 @@ pub struct Target {
 }
 
 impl Target {
-    /// Opens a target; makes it if it is a new file: a raw image, all hole.
-    pub async fn open(engine: &Engine, options: TargetOptions<'_>) -> Result<Target, Failure> {
-        let new = NewImage::Raw { len: options.len, preallocation: RawPreallocation::Off };
-        Target::open_or_make(engine, options, &new, None).await
-    }
-
-    /// Opens a target; makes it as `new` says if it is a new file.
-    pub async fn open_as(
+    /// Takes the target that was judged: makes it as `new` says if it is not there, or is to be made anew; it is marked
+    /// before that.
+    pub async fn take(
         engine: &Engine,
-        options: TargetOptions<'_>,
-        new: &NewImage,
-    ) -> Result<Target, Failure> {
-        Target::open_or_make(engine, options, new, None).await
-    }
-
-    /// Makes a target anew, whatever is there: a file that exists must be one that may be overwritten
-    /// ([`TargetOptions::force`]); it is marked, emptied, and made into what `new` says. A block device is taken as
-    /// it is (raw only).
-    pub async fn make_anew(
-        engine: &Engine,
+        standing: Standing,
         options: TargetOptions<'_>,
         new: &NewImage,
     ) -> Result<Target, Failure> {
         let ring = engine.ring();
-        let options = TargetOptions { format: Some(new.format()), ..options };
-        let path = local_path(options.name);
-        let kind = path.as_ref().map(|path| ring.lookup(path)).transpose();
-        let mut overwrites = matches!(kind, Ok(Some(Some(FileKind::Regular)))) && options.force;
-        let name =
-            path.as_ref().map_or_else(|| options.name.to_owned(), |path| format!("file:{}", path.display()));
-        let mut made = None;
-        if remote::can_create(options.name) {
-            made = make_remote(engine, options.name, new).await?;
-            overwrites = made.is_none() && options.force;
-        }
-        if overwrites {
-            let raw = ImageOptions { lock: !options.open.no_lock, ..ImageOptions::raw() };
-            let file = engine.open(&name, &raw).await?;
-            let lock = file.attach(UseKind::JobTarget("create"))?;
-            make_state_dir(engine, file.driver(), options.state_dir.as_deref())?;
-            let (driver, state_dir) = (file.driver().clone(), options.state_dir.clone());
-            TargetMark::new(ring, driver, state_dir, options.mark.clone()).set().await?;
-            file.driver().set_len(0).await?;
-            new.write(ring, file.driver(), path.as_deref().unwrap_or(Path::new(""))).await?;
-            drop(lock);
-        }
-        let target = Target::open_or_make(engine, options, new, made).await?;
-        Ok(Target { remade: overwrites, ..target })
-    }
-
-    /// The target was made, or made anew: nothing that was there before can be read from it.
-    pub fn is_fresh(&self) -> bool {
-        self.made.is_some() || self.remade
-    }
-
-    async fn open_or_make(
-        engine: &Engine,
-        options: TargetOptions<'_>,
-        new: &NewImage,
-        mut made: Option<Made>,
-    ) -> Result<Target, Failure> {
-        let ring = engine.ring();
-        let mut format = options.format;
-        if let Some(path) = local_path(options.name) {
-            let looked = ring.lookup(&path).map_err(|errno| {
-                Failure::text(format!("The target '{}' cannot be looked at: {errno}", path.display()))
-            })?;
-            if looked.is_some() && !options.force {
-                return Err(exists(&path.display().to_string()));
+        let mut image = options.image.clone();
+        let (held, made, remade) = match standing {
+            Standing::AsItIs(held) => (Some(held), None, false),
+            Standing::Anew(held) => {
+                let file = held.bytes();
+                make_state_dir(engine, file, options.state_dir.as_deref())?;
+                let (driver, state_dir) = (file.clone(), options.state_dir.clone());
+                TargetMark::new(ring, driver, state_dir, options.mark.clone()).set().await?;
+                file.set_len(0).await?;
+                new.write(ring, file, &path_of(options.name)).await?;
+                (Some(held), None, true)
             }
-            if looked.is_none() {
-                make(engine, &path, &options, new).await?;
-                made = Some(Made::File(path));
-                format = format.or(Some(new.format()));
+            Standing::Missing => {
+                image.format = image.format.or(Some(new.format()));
+                (None, Some(make(engine, &options, new).await?), false)
             }
-        } else if remote::can_create(options.name) {
-            if made.is_none() {
-                made = make_remote(engine, options.name, new).await?;
+        };
+        let opened = async {
+            match held {
+                Some(held) => held.open_image(ring, options.name, &image).await,
+                None => {
+                    let node = engine.open(options.name, &image).await?;
+                    let promised = node.attach(UseKind::PromisedTarget)?;
+                    Ok((node, promised))
+                }
             }
-            match &made {
-                Some(_) => format = format.or(Some(new.format())),
-                None if options.force => {}
-                None => return Err(exists(options.name)),
-            }
-        } else if remote::is_remote(options.name) && !options.force {
-            return Err(Failure::text(format!(
-                "The target '{}' is a disk of a server, which is left alone. Say --force to overwrite it",
-                options.name
-            )));
-        }
-        let opened = engine.open(options.name, &options.open.image(format, false)).await;
-        let node = match opened {
-            Ok(node) => node,
+        };
+        let (node, promised) = match opened.await {
+            Ok(opened) => opened,
             Err(error) => {
                 if let Some(made) = &made {
                     made.remove(engine).await;
@@ -178,12 +119,18 @@ impl Target {
                 return Err(error.into());
             }
         };
-        let target = Target { node, state_dir: options.state_dir, mark: options.mark, made, remade: false };
+        let TargetOptions { state_dir, mark, .. } = options;
+        let target = Target { node, _promised: promised, state_dir, mark, made, remade };
         if let Err(failure) = make_state_dir(engine, target.node.driver(), target.state_dir.as_deref()) {
             target.undo(engine).await;
             return Err(failure);
         }
         Ok(target)
+    }
+
+    /// The target was made, or made anew: nothing that was there before can be read from it.
+    pub fn is_fresh(&self) -> bool {
+        self.made.is_some() || self.remade
     }
 
     /// The mark that the job puts on it.
@@ -203,59 +150,43 @@ impl Target {
 }
 
 fn exists(name: &str) -> Failure {
-    Failure::text(format!(
-        "'{name}' exists and is left alone. Name a new file, or say --force to overwrite it"
-    ))
+    Refusal::Exists { name: name.to_owned() }.into()
 }
 
-/// Makes an image in a new file on a server; `None` if there is one of this name already.
-async fn make_remote(engine: &Engine, name: &str, new: &NewImage) -> Result<Option<Made>, Failure> {
-    if new.has_data_file() {
-        return Err(Failure::text(format!(
-            "'{name}' is on a server: an image there cannot name a data file"
-        )));
-    }
+/// The path that names of other files are relative to.
+fn path_of(name: &str) -> PathBuf {
+    local_path(name).unwrap_or_default()
+}
+
+/// Makes an image in a new file on a server.
+pub async fn make_remote(engine: &Engine, name: &str, new: &NewImage) -> Result<(), Failure> {
     let ring = engine.ring();
     let file = match remote::create(ring, name, &ImageOptions::raw()).await {
         Ok(file) => file,
-        Err(error) if error.errno == Errno::EEXIST => return Ok(None),
+        Err(error) if error.errno == Errno::EEXIST => return Err(exists(name)),
         Err(error) => return Err(error.into()),
     };
-    let made = Made::Remote(name.to_owned());
     if let Err(error) = new.write(ring, &file, Path::new("")).await {
-        made.remove(engine).await;
+        Made::Remote(name.to_owned()).remove(engine).await;
         return Err(error.into());
     }
-    Ok(Some(made))
+    Ok(())
 }
 
-/// Makes an image in a new file on a server, for its own sake. With `force` one that is there is made anew.
-pub async fn create_remote(engine: &Engine, name: &str, new: &NewImage, force: bool) -> Result<(), Failure> {
-    if make_remote(engine, name, new).await?.is_some() {
-        return Ok(());
-    }
-    if !force {
-        return Err(exists(name));
-    }
-    let file = engine.open(name, &ImageOptions::raw()).await?;
-    file.driver().set_len(0).await?;
-    Ok(new.write(engine.ring(), file.driver(), Path::new("")).await?)
-}
-
-/// Makes a file with its mark under the name `path`, all at once.
-async fn make(
-    engine: &Engine,
-    path: &Path,
-    options: &TargetOptions<'_>,
-    new: &NewImage,
-) -> Result<(), Failure> {
+/// Makes a target that is not there; a file appears under its name with its mark, all at once.
+async fn make(engine: &Engine, options: &TargetOptions<'_>, new: &NewImage) -> Result<Made, Failure> {
+    let Some(path) = local_path(options.name) else {
+        make_remote(engine, options.name, new).await?;
+        return Ok(Made::Remote(options.name.to_owned()));
+    };
     let mark = async |file: &Rc<dyn Driver>| -> Result<(), Failure> {
         let state_dir = options.state_dir.clone();
         make_state_dir(engine, file, state_dir.as_deref())?;
         let mark = TargetMark::new(engine.ring(), file.clone(), state_dir, options.mark.clone());
         Ok(mark.set().await?)
     };
-    make_file(engine, path, new, mark).await
+    make_file(engine, &path, new, mark).await?;
+    Ok(Made::File(path))
 }
 
 /// Makes an image in a new file, which appears under the name `path` when it is whole. `last` is called with the file

@@ -101,6 +101,14 @@ impl NewImage {
         }
     }
 
+    /// Whether an image can be like that. `name` is what it will be called.
+    pub fn check(&self, name: &str) -> Result<(), BlockError> {
+        match self {
+            NewImage::Raw { .. } => Ok(()),
+            NewImage::Qcow2(options) => options.check(name),
+        }
+    }
+
     /// Bytes of the disk.
     pub fn len(&self) -> u64 {
         match self {

@@ -7,6 +7,7 @@
 //!   through a [`guest::Guest`] and takes completions and job events from queues. Nothing blocks, and
 //!   with [`OffloadMode::Inline`] no thread is started.
 
+pub mod admit;
 pub mod create;
 pub mod guest;
 pub mod named;
@@ -154,7 +155,11 @@ impl Engine {
         options: MirrorOptions,
     ) -> Result<Job, MirrorError> {
         let id = options.id.clone();
-        self.adopt(&id, mirror::start(&self.ring, source, target, options)).await
+        let start = async {
+            admit::nodes(&self.ring, source, target).await?;
+            mirror::start(&self.ring, source, target, options).await
+        };
+        self.adopt(&id, start).await
     }
 
     /// Starts a [commit]: layers of the chain below `front` are merged down, from `top` (`None`: `front`) to `base`
@@ -190,7 +195,11 @@ impl Engine {
         options: ConvertOptions,
     ) -> Result<(Job, Rc<Tally>), ConvertError> {
         let id = options.id.clone();
-        self.jobs.adopt(&id, convert::start(&self.ring, source, target, options), |(job, _)| job).await
+        let start = async {
+            admit::nodes(&self.ring, source, target).await?;
+            convert::start(&self.ring, source, target, options).await
+        };
+        self.jobs.adopt(&id, start, |(job, _)| job).await
     }
 
     /// Starts a mirror from outside a task: the result comes as the engine turns.
@@ -202,7 +211,10 @@ impl Engine {
     ) -> OneShot<Result<Job, MirrorError>> {
         let (ring, source, target) = (self.ring.clone(), source.clone(), target.clone());
         let id = options.id.clone();
-        self.adopt_later(&id, async move { mirror::start(&ring, &source, &target, options).await })
+        self.adopt_later(&id, async move {
+            admit::nodes(&ring, &source, &target).await?;
+            mirror::start(&ring, &source, &target, options).await
+        })
     }
 
     /// Starts a commit from outside a task: the result comes as the engine turns.

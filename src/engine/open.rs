@@ -111,6 +111,17 @@ pub fn name_of(path: &Path) -> String {
 /// the safe rule.
 pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
     let (child, named_format) = open_child(ring, name, options).await?;
+    open_on(ring, child, named_format, name, options).await
+}
+
+/// Opens the image that the bytes of `child` are, which were opened as `name`.
+pub(super) async fn open_on(
+    ring: &Ring,
+    child: Rc<dyn Driver>,
+    named_format: Option<Format>,
+    name: &str,
+    options: &ImageOptions,
+) -> Result<Rc<dyn Driver>, BlockError> {
     let format = match options.format.or(named_format) {
         Some(format) => format,
         None if is_fresh(name) => Format::Raw,
@@ -122,7 +133,7 @@ pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<
 }
 
 /// Opens what bytes come from, and tells the format where the name itself says it.
-async fn open_child(
+pub(super) async fn open_child(
     ring: &Ring,
     name: &str,
     options: &ImageOptions,

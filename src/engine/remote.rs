@@ -170,6 +170,17 @@ pub(super) fn gluster_image(name: &str) -> Option<gluster::Image> {
     }
 }
 
+/// The disk of an NBD server that a name means, through `delay:` too.
+pub(super) fn nbd_disk(name: &str) -> Option<NbdUri> {
+    if let Some(rest) = name.strip_prefix("delay:") {
+        return nbd_disk(rest.split_once(':')?.1);
+    }
+    match Meaning::of(name, &ImageOptions::default()).ok().filter(|_| is_remote(name))?.disk {
+        Disk::Nbd(remote) => Some(remote.uri),
+        Disk::Gluster { .. } => None,
+    }
+}
+
 /// Whether a name leads to a server on which images can be made.
 pub fn can_create(name: &str) -> bool {
     is_remote(name) && !name.starts_with("delay:") && file_of(name, &ImageOptions::default()).is_some()

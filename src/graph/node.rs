@@ -193,6 +193,10 @@ pub enum UseKind {
     JobTop(&'static str),
     /// The image is changed without a change of what it shows: it gets another backing file.
     Editor,
+    /// It is promised to a job that will read it, and stays as it is until that has begun.
+    PromisedSource,
+    /// It is promised to a job that will write it: nobody else may have it until that has begun.
+    PromisedTarget,
 }
 
 impl UseKind {
@@ -200,8 +204,8 @@ impl UseKind {
         match self {
             UseKind::Reader => Permissions::READER,
             UseKind::Guest => Permissions::USER,
-            UseKind::JobSource(_) => Permissions::STABLE_READER,
-            UseKind::JobTarget(_) => Permissions::JOB_TARGET,
+            UseKind::JobSource(_) | UseKind::PromisedSource => Permissions::STABLE_READER,
+            UseKind::JobTarget(_) | UseKind::PromisedTarget => Permissions::JOB_TARGET,
             UseKind::JobLayer(_) => Permissions::JOB_LAYER,
             UseKind::JobBase(_) => Permissions::JOB_BASE,
             UseKind::JobTop(_) | UseKind::Editor => Permissions::JOB_TOP,
@@ -215,7 +219,11 @@ impl UseKind {
             | UseKind::JobLayer(job)
             | UseKind::JobBase(job)
             | UseKind::JobTop(job) => Some(job),
-            UseKind::Reader | UseKind::Guest | UseKind::Editor => None,
+            UseKind::Reader
+            | UseKind::Guest
+            | UseKind::Editor
+            | UseKind::PromisedSource
+            | UseKind::PromisedTarget => None,
         }
     }
 
@@ -226,17 +234,18 @@ impl UseKind {
 
     fn allows(self, other: UseKind) -> bool {
         match self {
-            UseKind::Reader | UseKind::Guest | UseKind::Editor => true,
+            UseKind::Reader | UseKind::Guest | UseKind::Editor | UseKind::PromisedSource => true,
             UseKind::JobSource(_) | UseKind::JobTop(_) => other.job().is_none(),
             UseKind::JobBase(_) => matches!(other, UseKind::Reader | UseKind::Editor),
             UseKind::JobLayer(_) => other == UseKind::Editor,
-            UseKind::JobTarget(_) => false,
+            UseKind::JobTarget(_) => other == UseKind::PromisedTarget,
+            UseKind::PromisedTarget => matches!(other, UseKind::JobTarget(_)),
         }
     }
 
     /// Whether a layer may be used so while it is the backing file of one that is in use.
     fn allows_overlays(self) -> bool {
-        !matches!(self, UseKind::Guest | UseKind::JobTarget(_))
+        !matches!(self, UseKind::Guest | UseKind::JobTarget(_) | UseKind::PromisedTarget)
     }
 }
 

@@ -17,13 +17,14 @@ use super::signals::Signals;
 use super::target::{Target, TargetOptions};
 use super::{Global, config, stats};
 use crate::base::limits;
+use crate::engine::admit::{Admission, IfThere, Wish};
 use crate::engine::create::NewImage;
 use crate::engine::open::local_path;
 use crate::engine::qcow2::{format as image_format, qcow2};
 use crate::engine::remote::is_remote;
 use crate::engine::{Engine, Format};
 use crate::format::qcow2::Qcow2;
-use crate::graph::node::Node;
+use crate::graph::node::{Node, Use};
 use crate::job::mirror::verify::Verifier;
 use crate::job::mirror::{MirrorOptions, SyncMode};
 use crate::job::runner::{Ending, Job};
@@ -94,16 +95,7 @@ impl Run {
         let read_only = settings.export.is_empty();
         let source =
             self.engine.open(&settings.source, &settings.open.image(settings.format, read_only)).await?;
-        let options = TargetOptions {
-            name: &settings.target,
-            format: settings.target_format,
-            force: settings.force,
-            len: source.driver().len(),
-            open: &settings.open,
-            state_dir: state_dir(settings.state_dir.as_deref()),
-            mark: MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
-        };
-        let target = self.open_target(settings, &source, options).await?;
+        let (target, uses) = self.open_target(settings, &source).await?;
         let started = self.start(settings, &source, &target).await;
         let Started { exports, job, verifier, began } = match started {
             Ok(started) => started,
@@ -112,6 +104,7 @@ impl Run {
                 return Err(failure);
             }
         };
+        drop(uses);
         // With clients or servers, what one of them waits for must not wait for other things.
         if settings.export.is_empty() && !is_far(settings) {
             suit_bulk(&ring, [&*settings.source, &*settings.target].into_iter());
@@ -138,17 +131,18 @@ impl Run {
         exit_of(exit, ending, &target, is_marked)
     }
 
-    /// Opens the target, or makes it: raw, or in the format that was said. An overlay of the source's backing file if only
-    /// what lies above that is copied.
+    /// Settles what can be settled before the target is touched; then opens it, or makes it: raw, or in the format that was
+    /// said. An overlay of the source's backing file if only what lies above that is copied. What is read stays as it is
+    /// while the uses that come with it are kept.
     async fn open_target(
         &self,
         settings: &Settings,
         source: &Rc<Node>,
-        options: TargetOptions<'_>,
-    ) -> Result<Target, Failure> {
-        let format = options.format.unwrap_or(Format::Raw);
-        let mut new = NewImage::parse(format, &settings.target_options, Some(options.len))
-            .map_err(|text| Failure::text(format!("The target '{}': {text}", options.name)))?;
+    ) -> Result<(Target, Vec<Use>), Failure> {
+        let (ring, name) = (self.engine.ring(), &*settings.target);
+        let format = settings.target_format.unwrap_or(Format::Raw);
+        let mut new = NewImage::parse(format, &settings.target_options, Some(source.driver().len()))
+            .map_err(|text| Failure::text(format!("The target '{name}': {text}")))?;
         if let NewImage::Qcow2(new) = &mut new
             && settings.sync == SyncMode::Top
             && new.backing_file.is_none()
@@ -157,7 +151,21 @@ impl Run {
             new.backing_file = Some(whole_name(backing.name())?);
             new.backing_fmt = Some(image_format(&backing).name().to_owned());
         }
-        Target::open_as(&self.engine, options, &new).await
+        let image = settings.open.image(settings.target_format, false);
+        let if_there = if settings.force { IfThere::Overwrite } else { IfThere::Refuse };
+        let mut admission = Admission::new(ring, "mirror");
+        admission.source(source).await;
+        admission.target(&Wish { if_there, ..Wish::copy(name, image.clone(), &new, source) }).await;
+        let (plan, admitted) = admission.judge();
+        plan.admitted()?;
+        let Some(standing) = admitted.target else { return Err(Failure::text("There is no target")) };
+        let options = TargetOptions {
+            name,
+            image,
+            state_dir: state_dir(settings.state_dir.as_deref()),
+            mark: MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
+        };
+        Ok((Target::take(&self.engine, standing, options, &new).await?, admitted.uses))
     }
 
     /// Opens the exports and starts the job.
