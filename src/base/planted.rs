@@ -20,6 +20,8 @@ pub enum Bug {
     WriteNotOrdered,
     /// A write to both sides is acknowledged when the source has it.
     TargetNotAwaited,
+    /// The disk that a pivot leaves behind is not flushed.
+    OldDiskUnflushed,
     /// qcow2: the mapping of a new cluster reaches the disk without a barrier after its data.
     Qcow2MappingBeforeData,
     /// qcow2: the mapping of a new cluster is made known before its data is written.
@@ -40,7 +42,7 @@ pub enum Bug {
 
 impl Bug {
     /// Those of mirrors.
-    pub const ALL: [Bug; 7] = [
+    pub const ALL: [Bug; 8] = [
         Bug::BitClearedAfterRead,
         Bug::NoDrainBeforePivot,
         Bug::FlushSkipped,
@@ -48,6 +50,7 @@ impl Bug {
         Bug::NewClientNotDrained,
         Bug::WriteNotOrdered,
         Bug::TargetNotAwaited,
+        Bug::OldDiskUnflushed,
     ];
 
     /// Those of commit and stream.

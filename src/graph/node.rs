@@ -125,8 +125,8 @@ pub struct Node {
     /// The chain below is being changed.
     relinking: Cell<bool>,
     load: Load,
-    /// Hears of guests' reads.
-    read_told: RefCell<Option<ReadTold>>,
+    /// Those who hear of guests' reads. A read in progress of being told goes on with the list as it was.
+    readers_told: RefCell<Rc<[ReadTold]>>,
 }
 
 /// Who needs a layer to be writable that was opened to be read.
@@ -141,6 +141,25 @@ struct Access {
 
 /// Is told of a range that a guest reads.
 pub type ReadTold = Rc<dyn Fn(ByteRange)>;
+
+/// Somebody hears of what guests read; no longer when this is dropped.
+pub struct Hearing {
+    node: Rc<Node>,
+    told: ReadTold,
+}
+
+impl std::fmt::Debug for Hearing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hearing").field("node", &self.node.name).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Hearing {
+    fn drop(&mut self) {
+        let mut all = self.node.readers_told.borrow_mut();
+        *all = all.iter().filter(|told| !Rc::ptr_eq(told, &self.told)).cloned().collect();
+    }
+}
 
 /// Nobody else does the same meanwhile.
 #[derive(Debug)]
@@ -327,7 +346,7 @@ impl Node {
             access: Access::default(),
             relinking: Cell::new(false),
             load: Load::default(),
-            read_told: RefCell::default(),
+            readers_told: RefCell::new(Rc::from([])),
         })
     }
 
@@ -379,9 +398,11 @@ impl Node {
         Ok(Use { node: self.clone(), id })
     }
 
-    /// Waits until no job uses it. Operations that a job has left behind at its end are uses, too.
+    /// Waits until no job uses it, or has yet to give back that it may be written. Operations that a job has left behind
+    /// at its end are uses, too.
     pub async fn until_free_of_jobs(&self) {
-        let is_used = || self.users.borrow().iter().any(|(_, kind)| kind.job().is_some());
+        let is_held = || self.access.holders.get() > 0 || self.access.busy.get();
+        let is_used = || is_held() || self.users.borrow().iter().any(|(_, kind)| kind.job().is_some());
         self.changed.until(|| (!is_used()).then_some(())).await;
     }
 
@@ -487,16 +508,20 @@ impl Node {
         Ok(())
     }
 
-    /// The last who needed it so restores how the driver was open.
+    /// The last who needed it so restores how the driver was open. What was written is written out, tables of images too.
     pub async fn release_writable(&self) {
         let _alone = Alone::enter(&self.access.busy, &self.changed).await;
         let access = &self.access;
         access.holders.set(access.holders.get() - 1);
-        if access.holders.get() == 0
-            && access.reopened.get()
-            && let Err(error) = self.reopen(true).await
-        {
-            tracing::warn!(%error, "a layer stays open to be written");
+        if access.holders.get() > 0 {
+            return;
+        }
+        if access.reopened.get() {
+            if let Err(error) = self.reopen(true).await {
+                tracing::warn!(%error, "a layer stays open to be written");
+            }
+        } else if let Err(error) = self.driver.flush().await {
+            tracing::warn!(%error, "a layer may lack what a job has written to it last");
         }
     }
 
@@ -527,14 +552,16 @@ impl Node {
         Ok(())
     }
 
-    /// `told` hears of every range that a guest has read, until it is taken away with `None`.
-    pub fn tell_reads(&self, told: Option<ReadTold>) {
-        *self.read_told.borrow_mut() = told;
+    /// `told` hears of every range that a guest has read, beside others who do, until what this gives is dropped.
+    pub fn tell_reads(self: &Rc<Node>, told: ReadTold) -> Hearing {
+        let mut all = self.readers_told.borrow_mut();
+        *all = all.iter().cloned().chain([told.clone()]).collect();
+        Hearing { node: self.clone(), told }
     }
 
     fn was_read(&self, offset: u64, len: u64) {
-        let told = self.read_told.borrow().clone();
-        if let Some(told) = told {
+        let all = self.readers_told.borrow().clone();
+        for told in all.iter() {
             told(ByteRange::at_saturating(offset, len));
         }
     }

@@ -190,7 +190,7 @@ impl Down {
                 base.flush().await.map_err(Failed::write)?;
                 hidden_to = shown_to;
             }
-            let drained = sweep::drained(&self.front, IoOperation::Write).await?;
+            let drained = sweep::drained(&self.front).await?;
             if overlay.driver().len().min(base.len()) <= hidden_to {
                 return Ok(drained);
             }

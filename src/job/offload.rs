@@ -13,7 +13,7 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use blockferry_ring::CopyHow;
+use blockferry_ring::{CopyHow, Errno};
 
 use crate::base::range::ByteRange;
 use crate::block::{BlockError, CopyFrom, Driver, Resolved, cannot_copy_range};
@@ -39,6 +39,7 @@ pub enum OffloadPolicy {
 pub struct CopyOffload {
     means: Cell<Option<CopyHow>>,
     next: Cell<Option<CopyHow>>,
+    has_failed: Cell<bool>,
 }
 
 impl CopyOffload {
@@ -49,7 +50,7 @@ impl CopyOffload {
             OffloadPolicy::Reflink => (Some(CopyHow::Reflink), None),
             OffloadPolicy::Any => (Some(CopyHow::Reflink), Some(CopyHow::Offload)),
         };
-        CopyOffload { means: Cell::new(means), next: Cell::new(next) }
+        CopyOffload { means: Cell::new(means), next: Cell::new(next), has_failed: Cell::new(false) }
     }
 
     /// Whether there is still something to try.
@@ -57,9 +58,15 @@ impl CopyOffload {
         self.means.get().is_some()
     }
 
+    /// Some copy has failed halfway: the target may hold anything there, though nobody was told of an error.
+    pub fn has_failed(&self) -> bool {
+        self.has_failed.get()
+    }
+
     /// Copies `range` of `from` to the same place of `to`. `Ok(0)`: nothing was done, read and write instead; else as
-    /// many bytes from the start of the range as were copied. An error is one of the target's; the range may then
-    /// hold anything.
+    /// many bytes from the start of the range as were copied. An error is one of the target's. The kernel does not say
+    /// which of two files failed: where it may have been the source, nothing counts as done, and whoever reads and writes
+    /// instead meets the error again. The range may hold anything after either.
     pub async fn copy(
         &self,
         from: &Rc<dyn Driver>,
@@ -89,11 +96,21 @@ impl CopyOffload {
                         self.means.set(self.next.take());
                     }
                 }
-                Err(error) => return Err(error),
+                Err(error) if is_of_target(error.errno) => return Err(error),
+                Err(error) => {
+                    self.has_failed.set(true);
+                    tracing::debug!(%error, "a range is read and written, to see which side fails");
+                    return Ok(0);
+                }
             }
         }
         Ok(0)
     }
+}
+
+/// Only whoever is written to fails so.
+fn is_of_target(errno: Errno) -> bool {
+    matches!(errno, Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG | Errno::EROFS)
 }
 
 fn resolve(from: &Rc<dyn Driver>, offset: u64, len: u64) -> Resolved {

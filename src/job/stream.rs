@@ -15,7 +15,8 @@
 //! What is in `top` is durable before it records another backing file, which it does in one step.
 //!
 //! Semantics: QEMU's `block-stream` (qapi/block-core.json). What differs: many requests are in flight; data does not wait
-//! in a guest's read: that is answered first, and filled then; `ignore` tries again, with a pause.
+//! in a guest's read: that is answered first, and filled then; `ignore` tries again, with a pause; a top that cannot be
+//! written (its filesystem is full) is no failed read.
 
 use std::rc::Rc;
 
@@ -23,7 +24,7 @@ use blockferry_ring::{Ring, SharedBuf};
 
 use super::event::JobType;
 use super::plan::What;
-use super::policy::{Failed, IoOperation};
+use super::policy::Failed;
 use super::runner::Job;
 use super::sweep::{self, ChainError, Direction, Plan, SweepOptions};
 use super::writable::Writable;
@@ -149,7 +150,7 @@ impl Up {
     async fn link(&self) -> Result<(), Failed> {
         let _alone = self.front.relinking().await;
         let Some(bottom) = self.mids.last() else { return Ok(()) };
-        let drained = sweep::drained(&self.front, IoOperation::Read).await?;
+        let drained = sweep::drained(&self.front).await?;
         // As it is now: a commit may have replaced it.
         let base = if self.whole { None } else { bottom.below() };
         let name = base.as_ref().map(|base| match &self.backing_file {
@@ -203,11 +204,6 @@ impl Direction for Up {
                 Err(error) => (Zeroed::default(), Err((start, error))),
             }
         })
-    }
-
-    /// Everything counts as a read.
-    fn failed(&self, error: BlockError) -> Failed {
-        Failed::read(error)
     }
 
     fn relink(&self) -> IoFuture<'_, Result<(), Failed>> {

@@ -73,6 +73,13 @@ fn completed(rig: &Rc<Rig>, job: &Job) -> Result<(), String> {
     }
     if pivoted {
         rig.count("pivots");
+        let left_behind = rig.durable(&venture.source);
+        if let Some(at) = first_difference(&images.source, &left_behind)
+            && !rig.guests_may_fail()
+            && !rig.has_hung.get()
+        {
+            return Err(format!("the disk that the pivot left behind is not durable at offset {at}"));
+        }
         if venture.target.path.as_ref() == super::world::FIRST {
             rig.count("pivots back");
         }

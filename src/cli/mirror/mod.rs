@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::limits::ARENA_BYTES;
+use blockferry_ring::sync::either;
 use blockferry_ring::{Config, Nanos};
 
 use super::exit::{Exit, Failure};
@@ -111,11 +112,15 @@ impl Run {
         }
         let tail = target.node.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
         let mark = target.marker(&self.engine);
-        // Not the nodes: their uses hold locks.
         let drivers = [source.driver().clone(), target.node.driver().clone()];
-        drop((source, target));
+        drop(target);
         let ending = self.follow(settings, &job, verifier.as_ref()).await?;
         let elapsed_ns = ring.clock() - began;
+        if settings.pivot && ending == Ending::Completed {
+            // What clients wrote last on the disk that they have left is still being flushed where that takes long.
+            either(source.until_free_of_jobs(), self.signals.next_ending()).await;
+        }
+        drop(source);
         let allocated = [drivers[0].allocated_bytes(), drivers[1].allocated_bytes()];
         let result = Outcome { ending: &ending, elapsed_ns, tail, allocated, drivers: &drivers };
         let exit = self.report(settings, &job, &result, verifier.as_ref());

@@ -250,7 +250,8 @@ impl Parts {
         if self.sparse_bytes == 0 {
             return self.write_zeroes_out(range, done).await;
         }
-        if self.target_state == TargetState::Zero {
+        let has_failed = self.target_failed.get() || self.offload.has_failed();
+        if self.target_state == TargetState::Zero && !has_failed {
             done.skipped += range.len();
             return Ok(());
         }
@@ -259,7 +260,7 @@ impl Parts {
             let left = range.end() - at;
             let extent = self.to().block_status(at, left).await.map_err(Failed::write)?;
             let len = extent.len.clamp(1, left);
-            if extent.zero && !self.target_failed.get() {
+            if extent.zero && !has_failed {
                 done.skipped += len;
             } else {
                 let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
-use blockferry_ring::sync::{join, join_all};
+use blockferry_ring::sync::{Either, either, join, join_all};
 use blockferry_ring::{Buf, PooledFuture, Ring, SharedBuf};
 
 use super::machine::{Copied, Op, Outcome};
@@ -88,6 +88,11 @@ impl Hands<Op, Outcome> for MirrorHands {
             Op::Flush => {
                 ring.boxed(async move { Outcome::Flushed(parts.to().flush().await.map_err(Failed::write)) })
             }
+            Op::FlushBoth => ring.boxed(async move {
+                let target = async { parts.to().flush().await.map_err(Failed::write) };
+                let (result, ()) = join(target, parts.clone().flush_source()).await;
+                Outcome::Flushed(result)
+            }),
             Op::FlushMeanwhile => ring.boxed(async move {
                 Outcome::FlushedMeanwhile(parts.to().flush().await.map_err(Failed::write))
             }),
@@ -152,6 +157,23 @@ impl Parts {
                 Outcome::Drained(true)
             }
             Err(_) => Outcome::Drained(false),
+        }
+    }
+
+    /// What guests have written to the source and not flushed is written out, tables of images too: it is left behind as
+    /// it is now. A source that fails or hangs keeps nobody from leaving it: that is told, and what hangs goes on by
+    /// itself, which keeps the job's use of the source.
+    async fn flush_source(self: Rc<Parts>) {
+        let ring = self.ring.clone();
+        let parts = self.clone();
+        let flushed = ring.spawn_with_result(async move {
+            if let Err(error) = parts.from().flush().await {
+                tracing::warn!(%error, "the disk that is left behind may lack what was written to it last");
+            }
+        });
+        let enough = ring.sleep(limits::OLD_DISK_FLUSH_NANOS_MAX);
+        if let Either::Second(()) = either(flushed.take(), enough).await {
+            tracing::info!("the flush of the disk that is left behind takes long; nobody waits for it");
         }
     }
 

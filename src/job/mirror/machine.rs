@@ -60,6 +60,8 @@ pub enum Op {
     Zero(ByteRange),
     /// Flush the target.
     Flush,
+    /// Flush both sides: the target is about to take the source's place, and what is left behind is to be whole.
+    FlushBoth,
     /// Flush the target while it is written, so that no later flush takes long.
     FlushMeanwhile,
     /// Drain the source.
@@ -750,7 +752,7 @@ impl Mirror {
                         self.shut(cx);
                     } else {
                         // Most of the flush is not done behind the shut door.
-                        self.ask(cx, Op::Flush);
+                        self.ask(cx, last_flush(cx));
                     }
                 } else if !self.pending && ending {
                     self.pending = true;
@@ -770,7 +772,7 @@ impl Mirror {
             }
             Stage::Closing if alike => {
                 self.stage = Stage::FlushingLast;
-                self.ask(cx, Op::Flush);
+                self.ask(cx, last_flush(cx));
             }
             _ => {}
         }
@@ -815,6 +817,15 @@ impl Mirror {
         } else {
             Report::Returned(Err(failure))
         });
+    }
+}
+
+/// The flush before the end: of the source, too, if nobody will write it any more.
+fn last_flush(cx: &Context<'_, Op>) -> Op {
+    if cx.orders.complete && !cx.orders.soft_cancel && !is_planted(Bug::OldDiskUnflushed) {
+        Op::FlushBoth
+    } else {
+        Op::Flush
     }
 }
 

@@ -1,5 +1,6 @@
 //! The sweep's hands: ask, read, write, relink, and put everything back when it is over.
 
+use std::cell::Cell;
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
@@ -11,7 +12,7 @@ use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::base::zero::zero_runs;
 use crate::block::BlockError;
-use crate::graph::node::Node;
+use crate::graph::node::Hearing;
 use crate::graph::peer::Zeroed;
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
@@ -26,8 +27,8 @@ pub(super) struct Parts {
     /// The target's unit of allocation.
     pub unit: u64,
     pub len: u64,
-    pub front: Rc<Node>,
-    pub follows_reads: bool,
+    /// It hears of guests' reads, while it runs.
+    pub hearing: Cell<Option<Hearing>>,
     pub direction: Rc<dyn Direction>,
 }
 
@@ -63,26 +64,19 @@ impl Hands<Op, Outcome> for SweepHands {
 
     /// The layers are given back when the last operation has ended, which may be stuck: with what it holds.
     fn clean_up(&self, _forced: bool) {
-        if self.0.follows_reads {
-            self.0.front.tell_reads(None);
-        }
+        drop(self.0.hearing.take());
     }
 }
 
 impl Parts {
-    /// The side that is written to said no.
-    fn failed(&self, error: BlockError) -> Failed {
-        self.direction.failed(error)
-    }
-
     async fn flush(&self) -> Result<(), Failed> {
-        self.direction.target().driver().flush().await.map_err(|error| self.failed(error))
+        self.direction.target().driver().flush().await.map_err(Failed::write)
     }
 
     async fn perform(&self, op: Op) -> Outcome {
         match op {
             Op::Prepare => {
-                Outcome::Prepared(self.direction.prepare().await.map_err(|error| self.failed(error)))
+                Outcome::Prepared(self.direction.prepare().await.map_err(Failed::write))
             }
             Op::Flush => Outcome::Flushed(self.flush().await),
             Op::FlushMeanwhile => Outcome::FlushedMeanwhile(self.flush().await),
@@ -154,7 +148,7 @@ impl Parts {
             } else {
                 let bytes = buf.slice(run.offset, run.len);
                 let result = self.direction.write(part.start(), bytes).await;
-                result.map_err(|error| self.failed(error))?;
+                result.map_err(Failed::write)?;
                 done.data += part.len();
             }
         }
@@ -165,7 +159,7 @@ impl Parts {
         let (Zeroed { zeroed, skipped }, result) = self.direction.make_zero(range).await;
         done.zeroed += zeroed;
         done.skipped += skipped;
-        result.map_err(|(at, error)| (at, self.failed(error)))
+        result.map_err(|(at, error)| (at, Failed::write(error)))
     }
 
     /// What a guest has read is seen to at once, as far as there is something to do about it. Errors are left to the

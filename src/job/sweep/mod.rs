@@ -10,6 +10,7 @@
 mod hands;
 pub mod machine;
 
+use std::cell::Cell;
 use std::rc::Rc;
 
 use blockferry_ring::{Ring, SharedBuf};
@@ -154,19 +155,14 @@ pub(super) trait Direction: std::fmt::Debug {
     /// Changes the chain; on an error it is as it was.
     fn relink(&self) -> IoFuture<'_, Result<(), Failed>>;
 
-    /// The side that is written to said no.
-    fn failed(&self, error: BlockError) -> Failed {
-        Failed::write(error)
-    }
-
     /// Gives back the right to write. The last thing that is done, after a success, too.
     fn restore(&self) -> IoFuture<'_, ()>;
 }
 
 /// The guests' requests are over, so that the chain can change; they wait until this is dropped.
-pub(super) async fn drained(front: &Rc<Node>, operation: IoOperation) -> Result<Drained, Failed> {
+pub(super) async fn drained(front: &Rc<Node>) -> Result<Drained, Failed> {
     front.drain(limits::DRAIN_NANOS_MAX).await.map_err(|errno| Failed {
-        operation,
+        operation: IoOperation::Write,
         errno: errno.0,
         text: "Draining the disk timed out: a guest's request does not end".into(),
     })
@@ -194,10 +190,7 @@ pub(super) async fn start(ring: &Ring, plan: Plan, options: &SweepOptions) -> Re
     let job =
         Job::new(ring, job_options, ErrorPolicies { source: options.on_error, target: options.on_error });
     let wishes = plan.follows_reads.then(|| Rc::new(Wishes::new(job.waker())));
-    if let Some(wishes) = &wishes {
-        let wishes = wishes.clone();
-        plan.front.tell_reads(Some(Rc::new(move |range| wishes.push(range))));
-    }
+    let hearing = wishes.clone().map(|wishes| plan.front.tell_reads(Rc::new(move |range| wishes.push(range))));
     let target = plan.direction.target().driver();
     let limits_of_target = target.limits();
     let settings = Settings {
@@ -205,7 +198,7 @@ pub(super) async fn start(ring: &Ring, plan: Plan, options: &SweepOptions) -> Re
         window_max,
         zeroes_cost: !target.capabilities().zero_fast,
         guest_first: options.guest_first,
-        front: Some(plan.front.clone()),
+        front: Some(plan.front),
         wishes,
     };
     let hands = SweepHands(Rc::new(Parts {
@@ -213,8 +206,7 @@ pub(super) async fn start(ring: &Ring, plan: Plan, options: &SweepOptions) -> Re
         memory,
         unit: limits_of_target.cluster_size.map_or(4096, u64::from).clamp(4096, limits::SWEEP_CHUNK_BYTES),
         len: plan.len,
-        front: plan.front,
-        follows_reads: plan.follows_reads,
+        hearing: Cell::new(hearing),
         direction: plan.direction,
     }));
     job.start(Sweep::new(settings, ring.now()), Rc::new(hands));
