@@ -241,6 +241,10 @@ pub const CLOSING_STEP_NANOS: u64 = 20_000_000;
 pub const DOWNTIME_PAUSE_NANOS_MAX: u64 = 10_000_000_000;
 /// The longest time for which a mirror's guests stand at a shut door, unless something else is said.
 pub const DOWNTIME_NANOS_DEFAULT: u64 = 300_000_000;
+/// How long a lock is waited for that no living process is seen to hold.
+pub const ORPHANED_LOCK_NANOS_MAX: u64 = 5_000_000_000;
+/// How often it is looked at.
+pub const ORPHANED_LOCK_PAUSE_NANOS: u64 = 100_000_000;
 /// How long guests at a shut door wait for the flush of the disk that they are about to leave.
 pub const OLD_DISK_FLUSH_NANOS_MAX: u64 = 200_000_000;
 /// The largest range that one zeroing operation of a mirror covers while guests' writes have to wait for it.

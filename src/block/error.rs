@@ -64,6 +64,9 @@ pub struct BlockError {
     pub errno: Errno,
     /// What to know or to do about it, if there is something.
     pub hint: Option<Rc<str>>,
+    /// A lock stands in the way that no process is seen to hold: whoever had it was killed, perhaps, and the kernel is
+    /// about to end what it had in flight.
+    pub is_orphaned: bool,
 }
 
 impl std::fmt::Display for BlockError {
@@ -83,7 +86,7 @@ impl std::fmt::Display for BlockError {
 impl BlockError {
     /// An error of a whole image.
     pub fn new(operation: Operation, name: impl Into<Rc<str>>, errno: Errno) -> BlockError {
-        BlockError { operation, name: name.into(), place: None, errno, hint: None }
+        BlockError { operation, name: name.into(), place: None, errno, hint: None, is_orphaned: false }
     }
 
     /// An error at a place.

@@ -145,7 +145,7 @@ impl Run {
         let (ring, args) = (self.engine.ring(), &self.args);
         let front = self.engine.open(&args.image, &args.open.image(args.format, false)).await?;
         // Without clients, too, nobody else is to write the disk or to change its chain.
-        let using = front.attach(UseKind::Guest)?;
+        let using = front.attach_in_time(UseKind::Guest).await?;
         let mut exports = Exports::with_limits(ring, &args.clients);
         for uri in &args.export {
             exports.add(&self.engine, &front, uri, false, &self.global).await?;

@@ -107,7 +107,7 @@ async fn check(engine: &Engine, args: &CheckArgs) -> Result<Option<(Format, Chec
         Repair::None => UseKind::JobSource("check"),
         _ => UseKind::JobTarget("check"),
     };
-    let _lock = node.attach(kind)?;
+    let _lock = node.attach_in_time(kind).await?;
     let mut report = image.check(repair).await?;
     if report.leaks_fixed > 0 || report.corruptions_fixed > 0 {
         // What is left after a repair is what a second look finds.

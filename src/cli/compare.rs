@@ -75,7 +75,10 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
     let (verdict, compared) = engine.run(async move {
         let a = e.open(&names.0, &first).await?;
         let b = e.open(&names.1, &second).await?;
-        let _uses = (a.attach(UseKind::JobSource("compare"))?, b.attach(UseKind::JobSource("compare"))?);
+        let _uses = (
+            a.attach_in_time(UseKind::JobSource("compare")).await?,
+            b.attach_in_time(UseKind::JobSource("compare")).await?,
+        );
         let sizes_differ = a.driver().len() != b.driver().len();
         if strict && sizes_differ {
             return Ok((Verdict::Different("Strict mode: Image size mismatch!".into(), None), 0));

@@ -98,7 +98,7 @@ async fn rebase(
     let Some(image) = qcow2(node.driver()) else {
         return Err(Failure::text(format!("'{}' is a raw image, which has no backing files", args.file)));
     };
-    let lock = node.attach(UseKind::JobTarget("rebase"))?;
+    let lock = node.attach_in_time(UseKind::JobTarget("rebase")).await?;
     if !args.backing.is_empty() && args.backing_format.is_none() {
         return Err(Failure::text("The format of the new backing file has to be said (-F FORMAT)"));
     }

@@ -86,7 +86,7 @@ pub fn main(global: &Global, args: ResizeArgs) -> Result<Exit, Failure> {
 async fn resize(engine: &Engine, args: &ResizeArgs) -> Result<(u64, u64), Failure> {
     let options = ImageOptions { format: args.format, gate: args.gate.gate(), ..ImageOptions::default() };
     let node = engine.open(&args.file, &options).await?;
-    let _lock = node.attach(UseKind::JobTarget("resize"))?;
+    let _lock = node.attach_in_time(UseKind::JobTarget("resize")).await?;
     let driver = node.driver();
     let old = driver.len();
     let Some(new) = args.change.apply(old) else {

@@ -15,7 +15,7 @@ use super::{Global, config, stats};
 use crate::base::limits::{self, STOP_NANOS_MAX};
 use crate::engine::{Engine, Format};
 use crate::export::nbd::{Export, NbdServer, PaceLimits, ServerConfig};
-use crate::graph::node::{Node, Root};
+use crate::graph::node::{Node, Root, UseKind};
 use crate::protocol::nbd::{NbdAddress, NbdUri};
 
 const AFTER: &str = "\
@@ -182,7 +182,10 @@ impl Exports {
         read_only: bool,
         global: &Global,
     ) -> Result<(), Failure> {
+        let kind = if read_only { UseKind::Reader } else { UseKind::Guest };
+        let using = node.attach_in_time(kind).await?;
         let root = Root::new(node, read_only)?;
+        drop(using);
         self.roots.push((root.clone(), !read_only));
         let export = Export {
             root,

@@ -92,7 +92,7 @@ async fn snapshot(engine: &Engine, args: &SnapshotArgs) -> Result<Option<Vec<Sna
         ..look
     };
     let node = engine.open(&args.file, &options).await?;
-    let _lock = node.attach(UseKind::JobTarget("snapshot"))?;
+    let _lock = node.attach_in_time(UseKind::JobTarget("snapshot")).await?;
     if let Some(image) = qcow2(node.driver()) {
         change(args, image).await?;
     }

@@ -105,7 +105,7 @@ impl Target {
                 Some(held) => held.open_image(ring, options.name, &image).await,
                 None => {
                     let node = engine.open(options.name, &image).await?;
-                    let promised = node.attach(UseKind::PromisedTarget)?;
+                    let promised = node.attach_in_time(UseKind::PromisedTarget).await?;
                     Ok((node, promised))
                 }
             }

@@ -26,6 +26,7 @@ use crate::base::range::ByteRange;
 use crate::block::{
     BlockError, Driver, Extent, IoFuture, IoResult, Operation, Permissions, Resolved, WriteFlags, ZeroFlags,
 };
+use crate::protocol::lock;
 
 /// A request that changes the disk.
 #[derive(Clone, Debug)]
@@ -396,6 +397,11 @@ impl Node {
             return Err(error);
         }
         Ok(Use { node: self.clone(), id })
+    }
+
+    /// The same; where a lock of somebody who was killed stands in the way, that is waited for.
+    pub async fn attach_in_time(self: &Rc<Node>, kind: UseKind) -> Result<Use, BlockError> {
+        lock::in_time(&self.ring, || self.attach(kind)).await
     }
 
     /// Waits until no job uses it, or has yet to give back that it may be written. Operations that a job has left behind

@@ -79,9 +79,9 @@ pub async fn start(
     }
     let mut uses = Vec::new();
     for layer in &layers {
-        uses.push(layer.attach(UseKind::JobLayer("commit"))?);
+        uses.push(layer.attach_in_time(UseKind::JobLayer("commit")).await?);
     }
-    uses.push(base.attach(UseKind::JobBase("commit"))?);
+    uses.push(base.attach_in_time(UseKind::JobBase("commit")).await?);
     let base = Rc::new(Writable::hold(ring, base, uses).await?);
     let len = top.driver().len();
     let peer = peer(&base, len);
@@ -168,7 +168,7 @@ impl Down {
                 format!("'{}' is no longer in the chain of '{}'", self.layers[0].name(), self.front.name());
             return Err(Failed { operation: IoOperation::Write, errno: Errno::EPERM.0, text });
         };
-        let editor = overlay.attach(UseKind::Editor).map_err(Failed::write)?;
+        let editor = overlay.attach_in_time(UseKind::Editor).await.map_err(Failed::write)?;
         overlay.hold_writable().await.map_err(Failed::write)?;
         let result = self.link_to_base(&overlay).await;
         overlay.release_writable().await;

@@ -82,9 +82,9 @@ pub async fn start(
         return Err(ChainError::BackingFileForNone);
     }
     let mids = chain[from + 1..to].to_vec();
-    let mut uses = vec![top.attach(UseKind::JobTop("stream"))?];
+    let mut uses = vec![top.attach_in_time(UseKind::JobTop("stream")).await?];
     for layer in &mids {
-        uses.push(layer.attach(UseKind::JobSource("stream"))?);
+        uses.push(layer.attach_in_time(UseKind::JobSource("stream")).await?);
     }
     let top = Writable::hold(ring, top, uses).await?;
     // With nothing between, there is nothing to look for.

@@ -13,7 +13,7 @@ use blockferry_ring::backend::OpenHow;
 use blockferry_ring::{Buf, Errno, File, FileKind, Ring, SharedBuf};
 
 use super::leaf::Leaf;
-use super::lock::Locks;
+use super::lock::{self, Locks};
 use super::open::{self, OpenOptions};
 use crate::base::range::ByteRange;
 use crate::block::{
@@ -68,8 +68,8 @@ impl FileDriver {
                 let file = ring.open(path, &how).map_err(fail)?;
                 if !options.no_lock {
                     // What somebody uses is not emptied under them. The lock ends with the file.
-                    Locks::new(ring, &file, path.display().to_string().into())
-                        .set(Permissions::JOB_TARGET)?;
+                    let locks = Locks::new(ring, &file, path.display().to_string().into());
+                    lock::in_time(ring, || locks.set(Permissions::JOB_TARGET)).await?;
                 }
                 (file, false)
             }

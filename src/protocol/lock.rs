@@ -10,12 +10,18 @@
 //! time at most one wins.
 //!
 //! The locks belong to the open file, not to the process: two nodes of one engine keep each other out too.
+//!
+//! # Those who died
+//! What a program that was killed had in flight still changes the image until the kernel has ended it, and so long its
+//! locks rightly stand. No process has them open by then. Whoever meets such a lock waits for a while ([`in_time`])
+//! before it takes no for an answer.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::{Errno, File, LockRange, Ring};
 
+use crate::base::limits;
 use crate::block::{BlockError, IoResult, Operation, Permission, Permissions};
 
 const USED: u64 = 100;
@@ -28,6 +34,23 @@ pub struct Locks {
     file: RefCell<File>,
     name: Rc<str>,
     held: Cell<Permissions>,
+}
+
+/// Tries until it is done or refused for good: a lock that no living process is seen to hold is waited for.
+pub async fn in_time<T>(
+    ring: &Ring,
+    mut attempt: impl FnMut() -> Result<T, BlockError>,
+) -> Result<T, BlockError> {
+    let latest = ring.now().saturating_add(limits::ORPHANED_LOCK_NANOS_MAX);
+    loop {
+        match attempt() {
+            Err(error) if error.is_orphaned && ring.now() < latest => {
+                tracing::debug!(%error, "waiting for a lock that nobody seems to hold");
+                ring.sleep(limits::ORPHANED_LOCK_PAUSE_NANOS).await;
+            }
+            result => return result,
+        }
+    }
 }
 
 fn byte(start: u64) -> LockRange {
@@ -133,19 +156,21 @@ impl Locks {
 
     fn refused(&self, start: u64, what: &str) -> BlockError {
         let holders = self.ring.lock_holders(&self.file.borrow(), byte(start));
-        let who = if holders.is_empty() {
-            "a program that cannot be named (another user's, one in a container or on another machine, or \
-             this one itself)"
+        let is_orphaned = holders.is_empty();
+        let who = if is_orphaned {
+            "a program that cannot be named (another user's, one in a container or on another machine, or one that \
+             was killed and whose writes the kernel has not ended yet)"
                 .to_owned()
         } else {
             let names: Vec<String> =
                 holders.iter().map(|(pid, name)| format!("{name} (pid {pid})")).collect();
             names.join(", ")
         };
-        BlockError::new(Operation::Lock, self.name.clone(), Errno::EBUSY).hint(format!(
+        let error = BlockError::new(Operation::Lock, self.name.clone(), Errno::EBUSY).hint(format!(
             "The image is in use: {what} by {who}. Stop using it there first. If you know that no harm can \
              come of it, go on without locks (--no-lock)."
-        ))
+        ));
+        BlockError { is_orphaned, ..error }
     }
 
     fn failed(&self, errno: Errno) -> BlockError {

@@ -90,6 +90,8 @@ struct Entry {
     fd: OwnedFd,
     /// In the registered table, under the index of this entry.
     fixed: bool,
+    /// Locks were taken through it.
+    locked: bool,
     /// Where a socket is to be connected to. The kernel reads it when it takes the operation in.
     peer: Option<Box<rustix::net::SocketAddrAny>>,
 }
@@ -205,7 +207,7 @@ impl Uring {
 
     fn add_file(&mut self, fd: OwnedFd) -> FileId {
         let raw = fd.as_raw_fd();
-        let index = self.files.insert(Entry { fd, fixed: false, peer: None });
+        let index = self.files.insert(Entry { fd, fixed: false, locked: false, peer: None });
         if self.fixed_files
             && (index as u32) < limits::FIXED_FILES
             && self.ring.submitter().register_files_update(index as u32, &[raw]).is_ok()
@@ -501,6 +503,11 @@ impl Backend for Uring {
 
     fn close(&mut self, file: FileId) {
         let Some(entry) = self.files.try_remove(file.0 as usize) else { return };
+        // Nothing is in flight on it any more, but the kernel may keep the open file for a while longer: a worker that
+        // has told of its last operation's end has yet to let go of it. Locks must not last as long as that.
+        if entry.locked {
+            let _ = sys::lock(entry.fd.as_fd(), LockRange { start: 0, len: 0 }, libc::F_UNLCK);
+        }
         if entry.fixed {
             let _ = self.ring.submitter().register_files_update(file.0, &[-1]);
         }
@@ -524,7 +531,11 @@ impl Backend for Uring {
     }
 
     fn lock_shared(&mut self, file: FileId, range: LockRange) -> Result<(), Errno> {
-        sys::lock(self.fd(file)?.as_fd(), range, libc::F_RDLCK)
+        sys::lock(self.fd(file)?.as_fd(), range, libc::F_RDLCK)?;
+        if let Some(entry) = self.files.get_mut(file.0 as usize) {
+            entry.locked = true;
+        }
+        Ok(())
     }
 
     fn unlock(&mut self, file: FileId, range: LockRange) -> Result<(), Errno> {
@@ -536,9 +547,9 @@ impl Backend for Uring {
     }
 
     fn lock_holders(&mut self, file: FileId, range: LockRange) -> Vec<(u32, String)> {
-        match self.info(file) {
-            Ok(info) => sys::lock_holders(info.identity, range),
-            Err(_) => Vec::new(),
+        match (self.info(file), self.fd(file)) {
+            (Ok(info), Ok(fd)) => sys::lock_holders(info.identity, range, fd.as_raw_fd()),
+            _ => Vec::new(),
         }
     }
 

@@ -1,9 +1,10 @@
 //! The control calls: everything that is not an operation of the ring.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
@@ -209,28 +210,49 @@ pub(super) fn lock_conflict(fd: BorrowedFd<'_>, range: LockRange) -> Result<bool
     Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
 }
 
-/// Looks through /proc/PID/fdinfo: /proc/locks itself shows no pid for open file description locks.
-pub(super) fn lock_holders(identity: (u64, u64), range: LockRange) -> Vec<(u32, String)> {
-    let own = std::process::id();
+/// Looks through /proc/PID/fdinfo: /proc/locks itself shows no pid for open file description locks. Processes that were
+/// killed do not count, nor does the descriptor `besides` of this one.
+pub(super) fn lock_holders(identity: (u64, u64), range: LockRange, besides: RawFd) -> Vec<(u32, String)> {
+    let (own, besides) = (std::process::id(), besides.to_string());
     let mut holders = Vec::new();
     let Ok(processes) = std::fs::read_dir("/proc") else { return holders };
     for process in processes.flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
-        if pid == own {
-            continue;
-        }
         let Ok(entries) = std::fs::read_dir(process.path().join("fdinfo")) else { continue };
         let holds = entries.flatten().any(|entry| {
-            std::fs::read_to_string(entry.path())
-                .is_ok_and(|text| text.lines().any(|line| is_lock_on(line, identity, range)))
+            let is_asking = pid == own && entry.file_name().to_str() == Some(besides.as_str());
+            !is_asking
+                && std::fs::read_to_string(entry.path())
+                    .is_ok_and(|text| text.lines().any(|line| is_lock_on(line, identity, range)))
         });
-        if holds {
+        if holds && !is_dying(&process.path()) {
             let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             holders.push((pid, name.trim().to_owned()));
         }
     }
     holders.sort();
     holders
+}
+
+/// The process has been killed, whether it is gone yet or not.
+fn is_dying(process: &Path) -> bool {
+    let read = |name: &str| std::fs::read_to_string(process.join(name)).unwrap_or_default();
+    is_exiting(&read("stat")) || read("status").lines().any(is_kill_pending)
+}
+
+/// `PF_EXITING` in the flags of /proc/PID/stat. The name before them may hold anything, even brackets.
+fn is_exiting(stat: &str) -> bool {
+    const EXITING: u64 = 0x4;
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    let flags = after_name.split_whitespace().nth(6).and_then(|word| word.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & EXITING != 0)
+}
+
+/// A line of /proc/PID/status that shows SIGKILL waiting to be taken.
+fn is_kill_pending(line: &str) -> bool {
+    let set = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"));
+    let set = set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+    set.is_some_and(|set| set & 1 << (libc::SIGKILL - 1) != 0)
 }
 
 /// A line such as `lock: 1: OFDLCK  ADVISORY  READ -1 fd:00:3412 100 101`.
@@ -334,8 +356,8 @@ pub(super) fn listen(address: &SocketAddress) -> Result<(OwnedFd, SocketAddress)
     let (fd, address) = match address {
         SocketAddress::Unix(path) => {
             let fd = socket(AddressFamily::UNIX)?;
-            rustix::net::bind(&fd, &unix_address(path)?)?;
-            (fd, address.clone())
+            listen_unix(&fd, path)?;
+            return Ok((fd, address.clone()));
         }
         SocketAddress::Tcp(tcp) => {
             let fd = socket(family(tcp))?;
@@ -347,6 +369,26 @@ pub(super) fn listen(address: &SocketAddress) -> Result<(OwnedFd, SocketAddress)
     };
     rustix::net::listen(&fd, BACKLOG)?;
     Ok((fd, address))
+}
+
+/// The name appears when somebody listens, not before: who finds it can connect. So the socket is bound to another name
+/// beside it, where that is not too long, and renamed; unless the name is taken.
+fn listen_unix(fd: &OwnedFd, path: &Path) -> Result<(), Errno> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let hidden = format!(".nbd-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+    let hidden = path.with_file_name(hidden);
+    let full = unix_address(path)?;
+    let Ok(address) = unix_address(&hidden) else {
+        rustix::net::bind(fd, &full)?;
+        return Ok(rustix::net::listen(fd, BACKLOG)?);
+    };
+    rustix::net::bind(fd, &address)?;
+    let listening = rustix::net::listen(fd, BACKLOG).map_err(Errno::from);
+    let named = listening.and_then(|()| rename(&hidden, path, false));
+    named.map_err(|errno| {
+        let _ = rustix::fs::unlink(&hidden);
+        if errno == Errno::EEXIST { Errno::EADDRINUSE } else { errno }
+    })
 }
 
 /// A socket, and the address that it is to be connected to.
@@ -384,5 +426,30 @@ mod tests {
         assert!(!is_lock_on(line, (0xfe << 32, 3413), range));
         assert!(!is_lock_on(line, (0xfe << 32, 3412), LockRange { start: 102, len: 5 }));
         assert!(!is_lock_on("pos:\t0", (0, 0), range));
+    }
+
+    #[test]
+    fn whoever_was_killed_is_known_by_flags_and_signals() {
+        let alive = "12 (a) b) S 1 12 12 0 -1 4194560 100 0 0 0";
+        let exiting = "12 (a) b) D 1 12 12 0 -1 4194564 100 0 0 0";
+        assert!(!is_exiting(alive) && is_exiting(exiting) && !is_exiting(""));
+        assert!(is_kill_pending("ShdPnd:\t0000000000000100") && is_kill_pending("SigPnd:\t0000000000000100"));
+        assert!(
+            !is_kill_pending("ShdPnd:\t0000000000004000") && !is_kill_pending("SigBlk:\t0000000000000100")
+        );
+    }
+
+    #[test]
+    fn a_socket_has_its_name_when_somebody_listens_and_takes_nobody_elses() {
+        let folder = std::env::temp_dir().join(format!("blockferry-listen-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let address = SocketAddress::Unix(folder.join("socket"));
+        let (first, _) = listen(&address).unwrap();
+        assert!(connect(&address).is_ok());
+        assert_eq!(listen(&address).map(drop), Err(Errno::EADDRINUSE));
+        let names: Vec<_> = std::fs::read_dir(&folder).unwrap().flatten().map(|e| e.file_name()).collect();
+        assert_eq!(names, ["socket"], "nothing else is left beside it");
+        drop(first);
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }

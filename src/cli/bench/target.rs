@@ -125,7 +125,9 @@ impl Target {
         }
         let driver = crate::engine::open::open(ring, name, &options.image).await?;
         let node = Node::new(ring, name, driver.clone());
-        let lock = node.attach(if options.image.read_only { UseKind::Reader } else { UseKind::Guest })?;
+        let lock = node
+            .attach_in_time(if options.image.read_only { UseKind::Reader } else { UseKind::Guest })
+            .await?;
         Ok(Target { lock: Some(Rc::new(lock)), ..Target::of_driver(driver) })
     }
 

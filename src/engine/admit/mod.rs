@@ -74,7 +74,7 @@ impl Held {
         let options = ImageOptions { read_only: false, ..image.clone() };
         let (driver, format) = open::open_child(ring, name, &options).await?;
         let node = Node::new(ring, name, driver);
-        let lock = node.attach(UseKind::PromisedTarget)?;
+        let lock = node.attach_in_time(UseKind::PromisedTarget).await?;
         Ok(Held { node, format, _lock: lock })
     }
 
@@ -98,7 +98,7 @@ impl Held {
         // Both keep their locks on one open file: the old ones go first, and nothing is waited for until the new ones
         // are there.
         drop(self);
-        let lock = node.attach(UseKind::PromisedTarget)?;
+        let lock = node.attach_in_time(UseKind::PromisedTarget).await?;
         Ok((node, lock))
     }
 
@@ -168,7 +168,7 @@ impl Admission {
 
     /// A disk is read from its image and all below it, and must stay as it is; by others, too.
     pub async fn source(&mut self, node: &Rc<Node>) {
-        match node.attach(UseKind::PromisedSource) {
+        match node.attach_in_time(UseKind::PromisedSource).await {
             Ok(promised) => self.uses.push(promised),
             Err(error) => self.refuse(error),
         }

@@ -282,16 +282,14 @@ impl NbdServer {
         let (listener, address) = listen(&self.0.ring, address)
             .map_err(|errno| ServerError::Listen { address: address.clone(), errno })?;
         self.0.listeners.set(self.0.listeners.get() + 1);
-        let (inner, used) = (self.0.clone(), address.clone());
+        let inner = self.0.clone();
+        let name = SocketName { ring: self.0.ring.clone(), address: address.clone() };
         self.0.ring.spawn(async move {
             let generation = inner.generation.get();
             inner.accept_all(&listener, generation).await;
+            // The name first: whoever finds it can connect.
+            drop(name);
             drop(listener);
-            if let SocketAddress::Unix(path) = &used
-                && let Err(errno) = inner.ring.unlink(path)
-            {
-                tracing::debug!(address = %used, %errno, "the socket file could not be removed");
-            }
             inner.listeners.set(inner.listeners.get() - 1);
             inner.changed.notify();
         });
@@ -334,6 +332,22 @@ impl NbdServer {
         }
         self.0.changed.until(|| self.0.sessions.borrow().is_empty().then_some(())).await;
         self.0.stopping.set(false);
+    }
+}
+
+/// The name of a socket on which somebody listens; it goes with this, however the listening ends.
+struct SocketName {
+    ring: Ring,
+    address: SocketAddress,
+}
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        if let SocketAddress::Unix(path) = &self.address
+            && let Err(errno) = self.ring.unlink(path)
+        {
+            tracing::debug!(address = %self.address, %errno, "the socket file could not be removed");
+        }
     }
 }
 

@@ -147,8 +147,8 @@ pub async fn start(
     let packed = options.compressor.as_ref().map(|compressor| compressor.cluster_bytes());
     let mut job_options = JobOptions::new(options.id.clone(), JobType::Convert);
     job_options.speed_bytes_per_sec = parse_speed(options.speed)?;
-    let source_use = source.attach(UseKind::JobSource("convert"))?;
-    let target_use = target.attach(UseKind::JobTarget("convert"))?;
+    let source_use = source.attach_in_time(UseKind::JobSource("convert")).await?;
+    let target_use = target.attach_in_time(UseKind::JobTarget("convert")).await?;
     let job = Job::new(ring, job_options, options.policies);
     let offload = CopyOffload::new(if packed.is_some() || options.sparse_bytes == 0 {
         OffloadPolicy::Never

@@ -181,7 +181,11 @@ fn what_guests_dirty_before_the_door_shuts_is_copied_behind_it() {
     assert_eq!(ops, [Op::Copy(ByteRange::at_saturating(65_536, 65_536))]);
     assert_eq!(bench.machine.stage(), Stage::Closing);
     let all = bench.work(ops);
-    assert_eq!(all[all.len() - 2..], [Op::Flush, Op::Unmark], "guests stay on the source: its flush is their business");
+    assert_eq!(
+        all[all.len() - 2..],
+        [Op::Flush, Op::Unmark],
+        "guests stay on the source: its flush is their business"
+    );
     assert!(matches!(bench.report, Some(Report::Returned(Ok(())))));
 }
 

@@ -192,8 +192,8 @@ pub async fn start(
     // Without a layer below, the uppermost one is the whole disk.
     let layers =
         if options.sync == SyncMode::Top && from.has_backing() { vec![source.clone()] } else { Vec::new() };
-    let source_use = source.attach(UseKind::JobSource("mirror"))?;
-    let target_use = target.attach(UseKind::JobTarget("mirror"))?;
+    let source_use = source.attach_in_time(UseKind::JobSource("mirror")).await?;
+    let target_use = target.attach_in_time(UseKind::JobTarget("mirror")).await?;
     let ends = Ends { source_use, target_use, layers, base: None };
     begin(ring, source, target, ends, options, settled).await
 }
@@ -207,14 +207,14 @@ pub(super) async fn start_commit(
     options: MirrorOptions,
 ) -> Result<Job, MirrorError> {
     let settled = settle(&options, base, JobType::Commit)?;
-    let source_use = source.attach(UseKind::JobSource("commit"))?;
+    let source_use = source.attach_in_time(UseKind::JobSource("commit")).await?;
     let mut uses = Vec::new();
     for layer in layers.iter().skip(1) {
-        uses.push(layer.attach(UseKind::JobLayer("commit"))?);
+        uses.push(layer.attach_in_time(UseKind::JobLayer("commit")).await?);
     }
-    let target_use = base.attach(UseKind::JobBase("commit"))?;
+    let target_use = base.attach_in_time(UseKind::JobBase("commit")).await?;
     // Writing ends after the job's use of it.
-    uses.push(base.attach(UseKind::Editor)?);
+    uses.push(base.attach_in_time(UseKind::Editor).await?);
     let writable = Writable::hold(ring, base, uses).await?;
     if let Err(error) = writable.grow(source, source.driver().len()).await {
         writable.release().await;

@@ -75,9 +75,7 @@ impl Parts {
 
     async fn perform(&self, op: Op) -> Outcome {
         match op {
-            Op::Prepare => {
-                Outcome::Prepared(self.direction.prepare().await.map_err(Failed::write))
-            }
+            Op::Prepare => Outcome::Prepared(self.direction.prepare().await.map_err(Failed::write)),
             Op::Flush => Outcome::Flushed(self.flush().await),
             Op::FlushMeanwhile => Outcome::FlushedMeanwhile(self.flush().await),
             Op::Wish(range) => Outcome::Wished(self.wish(range).await),

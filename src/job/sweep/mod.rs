@@ -190,7 +190,8 @@ pub(super) async fn start(ring: &Ring, plan: Plan, options: &SweepOptions) -> Re
     let job =
         Job::new(ring, job_options, ErrorPolicies { source: options.on_error, target: options.on_error });
     let wishes = plan.follows_reads.then(|| Rc::new(Wishes::new(job.waker())));
-    let hearing = wishes.clone().map(|wishes| plan.front.tell_reads(Rc::new(move |range| wishes.push(range))));
+    let hearing =
+        wishes.clone().map(|wishes| plan.front.tell_reads(Rc::new(move |range| wishes.push(range))));
     let target = plan.direction.target().driver();
     let limits_of_target = target.limits();
     let settings = Settings {
