@@ -4,7 +4,7 @@
 //! After a cut the image opens, a check finds leaks at worst, and every sector holds what was last written
 //! before a flush that was acknowledged, or something that was written later.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry::base::planted::{Bug, plant};
@@ -19,6 +19,8 @@ use blockferry_ring::{Config, Errno, Ring};
 
 #[path = "common/ledger.rs"]
 mod ledger;
+#[path = "qcow2_sim/rebase.rs"]
+mod rebase;
 
 use ledger::{Model, OF_BASE, SECTOR, stamp};
 
@@ -44,6 +46,8 @@ struct Story {
     steps: usize,
     lanes: u64,
     capacity: Option<u64>,
+    /// The file ends inside its last cluster, which the guest has written already.
+    ends_early: bool,
 }
 
 impl Story {
@@ -58,7 +62,9 @@ impl Story {
         let backed = one(&[0, 1]) == 1;
         let create =
             CreateOptions { size, cluster_size, refcount_bits, extended_l2, ..CreateOptions::default() };
-        Story { seed, create, backed, steps, lanes: u64::from(one(&[1, 2, 3])), capacity: None }
+        let lanes = u64::from(one(&[1, 2, 3]));
+        let ends_early = !backed && one(&[0, 0, 1]) == 1;
+        Story { seed, create, backed, steps, lanes, capacity: None, ends_early }
     }
 }
 
@@ -121,17 +127,42 @@ fn world(story: &Story) -> (World, Ring) {
         let disk = file(&r, DISK, false);
         Qcow2::create(&r, &disk, None, &create).await.expect("a new image");
     });
+    if story.ends_early {
+        let (r, story) = (ring.clone(), story.clone());
+        ring.block_on(async move { cut_last_cluster(&r, &story).await });
+    }
     (world, ring)
 }
 
-/// Tells the story; errors of requests are for the model alone. Gives the image, if it opened.
-async fn tell(ring: Ring, story: Story, model: Rc<RefCell<Model>>, flush: bool) -> Option<Rc<Qcow2>> {
-    let image = open(&ring, story.backed, false, false).await.ok()?;
+/// A cluster of the disk is written with zeroes, and the file cut inside it: the disk shows what it showed.
+async fn cut_last_cluster(ring: &Ring, story: &Story) {
+    let mut rng = Rng::new(story.seed ^ 0xc07);
+    let cluster = u64::from(story.create.cluster_size);
+    let at = rng.below(story.create.size.div_ceil(cluster)) * cluster;
+    let image = open(ring, false, false, false).await.expect("it opens");
+    let mut buf = ring.alloc(cluster.min(story.create.size - at) as usize).await;
+    buf.as_mut_slice().fill(0);
+    image.write(at, buf.freeze(), WriteFlags::default()).await.expect("a write");
+    image.flush().await.expect("a flush");
+    let place = image.map(at, 1).await.expect("a map").offset.expect("it is data");
+    image.set_permissions(Permissions::NONE).expect("unlocked");
+    drop(image);
+    let disk = file(ring, DISK, false);
+    disk.set_len(place + 1 + rng.below(cluster - 1)).await.expect("a cut");
+    disk.flush().await.expect("a flush");
+}
+
+/// Tells the story; errors of requests are for the model alone. Gives the image, if it opened and gave back what was
+/// written.
+async fn tell(ring: Ring, story: Story, model: Rc<RefCell<Model>>, flush: bool) -> Result<Rc<Qcow2>, String> {
+    let told = |error: BlockError| error.to_string();
+    let image = open(&ring, story.backed, false, false).await.map_err(told)?;
+    let all_went_well = Rc::new(Cell::new(true));
     let mut rng = Rng::new(story.seed ^ 0x5eed);
     let sectors = story.create.size / SECTOR as u64;
     for step in 0..story.steps as u32 {
         let lane_len = sectors / story.lanes;
-        let mut running = Vec::new();
+        let (mut running, mut asked) = (Vec::new(), 0..0);
         for lane in 0..story.lanes {
             if lane_len == 0 {
                 continue;
@@ -144,7 +175,8 @@ async fn tell(ring: Ring, story: Story, model: Rc<RefCell<Model>>, flush: bool) 
             let version = step * 8 + lane as u32 + 1;
             let (kind, fua) = (rng.below(8), rng.chance(6000));
             let (at, len) = (first * SECTOR as u64, n * SECTOR as u64);
-            let (image, r, m) = (image.clone(), ring.clone(), model.clone());
+            asked = range.clone();
+            let (image, r, m, well) = (image.clone(), ring.clone(), model.clone(), all_went_well.clone());
             let zero = (5..8).contains(&kind);
             m.borrow_mut().issue(range.clone(), if zero { 0 } else { version }, kind == 7);
             running.push(ring.spawn_with_result(async move {
@@ -160,8 +192,9 @@ async fn tell(ring: Ring, story: Story, model: Rc<RefCell<Model>>, flush: bool) 
                     }
                     _ => image.discard(at, len).await,
                 };
-                if result.is_ok() {
-                    m.borrow_mut().ack(range);
+                match result {
+                    Ok(()) => m.borrow_mut().ack(range),
+                    Err(_) => well.set(false),
                 }
             }));
         }
@@ -175,12 +208,19 @@ async fn tell(ring: Ring, story: Story, model: Rc<RefCell<Model>>, flush: bool) 
         for result in running {
             result.take().await;
         }
+        if story.ends_early && all_went_well.get() {
+            // Whoever has written reads it, whether the file has grown in the meantime or not.
+            let (buf, result) =
+                image.read((asked.start * SECTOR) as u64, ring.alloc(asked.len() * SECTOR).await).await;
+            result.map_err(told)?;
+            model.borrow().check_range(asked.start, buf.as_slice())?;
+        }
     }
     let began = model.borrow().clock;
     if image.flush().await.is_ok() {
         model.borrow_mut().flushed(began);
     }
-    Some(image)
+    Ok(image)
 }
 
 /// Tells a story and cuts the power after every turn in which something happened (or now and then).
@@ -203,7 +243,8 @@ fn cut_everywhere(story: &Story, every: u64, cuts: u64) -> Result<u64, String> {
             inspected += 1;
         }
     }
-    let image = told.try_take().flatten().ok_or("the image did not open")?;
+    let image = told.try_take().ok_or("the story did not end")?;
+    let image = image.map_err(|why| format!("seed {}: {why}\n{story:?}", story.seed))?;
     let bytes = ring.block_on({
         let ring = ring.clone();
         async move { read_all(&ring, &image).await }
@@ -378,7 +419,8 @@ fn a_power_cut_at_every_event_of_what_else_changes_an_image() {
                 ..CreateOptions::default()
             };
             let seed = seed as u64 + 1;
-            let story = Story { seed, create, backed: false, steps: 12, lanes: 2, capacity: None };
+            let story =
+                Story { seed, create, backed: false, steps: 12, lanes: 2, capacity: None, ends_early: false };
             let (world, ring) = world(&story);
             let model = Rc::new(RefCell::new(Model::over_base(size, false)));
             let (r, s) = (ring.clone(), story.clone());

@@ -38,6 +38,10 @@ pub enum Bug {
     ShortLayerShows,
     /// Stream: what a layer holds by now is overwritten with what came from below.
     PopulateOverwrites,
+    /// Rebase: zeroes are left out where what lies below reads as zeroes now.
+    ZeroesRestOnBelow,
+    /// Files: what is written behind the end of a file does not change how long it is taken to be.
+    LengthNotFollowed,
 }
 
 impl Bug {
@@ -58,11 +62,12 @@ impl Bug {
         [Bug::SweepFlushSkipped, Bug::SweepZeroesSkipped, Bug::ShortLayerShows, Bug::PopulateOverwrites];
 
     /// Those of qcow2 images.
-    pub const QCOW2: [Bug; 4] = [
+    pub const QCOW2: [Bug; 5] = [
         Bug::Qcow2MappingBeforeData,
         Bug::Qcow2PublishBeforeWrite,
         Bug::Qcow2RefcountAfterPointer,
         Bug::Qcow2FreedTooEarly,
+        Bug::LengthNotFollowed,
     ];
 }
 

@@ -8,8 +8,6 @@
 
 use std::rc::Rc;
 
-use blockferry_ring::Ring;
-use blockferry_ring::arena::BLOCK_MAX;
 use clap::Args;
 use serde_json::json;
 
@@ -19,10 +17,9 @@ use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::Signals;
 use super::tool::{OutputArgs, cache};
 use super::{Global, config};
-use crate::base::range::ByteRange;
-use crate::base::zero::is_zero;
-use crate::block::{BlockError, Driver, WriteFlags, ZeroFlags};
+use crate::block::Driver;
 use crate::engine::qcow2::{open_backing, qcow2};
+use crate::engine::rebase::Rebase;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::UseKind;
 
@@ -58,9 +55,6 @@ pub struct RebaseArgs {
     #[command(flatten)]
     output: OutputArgs,
 }
-
-/// Bytes looked at in one step.
-const STEP_BYTES: u64 = BLOCK_MAX as u64;
 
 /// Runs the command.
 pub fn main(global: &Global, args: RebaseArgs) -> Result<Exit, Failure> {
@@ -108,8 +102,7 @@ async fn rebase(
             "" => None,
             name => Some(open_backing(engine.ring(), &args.file, name, args.backing_format, &options).await?),
         };
-        let copy =
-            Copy { ring: engine.ring().clone(), image: node.driver().clone(), old: image.backing(), new };
+        let work = Rebase::new(engine.ring(), node.driver().clone(), new);
         let mut progress = Progress::new(global, args.quiet, engine.ring().clock());
         let mut shown_at = 0;
         let (mut at, len) = (0, image.len());
@@ -118,7 +111,7 @@ async fn rebase(
                 progress.finish();
                 return Ok(None);
             }
-            let (next, bytes) = copy.step(at, len).await?;
+            let (next, bytes) = work.step(at).await?;
             (at, written) = (next, written + bytes);
             let now = engine.ring().clock();
             if now >= shown_at + INTERVAL_NANOS {
@@ -133,86 +126,4 @@ async fn rebase(
     image.set_backing(name.map(|name| (name, args.backing_format.map(Format::name)))).await?;
     drop(lock);
     Ok(Some(written))
-}
-
-/// What is needed to make up for the difference of two backing files.
-struct Copy {
-    ring: Ring,
-    image: Rc<dyn Driver>,
-    old: Option<Rc<dyn Driver>>,
-    new: Option<Rc<dyn Driver>>,
-}
-
-impl Copy {
-    /// Sees to what lies from `at` on: up to where, and how many bytes were written.
-    async fn step(&self, at: u64, len: u64) -> Result<(u64, u64), BlockError> {
-        let extent = self.image.block_status(at, len - at).await?;
-        let end = at + extent.len.clamp(1, len - at);
-        // What the image holds itself hides every backing file.
-        if extent.allocated {
-            return Ok((end, 0));
-        }
-        let (old, new) = (status(&self.old, at, end - at).await?, status(&self.new, at, end - at).await?);
-        if old.1 && new.1 {
-            return Ok((at + old.0.min(new.0), 0));
-        }
-        let end = end.min(at + STEP_BYTES - at % STEP_BYTES);
-        let range = ByteRange::at_saturating(at, end - at);
-        let (a, b) = (self.read(&self.old, range).await?, self.read(&self.new, range).await?);
-        let (a, b) = (a.freeze(), b.freeze());
-        let cluster = self.image.limits().cluster_size.unwrap_or(65_536) as usize;
-        let mut written = 0;
-        // A cluster that is written is allocated whole: it is compared and written whole.
-        let mut from = 0;
-        while from < a.len() {
-            let to = (from + cluster - (at as usize + from) % cluster).min(a.len());
-            let (was, is) = (&a.as_slice()[from..to], &b.as_slice()[from..to]);
-            if was != is {
-                let offset = at + from as u64;
-                if is_zero(was) {
-                    let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
-                    self.image.write_zeroes(offset, (to - from) as u64, flags).await?;
-                } else {
-                    self.image.write(offset, a.slice(from, to - from), WriteFlags::default()).await?;
-                }
-                written += (to - from) as u64;
-            }
-            from = to;
-        }
-        Ok((end, written))
-    }
-
-    async fn read(
-        &self,
-        disk: &Option<Rc<dyn Driver>>,
-        range: ByteRange,
-    ) -> Result<blockferry_ring::Buf, BlockError> {
-        let len = range.len() as usize;
-        let mut buf = self.ring.alloc(len).await;
-        // Beyond its end, or where there is none, a backing file is zero.
-        let inside =
-            disk.as_ref().map_or(0, |disk| disk.len().saturating_sub(range.start()).min(range.len()));
-        if inside < range.len() {
-            buf.as_mut_slice().fill(0);
-        }
-        let Some(disk) = disk.as_ref().filter(|_| inside > 0) else { return Ok(buf) };
-        let (front, back) = buf.split_at(inside as usize);
-        let (front, result) = disk.read(range.start(), front).await;
-        result?;
-        match front.unsplit(back) {
-            Ok(buf) => Ok(buf),
-            Err(_) => unreachable!("the parts of one buffer join again"),
-        }
-    }
-}
-
-/// Bytes from `at` on of which the second answer is true: they are zero for certain.
-async fn status(disk: &Option<Rc<dyn Driver>>, at: u64, len: u64) -> Result<(u64, bool), BlockError> {
-    match disk.as_ref().map(|disk| (disk, disk.len().saturating_sub(at))) {
-        Some((disk, rest)) if rest > 0 => {
-            let extent = disk.block_status(at, len.min(rest)).await?;
-            Ok((extent.len.max(1), extent.zero))
-        }
-        _ => Ok((len, true)),
-    }
 }

@@ -13,6 +13,7 @@ pub mod guest;
 pub mod named;
 pub mod open;
 pub mod qcow2;
+pub mod rebase;
 pub mod remote;
 
 use std::cell::RefCell;
