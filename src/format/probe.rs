@@ -51,7 +51,7 @@ impl std::fmt::Display for Format {
 pub enum Probed {
     /// No header that is known here: the bytes of a guest, or nothing yet.
     Raw,
-    /// qcow2, versions 2 and 3.
+    /// qcow2 of any version, those that nobody here knows included: opening it says whether it can be read.
     Qcow2,
     /// The first qcow format.
     Qcow1,
@@ -97,10 +97,11 @@ impl Probed {
 /// Looks at the first bytes of an image (up to [`HEAD_BYTES`]) and at nothing else.
 pub fn probe(head: &[u8]) -> Probed {
     let has = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
-    if has(0, b"QFI\xfb\0\0\0\x02") || has(0, b"QFI\xfb\0\0\0\x03") {
-        Probed::Qcow2
-    } else if has(0, b"QFI\xfb\0\0\0\x01") {
+    if has(0, b"QFI\xfb\0\0\0\x01") {
         Probed::Qcow1
+    } else if has(0, b"QFI\xfb") && head.len() >= 8 {
+        // A version that is not known is no guest's disk: its container would be copied for it.
+        Probed::Qcow2
     } else if has(0, b"KDMV") || has(0, b"COWD") || has(0, b"# Disk DescriptorFile") {
         Probed::Vmdk
     } else if has(64, b"\x7f\x10\xda\xbe") {
@@ -182,7 +183,7 @@ mod tests {
             (0, b"QFI\xfb\0\0\0\x02", Probed::Qcow2),
             (0, b"QFI\xfb\0\0\0\x03", Probed::Qcow2),
             (0, b"QFI\xfb\0\0\0\x01", Probed::Qcow1),
-            (0, b"QFI\xfb\0\0\0\x09", Probed::Raw),
+            (0, b"QFI\xfb\0\0\0\x04", Probed::Qcow2),
             (0, b"KDMV\x01", Probed::Vmdk),
             (0, b"# Disk DescriptorFile\n", Probed::Vmdk),
             (64, b"\x7f\x10\xda\xbe", Probed::Vdi),
