@@ -48,6 +48,13 @@ impl RawDriver {
         }
         Ok(RawDriver { ring: ring.clone(), child, offset, size })
     }
+
+    /// Behind the window lies what belongs to others. Without a size the child knows where it ends.
+    fn beyond(&self, operation: Operation, offset: u64, len: u64) -> Option<BlockError> {
+        let size = self.size.filter(|size| offset.checked_add(len).is_none_or(|end| end > *size))?;
+        let error = BlockError::at(operation, self.child.name(), offset, len, Errno::ENOSPC);
+        Some(error.hint(format!("The option 'size' ends this disk at {size}.")))
+    }
 }
 
 impl Driver for RawDriver {
@@ -80,6 +87,9 @@ impl Driver for RawDriver {
     }
 
     fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoFuture<'_, IoResult> {
+        if let Some(error) = self.beyond(Operation::Write, offset, buf.len() as u64) {
+            return self.ring.boxed(async { Err(error) });
+        }
         self.child.write(self.offset + offset, buf, flags)
     }
 
@@ -88,10 +98,14 @@ impl Driver for RawDriver {
     }
 
     fn discard(&self, offset: u64, len: u64) -> IoFuture<'_, IoResult> {
+        let len = self.size.map_or(len, |size| size.saturating_sub(offset).min(len));
         self.child.discard(self.offset + offset, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'_, IoResult> {
+        if let Some(error) = self.beyond(Operation::WriteZeroes, offset, len) {
+            return self.ring.boxed(async { Err(error) });
+        }
         self.child.write_zeroes(self.offset + offset, len, flags)
     }
 
@@ -100,6 +114,9 @@ impl Driver for RawDriver {
     }
 
     fn copy_range(&self, from: CopyFrom, offset: u64) -> Option<IoFuture<'_, IoResult>> {
+        if let Some(error) = self.beyond(Operation::Write, offset, from.len) {
+            return Some(self.ring.boxed(async { Err(error) }));
+        }
         self.child.copy_range(from, self.offset + offset)
     }
 
@@ -192,6 +209,12 @@ mod tests {
             assert!(matches!(raw.resolve(8192, 4096), Resolved::File { offset: 12_288, .. }));
             let (buf, result) = raw.read(7, r.alloc(100).await).await;
             assert!(result.is_ok() && buf.as_slice().iter().all(|&b| b == 2));
+            // What lies behind the window is not its own.
+            let buf = r.alloc(100).await.freeze();
+            let error = raw.write(19_950, buf, WriteFlags::default()).await.unwrap_err();
+            assert_eq!(error.errno, Errno::ENOSPC, "{error}");
+            assert!(raw.write_zeroes(0, 20_001, ZeroFlags::default()).await.is_err());
+            raw.discard(19_990, 100_000).await.unwrap();
             let error = raw.set_len(1).await.unwrap_err();
             assert!(error.to_string().contains("fixes the length"));
             let rest = RawDriver::open(&r, file.clone(), 4096, None).unwrap();

@@ -123,7 +123,7 @@ impl Driver for HostDevice {
     }
 
     fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {
-        self.leaf.ring().boxed(async move { self.leaf.set_len(len) })
+        self.leaf.ring().boxed(self.leaf.set_len(len))
     }
 
     fn allocated_bytes(&self) -> Option<u64> {

@@ -11,6 +11,11 @@
 //! A page that is written both ways at once can lose one of the writes, so the border lies on a boundary
 //! that is a page boundary on every machine ([`TAIL_BYTES`]), and each side has one way only.
 //!
+//! # The end
+//! A file is as long as is remembered here: what lies beyond is not read. So a change behind the end lengthens the file
+//! first ([`Leaf::reach`]), while nothing else changes it, because the border moves. A device that has been made larger
+//! is looked at again; one that has not, and a file that may not grow, refuse.
+//!
 //! # Durability
 //! A flush that failed has lost data that nobody can name, and the kernel reports it once. So the
 //! failure sticks: every later flush of this leaf fails as well. Of two flushes at once only one is told;
@@ -32,7 +37,9 @@ use blockferry_ring::{Buf, CopyRange, Errno, File, FileInfo, FileKind, Ring, Sha
 
 use super::align::{Change, Changes};
 use super::bounce::{Bounce, RESERVE_BYTES, zero_from};
+use super::length::Length;
 use super::open;
+use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::block::{
     BlockError, Capabilities, CopyFrom, Extent, IoFuture, IoResult, Limits, Operation, Resolved, WriteFlags,
@@ -45,6 +52,9 @@ const TAIL_BYTES: u64 = 64 << 10;
 const DEVICE_ZERO_STEP_BYTES: u64 = 128 << 20;
 /// Buffered files take anything, but whole filesystem blocks are what they zero and give back.
 const FILE_BLOCK_BYTES: u32 = 4096;
+
+/// No file is longer.
+const LEN_MAX: u64 = i64::MAX as u64;
 
 /// The largest block of a leaf that is used with O_DIRECT.
 pub(super) const ALIGN_MAX: u32 = RESERVE_BYTES as u32;
@@ -60,7 +70,7 @@ pub(super) struct Leaf {
     /// How it was opened.
     how: RefCell<OpenHow>,
     info: FileInfo,
-    len: Cell<u64>,
+    len: Length,
     /// The buffered handle for the tail, where there is one.
     tail: RefCell<Option<File>>,
     capabilities: Cell<Capabilities>,
@@ -127,7 +137,7 @@ impl Leaf {
             capabilities: Cell::new(capabilities(&how, &info)),
             how: RefCell::new(how),
             info,
-            len: Cell::new(info.len),
+            len: Length::new(ring, info.len),
             tail: RefCell::default(),
             changes: Changes::new(ring),
             bounce,
@@ -184,16 +194,18 @@ impl Leaf {
         let how = OpenHow { write: !read_only, exclusive_device: is_device && !read_only, ..old };
         let fail = |errno| open::fail(Operation::Open, &self.path, errno);
         let file = self.ring.open(&self.path, &how).map_err(fail)?;
-        if self.ring.info(&file).map_err(fail)?.identity != self.info.identity {
+        let info = self.ring.info(&file).map_err(fail)?;
+        if info.identity != self.info.identity {
             return Err(fail(Errno::ESTALE).hint(
                 "Another file has taken the place of the one that is open. Move it back, or open the image anew.",
             ));
         }
-        let tail = match self.tail.borrow().is_some() {
+        let tail = match self.tail.borrow().is_some() || !info.len.is_multiple_of(self.align()) {
             true => Some(self.tail_handle(!read_only).map_err(fail)?),
             false => None,
         };
         ready(&file)?;
+        self.len.found(info.len);
         self.file.replace(file);
         self.tail.replace(tail);
         self.capabilities.set(capabilities(&how, &self.info));
@@ -316,7 +328,8 @@ impl Leaf {
     // Reading.
 
     pub(super) fn resolve(&self, offset: u64, len: u64) -> Resolved {
-        if self.fits(ByteRange::at_saturating(offset, len), true) {
+        let range = ByteRange::at_saturating(offset, len);
+        if self.fits(range, true) && range.end() <= self.len.get() {
             Resolved::File { file: self.file(), offset, pin: None }
         } else {
             Resolved::Ask
@@ -395,7 +408,7 @@ impl Leaf {
     pub(super) fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoFuture<'_, IoResult> {
         let range = ByteRange::at_saturating(offset, buf.len() as u64);
         let whole = self.fits(range, buf.is_aligned(self.info.mem_align.max(1) as usize));
-        if whole && !self.is_read_only() && !range.is_empty() {
+        if whole && !self.is_read_only() && !range.is_empty() && range.end() <= self.len.get() {
             self.ring.boxed(async move {
                 let change = self.enter(range, false).await;
                 let result = self.put(&self.file(), offset, buf, flags.fua).await;
@@ -413,6 +426,7 @@ impl Leaf {
         if range.is_empty() {
             return Ok(());
         }
+        self.reach(Operation::Write, range).await?;
         let rewrite = self.rewrites(range);
         let change = self.enter(range, rewrite).await;
         let result = self.put_parts(range, Source::Buf(&buf), flags.fua).await;
@@ -527,6 +541,7 @@ impl Leaf {
         if range.is_empty() {
             return Ok(());
         }
+        self.reach(Operation::Write, range).await?;
         let change = self.enter(range, false).await;
         let (from_offset, len) = (from.offset, from.len);
         let place = CopyRange { from_offset, to_offset: offset, len };
@@ -613,6 +628,7 @@ impl Leaf {
         if range.is_empty() {
             return Ok(());
         }
+        self.reach(Operation::WriteZeroes, range).await?;
         let middle = self.whole_blocks(range);
         let change = self.enter(range, middle != Some(range)).await;
         let result = self.zero(range, middle, flags).await;
@@ -688,6 +704,8 @@ impl Leaf {
     pub(super) async fn discard(&self, offset: u64, len: u64) -> IoResult {
         let range = ByteRange::at_saturating(offset, len);
         self.check_writable(Operation::Discard, range)?;
+        // Behind the end there is nothing to give back.
+        let (range, _) = range.split_at(self.len.get());
         let Some(range) = self.whole_blocks(range) else { return Ok(()) };
         let change = self.enter(range, false).await;
         let result = self.give_back(range).await;
@@ -716,9 +734,10 @@ impl Leaf {
 
     // Length.
 
-    pub(super) fn set_len(&self, len: u64) -> IoResult {
+    pub(super) async fn set_len(&self, len: u64) -> IoResult {
         let whole = ByteRange::first(len);
         self.check_writable(Operation::Resize, whole)?;
+        let changing = self.len.change().await;
         if len == self.len.get() {
             return Ok(());
         }
@@ -728,7 +747,42 @@ impl Leaf {
         }
         self.open_tail(len).map_err(fail)?;
         self.ring.set_len(&self.file(), len).map_err(fail)?;
-        self.len.set(len);
+        changing.set(len);
+        self.known.set(None);
+        Ok(())
+    }
+
+    /// Before `range` is changed: the file reaches to its end.
+    async fn reach(&self, operation: Operation, range: ByteRange) -> IoResult {
+        if range.end() <= self.len.get() || is_planted(Bug::LengthNotFollowed) {
+            return Ok(());
+        }
+        // What is under way by the old border ends first, and what comes now waits for the new one.
+        let _alone = self.enter(ByteRange::first(LEN_MAX), true).await;
+        let changing = self.len.change().await;
+        let known = self.len.get();
+        if range.end() <= known {
+            return Ok(());
+        }
+        let fail = |errno| self.error(operation, range, errno);
+        // What others have made longer is not cut off.
+        let found = self.ring.info(&self.file()).map_err(fail)?.len;
+        if range.end() <= found {
+            tracing::info!(image = %self.name, known, found, "it has been made longer");
+            self.open_tail(found).map_err(fail)?;
+            changing.set(found);
+            self.known.set(None);
+            return Ok(());
+        }
+        if self.is_device() {
+            return Err(fail(Errno::ENOSPC).hint(format!("The device ends at {found}; make it larger.")));
+        }
+        let Some(len) = range.end().checked_next_multiple_of(self.align()).filter(|len| *len <= LEN_MAX)
+        else {
+            return Err(fail(Errno::EFBIG));
+        };
+        self.ring.set_len(&self.file(), len).map_err(fail)?;
+        changing.set(len);
         self.known.set(None);
         Ok(())
     }

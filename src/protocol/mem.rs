@@ -138,6 +138,10 @@ impl MemDriver {
                     .hint("The image was opened read-only."));
             }
             change(&mut self.pieces.borrow_mut());
+            // What lies behind the end lengthens the disk.
+            if matches!(operation, Operation::Write | Operation::WriteZeroes) {
+                self.len.set(self.len.get().max(range.end()));
+            }
             Ok(())
         })
     }

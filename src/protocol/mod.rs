@@ -9,6 +9,7 @@ pub mod file;
 pub mod gluster;
 pub mod host_device;
 mod leaf;
+mod length;
 pub mod lock;
 pub mod mark;
 pub mod mem;

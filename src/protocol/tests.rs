@@ -80,6 +80,19 @@ pub(super) fn storm(
     rounds: usize,
     discard_leaves_anything: bool,
 ) {
+    let len = driver.len();
+    storm_within(driver, ring, seed, rounds, discard_leaves_anything, len);
+}
+
+/// The same in the first `len` bytes, whether the disk is so long by then or not.
+pub(super) fn storm_within(
+    driver: Rc<dyn Driver>,
+    ring: &Ring,
+    seed: u64,
+    rounds: usize,
+    discard_leaves_anything: bool,
+    len: u64,
+) {
     #[derive(Clone, Copy, Debug)]
     enum What {
         Write,
@@ -87,7 +100,6 @@ pub(super) fn storm(
         Discard,
         Read,
     }
-    let len = driver.len();
     let mut rng = Rng::new(seed);
     let mut model = vec![0u8; len as usize];
     for round in 0..rounds {
@@ -205,6 +217,56 @@ fn requests_of_any_place_and_size_agree_with_a_plain_model() {
                 assert_eq!(ring.shutdown(5_000_000_000).leaked, 0);
             }
         }
+    }
+}
+
+#[test]
+fn changes_behind_the_end_lengthen_a_file() {
+    for (i, dir) in places().into_iter().enumerate() {
+        for (j, len) in [196_608, 200_192, 200_001, 513, 0].into_iter().enumerate() {
+            for (k, options) in [DIRECT, BUFFERED].into_iter().enumerate() {
+                let ring = ring(2 << 20);
+                let path = file_of(&dir, "grows", len);
+                let file: Rc<dyn Driver> = Rc::new(FileDriver::open(&ring, &path, &options).unwrap());
+                let seed = (i * 100 + j * 10 + k) as u64;
+                storm_within(file.clone(), &ring, seed, 6, false, 300_000);
+                let on_disk = std::fs::read(&path).unwrap();
+                let now = on_disk.len() as u64;
+                assert!(now > 200_192 && file.len() == now, "{now} bytes, {} known", file.len());
+                let (r, f) = (ring.clone(), file.clone());
+                ring.block_on(async move {
+                    let (buf, result) = f.read(0, r.alloc(now as usize).await).await;
+                    result.unwrap();
+                    assert!(buf.as_slice() == on_disk);
+                    let hole = f.block_status(now - 1, 1).await.unwrap();
+                    assert!(!hole.zero || buf.as_slice()[now as usize - 1] == 0);
+                    // The fast lane leads no further than the file.
+                    assert!(
+                        matches!(f.resolve(now - now % 4096, 4096), Resolved::Ask)
+                            || now.is_multiple_of(4096)
+                    );
+                });
+                assert_eq!(ring.shutdown(5_000_000_000).leaked, 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_file_that_others_made_longer_is_not_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    for options in [DIRECT, BUFFERED] {
+        let path = file_of(&dir, "a", 10_000);
+        run(async move |r| {
+            let file = FileDriver::open(&r, &path, &options).unwrap();
+            std::fs::write(&path, vec![9; 60_001]).unwrap();
+            file.write(20_000, filled(&r, 100, 7).await.freeze(), WriteFlags::default()).await.unwrap();
+            let mut wanted = vec![9; 60_001];
+            wanted[20_000..20_100].fill(7);
+            assert!(std::fs::read(&path).unwrap() == wanted && file.len() == 60_001);
+            let (buf, result) = file.read(0, r.alloc(60_001).await).await;
+            assert!(result.is_ok() && buf.as_slice() == wanted);
+        });
     }
 }
 
@@ -505,6 +567,13 @@ fn block_devices_serve_requests_of_any_place_and_size() {
             assert_eq!(disk.limits().request_align, sector_bytes);
             storm(disk.clone(), &ring, i as u64, 6, true);
 
+            let (r, d) = (ring.clone(), disk.clone());
+            ring.block_on(async move {
+                let buf = filled(&r, 8192, 1).await.freeze();
+                let error = d.write((192 << 10) - 4096, buf, WriteFlags::default()).await.unwrap_err();
+                assert_eq!(error.errno, Errno::ENOSPC, "{error}");
+                assert!(error.to_string().contains("ends at 196608"), "{error}");
+            });
             let error = open(&ring, &device.0, &DIRECT).unwrap_err();
             assert!(error.to_string().contains("The device is in use"), "{error}");
             let reader = open(&ring, &device.0, &OpenOptions { read_only: true, ..DIRECT }).unwrap();

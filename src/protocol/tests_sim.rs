@@ -7,7 +7,7 @@ use blockferry_ring::sim::{DiscardModel, FileModel, OpKind, World, WorldConfig};
 use blockferry_ring::{Config, Errno, LockRange, Ring};
 
 use super::mark::{MarkInfo, TargetMark};
-use super::tests::{BUFFERED, DIRECT, filled, storm};
+use super::tests::{BUFFERED, DIRECT, filled, storm, storm_within};
 use super::*;
 use crate::block::{Driver, Permissions, Resolved, WriteFlags, ZeroFlags};
 
@@ -62,6 +62,27 @@ fn storms_over_all_kinds_of_files_and_devices() {
                 disk.flush().await.unwrap();
                 let len = disk.len() as usize;
                 assert!(w.read_durable(DISK, 0, len) == w.read_live(DISK, 0, len));
+            });
+        }
+    }
+}
+
+#[test]
+fn files_that_are_written_behind_their_end_lose_nothing() {
+    let model = |len, align| FileModel { mem_align: 512, offset_align: align, ..FileModel::regular(len) };
+    for (i, model) in [model(65_536, 4096), model(70_001, 512), model(0, 512)].into_iter().enumerate() {
+        for seed in 0..4 {
+            let (world, ring) = world(seed + 10 * i as u64, model.clone());
+            world.add_swarm(DISK);
+            let disk = opened(&ring, if seed % 3 == 2 { &BUFFERED } else { &DIRECT });
+            storm_within(disk.clone(), &ring, seed, 8, false, 150_000);
+            assert_eq!(world.len(DISK), Some(disk.len()));
+            assert_eq!(world.fault_counts().misaligned, 0, "seed {seed}");
+            ring.block_on(async move {
+                disk.flush().await.unwrap();
+                let len = disk.len() as usize;
+                assert_eq!(world.durable_len(DISK), Some(len as u64));
+                assert!(world.read_durable(DISK, 0, len) == world.read_live(DISK, 0, len));
             });
         }
     }

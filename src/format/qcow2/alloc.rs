@@ -141,6 +141,11 @@ impl Qcow2 {
                 "The image would become larger than the format allows.".into(),
             ));
         }
+        // Two at once would have the shorter length cut off what the other one is for.
+        let _turn = self.lengthening.take().await;
+        if end <= self.file.len() {
+            return Ok(());
+        }
         let len = end.next_multiple_of(GROWTH_BYTES);
         match self.file.set_len(len).await {
             Ok(()) => Ok(()),
@@ -149,6 +154,20 @@ impl Qcow2 {
                 Err(Fault::Refused(Errno::ENOSPC, why.into()))
             }
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// A data file that was cut off is as long as the disk again, before something is written behind its end.
+    pub(super) async fn reach_data(&self, end: u64) -> Result<(), Fault> {
+        let Some(data_file) = self.data_file.as_ref().filter(|file| end > file.len()) else { return Ok(()) };
+        let _turn = self.lengthening.take().await;
+        if end <= data_file.len() {
+            return Ok(());
+        }
+        match data_file.set_len(end.max(self.len.get())).await {
+            // What has a length of its own refuses the write itself, and says why.
+            Err(error) if error.errno != Errno::EOPNOTSUPP => Err(error.into()),
+            _ => Ok(()),
         }
     }
 

@@ -144,6 +144,8 @@ pub struct Qcow2 {
     pub(super) tables: Turn,
     /// Making a refcount block, or a larger refcount table.
     pub(super) growing: Turn,
+    /// Making the file longer.
+    pub(super) lengthening: Turn,
     /// Writing tables back.
     pub(super) syncing: Turn,
     /// Writing the header.
@@ -383,6 +385,7 @@ impl Qcow2 {
         if buf.is_empty() {
             return Ok(());
         }
+        self.reach_data(host.saturating_add(buf.len() as u64)).await?;
         Ok(self.data().write(host, buf, WriteFlags::default()).await?)
     }
 

@@ -179,6 +179,7 @@ impl Qcow2 {
             copy_memory,
             tables: Turn::new(ring),
             growing: Turn::new(ring),
+            lengthening: Turn::new(ring),
             syncing: Turn::new(ring),
             heading: Turn::new(ring),
             releasing: Turn::new(ring),

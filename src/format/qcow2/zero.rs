@@ -64,6 +64,7 @@ impl Qcow2 {
         if self.is_data_raw()
             && let Some(data_file) = &self.data_file
         {
+            self.reach_data(range.end()).await?;
             data_file.write_zeroes(range.start(), range.len(), ZeroFlags { fua: false, ..flags }).await?;
         }
         Ok(())

@@ -49,6 +49,7 @@ use crate::block::{
     ZeroFlags,
 };
 use crate::protocol::bounce::zero_from;
+use crate::protocol::length::{Changing, Length};
 
 /// What bricks allocate and give back in.
 const BLOCK_BYTES: u32 = 4096;
@@ -89,7 +90,7 @@ pub struct GlusterNode {
     identity: (u64, u64),
     allocated: u64,
     read_only: Cell<bool>,
-    len: Cell<u64>,
+    len: Length,
     capabilities: Cell<Capabilities>,
     in_flight: Cell<usize>,
     /// Told when a call ends, a flush ends, or the cursor is free.
@@ -254,7 +255,7 @@ impl GlusterNode {
             identity: opened.facts.identity,
             allocated: opened.facts.allocated,
             read_only: Cell::new(how.read_only),
-            len: Cell::new(opened.len),
+            len: Length::new(ring, opened.len),
             capabilities: Cell::new(capabilities(how.read_only, opened.can_tell)),
             file: RefCell::new(Some(Arc::new(opened.file))),
             how: OpenHow { create: false, ..how },
@@ -595,9 +596,27 @@ impl GlusterNode {
         if len > DISK_LEN_MAX {
             return Err(Errno::EFBIG);
         }
+        let changing = self.len.change().await;
+        self.resize_alone(len, &changing).await
+    }
+
+    /// Before something behind its end is changed: the file reaches so far.
+    async fn reach(&self, end: u64) -> Result<(), Errno> {
+        if end <= self.len.get() {
+            return Ok(());
+        }
+        let changing = self.len.change().await;
+        match self.len.get() {
+            len if end <= len => Ok(()),
+            _ if end > DISK_LEN_MAX => Err(Errno::EFBIG),
+            _ => self.resize_alone(end, &changing).await,
+        }
+    }
+
+    async fn resize_alone(&self, len: u64, changing: &Changing<'_>) -> Result<(), Errno> {
         let file = self.file();
         self.ring.offload(move || file.set_len(len)).await??;
-        self.len.set(len);
+        changing.set(len);
         self.known.set(None);
         self.changes.set(self.changes.get() + 1);
         Ok(())
@@ -622,6 +641,7 @@ impl GlusterNode {
         self.close(old, false);
         self.read_only.set(read_only);
         self.capabilities.set(capabilities(read_only, opened.can_tell));
+        self.len.found(opened.len);
         self.known.set(None);
         Ok(())
     }
@@ -696,7 +716,11 @@ impl Driver for GlusterNode {
         self.ring.boxed(async move {
             let range = ByteRange::at_saturating(offset, buf.len() as u64);
             self.check_writable(Operation::Write, range)?;
-            let mut result = self.change(range, self.write_all(offset, buf)).await;
+            let write = async {
+                self.reach(range.end()).await?;
+                self.write_all(offset, buf).await
+            };
+            let mut result = self.change(range, write).await;
             if result.is_ok() && flags.fua {
                 result = self.flush_all().await;
             }
@@ -726,7 +750,11 @@ impl Driver for GlusterNode {
         self.ring.boxed(async move {
             let range = ByteRange::at_saturating(offset, len);
             self.check_writable(Operation::WriteZeroes, range)?;
-            let mut result = self.change(range, self.zero_all(range, flags)).await;
+            let zero = async {
+                self.reach(range.end()).await?;
+                self.zero_all(range, flags).await
+            };
+            let mut result = self.change(range, zero).await;
             if result.is_ok() && flags.fua {
                 result = self.flush_all().await;
             }

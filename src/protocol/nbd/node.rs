@@ -181,6 +181,18 @@ impl NbdNode {
             .hint("The disk was opened read-only."))
     }
 
+    /// The export has the size that its server gives it: nothing lies behind that, and nothing is written there.
+    fn check_inside(&self, operation: Operation, range: ByteRange) -> IoResult {
+        let size = self.facts.size_bytes;
+        if range.end() <= size {
+            return Ok(());
+        }
+        let errno = if operation.is_write() { Errno::ENOSPC } else { Errno::EINVAL };
+        let name = self.remote.name().clone();
+        Err(BlockError::at(operation, name, range.start(), range.len(), errno)
+            .hint(format!("The export ends at {size}.")))
+    }
+
     // Reading.
 
     /// Reads whole blocks, no more than the server takes at once.
@@ -540,6 +552,9 @@ impl Driver for NbdNode {
     fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {
         self.ring.boxed(async move {
             let range = ByteRange::at_saturating(offset, buf.len() as u64);
+            if let Err(error) = self.check_inside(Operation::Read, range) {
+                return (buf, Err(error));
+            }
             let (buf, result) = self.read_any(range, buf).await;
             (buf, result.map_err(|error| self.error(Operation::Read, Some(range), &error)))
         })
@@ -549,6 +564,7 @@ impl Driver for NbdNode {
         self.ring.boxed(async move {
             let range = ByteRange::at_saturating(offset, buf.len() as u64);
             self.check_writable(Operation::Write, range)?;
+            self.check_inside(Operation::Write, range)?;
             let result = self.write_any(range, buf, flags.fua).await;
             result.map_err(|error| self.error(Operation::Write, Some(range), &error))
         })
@@ -567,6 +583,7 @@ impl Driver for NbdNode {
         self.ring.boxed(async move {
             let range = ByteRange::at_saturating(offset, len);
             self.check_writable(Operation::Discard, range)?;
+            let (range, _) = range.split_at(self.facts.size_bytes);
             let result = self.trim_any(range).await;
             result.map_err(|error| self.error(Operation::Discard, Some(range), &error))
         })
@@ -576,6 +593,7 @@ impl Driver for NbdNode {
         self.ring.boxed(async move {
             let range = ByteRange::at_saturating(offset, len);
             self.check_writable(Operation::WriteZeroes, range)?;
+            self.check_inside(Operation::WriteZeroes, range)?;
             if range.is_empty() {
                 return Ok(());
             }
@@ -587,6 +605,7 @@ impl Driver for NbdNode {
     fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
         self.ring.boxed(async move {
             let range = ByteRange::at_saturating(offset, len);
+            self.check_inside(Operation::BlockStatus, range)?;
             let result = self.status(range).await;
             result.map_err(|error| self.error(Operation::BlockStatus, Some(range), &error))
         })
