@@ -2,10 +2,14 @@
 //! qemu-storage-daemon, and this project's own.
 
 mod common;
+#[path = "nbd_node/faulty.rs"]
+mod faulty;
 #[path = "common/nbd_peers.rs"]
 mod nbd_peers;
 #[path = "nbd_node/proxy.rs"]
 mod proxy;
+#[path = "nbd_node/refusals.rs"]
+mod refusals;
 
 use std::future::Future;
 use std::rc::Rc;

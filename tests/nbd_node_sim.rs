@@ -338,8 +338,9 @@ fn servers_may_fall_silent_at_any_byte() {
 #[test]
 fn links_may_break_at_any_byte() {
     let fates = fates(Harm::Cut);
-    // After the handshake nobody notices; before it, opening tries once.
-    assert!(count(&fates, Fate::NotOpened) > 100 && count(&fates, Fate::Failed) == 0, "{fates:?}");
+    // After the handshake nobody notices; before it, opening tries once, but for a server that hangs up instead of
+    // answering an option: that one is asked again without it.
+    assert!(count(&fates, Fate::NotOpened) > 60 && count(&fates, Fate::Failed) == 0, "{fates:?}");
     assert!(count(&fates, Fate::Unharmed) > 200);
 }
 

@@ -12,6 +12,8 @@ pub mod planted;
 pub mod range;
 /// Seeded random numbers with a frozen stream.
 pub mod rng;
+/// Passwords in names, hidden from those who read messages.
+pub mod secret;
 /// Sizes, speeds and times as people write and read them.
 pub mod units;
 /// Finding zeroes in data.

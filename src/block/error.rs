@@ -4,6 +4,8 @@ use std::rc::Rc;
 
 use blockferry_ring::Errno;
 
+use crate::base::secret::without_secrets;
+
 /// What was being done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
@@ -71,13 +73,13 @@ pub struct BlockError {
 
 impl std::fmt::Display for BlockError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} '{}'", self.operation.verb(), self.name)?;
+        write!(f, "{} '{}'", self.operation.verb(), without_secrets(&self.name))?;
         if let Some((offset, len)) = self.place {
             write!(f, " at offset {offset} ({len} bytes)")?;
         }
         write!(f, " failed: {}", self.errno)?;
         match &self.hint {
-            Some(hint) => write!(f, ". {hint}"),
+            Some(hint) => write!(f, ". {}", without_secrets(hint)),
             None => Ok(()),
         }
     }
@@ -118,5 +120,8 @@ mod tests {
             error.to_string(),
             "Writing '/a.img' at offset 4096 (512 bytes) failed: No space left on device. Make room."
         );
+        let error =
+            BlockError::new(Operation::Open, "ftp://u:sesame@h/x", Errno::EINVAL).hint("x://u:sesame@h/ ?");
+        assert!(!error.to_string().contains("sesame"), "{error}");
     }
 }

@@ -31,6 +31,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::base::secret::without_secrets;
+
 pub use exit::{Exit, Failure};
 
 /// Moves virtual disks while they are in use.
@@ -122,8 +124,10 @@ pub fn main() -> ExitCode {
     match result {
         Ok(exit) => exit.into(),
         Err(failure) => {
+            let failure = failure.to_string();
+            let failure = without_secrets(&failure);
             if global.json {
-                println!("{}", serde_json::json!({"event": "error", "message": failure.to_string()}));
+                println!("{}", serde_json::json!({"event": "error", "message": failure}));
             }
             eprintln!("blockferry: {failure}");
             Exit::Failed.into()
@@ -141,12 +145,27 @@ fn start_log(verbose: u8) {
     };
     let filter = EnvFilter::try_from_env("BLOCKFERRY_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogLines);
     let log = log.with_ansi(colours).with_target(false);
     // Timestamps are noise beside a progress bar.
     let result = if verbose > 1 { log.try_init() } else { log.without_time().try_init() };
     // A second start (tests call this more than once) keeps the first log.
     drop(result);
+}
+
+/// Log lines on their way to standard error, each written at once and without the passwords that names may hold.
+struct LogLines;
+
+impl std::io::Write for LogLines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let text = String::from_utf8_lossy(bytes);
+        std::io::stderr().write_all(without_secrets(&text).as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
 }
 
 /// The ring as the global options want it.

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use super::Global;
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs};
+use crate::base::secret::without_secrets;
 use crate::engine::{Format, ImageOptions};
 
 /// How results are printed.
@@ -30,9 +31,9 @@ impl OutputArgs {
     /// Prints `value` if JSON was asked for; false if people are to read something.
     pub fn print(&self, global: &Global, value: &Value) -> bool {
         if global.json {
-            println!("{value}");
+            println!("{}", without_secrets(&value.to_string()));
         } else if self.output == Output::Json {
-            println!("{value:#}");
+            println!("{}", without_secrets(&format!("{value:#}")));
         }
         self.is_json(global)
     }
@@ -78,8 +79,10 @@ pub fn with_code(global: &Global, code: u8, result: Result<Exit, Failure>) -> Re
     match result {
         Ok(exit) => Ok(exit),
         Err(failure) => {
+            let failure = failure.to_string();
+            let failure = without_secrets(&failure);
             if global.json {
-                println!("{}", json!({"event": "error", "message": failure.to_string()}));
+                println!("{}", json!({"event": "error", "message": failure}));
             }
             eprintln!("blockferry: {failure}");
             Ok(Exit::Code(code))

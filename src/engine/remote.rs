@@ -34,6 +34,18 @@ impl Default for ServerOptions {
     }
 }
 
+impl ServerOptions {
+    /// How the disk of this URI is reached with these options.
+    pub fn nbd(&self, uri: NbdUri) -> RemoteOptions {
+        RemoteOptions {
+            reconnect_delay_ns: self.reconnect_delay_ns,
+            open_timeout_ns: self.open_timeout_ns,
+            connections_max: self.connections_max,
+            ..RemoteOptions::new(uri)
+        }
+    }
+}
+
 const NBD: [&str; 4] = ["nbd:", "nbd+", "nbds:", "nbds+"];
 const GLUSTER: [&str; 2] = ["gluster:", "gluster+"];
 
@@ -75,12 +87,7 @@ struct Meaning {
 impl Meaning {
     fn of(name: &str, image: &ImageOptions) -> Result<Meaning, String> {
         let server = image.server;
-        let usual = |uri: NbdUri| RemoteOptions {
-            reconnect_delay_ns: server.reconnect_delay_ns,
-            open_timeout_ns: server.open_timeout_ns,
-            connections_max: server.connections_max,
-            ..RemoteOptions::new(uri)
-        };
+        let usual = |uri: NbdUri| server.nbd(uri);
         if begins_with(name, &GLUSTER) {
             let GlusterUri { image: there, asked_for_rdma } =
                 name.parse().map_err(|error| format!("{error}."))?;

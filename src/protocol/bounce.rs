@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::{Buf, Errno, File, Ring, SharedBuf};
 
-/// Bytes of the reserve of one leaf, and so the largest block that a leaf may ask for.
+/// Bytes of the reserve of one leaf, whose blocks are no larger than this unless it says so.
 pub(super) const RESERVE_BYTES: usize = 64 << 10;
 
 static ZEROES: [u8; 4096] = [0; 4096];
@@ -35,7 +35,12 @@ pub(super) struct Bounce {
 impl Bounce {
     /// `ENOMEM` when the arena has nothing left for a reserve.
     pub(super) fn new(ring: &Ring) -> Result<Bounce, Errno> {
-        let reserve = ring.arena().try_alloc(RESERVE_BYTES).ok_or(Errno::ENOMEM)?;
+        Bounce::for_blocks(ring, RESERVE_BYTES)
+    }
+
+    /// The same for a leaf whose blocks have `block` bytes, at most [`BLOCK_MAX`].
+    pub(super) fn for_blocks(ring: &Ring, block: usize) -> Result<Bounce, Errno> {
+        let reserve = ring.arena().try_alloc(block.max(RESERVE_BYTES)).ok_or(Errno::ENOMEM)?;
         Ok(Bounce { ring: ring.clone(), reserve: RefCell::new(Some(reserve)) })
     }
 

@@ -25,6 +25,7 @@ use super::image::{OpenArgs, duration, failed, parse_format, size};
 use super::signals::Signals;
 use super::{Global, config, stats};
 use crate::base::range::ByteRange;
+use crate::base::secret::without_secrets;
 use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration, parse_size};
 use crate::engine::Format;
 use ack_log::AckLog;
@@ -259,7 +260,7 @@ fn check_main(global: &Global, args: &BenchArgs, ring: &Ring, path: &Path) -> Re
     if global.json {
         let mut line = json!({
             "event": "check",
-            "target": args.target,
+            "target": without_secrets(&args.target),
             "log-complete": log.is_complete(),
             "writes-acknowledged": log.acknowledged(),
             "writes-unanswered": log.unanswered(),
@@ -267,7 +268,7 @@ fn check_main(global: &Global, args: &BenchArgs, ring: &Ring, path: &Path) -> Re
         line["check"] = serde_json::to_value(&report).map_err(failed)?;
         println!("{line}");
     } else {
-        print_check(&args.target, &log, &report);
+        print_check(&without_secrets(&args.target), &log, &report);
     }
     Ok(verdict(report.failures.count > 0, report.mismatches.count > 0))
 }
@@ -334,9 +335,9 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     if global.json {
         let mut line = json!({"event": "report"});
         line["report"] = serde_json::to_value(&report).map_err(failed)?;
-        println!("{line}");
+        println!("{}", without_secrets(&line.to_string()));
     } else {
-        print!("{}", report.to_text());
+        print!("{}", without_secrets(&report.to_text()));
     }
     let wrong = report.verify.as_ref().is_some_and(|verify| verify.mismatched() > 0);
     Ok(verdict(!report.is_good(), wrong))

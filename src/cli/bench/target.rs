@@ -2,6 +2,9 @@
 //!
 //! A lane is a driver of its own, for NBD a connection of its own. That writes over one lane are seen over another, and
 //! that a flush covers them all, is for the server to promise (NBD calls it multi-conn).
+//!
+//! A connection that is lost is made anew, if the options allow that: requests wait meanwhile, the load goes on, and the
+//! outage is measured as what a guest would feel of it. Without, the first loss ends the load.
 
 use std::rc::Rc;
 
@@ -9,8 +12,11 @@ use blockferry_ring::Ring;
 
 use crate::block::{BlockError, Driver, IoResult};
 use crate::engine::ImageOptions;
+use crate::engine::remote::ServerOptions;
 use crate::graph::node::{Node, Use, UseKind};
-use crate::protocol::nbd::{ConnectOptions, Connection, NbdClientError, NbdDriver, NbdUri, UriError};
+use crate::protocol::nbd::{
+    ConnectOptions, Connection, NbdClientError, NbdDriver, NbdNode, NbdUri, UriError,
+};
 
 /// Why there is nothing to put under load.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +70,8 @@ impl Default for TargetOptions {
 pub struct Lane {
     driver: Rc<dyn Driver>,
     connection: Option<Rc<Connection>>,
+    /// What makes lost connections anew.
+    node: Option<Rc<NbdNode>>,
 }
 
 impl Lane {
@@ -75,6 +83,7 @@ impl Lane {
     /// Whether the disk can no longer be reached this way.
     pub fn is_lost(&self) -> bool {
         self.connection.as_ref().is_some_and(|connection| connection.lost().is_some())
+            || self.node.as_ref().is_some_and(|node| node.is_out_of_reach())
     }
 }
 
@@ -89,7 +98,7 @@ pub struct Target {
 impl Target {
     /// A disk that is reached through a driver.
     pub fn of_driver(driver: Rc<dyn Driver>) -> Target {
-        Target { lanes: vec![Lane { driver, connection: None }], lock: None }
+        Target { lanes: vec![Lane { driver, connection: None, node: None }], lock: None }
     }
 
     /// An NBD export over `connections` connections (at least one). Where reads are to be `verified`, the server has to
@@ -109,7 +118,26 @@ impl Target {
             lanes.push(Lane {
                 driver: NbdDriver::new(ring, connection.clone()),
                 connection: Some(connection),
+                node: None,
             });
+        }
+        Ok(Target { lanes, lock: None })
+    }
+
+    /// The same over connections that are made anew when they are lost.
+    async fn of_reconnecting(
+        ring: &Ring,
+        uri: &NbdUri,
+        options: &TargetOptions,
+    ) -> Result<Target, TargetError> {
+        let one = ServerOptions { connections_max: 1, ..options.image.server };
+        let mut lanes = Vec::new();
+        for _ in 0..options.connections.max(1) {
+            let node = NbdNode::open(ring, one.nbd(uri.clone()), options.image.read_only).await?;
+            if options.connections > 1 && options.verified && !node.can_multi_conn() {
+                return Err(TargetError::NoMultiConn { name: uri.to_string() });
+            }
+            lanes.push(Lane { driver: node.clone(), connection: None, node: Some(node) });
         }
         Ok(Target { lanes, lock: None })
     }
@@ -118,6 +146,9 @@ impl Target {
     pub async fn open(ring: &Ring, name: &str, options: &TargetOptions) -> Result<Target, TargetError> {
         if ["nbd:", "nbd+", "nbds"].iter().any(|prefix| name.starts_with(prefix)) {
             let uri: NbdUri = name.parse()?;
+            if options.image.server.reconnect_delay_ns > 0 {
+                return Target::of_reconnecting(ring, &uri, options).await;
+            }
             return Target::of_nbd(ring, &uri, options.connections, options.verified).await;
         }
         if options.connections > 1 {
@@ -134,7 +165,7 @@ impl Target {
     /// What was written to an image that was opened here is durable afterwards, its tables too: they are written late, and
     /// clusters that a read was looking at are freed late. An NBD server looks after its own.
     pub async fn settle(&self) -> IoResult {
-        for lane in self.lanes.iter().filter(|lane| lane.connection.is_none()) {
+        for lane in self.lanes.iter().filter(|lane| lane.connection.is_none() && lane.node.is_none()) {
             lane.driver.flush().await?;
         }
         Ok(())
@@ -166,6 +197,9 @@ impl Target {
         for lane in &self.lanes {
             if let Some(connection) = &lane.connection {
                 connection.disconnect().await;
+            }
+            if let Some(node) = &lane.node {
+                node.disconnect().await;
             }
         }
     }

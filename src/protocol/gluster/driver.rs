@@ -105,6 +105,8 @@ pub struct GlusterNode {
     unsynced: RefCell<Unsynced>,
     /// The latest extent that was found, whether it is data, and when.
     known: Cell<Option<(ByteRange, bool, Nanos)>>,
+    /// Telling holes from data has failed.
+    status_failed: Cell<bool>,
     /// Changes that began, to see whether one came between a question and its answer.
     changes: Cell<u64>,
 }
@@ -267,6 +269,7 @@ impl GlusterNode {
             flushing: RefCell::default(),
             unsynced: RefCell::default(),
             known: Cell::new(None),
+            status_failed: Cell::new(false),
             changes: Cell::new(0),
         }))
     }
@@ -548,7 +551,16 @@ impl GlusterNode {
         }
         let (found, is_data) = match self.known_at(range.start()) {
             Some(known) => known,
-            None => self.seek(range.start()).await?,
+            None => match self.seek(range.start()).await {
+                Ok(found) => found,
+                // Where holes lie is a help and never a need; what is broken besides, reads and writes will tell.
+                Err(errno) => {
+                    if !self.status_failed.replace(true) {
+                        tracing::warn!(image = self.name(), %errno, "the volume cannot tell where holes are: they count as data");
+                    }
+                    return Ok(Extent::data(range.len()));
+                }
+            },
         };
         let len = found.end().min(until) - range.start();
         Ok(if is_data { Extent::data(len) } else { Extent::hole(len) })

@@ -15,6 +15,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::base::secret::without_secrets;
 use crate::protocol::uri::{Escaped, Host, host_and_port, port_number, unescape};
 
 /// The port of GlusterFS's management daemon.
@@ -136,7 +137,7 @@ impl FromStr for GlusterUri {
     type Err = UriError;
 
     fn from_str(uri: &str) -> Result<GlusterUri, UriError> {
-        parse(uri).map_err(|why| UriError { uri: uri.to_owned(), why })
+        parse(uri).map_err(|why| UriError { uri: without_secrets(uri).into_owned(), why })
     }
 }
 

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use blockferry_ring::Errno;
 
-use super::constants::Command;
+use super::constants::{Command, OptionCode, ReplyCode};
 use super::errno::NbdErrno;
 use super::error::ProtocolError;
 
@@ -22,6 +22,8 @@ pub enum NbdClientError {
         uri: Rc<str>,
         /// Why.
         reason: String,
+        /// Another attempt would end the same way.
+        is_final: bool,
     },
     /// Nobody answers at the address.
     #[error("Connecting to {uri} failed: {errno}.")]
@@ -94,12 +96,24 @@ pub enum LostReason {
     /// The server closed it.
     #[error("the server closed it.")]
     ClosedByServer,
+    /// The server closed it instead of answering an option of the handshake.
+    #[error("the server closed it when it was asked for {option:?}{}", match option {
+        OptionCode::ExportName => ": it may not have such an export.",
+        _ => ".",
+    })]
+    HungUp {
+        /// The option.
+        option: OptionCode,
+    },
     /// This side closed it.
     #[error("it was closed on this side.")]
     ClosedHere,
     /// The transport failed.
     #[error("{0}.")]
     Transport(Errno),
+    /// The server said that it shuts down.
+    #[error("the server says that it is shutting down.")]
+    ShuttingDown,
     /// The server took too long.
     #[error("the server did not answer in time.")]
     TimedOut,
@@ -152,8 +166,8 @@ impl NbdClientError {
             Self::Handshake { .. } => Errno::EPROTO,
             Self::ChangedExport { .. } => Errno::ESTALE,
             Self::Lost { reason, .. } => match reason {
-                LostReason::ClosedByServer => Errno::ECONNRESET,
-                LostReason::ClosedHere => Errno::ESHUTDOWN,
+                LostReason::ClosedByServer | LostReason::HungUp { .. } => Errno::ECONNRESET,
+                LostReason::ClosedHere | LostReason::ShuttingDown => Errno::ESHUTDOWN,
                 LostReason::Transport(errno) => *errno,
                 LostReason::TimedOut => Errno::ETIMEDOUT,
                 LostReason::Protocol(_) | LostReason::UnknownCookie { .. } => Errno::EPROTO,
@@ -175,6 +189,35 @@ impl NbdClientError {
                 matches!(reason, LostReason::Protocol(_) | LostReason::UnknownCookie { .. })
             }
             Self::Handshake { reason, .. } => !matches!(reason, ProtocolError::Refused { .. }),
+            _ => false,
+        }
+    }
+
+    /// Whether the server has answered, and its answer will be the same when it is asked again: there is no such export, TLS
+    /// comes first, a policy forbids it. A server that shuts down, or whom nobody reaches, may be another one in a moment.
+    pub fn is_definite(&self) -> bool {
+        match self {
+            Self::Handshake { reason: ProtocolError::Refused { reply, .. }, .. } => {
+                *reply != ReplyCode::ErrShutdown
+            }
+            Self::Handshake { .. } | Self::ChangedExport { .. } => true,
+            Self::Resolve { is_final, .. } => *is_final,
+            other => other.is_broken_protocol(),
+        }
+    }
+
+    /// Whether the server did not answer in time.
+    pub fn is_timed_out(&self) -> bool {
+        matches!(self, Self::Lost { reason: LostReason::TimedOut, .. })
+    }
+
+    /// Whether the server itself said that it goes: what was asked is for whoever comes after it.
+    pub fn is_shutting_down(&self) -> bool {
+        match self {
+            Self::Lost { reason, .. } => *reason == LostReason::ShuttingDown,
+            Self::Handshake { reason: ProtocolError::Refused { reply, .. }, .. } => {
+                *reply == ReplyCode::ErrShutdown
+            }
             _ => false,
         }
     }

@@ -23,9 +23,10 @@ use blockferry_ring::sync::{Either, Notify, either};
 use blockferry_ring::{Buf, File, Nanos, Ring, SharedBuf};
 
 use super::client_error::{LostReason, NbdClientError, NotSentReason};
-use super::constants::{Command, CommandFlags, TransmissionFlags};
+use super::constants::{Command, CommandFlags, OptionCode, TransmissionFlags};
 use super::cursor::Head;
 use super::dial::{HandshakeEnd, dial};
+use super::errno::NbdErrno;
 use super::handshake_client::{ClientGoal, ClientNegotiated, ConnectRequest};
 use super::in_flight::{Ended, InFlight, Outcome, ReplyStream};
 use super::kept::{GATHER_BYTES, Kept, RECEIVE_BYTES};
@@ -53,6 +54,8 @@ pub struct ConnectOptions {
     pub extended_headers: bool,
     /// The metadata contexts to ask for.
     pub meta_contexts: Vec<MetaContext>,
+    /// Open the export with `GO`, which can be refused in words, before `EXPORT_NAME`.
+    pub go: bool,
     /// Span within which connecting and negotiating have to end.
     pub deadline: Nanos,
 }
@@ -63,8 +66,27 @@ impl Default for ConnectOptions {
             structured_replies: true,
             extended_headers: true,
             meta_contexts: vec![MetaContext::BaseAllocation],
+            go: true,
             deadline: NBD_HANDSHAKE_NS_MAX,
         }
+    }
+}
+
+impl ConnectOptions {
+    /// The same without an option at which a server hangs up; `None` where nothing is left to do without.
+    fn without(&self, option: OptionCode) -> Option<ConnectOptions> {
+        let mut fewer = self.clone();
+        match option {
+            OptionCode::ExtendedHeaders => fewer.extended_headers = false,
+            OptionCode::StructuredReply => {
+                (fewer.extended_headers, fewer.structured_replies) = (false, false)
+            }
+            OptionCode::SetMetaContext => fewer.meta_contexts.clear(),
+            // Not together with `EXPORT_NAME`.
+            OptionCode::Go => (fewer.extended_headers, fewer.go) = (false, false),
+            _ => return None,
+        }
+        Some(fewer)
     }
 }
 
@@ -96,6 +118,8 @@ struct Shared {
     lost: RefCell<Option<LostReason>>,
     /// No new requests: a farewell is under way.
     closing: Cell<bool>,
+    /// No new requests: the server said that it shuts down. What it has been asked it may answer still.
+    leaving: Cell<bool>,
     /// Told when there is something to send, and when the connection is lost.
     queued: Notify,
     /// Told when the connection is lost, besides `moved`: whoever makes it anew waits there.
@@ -134,7 +158,30 @@ impl Connection {
         uri: &NbdUri,
         options: &ConnectOptions,
     ) -> Result<Rc<Connection>, NbdClientError> {
-        Connection::connect_with(ring, uri, options, &Kept::default()).await
+        Ok(Connection::learn(ring, uri, options, &Kept::default()).await?.0)
+    }
+
+    /// The same with a server that may hang up at an option that it does not know: it is asked again without. Tells what
+    /// it takes.
+    pub(super) async fn learn(
+        ring: &Ring,
+        uri: &NbdUri,
+        options: &ConnectOptions,
+        kept: &Kept,
+    ) -> Result<(Rc<Connection>, ConnectOptions), NbdClientError> {
+        let mut options = options.clone();
+        loop {
+            let error = match Connection::connect_with(ring, uri, &options, kept).await {
+                Ok(connection) => return Ok((connection, options)),
+                Err(error) => error,
+            };
+            let NbdClientError::Lost { reason: LostReason::HungUp { option }, .. } = &error else {
+                return Err(error);
+            };
+            let Some(fewer) = options.without(*option) else { return Err(error) };
+            tracing::info!(uri = %uri, ?option, "the server hangs up when it is asked this; it is asked without");
+            options = fewer;
+        }
     }
 
     /// The same, with the memory that `kept` has for it.
@@ -149,6 +196,7 @@ impl Connection {
             structured_replies: options.structured_replies,
             extended_headers: options.extended_headers,
             meta_contexts: options.meta_contexts.clone(),
+            go: options.go,
         };
         // First the memory: requests that hold all there is may be waiting for this connection to take them.
         let received_into = kept.take(ring, RECEIVE_BYTES).await;
@@ -180,6 +228,7 @@ impl Connection {
             sent_count: Cell::new(0),
             lost: RefCell::default(),
             closing: Cell::new(false),
+            leaving: Cell::new(false),
             queued: ring.notify(),
             keeper: RefCell::default(),
             moved: ring.notify(),
@@ -240,13 +289,20 @@ impl Connection {
         self.shared.requests.borrow().len()
     }
 
-    /// Why the connection is over, if it is.
+    /// Why nothing can be asked of the connection any more, if that is so.
     pub fn lost(&self) -> Option<NbdClientError> {
-        self.shared.lost.borrow().clone().map(|reason| self.shared.lost_error(reason))
+        let lost = self.shared.lost.borrow().clone();
+        let lost = lost.or_else(|| self.shared.leaving.get().then_some(LostReason::ShuttingDown));
+        lost.map(|reason| self.shared.lost_error(reason))
     }
 
-    /// Whether the connection is over.
+    /// Whether nothing can be asked of the connection any more.
     pub fn is_lost(&self) -> bool {
+        self.shared.is_lost() || self.shared.leaving.get()
+    }
+
+    /// Whether nothing is in flight any more, either.
+    pub(super) fn is_over(&self) -> bool {
         self.shared.is_lost()
     }
 
@@ -402,6 +458,7 @@ impl Shared {
     /// Why no request can be made now.
     fn over(&self) -> Option<NbdClientError> {
         let lost = self.lost.borrow().clone();
+        let lost = lost.or_else(|| self.leaving.get().then_some(LostReason::ShuttingDown));
         let lost = lost.or_else(|| self.closing.get().then_some(LostReason::ClosedHere));
         lost.map(|reason| self.lost_error(reason))
     }
@@ -515,8 +572,15 @@ impl Shared {
 
     fn answered(&self, ended: Ended) -> Answered {
         let Ended { request, buf, status, outcome } = ended;
+        if self.leaving.get() {
+            self.leave();
+        }
         let result = match outcome {
             Outcome::Done => Ok(()),
+            Outcome::Failed(NbdErrno::Shutdown, _) => {
+                self.leave();
+                Err(self.lost_error(LostReason::ShuttingDown))
+            }
             Outcome::Failed(errno, message) => Err(NbdClientError::Refused {
                 uri: self.uri.clone(),
                 command: request.command,
@@ -533,6 +597,22 @@ impl Shared {
         (buf, status, result)
     }
 
+    /// The server goes: it did not do what it was asked last, and is asked no more. What it has in hand it may end.
+    fn leave(&self) {
+        if !self.leaving.replace(true) {
+            tracing::debug!(uri = %self.uri, "the server says that it is shutting down");
+            self.tell_keeper();
+        }
+        if self.requests.borrow().len() == 0 {
+            self.lose(LostReason::ShuttingDown);
+        }
+    }
+
+    fn tell_keeper(&self) {
+        let keeper = self.keeper.borrow().clone();
+        keeper.iter().for_each(Notify::notify);
+    }
+
     /// The connection is over; the first reason counts.
     fn lose(&self, reason: LostReason) {
         if self.lost.borrow().is_some() {
@@ -546,8 +626,7 @@ impl Shared {
         self.requests.borrow_mut().lose_all();
         self.wake();
         self.queued.notify();
-        let keeper = self.keeper.borrow().clone();
-        keeper.iter().for_each(Notify::notify);
+        self.tell_keeper();
         self.ring.shutdown_stream(&self.stream);
     }
 

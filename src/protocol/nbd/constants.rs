@@ -59,8 +59,9 @@ pub const ERROR_CHUNK_BYTES_MAX: u32 = 64 * 1024;
 pub const READ_FRAGMENTS_MAX: usize = 4096;
 /// Largest export: offsets are signed 64-bit numbers in every system call behind them.
 pub const EXPORT_BYTES_MAX: u64 = i64::MAX as u64;
-/// Largest minimum block size that may be advertised.
-pub const MINIMUM_BLOCK_BYTES_MAX: u32 = 64 * 1024;
+/// Largest minimum block size that a client copes with: one piece of I/O memory. The protocol allows 64 KiB, and there are
+/// servers that take no smaller pieces than those of an object store.
+pub const MINIMUM_BLOCK_BYTES_MAX: u32 = 1024 * 1024;
 
 /// Declares an enum whose variants are codes on the wire, with `Unknown` for every other code.
 macro_rules! wire_enum {

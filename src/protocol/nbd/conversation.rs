@@ -756,7 +756,7 @@ fn a_client_does_not_believe_everything() {
 
     let refusal = [(OptionCode::Go, ReplyCode::ErrPolicy, b"\x1b[2Jgo away".to_vec())];
     let Err(error @ ProtocolError::Refused { .. }) = hear_go(&refusal) else { panic!() };
-    assert_eq!(error.to_string(), "The server refused option Go with ErrPolicy: [2Jgo away");
+    assert_eq!(error.to_string(), "The server's policy forbids it (Go). It says: [2Jgo away");
     let first = [(OptionCode::ExtendedHeaders, ReplyCode::ErrTlsRequired, vec![])];
     let end = hear(ClientGoal::Connect(ConnectRequest::new("disk")), &script(&first));
     assert!(matches!(end, Err(ProtocolError::Refused { reply: ReplyCode::ErrTlsRequired, .. })));

@@ -80,13 +80,13 @@ async fn addresses(ring: &Ring, uri: &NbdUri, name: &Rc<str>) -> Result<Vec<Sock
     };
     if port == 0 {
         let reason = "port 0 is for servers, which take a free one; say the port that was taken".into();
-        return Err(NbdClientError::Resolve { uri: name.clone(), reason });
+        return Err(NbdClientError::Resolve { uri: name.clone(), reason, is_final: true });
     }
     if let Ok(address) = host.parse::<IpAddr>() {
         return Ok(vec![SocketAddress::Tcp(SocketAddr::new(address, port))]);
     }
     let look_up = move || (host.as_str(), port).to_socket_addrs().map(Iterator::collect::<Vec<_>>);
-    let failed = |reason: String| NbdClientError::Resolve { uri: name.clone(), reason };
+    let failed = |reason: String| NbdClientError::Resolve { uri: name.clone(), reason, is_final: false };
     match ring.offload(look_up).await {
         Ok(Ok(found)) => Ok(found.into_iter().map(SocketAddress::Tcp).collect()),
         Ok(Err(error)) => Err(failed(error.to_string())),
@@ -122,7 +122,8 @@ async fn converse(
         let mut need_input = false;
         let step = machine.advance(&input, &mut out);
         // What is to be said is said even if it is a farewell.
-        send_all(ring, stream, &mut out, kept).await.map_err(|errno| lost(LostReason::Transport(errno)))?;
+        let sent = send_all(ring, stream, &mut out, kept).await;
+        sent.map_err(|errno| lost(hung_up(LostReason::Transport(errno), &machine)))?;
         let step = step.map_err(|reason| NbdClientError::Handshake { uri: name.clone(), reason })?;
         input.drain(..step.consumed);
         match step.progress {
@@ -135,8 +136,20 @@ async fn converse(
             let Some(buf) = memory.take() else { return Err(lost(LostReason::ClosedHere)) };
             let (buf, received) = receive(ring, stream, buf, &mut input).await;
             *memory = Some(buf);
-            received.map_err(lost)?;
+            received.map_err(|reason| lost(hung_up(reason, &machine)))?;
         }
+    }
+}
+
+/// A connection that ends while an option is open says something about the option.
+fn hung_up(reason: LostReason, machine: &ClientHandshake) -> LostReason {
+    let is_closed = matches!(
+        reason,
+        LostReason::ClosedByServer | LostReason::Transport(Errno::ECONNRESET | Errno::EPIPE)
+    );
+    match machine.unanswered() {
+        Some(option) if is_closed => LostReason::HungUp { option },
+        _ => reason,
     }
 }
 

@@ -174,7 +174,11 @@ impl Driver for NbdDriver {
             }
             let place = Some((offset, len));
             let extents = self.connection.block_status(offset, len.min(RANGE_BYTES_MAX)).await;
-            let extents = extents.map_err(|error| self.error(Operation::BlockStatus, place, &error))?;
+            let extents = match extents {
+                // Where holes lie is a help and never a need.
+                Err(NbdClientError::Refused { .. }) => return Ok(Extent::data(len)),
+                extents => extents.map_err(|error| self.error(Operation::BlockStatus, place, &error))?,
+            };
             let Some(first) = extents.first() else { return Ok(Extent::data(len)) };
             let has = |flag: AllocationFlags| first.flags & u64::from(flag.0) != 0;
             // Neighbours with the same flags are one extent to who asks.

@@ -113,7 +113,10 @@ pub enum ProtocolError {
         reply: ReplyCode,
     },
     /// The server says no.
-    #[error("The server refused option {option:?} with {reply:?}{}{message}", if message.is_empty() { "." } else { ": " })]
+    #[error("{}{}{message}", refusal(*option, *reply), match message.is_empty() {
+        true => ".",
+        false => ". It says: ",
+    })]
     Refused {
         /// The option.
         option: OptionCode,
@@ -151,8 +154,8 @@ pub enum ProtocolError {
     },
     /// Block sizes that break the protocol's rules.
     #[error(
-        "The server's block sizes contradict each other: minimum {minimum_bytes}, preferred {preferred_bytes}, \
-         maximum {maximum_bytes} bytes."
+        "The server's block sizes make no sense: the minimum of {minimum_bytes} bytes has to be a power of two, and \
+         the maximum of {maximum_bytes} bytes may not be below it (preferred: {preferred_bytes})."
     )]
     ImpossibleBlockSizes {
         /// Claimed minimum.
@@ -161,6 +164,14 @@ pub enum ProtocolError {
         preferred_bytes: u32,
         /// Claimed maximum payload.
         maximum_bytes: u32,
+    },
+    /// Blocks that are larger than a piece of memory for I/O.
+    #[error("The server takes multiples of {minimum_bytes} bytes only; {max} is the most that is supported.")]
+    BlocksTooLarge {
+        /// Claimed minimum.
+        minimum_bytes: u32,
+        /// The limit.
+        max: u32,
     },
     /// A metadata context that was not asked for, or one that came twice.
     #[error("The server selected the metadata context {name:?}, which was not asked for or came twice.")]
@@ -255,4 +266,17 @@ pub enum ProtocolError {
         /// What.
         what: &'static str,
     },
+}
+
+/// What a refusal means.
+fn refusal(option: OptionCode, reply: ReplyCode) -> String {
+    match reply {
+        ReplyCode::ErrUnknown => "The server has no such export".into(),
+        ReplyCode::ErrPolicy => format!("The server's policy forbids it ({option:?})"),
+        ReplyCode::ErrTlsRequired => {
+            "The server demands TLS, which is not supported; reach it through a tunnel".into()
+        }
+        ReplyCode::ErrShutdown => "The server is shutting down".into(),
+        reply => format!("The server refused option {option:?} with {reply:?}"),
+    }
 }

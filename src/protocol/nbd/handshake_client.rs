@@ -44,6 +44,8 @@ pub struct ConnectRequest {
     pub extended_headers: bool,
     /// The metadata contexts to ask for.
     pub meta_contexts: Vec<MetaContext>,
+    /// Whether to open the export with `GO`, which can be refused in words, before `EXPORT_NAME`.
+    pub go: bool,
 }
 
 impl ConnectRequest {
@@ -54,6 +56,7 @@ impl ConnectRequest {
             structured_replies: true,
             extended_headers: true,
             meta_contexts: vec![MetaContext::BaseAllocation],
+            go: true,
         }
     }
 }
@@ -166,6 +169,15 @@ impl ClientHandshake {
         }
     }
 
+    /// The option that the server has not said a word about yet.
+    pub fn unanswered(&self) -> Option<OptionCode> {
+        match self.state {
+            State::Option { option, replies: 0 } => Some(option),
+            State::ExportName => Some(OptionCode::ExportName),
+            _ => None,
+        }
+    }
+
     /// Bytes of input that always suffice for the next message; a caller's buffer need not be larger.
     pub const fn input_bytes_max() -> usize {
         OptionReplyHeader::BYTES + OPTION_PAYLOAD_BYTES_MAX as usize
@@ -233,6 +245,9 @@ impl ClientHandshake {
     }
 
     fn ask_to_go(&mut self, out: &mut Vec<u8>) {
+        if !self.request.go {
+            return self.ask_by_export_name(out);
+        }
         let wanted = vec![InfoCode::BlockSize, InfoCode::Name, InfoCode::Description];
         let mut payload = Vec::new();
         InfoRequest { export: &self.request.export, wanted }.write(&mut payload);

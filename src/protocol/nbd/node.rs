@@ -23,6 +23,7 @@ use super::connection::Connection;
 use super::constants::{AllocationFlags, Command, CommandFlags, TransmissionFlags};
 use super::known::Known;
 use super::remote::{Facts, Remote, RemoteOptions};
+use super::transmission::StatusExtent;
 use crate::base::limits::{COPY_BYTES_REMOTE, DISK_LEN_MAX, NBD_STATUS_AHEAD_BYTES};
 use crate::base::range::ByteRange;
 use crate::block::{
@@ -53,6 +54,8 @@ pub struct NbdNode {
     /// The server refuses to zero.
     zeroes_refused: Cell<bool>,
     known: RefCell<Known>,
+    /// The server has failed to tell of the allocation.
+    status_failed: Cell<bool>,
     /// Answers about the allocation so far, and who waits for one.
     answers: Cell<u64>,
     answered: Notify,
@@ -77,7 +80,7 @@ impl NbdNode {
             BlockError::new(Operation::Open, name.as_str(), error.errno()).hint(error.to_string())
         })?;
         let facts = remote.facts();
-        let bounce = Bounce::new(ring).map_err(|errno| {
+        let bounce = Bounce::for_blocks(ring, facts.block_bytes as usize).map_err(|errno| {
             remote.close();
             BlockError::new(Operation::Open, name.as_str(), errno)
                 .hint("All memory for I/O is in use; give the engine more of it.")
@@ -101,6 +104,7 @@ impl NbdNode {
             range_bytes_max: Cell::new(RANGE_BYTES_MAX),
             zeroes_refused: Cell::new(false),
             known: RefCell::default(),
+            status_failed: Cell::new(false),
             answers: Cell::new(0),
             answered: ring.notify(),
             remote,
@@ -110,6 +114,21 @@ impl NbdNode {
     /// Connections to the server at this moment.
     pub fn connections(&self) -> usize {
         self.remote.connections()
+    }
+
+    /// Whether several connections to the export see each other's writes, and a flush on one covers all.
+    pub fn can_multi_conn(&self) -> bool {
+        self.facts.multi_conn
+    }
+
+    /// Whether there has been no connection for so long that requests no longer wait for one.
+    pub fn is_out_of_reach(&self) -> bool {
+        self.remote.is_out_of_reach()
+    }
+
+    /// Says farewell, and waits until that is done; every later request fails.
+    pub async fn disconnect(&self) {
+        self.remote.disconnect().await;
     }
 
     fn block(&self) -> u64 {
@@ -458,6 +477,9 @@ impl NbdNode {
                 connection.block_status(asked.start(), len).await
             })
             .await;
+        // Where holes lie is a help and never a need: a server that cannot tell has data there. That is kept like an
+        // answer, so that it is not asked again at once.
+        let told = told.or_else(|error| self.without_status(asked, error));
         let extents = told.as_deref().unwrap_or_default();
         let first = self.known.borrow_mut().answered(outer.start(), extents, self.ring.now());
         self.answers.set(self.answers.get() + 1);
@@ -470,6 +492,18 @@ impl NbdNode {
             Some(len) => Ok(extent(first.flags, len.min(range.len()))),
             None => Ok(Extent::data((self.block() - from % self.block()).min(range.len()))),
         }
+    }
+
+    /// What is taken for the answer where the server failed to give one.
+    fn without_status(&self, asked: ByteRange, error: NbdClientError) -> NbdResult<Vec<StatusExtent>> {
+        if !matches!(error, NbdClientError::Refused { .. } | NbdClientError::NotSent { .. }) {
+            return Err(error);
+        }
+        if !self.status_failed.replace(true) {
+            let uri = self.remote.name();
+            tracing::warn!(%uri, %error, "the server cannot tell where holes are; all that it does not tell is data");
+        }
+        Ok(vec![StatusExtent { length: asked.len(), flags: 0 }])
     }
 }
 

@@ -82,7 +82,7 @@ pub(super) struct Facts {
     pub(super) block_bytes: u32,
     /// What one request may carry.
     pub(super) payload_bytes_max: u32,
-    multi_conn: bool,
+    pub(super) multi_conn: bool,
 }
 
 impl Facts {
@@ -141,26 +141,8 @@ impl Remote {
     pub(super) async fn open(ring: &Ring, options: RemoteOptions) -> Result<Rc<Remote>, NbdClientError> {
         let kept = Kept::new(ring)
             .map_err(|errno| NbdClientError::Connect { uri: options.uri.to_string().into(), errno })?;
-        let end = ring.clock().saturating_add(options.open_timeout_ns);
-        let mut pause = NBD_RECONNECT_PAUSE_NS_MIN;
-        let mut connect = options.connect.clone();
-        let connection = loop {
-            if options.open_timeout_ns > 0 {
-                let left = end.saturating_sub(ring.clock()).max(1);
-                connect.deadline = options.connect.deadline.min(left);
-            }
-            let error = match Connection::connect_with(ring, &options.uri, &connect, &kept).await {
-                Ok(connection) => break connection,
-                Err(error) => error,
-            };
-            // Who refuses now may still be getting ready; who breaks the protocol will not learn it.
-            let now = ring.clock();
-            if now >= end || error.is_broken_protocol() {
-                return Err(error);
-            }
-            ring.sleep(pause.min(end - now)).await;
-            pause = (pause * 2).min(NBD_RECONNECT_PAUSE_NS_MAX);
-        };
+        let (connection, connect) = Remote::first(ring, &options, &kept).await?;
+        let options = RemoteOptions { connect, ..options };
         let name: Rc<str> = options.uri.to_string().into();
         let reason = NbdClientError::Lost { uri: name.clone(), reason: LostReason::ClosedHere };
         let remote = Rc::new(Remote {
@@ -185,6 +167,48 @@ impl Remote {
         remote.add(connection);
         ring.spawn(remote.clone().mend());
         Ok(remote)
+    }
+
+    /// The first connection, and what the server takes. Who does not answer, or shuts down, may still be getting ready;
+    /// who answers with a refusal means it.
+    async fn first(
+        ring: &Ring,
+        options: &RemoteOptions,
+        kept: &Kept,
+    ) -> Result<(Rc<Connection>, ConnectOptions), NbdClientError> {
+        let end = ring.clock().saturating_add(options.open_timeout_ns);
+        let mut pause = NBD_RECONNECT_PAUSE_NS_MIN;
+        let mut connect = options.connect.clone();
+        let mut said = None;
+        loop {
+            let left = end.saturating_sub(ring.clock()).max(1);
+            let is_cut_short = options.open_timeout_ns > 0 && left < options.connect.deadline;
+            connect.deadline = if is_cut_short { left } else { options.connect.deadline };
+            let error = match Connection::learn(ring, &options.uri, &connect, kept).await {
+                Ok((connection, learned)) => {
+                    return Ok((
+                        connection,
+                        ConnectOptions { deadline: options.connect.deadline, ..learned },
+                    ));
+                }
+                Err(error) => error,
+            };
+            let now = ring.clock();
+            if error.is_definite() || options.open_timeout_ns == 0 {
+                return Err(error);
+            }
+            // That the last attempt was cut short says less than what those before it were told.
+            let said = match (is_cut_short && error.is_timed_out(), said.take()) {
+                (true, Some(before)) => said.insert(before),
+                _ => said.insert(error),
+            };
+            if now >= end {
+                return Err(said.clone());
+            }
+            tracing::info!(uri = %options.uri, error = %said, "the server cannot be used yet; it is tried again");
+            ring.sleep(pause.min(end - now)).await;
+            pause = (pause * 2).min(NBD_RECONNECT_PAUSE_NS_MAX);
+        }
     }
 
     /// The export's URI.
@@ -219,6 +243,7 @@ impl Remote {
     ) -> Result<T, NbdClientError> {
         let generation = self.generation.get();
         let mut resends = 0;
+        let (mut refused_since, mut pause) = (None, NBD_RECONNECT_PAUSE_NS_MIN);
         loop {
             let connection = self.connection(generation).await?;
             let error = match request(&connection).await {
@@ -229,6 +254,17 @@ impl Remote {
             let is_ours = self.generation.get() == generation && !self.closed.get();
             if error.is_broken_protocol() || resends == NBD_RESENDS_MAX || !is_ours {
                 return Err(error);
+            }
+            if error.is_shutting_down() {
+                // It did not do it, and whoever comes after it is waited for as for one that was lost.
+                let since = *refused_since.get_or_insert(self.ring.clock());
+                let end = since.saturating_add(self.options.reconnect_delay_ns);
+                if self.ring.clock() >= end {
+                    return Err(error);
+                }
+                self.ring.sleep(pause).await;
+                pause = (pause * 2).min(NBD_RECONNECT_PAUSE_NS_MAX);
+                continue;
             }
             resends += 1;
             tracing::debug!(uri = %self.name, resends, "a request was lost with its connection and goes out again");
@@ -251,6 +287,25 @@ impl Remote {
         let connections = std::mem::take(&mut *self.connections.borrow_mut());
         connections.iter().for_each(|connection| connection.cut());
         self.changed.notify();
+    }
+
+    /// Whether there has been no connection for longer than requests wait, or will never be one again.
+    pub(super) fn is_out_of_reach(&self) -> bool {
+        let is_late = self
+            .down_since
+            .get()
+            .is_some_and(|since| self.ring.clock() >= since.saturating_add(self.options.reconnect_delay_ns));
+        self.changed_export.get() || is_late
+    }
+
+    /// Says farewell, and waits for that.
+    pub(super) async fn disconnect(&self) {
+        self.closed.set(true);
+        let connections = std::mem::take(&mut *self.connections.borrow_mut());
+        self.changed.notify();
+        for connection in connections {
+            connection.disconnect().await;
+        }
     }
 
     /// Nobody uses the disk any more: says farewell, in the background.
@@ -298,7 +353,7 @@ impl Remote {
 
     /// Makes another connection in the background, where that is allowed and this one has enough to do.
     fn grow(self: &Rc<Remote>, busy: &Connection) {
-        let there = self.connections.borrow().len();
+        let there = self.connections();
         let enough = if there < NBD_CONNECTIONS_FEW { NBD_GROW_DEPTH } else { NBD_GROW_DEPTH_FULL };
         let wanted = busy.in_flight() >= enough && self.facts.multi_conn && !self.growing.get();
         let max = self.options.connections_max.min(NBD_CONNECTIONS_MAX);
@@ -343,16 +398,19 @@ impl Remote {
         connection.tell_when_lost(&self.changed);
         self.flags.set(connection.flags());
         self.has_block_status.set(connection.has_block_status());
-        self.connections.borrow_mut().push(connection);
+        let mut connections = self.connections.borrow_mut();
+        connections.retain(|connection| !connection.is_over());
+        connections.push(connection);
+        drop(connections);
         self.down_since.set(None);
         self.changed.notify();
     }
 
     fn note_lost(&self, connection: &Rc<Connection>, error: &NbdClientError) {
         let mut connections = self.connections.borrow_mut();
-        let before = connections.len();
-        connections.retain(|other| !Rc::ptr_eq(other, connection));
-        if connections.len() < before {
+        // One that only takes no more is kept until what it has in hand has ended.
+        connections.retain(|other| !Rc::ptr_eq(other, connection) || !other.is_over());
+        if connection.is_lost() {
             *self.reason.borrow_mut() = error.clone();
         }
     }
@@ -370,6 +428,7 @@ impl Remote {
                 return;
             }
             self.forget_lost();
+            let mut refusal_told = false;
             let mut pause = NBD_RECONNECT_PAUSE_NS_MIN;
             while self.connections() == 0 {
                 match either(self.dial(), self.changed.until(closed)).await {
@@ -381,6 +440,10 @@ impl Remote {
                     }
                     blockferry_ring::sync::Either::First(Err(error)) => {
                         tracing::debug!(uri = %self.name, %error, "connecting again failed");
+                        // It may not have all its exports yet; but nobody should have to guess what is waited for.
+                        if error.is_definite() && !std::mem::replace(&mut refusal_told, true) {
+                            tracing::warn!(uri = %self.name, %error, "the server refuses to be connected to again");
+                        }
                         let is_another = matches!(error, NbdClientError::ChangedExport { .. });
                         *self.reason.borrow_mut() = error;
                         if is_another {
@@ -399,10 +462,10 @@ impl Remote {
 
     /// Notes that there is no connection any more, and why.
     fn forget_lost(&self) {
-        let lost = std::mem::take(&mut *self.connections.borrow_mut());
-        if let Some(error) = lost.iter().find_map(|connection| connection.lost()) {
+        if let Some(error) = self.connections.borrow().iter().find_map(|connection| connection.lost()) {
             *self.reason.borrow_mut() = error;
         }
+        self.connections.borrow_mut().retain(|connection| !connection.is_over());
         let since = self.down_since.get().unwrap_or(self.ring.clock());
         self.down_since.set(Some(since));
         let reason = self.reason.borrow().to_string();

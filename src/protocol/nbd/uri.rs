@@ -10,6 +10,7 @@
 //! user names, parameters that mean nothing here, fragments (an unescaped `#` would cut a name short in silence).
 
 use super::constants::{DEFAULT_PORT, STRING_BYTES_MAX};
+use crate::base::secret::without_secrets;
 use crate::protocol::uri::{self, Escaped, Host};
 use std::ffi::OsString;
 use std::fmt;
@@ -153,33 +154,43 @@ impl FromStr for NbdUri {
     type Err = UriError;
 
     fn from_str(uri: &str) -> Result<Self, UriError> {
-        let text = || uri.to_owned();
-        let not_nbd = || UriError::NotNbd { uri: text() };
-        let (scheme, rest) = uri.split_once(':').ok_or_else(not_nbd)?;
-        let unix = match scheme.to_ascii_lowercase().as_str() {
-            "nbd" if !rest.starts_with("//") => return colon_form(uri, rest),
-            "nbd" | "nbd+tcp" => false,
-            "nbd+unix" => true,
-            "nbds" | "nbds+tcp" | "nbds+unix" => return Err(UriError::TlsNotSupported { uri: text() }),
-            _ => return Err(not_nbd()),
-        };
-        let rest = rest.strip_prefix("//").ok_or_else(not_nbd)?;
-        if rest.contains('#') {
-            return Err(UriError::FragmentNotSupported { uri: text() });
-        }
-        let (rest, query) = rest.split_once('?').map_or((rest, None), |(rest, query)| (rest, Some(query)));
-        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
-        let export =
-            String::from_utf8(unescape(uri, path)?).map_err(|_| UriError::BadExport { uri: text() })?;
-        let socket = socket_parameter(uri, query, unix)?;
-        let address = match socket {
-            Some(_) if !authority.is_empty() => return Err(UriError::HostWithSocket { uri: text() }),
-            Some(path) => unix_address(uri, path)?,
-            None if unix => return Err(UriError::SocketMissing { uri: text() }),
-            None => tcp_address(uri, authority)?,
-        };
-        finish(uri, address, export)
+        let shown = without_secrets(uri);
+        parse(uri, &shown).map_err(|error| match error {
+            // What looks like a port is the beginning of a password.
+            UriError::BadPort { uri: shown, .. } if shown != uri => UriError::UserNotSupported { uri: shown },
+            error => error,
+        })
     }
+}
+
+/// Parses `uri`; errors show it as `shown`.
+fn parse(uri: &str, shown: &str) -> Result<NbdUri, UriError> {
+    let text = || shown.to_owned();
+    let not_nbd = || UriError::NotNbd { uri: text() };
+    let (scheme, rest) = uri.split_once(':').ok_or_else(not_nbd)?;
+    let unix = match scheme.to_ascii_lowercase().as_str() {
+        "nbd" if !rest.starts_with("//") => return colon_form(shown, rest),
+        "nbd" | "nbd+tcp" => false,
+        "nbd+unix" => true,
+        "nbds" | "nbds+tcp" | "nbds+unix" => return Err(UriError::TlsNotSupported { uri: text() }),
+        _ => return Err(not_nbd()),
+    };
+    let rest = rest.strip_prefix("//").ok_or_else(not_nbd)?;
+    if rest.contains('#') {
+        return Err(UriError::FragmentNotSupported { uri: text() });
+    }
+    let (rest, query) = rest.split_once('?').map_or((rest, None), |(rest, query)| (rest, Some(query)));
+    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let export =
+        String::from_utf8(unescape(shown, path)?).map_err(|_| UriError::BadExport { uri: text() })?;
+    let socket = socket_parameter(shown, query, unix)?;
+    let address = match socket {
+        Some(_) if !authority.is_empty() => return Err(UriError::HostWithSocket { uri: text() }),
+        Some(path) => unix_address(shown, path)?,
+        None if unix => return Err(UriError::SocketMissing { uri: text() }),
+        None => tcp_address(shown, authority)?,
+    };
+    finish(shown, address, export)
 }
 
 /// Parses what follows `nbd:` in the older form.
@@ -187,6 +198,8 @@ fn colon_form(uri: &str, rest: &str) -> Result<NbdUri, UriError> {
     let (server, export) = rest.split_once(":exportname=").unwrap_or((rest, ""));
     let address = if let Some(path) = server.strip_prefix("unix:") {
         unix_address(uri, path.as_bytes().to_vec())?
+    } else if server.contains('@') {
+        return Err(UriError::UserNotSupported { uri: uri.to_owned() });
     } else {
         let (host, port) = host_and_port(uri, server)?;
         let port = port.ok_or_else(|| UriError::PortMissing { uri: uri.to_owned() })?;
@@ -368,7 +381,16 @@ mod tests {
             assert_eq!(refused(text), UriError::BadParameter { uri: uri(text), parameter: uri(parameter) });
         }
         assert!(matches!(refused("nbd:host"), UriError::PortMissing { .. }));
-        assert!(matches!(refused("nbd://me@h/"), UriError::UserNotSupported { .. }));
+        for text in
+            ["nbd://me@h/", "nbd://me:sesame@h/", "nbd://me:ses/ame@h/", "nbd:me:sesame@h:1", "nbd:me@h"]
+        {
+            assert!(matches!(refused(text), UriError::UserNotSupported { .. }), "{text}");
+        }
+        for text in
+            ["nbd://me:sesame@h/", "nbd://me:ses/ame@h/", "ftp://me:sesame@h/", "nbds://me:sesame@h/?x=1"]
+        {
+            assert!(!refused(text).to_string().contains("ses"), "{}", refused(text));
+        }
         assert!(matches!(refused("nbd+unix://run/s?socket=/s"), UriError::HostWithSocket { .. }));
         assert!(matches!(refused("nbd+unix:///disk"), UriError::SocketMissing { .. }));
         assert!(matches!(refused("nbd://h/a#b"), UriError::FragmentNotSupported { .. }));

@@ -308,19 +308,21 @@ impl Default for BlockSizes {
 }
 
 impl BlockSizes {
-    /// Whether the sizes obey the protocol's rules. A preferred size below 512 is let pass: some servers send it.
+    /// The sizes as this side uses them. Only what cannot be worked with is refused: a preferred size is advice, and is
+    /// brought between the two others.
     pub fn check(self) -> Result<Self, ProtocolError> {
         let Self { minimum_bytes, preferred_bytes, maximum_bytes } = self;
-        let sound = minimum_bytes.is_power_of_two()
-            && minimum_bytes <= MINIMUM_BLOCK_BYTES_MAX
-            && preferred_bytes.is_power_of_two()
-            && preferred_bytes >= minimum_bytes
-            && maximum_bytes >= preferred_bytes;
-        if sound {
-            Ok(self)
-        } else {
-            Err(ProtocolError::ImpossibleBlockSizes { minimum_bytes, preferred_bytes, maximum_bytes })
+        if !minimum_bytes.is_power_of_two() || maximum_bytes < minimum_bytes {
+            return Err(ProtocolError::ImpossibleBlockSizes {
+                minimum_bytes,
+                preferred_bytes,
+                maximum_bytes,
+            });
         }
+        if minimum_bytes > MINIMUM_BLOCK_BYTES_MAX {
+            return Err(ProtocolError::BlocksTooLarge { minimum_bytes, max: MINIMUM_BLOCK_BYTES_MAX });
+        }
+        Ok(Self { preferred_bytes: preferred_bytes.clamp(minimum_bytes, maximum_bytes), ..self })
     }
 }
 
