@@ -161,7 +161,7 @@ fn what_a_qemu_program_writes_is_refused_by_name() {
 
     // A file in use is not emptied either.
     let path = image.path.clone();
-    let overwrite = CreateOptions { overwrite: true, no_lock: false };
+    let overwrite = CreateOptions { overwrite: true, ..CreateOptions::default() };
     let r = ring.clone();
     let error =
         ring.block_on(async move { FileDriver::create(&r, &path, 4096, overwrite).await.unwrap_err() });

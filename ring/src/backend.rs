@@ -33,8 +33,10 @@ pub struct OpenHow {
     pub write: bool,
     /// Bypass the page cache. `EINVAL` where the filesystem refuses it.
     pub direct: bool,
-    /// Make the file, which must not exist (mode 0644).
+    /// Make the file, which must not exist.
     pub create_new: bool,
+    /// The permission bits of a file that is made; the process's umask takes its part away. `None`: 0644.
+    pub mode: Option<u32>,
     /// Take O_EXCL on a block device: refused while it is mounted or otherwise in use.
     pub exclusive_device: bool,
 }
@@ -69,6 +71,10 @@ pub struct FileInfo {
     pub identity: (u64, u64),
     /// The device number of a block device (major, minor).
     pub device: Option<(u32, u32)>,
+    /// Permission bits.
+    pub mode: u32,
+    /// The group that it belongs to.
+    pub group: u32,
 }
 
 /// One byte range of open-file-description locks.

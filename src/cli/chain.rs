@@ -18,8 +18,10 @@ use super::job::{
 };
 use super::serve::{ClientArgs, Exports, export_uri};
 use super::signals::Signals;
+use super::tool::PlanArgs;
 use super::{Global, config, stats};
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::engine::admit::Admission;
 use crate::engine::open::local_path;
 use crate::engine::{Engine, Format, named};
 use crate::graph::chain;
@@ -64,6 +66,8 @@ pub struct ChainArgs {
     open: OpenArgs,
     #[command(flatten)]
     clients: ClientArgs,
+    #[command(flatten)]
+    plan: PlanArgs,
 }
 
 /// A job on a chain, and what to say of it.
@@ -106,12 +110,13 @@ pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
     Ok(found.ok_or_else(|| ChainError::NotInChain(name.to_owned()))?)
 }
 
-/// Runs such a command; `start` starts the job on the open chain.
+/// Runs such a command; `judge` says what the job will have to do with, `start` starts it on the open chain.
 pub fn main(
     global: &Global,
     args: ChainArgs,
     backing_file: Option<String>,
     manner: Manner,
+    judge: impl AsyncFnOnce(&Rc<Node>, &SweepOptions, &mut Admission) -> Result<(), Failure> + 'static,
     start: impl AsyncFnOnce(&Engine, &Rc<Node>, SweepOptions) -> Result<Started, Failure> + 'static,
 ) -> Result<Exit, Failure> {
     let options = SweepOptions {
@@ -125,7 +130,7 @@ pub fn main(
     let engine = Rc::new(Engine::new(&config(global))?);
     let signals = Signals::new(engine.ring())?.with_continue(engine.ring())?;
     let run = Run { global: global.clone(), engine: engine.clone(), signals, args, manner };
-    engine.run(async move { run.run(options, start).await })
+    engine.run(async move { run.run(options, judge, start).await })
 }
 
 struct Run {
@@ -140,12 +145,18 @@ impl Run {
     async fn run(
         &self,
         options: SweepOptions,
+        judge: impl AsyncFnOnce(&Rc<Node>, &SweepOptions, &mut Admission) -> Result<(), Failure>,
         start: impl AsyncFnOnce(&Engine, &Rc<Node>, SweepOptions) -> Result<Started, Failure>,
     ) -> Result<Exit, Failure> {
         let (ring, args) = (self.engine.ring(), &self.args);
-        let front = self.engine.open(&args.image, &args.open.image(args.format, false)).await?;
+        let front = self.engine.open(&args.image, &args.open.image(args.format, args.plan.dry_run)).await?;
         // Without clients, too, nobody else is to write the disk or to change its chain.
         let using = front.attach_in_time(UseKind::Guest).await?;
+        let mut admission = Admission::new(ring, self.manner.name).counting(args.plan.dry_run);
+        judge(&front, &options, &mut admission).await?;
+        if args.plan.ends(&self.global, &admission.judge().0)? {
+            return Ok(Exit::Done);
+        }
         let mut exports = Exports::with_limits(ring, &args.clients);
         for uri in &args.export {
             exports.add(&self.engine, &front, uri, false, &self.global).await?;

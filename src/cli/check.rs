@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format};
-use super::tool::OutputArgs;
+use super::tool::{OutputArgs, PlanArgs};
 use super::{Global, config};
+use crate::engine::admit::Admission;
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::{CheckReport, Repair};
@@ -47,6 +48,8 @@ pub struct CheckArgs {
     #[command(flatten)]
     gate: GateArgs,
     #[command(flatten)]
+    plan: PlanArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -63,9 +66,14 @@ pub fn main(global: &Global, args: CheckArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
-    let Some((format, report)) = engine.run(async move { check(&e, &a).await })? else {
-        eprintln!("blockferry: This image format does not support checks");
-        return Ok(Exit::Code(NOT_SUPPORTED));
+    let g = global.clone();
+    let (format, report) = match engine.run(async move { check(&g, &e, &a).await })? {
+        Checked::Done(format, report) => (format, *report),
+        Checked::Planned => return Ok(Exit::Done),
+        Checked::NotSupported => {
+            eprintln!("blockferry: This image format does not support checks");
+            return Ok(Exit::Code(NOT_SUPPORTED));
+        }
     };
     if !args.output.print(global, &to_json(&args.file, format, &report)) {
         tell(&args, &report);
@@ -78,7 +86,16 @@ pub fn main(global: &Global, args: CheckArgs) -> Result<Exit, Failure> {
     })
 }
 
-async fn check(engine: &Engine, args: &CheckArgs) -> Result<Option<(Format, CheckReport)>, Failure> {
+/// How it ended.
+enum Checked {
+    /// It was looked at.
+    Done(Format, Box<CheckReport>),
+    NotSupported,
+    /// It was a dry run of a repair.
+    Planned,
+}
+
+async fn check(global: &Global, engine: &Engine, args: &CheckArgs) -> Result<Checked, Failure> {
     let repair = match args.repair {
         None => Repair::None,
         Some(What::Leaks) => Repair::Leaks,
@@ -95,14 +112,19 @@ async fn check(engine: &Engine, args: &CheckArgs) -> Result<Option<(Format, Chec
     // Read-only first: that a raw image cannot be checked is to be said, and not that its format has to be.
     let mut node = engine.open(&args.file, &look).await?;
     if qcow2(node.driver()).is_none() {
-        return Ok(None);
+        return Ok(Checked::NotSupported);
     }
     if repair != Repair::None {
         drop(node);
-        let options = ImageOptions { format: Some(Format::Qcow2), read_only: false, ..look };
+        let options = ImageOptions { format: Some(Format::Qcow2), read_only: args.plan.dry_run, ..look };
         node = engine.open(&args.file, &options).await?;
+        let mut admission = Admission::new(engine.ring(), "check");
+        admission.changes("image", &node, UseKind::JobTarget("check")).await;
+        if args.plan.ends(global, &admission.judge().0)? {
+            return Ok(Checked::Planned);
+        }
     }
-    let Some(image) = qcow2(node.driver()) else { return Ok(None) };
+    let Some(image) = qcow2(node.driver()) else { return Ok(Checked::NotSupported) };
     let kind = match repair {
         Repair::None => UseKind::JobSource("check"),
         _ => UseKind::JobTarget("check"),
@@ -119,7 +141,7 @@ async fn check(engine: &Engine, args: &CheckArgs) -> Result<Option<(Format, Chec
             ..again
         };
     }
-    Ok(Some((Format::Qcow2, report)))
+    Ok(Checked::Done(Format::Qcow2, Box::new(report)))
 }
 
 /// What is 0 is left out, as qemu-img does it.

@@ -8,8 +8,10 @@ use super::Global;
 use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole};
 use super::exit::{Exit, Failure};
 use super::job::{AtReady, Words};
-use crate::graph::node::Node;
-use crate::job::sweep::ChainError;
+use crate::engine::admit::{Act, Admission};
+use crate::graph::node::{Node, UseKind};
+use crate::job::commit;
+use crate::job::sweep::{ChainError, SweepOptions};
 
 const AFTER: &str = "\
 A chain is an image with its backing files: base.img <- one.qcow2 <- two.qcow2 <- top.qcow2. IMAGE is its
@@ -76,7 +78,29 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
         (false, false) => AtReady::Finish,
     };
     let manner = Manner { name: "commit", words: WORDS, at_ready };
-    chain::main(global, args, backing_file, manner, async move |engine, front, options| {
+    let named = (top.clone(), base.clone());
+    let judge = async move |front: &Rc<Node>, options: &SweepOptions, admission: &mut Admission| {
+        let (top, base) = named;
+        let top = top.map_or_else(|| Ok(front.clone()), |name| layer(front, &name))?;
+        let below = top.below().ok_or_else(|| ChainError::NoBacking(top.name().to_owned()))?;
+        let base = base.map_or(Ok(below), |name| layer(front, &name))?;
+        let merge = commit::judge(front, Some(&top), Some(&base), options)?;
+        for (n, node) in merge.layers.iter().enumerate() {
+            let is_active = merge.at == 0 && n == 0;
+            let kind = if is_active { UseKind::JobSource("commit") } else { UseKind::JobLayer("commit") };
+            admission.layer("merged layer", Act::Read, node, kind).await;
+        }
+        admission.layer("base", Act::Change, &base, UseKind::JobBase("commit")).await;
+        if let Some(above) = merge.at.checked_sub(1).and_then(|at| front.chain().into_iter().nth(at)) {
+            admission.layer("layer above", Act::Change, &above, UseKind::Editor).await;
+        }
+        if base.driver().len() < top.driver().len() {
+            admission.grows(&base, top.driver().len());
+        }
+        admission.bytes_of(top.driver(), merge.layers.len() == 1).await?;
+        Ok(())
+    };
+    chain::main(global, args, backing_file, manner, judge, async move |engine, front, options| {
         let top = top.map_or_else(|| Ok(front.clone()), |name| layer(front, &name))?;
         let below = top.below().ok_or_else(|| ChainError::NoBacking(top.name().to_owned()))?;
         let base = base.map_or(Ok(below), |name| layer(front, &name))?;

@@ -18,7 +18,7 @@ use super::job::{copy_rate, disk, left_behind};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::Signals;
 use super::target::{Target, TargetOptions};
-use super::tool::{OutputArgs, cache, option_pairs, read_options};
+use super::tool::{OutputArgs, PlanArgs, cache, option_pairs, read_options};
 use super::{Global, config, stats};
 use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
@@ -27,7 +27,7 @@ use crate::engine::admit::{Admission, IfThere, Wish};
 use crate::engine::create::NewImage;
 use crate::engine::qcow2::{Qcow2Compressor, qcow2};
 use crate::engine::{Engine, Format};
-use crate::graph::node::{Node, Use};
+use crate::graph::node::Node;
 use crate::job::convert::{ConvertOptions, Tally, TargetState};
 use crate::job::event::JobEvent;
 use crate::job::offload::OffloadPolicy;
@@ -131,6 +131,8 @@ pub struct ConvertArgs {
     #[command(flatten)]
     gate: GateArgs,
     #[command(flatten)]
+    plan: PlanArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -162,7 +164,9 @@ impl Run {
             gate: args.gate.clone(),
             ..OpenArgs::default()
         };
-        let (target, target_state, uses) = self.open_target(&source, &open).await?;
+        let Some((target, target_state)) = self.open_target(&source, &open).await? else {
+            return Ok(Exit::Done);
+        };
         let began = ring.clock();
         let started = self.start(&source, &target, target_state).await;
         let (job, tally) = match started {
@@ -172,7 +176,6 @@ impl Run {
                 return Err(failure);
             }
         };
-        drop(uses);
         let mark = target.marker(engine);
         let drivers = [source.driver().clone(), target.node.driver().clone()];
         drop((source, target));
@@ -189,13 +192,13 @@ impl Run {
         }
     }
 
-    /// Settles what can be settled before the target is touched; then it is opened or made. The source stays as it is
-    /// while the uses that come with it are kept.
+    /// Settles what can be settled before the target is touched; then it is opened or made. `None`: it was
+    /// a dry run.
     async fn open_target(
         &self,
         source: &Rc<Node>,
         open: &OpenArgs,
-    ) -> Result<(Target, TargetState, Vec<Use>), Failure> {
+    ) -> Result<Option<(Target, TargetState)>, Failure> {
         let (args, ring) = (&self.args, self.engine.ring());
         if args.compress && args.target_format != Format::Qcow2 {
             let text = format!("Images of the format '{}' cannot be compressed", args.target_format);
@@ -206,8 +209,13 @@ impl Run {
         add_backing(&mut pairs, args.backing.as_deref(), args.backing_format);
         let new = NewImage::parse(args.target_format, &pairs, Some(source.driver().len()));
         let new = new.map_err(Failure::text)?;
+        if args.compress && new.data_file().is_some() {
+            return Err(Failure::text(
+                "Compressed clusters cannot be in a data file: leave out -c or data_file",
+            ));
+        }
         let image = open.image(Some(args.target_format), false);
-        let mut admission = Admission::new(ring, "convert");
+        let mut admission = Admission::new(ring, "convert").counting(args.plan.dry_run);
         admission.source(source).await;
         if let Some(backing) = open_new_backing(&self.engine, &args.target, &pairs).await? {
             admission.reads("new backing file", &backing).await;
@@ -220,19 +228,25 @@ impl Run {
         let wish = Wish {
             if_there,
             may_make: !args.no_create,
+            room_min: if args.sparse_size == 0 && !args.compress { new.len() } else { 0 },
             ..Wish::copy(&args.target, image.clone(), &new, source)
         };
         admission.target(&wish).await;
+        match args.sparse_size {
+            0 => admission.plan().bytes_max = Some(new.len()),
+            _ => admission.bytes_of(source.driver(), new.has_backing()).await?,
+        }
         let (plan, admitted) = admission.judge();
-        plan.admitted()?;
-        let Some(standing) = admitted.target else { return Err(Failure::text("There is no target")) };
+        if args.plan.ends(&self.global, &plan)? {
+            return Ok(None);
+        }
         let options = TargetOptions {
             name: &args.target,
             image,
             state_dir: state_dir(args.state_dir.as_deref()),
             mark: MarkInfo::incomplete("convert", &args.source).started(unix_secs()),
         };
-        let target = Target::take(&self.engine, standing, options, &new).await?;
+        let target = Target::take(&self.engine, admitted, options, &new).await?;
         let state = match () {
             () if args.target_is_zero => TargetState::Zero,
             () if args.no_create => TargetState::Unknown,
@@ -243,7 +257,7 @@ impl Run {
             () if target.is_fresh() => TargetState::Zero,
             () => TargetState::Unknown,
         };
-        Ok((target, state, admitted.uses))
+        Ok(Some((target, state)))
     }
 
     async fn start(

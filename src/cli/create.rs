@@ -8,12 +8,12 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{parse_format, size};
-use super::target::{make_file, make_remote};
-use super::tool::{OutputArgs, option_pairs};
+use super::target::{make_file, make_remote, try_length};
+use super::tool::{OutputArgs, PlanArgs, option_pairs};
 use super::{Global, config};
 use crate::block::Driver;
-use crate::engine::admit::{Admission, IfThere, Standing, Wish};
-use crate::engine::create::NewImage;
+use crate::engine::admit::{Admission, Admitted, Held, IfThere, Standing, Wish};
+use crate::engine::create::{Beside, NewImage};
 use crate::engine::open::local_path;
 use crate::engine::qcow2::{open_backing, recorded_format};
 use crate::engine::remote::can_create;
@@ -50,6 +50,8 @@ pub struct CreateArgs {
     #[arg(short, long)]
     quiet: bool,
     #[command(flatten)]
+    plan: PlanArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -64,7 +66,10 @@ pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
     add_backing(&mut pairs, args.backing.as_deref(), args.backing_format);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
-    let new = engine.run(async move { create(&e, &a, &pairs).await })?;
+    let g = global.clone();
+    let Some(new) = engine.run(async move { create(&g, &e, &a, &pairs).await })? else {
+        return Ok(Exit::Done);
+    };
     let value = json!({
         "filename": args.file, "format": new.format().name(), "virtual-size": new.len(),
     });
@@ -107,7 +112,13 @@ fn last<'a>(pairs: &'a [(String, String)], name: &str) -> Option<&'a str> {
     pairs.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
 }
 
-async fn create(engine: &Engine, args: &CreateArgs, pairs: &[(String, String)]) -> Result<NewImage, Failure> {
+/// Makes it; `None`: it was a dry run.
+async fn create(
+    global: &Global,
+    engine: &Engine,
+    args: &CreateArgs,
+    pairs: &[(String, String)],
+) -> Result<Option<NewImage>, Failure> {
     let mut admission = Admission::new(engine.ring(), "create");
     let mut size = args.size;
     if !args.no_open {
@@ -121,18 +132,23 @@ async fn create(engine: &Engine, args: &CreateArgs, pairs: &[(String, String)]) 
     let new = NewImage::parse(args.format, pairs, size).map_err(Failure::text)?;
     let if_there = if args.force { IfThere::Remake } else { IfThere::Refuse };
     let image = ImageOptions { format: Some(args.format), ..ImageOptions::default() };
-    let wish = Wish { name: &args.file, image, new: &new, if_there, may_make: true, len_min: 0 };
-    admission.target(&wish).await;
+    admission.target(&Wish { if_there, ..Wish::new(&args.file, image, &new) }).await;
     let (plan, admitted) = admission.judge();
-    plan.admitted()?;
+    if args.plan.ends(global, &plan)? {
+        return Ok(None);
+    }
+    let Admitted { target, data_file, mode, .. } = admitted;
+    let beside = Beside { data_file: data_file.as_ref().map(Held::bytes), mode: Some(mode) };
     let path = local_path(&args.file);
-    match (admitted.target, &path) {
+    match (target, &path) {
         (Some(Standing::Anew(held) | Standing::AsItIs(held)), _) => {
+            try_length(held.bytes(), &new).await?;
             held.bytes().set_len(0).await?;
-            new.write(engine.ring(), held.bytes(), path.as_deref().unwrap_or(Path::new(""))).await?;
+            let path = path.as_deref().unwrap_or(Path::new(""));
+            new.write(engine.ring(), held.bytes(), path, &beside).await?;
         }
-        (_, Some(path)) => make_file(engine, path, &new, async |_| Ok(())).await?,
+        (_, Some(path)) => make_file(engine, path, &new, &beside, async |_| Ok(())).await?,
         (_, None) => make_remote(engine, &args.file, &new).await?,
     }
-    Ok(new)
+    Ok(Some(new))
 }

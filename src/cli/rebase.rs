@@ -15,9 +15,10 @@ use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, parse_format};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::Signals;
-use super::tool::{OutputArgs, cache};
+use super::tool::{OutputArgs, PlanArgs, cache};
 use super::{Global, config};
 use crate::block::Driver;
+use crate::engine::admit::Admission;
 use crate::engine::qcow2::{open_backing, qcow2};
 use crate::engine::rebase::Rebase;
 use crate::engine::{Engine, Format, ImageOptions};
@@ -53,6 +54,8 @@ pub struct RebaseArgs {
     #[command(flatten)]
     gate: GateArgs,
     #[command(flatten)]
+    plan: PlanArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -63,9 +66,13 @@ pub fn main(global: &Global, args: RebaseArgs) -> Result<Exit, Failure> {
     let args = Rc::new(args);
     let (e, a, g) = (engine.clone(), args.clone(), global.clone());
     let written = engine.run(async move { rebase(&e, &a, &g, &signals).await })?;
-    let Some(written) = written else {
-        eprintln!("Cancelled: the image shows what it showed, over its old backing file");
-        return Ok(Exit::Cancelled);
+    let written = match written {
+        Rebased::Done(written) => written,
+        Rebased::Planned => return Ok(Exit::Done),
+        Rebased::Cancelled => {
+            eprintln!("Cancelled: the image shows what it showed, over its old backing file");
+            return Ok(Exit::Cancelled);
+        }
     };
     let value = json!({"event": "end", "filename": args.file, "bytes-written": written});
     if !args.output.print(global, &value) && !args.quiet {
@@ -74,34 +81,56 @@ pub fn main(global: &Global, args: RebaseArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// Bytes written to the image; `None` if it was cancelled.
+/// How it ended.
+enum Rebased {
+    /// So many bytes were written to the image.
+    Done(u64),
+    Cancelled,
+    /// It was a dry run.
+    Planned,
+}
+
 async fn rebase(
     engine: &Engine,
     args: &RebaseArgs,
     global: &Global,
     signals: &Signals,
-) -> Result<Option<u64>, Failure> {
+) -> Result<Rebased, Failure> {
     let options = ImageOptions {
         format: args.format,
         cache: args.cache.unwrap_or_default().into(),
         gate: args.gate.gate(),
         no_backing: args.name_only,
+        read_only: args.plan.dry_run,
         ..ImageOptions::default()
     };
     let node = engine.open(&args.file, &options).await?;
     let Some(image) = qcow2(node.driver()) else {
         return Err(Failure::text(format!("'{}' is a raw image, which has no backing files", args.file)));
     };
-    let lock = node.attach_in_time(UseKind::JobTarget("rebase")).await?;
     if !args.backing.is_empty() && args.backing_format.is_none() {
         return Err(Failure::text("The format of the new backing file has to be said (-F FORMAT)"));
     }
+    let mut admission = Admission::new(engine.ring(), "rebase");
+    admission.changes("image", &node, UseKind::JobTarget("rebase")).await;
+    let new = match args.backing.as_str() {
+        "" => None,
+        name if args.name_only => {
+            admission.keeps(&args.file, name).await;
+            None
+        }
+        name => {
+            let new = open_backing(engine.ring(), &args.file, name, args.backing_format, &options).await?;
+            admission.reads("new backing file", &new).await;
+            Some(new)
+        }
+    };
+    if args.plan.ends(global, &admission.judge().0)? {
+        return Ok(Rebased::Planned);
+    }
+    let lock = node.attach_in_time(UseKind::JobTarget("rebase")).await?;
     let mut written = 0;
     if !args.name_only {
-        let new = match args.backing.as_str() {
-            "" => None,
-            name => Some(open_backing(engine.ring(), &args.file, name, args.backing_format, &options).await?),
-        };
         let work = Rebase::new(engine.ring(), node.driver().clone(), new);
         let mut progress = Progress::new(global, args.quiet, engine.ring().clock());
         let mut shown_at = 0;
@@ -109,7 +138,7 @@ async fn rebase(
         while at < len {
             if signals.try_next().is_some() {
                 progress.finish();
-                return Ok(None);
+                return Ok(Rebased::Cancelled);
             }
             let (next, bytes) = work.step(at).await?;
             (at, written) = (next, written + bytes);
@@ -125,5 +154,5 @@ async fn rebase(
     let name = Some(args.backing.as_str()).filter(|name| !name.is_empty());
     image.set_backing(name.map(|name| (name, args.backing_format.map(Format::name)))).await?;
     drop(lock);
-    Ok(Some(written))
+    Ok(Rebased::Done(written))
 }

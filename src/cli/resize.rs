@@ -7,9 +7,10 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format, size};
-use super::tool::OutputArgs;
+use super::tool::{OutputArgs, PlanArgs};
 use super::{Global, config};
 use crate::base::range::ByteRange;
+use crate::engine::admit::Admission;
 use crate::engine::create::{RawPreallocation, preallocate};
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
@@ -39,6 +40,8 @@ pub struct ResizeArgs {
     quiet: bool,
     #[command(flatten)]
     gate: GateArgs,
+    #[command(flatten)]
+    plan: PlanArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -75,7 +78,10 @@ pub fn main(global: &Global, args: ResizeArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
-    let (old, new) = engine.run(async move { resize(&e, &a).await })?;
+    let g = global.clone();
+    let Some((old, new)) = engine.run(async move { resize(&g, &e, &a).await })? else {
+        return Ok(Exit::Done);
+    };
     let value = json!({"filename": args.file, "old-virtual-size": old, "virtual-size": new});
     if !args.output.print(global, &value) && !args.quiet {
         println!("Image resized.");
@@ -83,10 +89,17 @@ pub fn main(global: &Global, args: ResizeArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-async fn resize(engine: &Engine, args: &ResizeArgs) -> Result<(u64, u64), Failure> {
-    let options = ImageOptions { format: args.format, gate: args.gate.gate(), ..ImageOptions::default() };
+/// The old and the new length; `None`: it was a dry run.
+async fn resize(global: &Global, engine: &Engine, args: &ResizeArgs) -> Result<Option<(u64, u64)>, Failure> {
+    let options = ImageOptions {
+        format: args.format,
+        gate: args.gate.gate(),
+        read_only: args.plan.dry_run,
+        ..ImageOptions::default()
+    };
     let node = engine.open(&args.file, &options).await?;
-    let _lock = node.attach_in_time(UseKind::JobTarget("resize")).await?;
+    let mut admission = Admission::new(engine.ring(), "resize");
+    admission.changes("image", &node, UseKind::JobTarget("resize")).await;
     let driver = node.driver();
     let old = driver.len();
     let Some(new) = args.change.apply(old) else {
@@ -102,23 +115,37 @@ async fn resize(engine: &Engine, args: &ResizeArgs) -> Result<(u64, u64), Failur
     if new < old && args.preallocation != "off" {
         return Err(Failure::text("Preallocation can only be used for growing images"));
     }
+    let mut mode = CreateOptions::default();
+    let mut raw_mode = RawPreallocation::Off;
     match qcow2(driver) {
         Some(image) => {
-            let mut mode = CreateOptions::default();
             mode.set("preallocation", &args.preallocation).map_err(Failure::text)?;
-            image.resize(new, mode.preallocation).await?;
+            image.check_resize(new, mode.preallocation).await?;
         }
+        None => raw_mode = RawPreallocation::parse(&args.preallocation).map_err(Failure::text)?,
+    }
+    if new > old {
+        admission.grows(&node, new);
+        if matches!(args.preallocation.as_str(), "falloc" | "full") {
+            admission.needs_room(driver, new - old).await;
+        }
+    }
+    if args.plan.ends(global, &admission.judge().0)? {
+        return Ok(None);
+    }
+    let _lock = node.attach_in_time(UseKind::JobTarget("resize")).await?;
+    match qcow2(driver) {
+        Some(image) => image.resize(new, mode.preallocation).await?,
         None => {
-            let mode = RawPreallocation::parse(&args.preallocation).map_err(Failure::text)?;
             driver.set_len(new).await?;
             if new > old {
                 let added = ByteRange::at_saturating(old, new - old);
-                preallocate(engine.ring(), driver, added, mode).await?;
+                preallocate(engine.ring(), driver, added, raw_mode).await?;
             }
         }
     }
     driver.flush().await?;
-    Ok((old, new))
+    Ok(Some((old, new)))
 }
 
 #[cfg(test)]

@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format};
-use super::tool::{OutputArgs, human_size};
+use super::tool::{OutputArgs, PlanArgs, human_size};
 use super::{Global, config};
+use crate::engine::admit::{Admission, Refusal};
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::{Qcow2, SnapshotInfo};
@@ -45,6 +46,8 @@ pub struct SnapshotArgs {
     #[command(flatten)]
     gate: GateArgs,
     #[command(flatten)]
+    plan: PlanArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -53,7 +56,8 @@ pub fn main(global: &Global, args: SnapshotArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
-    let list = engine.run(async move { snapshot(&e, &a).await })?;
+    let g = global.clone();
+    let list = engine.run(async move { snapshot(&g, &e, &a).await })?;
     let Some(list) = list else { return Ok(Exit::Done) };
     let value = Value::Array(list.iter().map(to_json).collect());
     if !args.output.print(global, &value) && !list.is_empty() {
@@ -63,7 +67,11 @@ pub fn main(global: &Global, args: SnapshotArgs) -> Result<Exit, Failure> {
 }
 
 /// The list, where that was asked for.
-async fn snapshot(engine: &Engine, args: &SnapshotArgs) -> Result<Option<Vec<SnapshotInfo>>, Failure> {
+async fn snapshot(
+    global: &Global,
+    engine: &Engine,
+    args: &SnapshotArgs,
+) -> Result<Option<Vec<SnapshotInfo>>, Failure> {
     let lists = args.create.is_none() && args.apply.is_none() && args.delete.is_none();
     let look = ImageOptions {
         format: args.format,
@@ -83,15 +91,25 @@ async fn snapshot(engine: &Engine, args: &SnapshotArgs) -> Result<Option<Vec<Sna
     if lists {
         return Ok(Some(image.info().await?.snapshots));
     }
+    let wanted = args.apply.as_ref().or(args.delete.as_ref());
+    let list = image.info().await?.snapshots;
     drop(node);
     let options = ImageOptions {
         format: Some(Format::Qcow2),
-        read_only: false,
+        read_only: args.plan.dry_run,
         lock: !args.force_share,
         no_backing: false,
         ..look
     };
     let node = engine.open(&args.file, &options).await?;
+    let mut admission = Admission::new(engine.ring(), "snapshot");
+    admission.changes("image", &node, UseKind::JobTarget("snapshot")).await;
+    if let Some(name) = wanted.filter(|name| !list.iter().any(|s| s.id == **name || s.name == **name)) {
+        admission.refuse(Refusal::Said(format!("There is no snapshot '{name}' in '{}'", args.file)));
+    }
+    if args.plan.ends(global, &admission.judge().0)? {
+        return Ok(None);
+    }
     let _lock = node.attach_in_time(UseKind::JobTarget("snapshot")).await?;
     if let Some(image) = qcow2(node.driver()) {
         change(args, image).await?;

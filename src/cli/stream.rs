@@ -1,12 +1,17 @@
 //! `blockferry stream`: fills a layer of a chain with what it shows of those below, at rest or while the disk is in use.
 
+use std::rc::Rc;
+
 use clap::Args;
 
 use super::Global;
 use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole};
 use super::exit::{Exit, Failure};
 use super::job::{AtReady, Words};
-use crate::job::stream::Floor;
+use crate::engine::admit::{Act, Admission};
+use crate::graph::node::{Node, UseKind};
+use crate::job::stream::{self, Floor};
+use crate::job::sweep::SweepOptions;
 
 const AFTER: &str = "\
 A chain is an image with its backing files: base.img <- one.qcow2 <- two.qcow2 <- top.qcow2. IMAGE is its
@@ -51,6 +56,27 @@ pub struct StreamArgs {
     chain: ChainArgs,
 }
 
+/// Layers, as they are named.
+#[derive(Clone)]
+struct Ends {
+    top: Option<String>,
+    base: Option<String>,
+    bottom: Option<String>,
+}
+
+impl Ends {
+    /// The layer that is filled, and how far down it is filled from.
+    fn find(&self, front: &Rc<Node>) -> Result<(Rc<Node>, Floor), Failure> {
+        let top = self.top.as_ref().map_or_else(|| Ok(front.clone()), |name| layer(front, name))?;
+        let floor = match (&self.base, &self.bottom) {
+            (Some(base), _) => Floor::Base(layer(front, base)?),
+            (None, Some(bottom)) => Floor::Bottom(layer(front, bottom)?),
+            (None, None) => Floor::Whole,
+        };
+        Ok((top, floor))
+    }
+}
+
 const WORDS: Words = Words {
     ready: "the layer needs no others",
     gives_up: "Cancelling: the chain stays as it was",
@@ -61,18 +87,24 @@ const WORDS: Words = Words {
 pub fn main(global: &Global, args: StreamArgs) -> Result<Exit, Failure> {
     let StreamArgs { top, base, bottom, backing_file, chain: args } = args;
     let manner = Manner { name: "stream", words: WORDS, at_ready: AtReady::Finish };
-    chain::main(global, args, backing_file, manner, async move |engine, front, options| {
-        let top = top.map_or_else(|| Ok(front.clone()), |name| layer(front, &name))?;
-        let (floor, left) = match (base, bottom) {
-            (Some(base), _) => {
-                let base = layer(front, &base)?;
-                (Floor::Base(base.clone()), Some(base))
-            }
-            (None, Some(bottom)) => {
-                let bottom = layer(front, &bottom)?;
-                (Floor::Bottom(bottom.clone()), bottom.below())
-            }
-            (None, None) => (Floor::Whole, None),
+    let ends = Ends { top, base, bottom };
+    let named = ends.clone();
+    let judge = async move |front: &Rc<Node>, options: &SweepOptions, admission: &mut Admission| {
+        let (top, floor) = named.find(front)?;
+        let (from, to) = stream::judge(front, Some(&top), &floor, options)?;
+        admission.layer("layer that is filled", Act::Change, &top, UseKind::JobTop("stream")).await;
+        for node in front.chain().iter().take(to).skip(from + 1) {
+            admission.layer("layer below", Act::Read, node, UseKind::JobSource("stream")).await;
+        }
+        admission.bytes_of(top.driver(), false).await?;
+        Ok(())
+    };
+    chain::main(global, args, backing_file, manner, judge, async move |engine, front, options| {
+        let (top, floor) = ends.find(front)?;
+        let left = match &floor {
+            Floor::Base(base) => Some(base.clone()),
+            Floor::Bottom(bottom) => bottom.below(),
+            Floor::Whole => None,
         };
         let job = engine.stream(front, Some(&top), floor, options).await?;
         let done = Box::new(move || match &left {

@@ -15,11 +15,11 @@ use blockferry_ring::Errno;
 
 use super::exit::Failure;
 use crate::block::Driver;
-use crate::engine::admit::{Refusal, Standing};
-use crate::engine::create::NewImage;
+use crate::engine::admit::{Admitted, Held, Refusal, Standing};
+use crate::engine::create::{Beside, NewImage, data_file_path};
 use crate::engine::open::local_path;
 use crate::engine::remote;
-use crate::engine::{Engine, ImageOptions};
+use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::{Node, Use, UseKind};
 use crate::protocol::file::{CreateOptions, FileDriver};
 use crate::protocol::mark::{MarkInfo, TargetMark};
@@ -40,8 +40,8 @@ pub struct TargetOptions<'a> {
 /// What was made here.
 #[derive(Debug)]
 enum Made {
-    /// A file of this machine.
-    File(PathBuf),
+    /// A file of this machine, and its data file.
+    File(PathBuf, Option<PathBuf>),
     /// The file of this name, on a server.
     Remote(String),
 }
@@ -50,7 +50,10 @@ impl Made {
     /// Removes it, after an error that is told.
     async fn remove(&self, engine: &Engine) {
         let _ = match self {
-            Made::File(path) => engine.ring().unlink(path).map_err(drop),
+            Made::File(path, data_file) => {
+                let removed = data_file.as_ref().map_or(Ok(()), |path| engine.ring().unlink(path));
+                engine.ring().unlink(path).and(removed).map_err(drop)
+            }
             Made::Remote(name) => {
                 remote::remove(engine.ring(), name, &ImageOptions::raw()).await.map_err(drop)
             }
@@ -63,8 +66,8 @@ impl Made {
 pub struct Target {
     /// To copy to.
     pub node: Rc<Node>,
-    /// Keeps others away until a job has its own locks.
-    _promised: Use,
+    /// Keep others away from it, and what is read as it is, until a job has its own locks.
+    _promised: Vec<Use>,
     state_dir: Option<PathBuf>,
     mark: MarkInfo,
     /// It was made here.
@@ -78,28 +81,35 @@ impl Target {
     /// before that.
     pub async fn take(
         engine: &Engine,
-        standing: Standing,
+        admitted: Admitted,
         options: TargetOptions<'_>,
         new: &NewImage,
     ) -> Result<Target, Failure> {
         let ring = engine.ring();
         let mut image = options.image.clone();
+        let Admitted { target: standing, data_file, mode, uses } = admitted;
+        let Some(standing) = standing else { return Err(Failure::text("There is no target")) };
+        let beside = Beside { data_file: data_file.as_ref().map(Held::bytes), mode: Some(mode) };
         let (held, made, remade) = match standing {
             Standing::AsItIs(held) => (Some(held), None, false),
             Standing::Anew(held) => {
                 let file = held.bytes();
+                try_length(file, new).await?;
                 make_state_dir(engine, file, options.state_dir.as_deref())?;
                 let (driver, state_dir) = (file.clone(), options.state_dir.clone());
                 TargetMark::new(ring, driver, state_dir, options.mark.clone()).set().await?;
                 file.set_len(0).await?;
-                new.write(ring, file, &path_of(options.name)).await?;
+                new.write(ring, file, &path_of(options.name), &beside).await?;
+                held.lock_again()?;
                 (Some(held), None, true)
             }
             Standing::Missing => {
                 image.format = image.format.or(Some(new.format()));
-                (None, Some(make(engine, &options, new).await?), false)
+                (None, Some(make(engine, &options, new, &beside).await?), false)
             }
         };
+        // The image has locks of its own on it.
+        drop(data_file);
         let opened = async {
             match held {
                 Some(held) => held.open_image(ring, options.name, &image).await,
@@ -120,7 +130,8 @@ impl Target {
             }
         };
         let TargetOptions { state_dir, mark, .. } = options;
-        let target = Target { node, _promised: promised, state_dir, mark, made, remade };
+        let _promised = uses.into_iter().chain([promised]).collect();
+        let target = Target { node, _promised, state_dir, mark, made, remade };
         if let Err(failure) = make_state_dir(engine, target.node.driver(), target.state_dir.as_deref()) {
             target.undo(engine).await;
             return Err(failure);
@@ -166,7 +177,7 @@ pub async fn make_remote(engine: &Engine, name: &str, new: &NewImage) -> Result<
         Err(error) if error.errno == Errno::EEXIST => return Err(exists(name)),
         Err(error) => return Err(error.into()),
     };
-    if let Err(error) = new.write(ring, &file, Path::new("")).await {
+    if let Err(error) = new.write(ring, &file, Path::new(""), &Beside::default()).await {
         Made::Remote(name.to_owned()).remove(engine).await;
         return Err(error.into());
     }
@@ -174,7 +185,12 @@ pub async fn make_remote(engine: &Engine, name: &str, new: &NewImage) -> Result<
 }
 
 /// Makes a target that is not there; a file appears under its name with its mark, all at once.
-async fn make(engine: &Engine, options: &TargetOptions<'_>, new: &NewImage) -> Result<Made, Failure> {
+async fn make(
+    engine: &Engine,
+    options: &TargetOptions<'_>,
+    new: &NewImage,
+    beside: &Beside<'_>,
+) -> Result<Made, Failure> {
     let Some(path) = local_path(options.name) else {
         make_remote(engine, options.name, new).await?;
         return Ok(Made::Remote(options.name.to_owned()));
@@ -185,8 +201,10 @@ async fn make(engine: &Engine, options: &TargetOptions<'_>, new: &NewImage) -> R
         let mark = TargetMark::new(engine.ring(), file.clone(), state_dir, options.mark.clone());
         Ok(mark.set().await?)
     };
-    make_file(engine, &path, new, mark).await?;
-    Ok(Made::File(path))
+    make_file(engine, &path, new, beside, mark).await?;
+    let data_file = new.data_file().filter(|_| beside.data_file.is_none());
+    let data_file = data_file.and_then(|name| data_file_path(&path, name).ok());
+    Ok(Made::File(path, data_file))
 }
 
 /// Makes an image in a new file, which appears under the name `path` when it is whole. `last` is called with the file
@@ -195,15 +213,19 @@ pub async fn make_file(
     engine: &Engine,
     path: &Path,
     new: &NewImage,
+    beside: &Beside<'_>,
     last: impl AsyncFnOnce(&Rc<dyn Driver>) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let ring = engine.ring();
     let hidden = hidden_name(path);
-    FileDriver::create(ring, &hidden, 0, CreateOptions::default()).await?;
+    let made = CreateOptions { mode: beside.mode, ..CreateOptions::default() };
+    FileDriver::create(ring, &hidden, 0, made).await?;
+    let mut is_written = false;
     let result = async {
         let image = ImageOptions { lock: false, ..ImageOptions::raw() };
         let node = engine.open(&format!("file:{}", hidden.display()), &image).await?;
-        new.write(ring, node.driver(), path).await?;
+        new.write(ring, node.driver(), path, beside).await?;
+        is_written = true;
         last(node.driver()).await?;
         let failed = |errno| match errno {
             Errno::EEXIST => exists(&path.display().to_string()),
@@ -216,6 +238,9 @@ pub async fn make_file(
     if result.is_err() {
         // It may have its name already; both removals are tidying up after an error that is told.
         let _ = ring.unlink(&hidden);
+        if is_written {
+            beside.remove(ring, path, new);
+        }
     }
     result
 }
@@ -232,6 +257,16 @@ fn hidden_name(path: &Path) -> PathBuf {
         end -= 1;
     }
     parent(path).join(format!(".{}.blockferry-{}", &name[..end], std::process::id()))
+}
+
+/// A raw image is as long as its disk: whether the file can be is tried before it is emptied. What it holds stays.
+pub async fn try_length(file: &Rc<dyn Driver>, new: &NewImage) -> Result<(), Failure> {
+    let old = file.len();
+    if new.format() == Format::Raw && new.len() > old {
+        file.set_len(new.len()).await?;
+        file.set_len(old).await?;
+    }
+    Ok(())
 }
 
 /// Makes the directory for marks if this target needs it.

@@ -7,6 +7,7 @@ use super::Global;
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs};
 use crate::base::secret::without_secrets;
+use crate::engine::admit::Plan;
 use crate::engine::{Format, ImageOptions};
 
 /// How results are printed.
@@ -41,6 +42,28 @@ impl OutputArgs {
     /// Whether JSON was asked for.
     pub fn is_json(&self, global: &Global) -> bool {
         global.json || self.output == Output::Json
+    }
+}
+
+/// Whether a command only says what it would do.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct PlanArgs {
+    /// Say what would be opened, locked, written and refused, and change nothing. Exit code 1: it would be refused
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+impl PlanArgs {
+    /// Goes on if nothing speaks against the plan; true: it was a dry run, which has been printed and ends here.
+    pub fn ends(self, global: &Global, plan: &Plan) -> Result<bool, Failure> {
+        if self.dry_run {
+            match global.json {
+                true => println!("{}", plan.to_json()),
+                false => print!("{plan}"),
+            }
+        }
+        plan.admitted()?;
+        Ok(self.dry_run)
     }
 }
 

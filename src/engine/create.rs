@@ -3,7 +3,7 @@
 //! A new image is made in a file that is there already and empty; who made the file (under a hidden name, marked or
 //! not) is not known here. Everything that is written is durable afterwards.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
@@ -11,11 +11,12 @@ use blockferry_ring::op::Fallocate;
 use blockferry_ring::{Errno, Ring};
 
 use super::{Format, ImageOptions, named};
+use crate::base::limits::DISK_LEN_MAX;
 use crate::base::range::ByteRange;
 use crate::base::units::parse_size;
-use crate::block::{BlockError, Driver, IoResult, Operation, WriteFlags};
+use crate::block::{BlockError, Driver, IoResult, Operation, WriteFlags, ZeroFlags};
 use crate::format::qcow2::gate::understand;
-use crate::format::qcow2::{CreateOptions, Qcow2};
+use crate::format::qcow2::{CreateOptions, Preallocation, Qcow2};
 use crate::protocol::file::{CreateOptions as FileOptions, FileDriver};
 
 const NO_SIZE: &str = "How large is the image to be? Say a size";
@@ -104,8 +105,12 @@ impl NewImage {
     /// Whether an image can be like that. `name` is what it will be called.
     pub fn check(&self, name: &str) -> Result<(), BlockError> {
         match self {
+            NewImage::Raw { len, .. } if *len > DISK_LEN_MAX => {
+                let why = format!("A disk has at most {DISK_LEN_MAX} bytes, and not {len}.");
+                Err(BlockError::new(Operation::Create, name, Errno::EFBIG).hint(why))
+            }
             NewImage::Raw { .. } => Ok(()),
-            NewImage::Qcow2(options) => options.check(name),
+            NewImage::Qcow2(options) => Qcow2::check_new(name, options),
         }
     }
 
@@ -130,24 +135,49 @@ impl NewImage {
         }
     }
 
-    /// Its data is in a file of its own.
-    pub fn has_data_file(&self) -> bool {
+    /// The name of the file that its data is in, where it has one of its own.
+    pub fn data_file(&self) -> Option<&str> {
         match self {
-            NewImage::Raw { .. } => false,
-            NewImage::Qcow2(options) => options.data_file.is_some(),
+            NewImage::Raw { .. } => None,
+            NewImage::Qcow2(options) => options.data_file.as_deref(),
+        }
+    }
+
+    /// Bytes that it occupies as soon as it is made, where room is set aside in it.
+    pub fn room_min(&self) -> u64 {
+        match self {
+            NewImage::Raw { preallocation: RawPreallocation::Off, .. } => 0,
+            NewImage::Raw { len, .. } => *len,
+            NewImage::Qcow2(options) => match options.preallocation {
+                Preallocation::Off | Preallocation::Metadata => 0,
+                Preallocation::Falloc | Preallocation::Full => {
+                    let data = if options.data_file.is_some() { options.size } else { 0 };
+                    Qcow2::measure(options, 0).fully_allocated + data
+                }
+            },
         }
     }
 
     /// Makes it in `file`, which is open for writing and empty. `path` is the name that the image will have: names of
     /// other files are relative to it.
-    pub async fn write(&self, ring: &Ring, file: &Rc<dyn Driver>, path: &Path) -> IoResult {
+    pub async fn write(
+        &self,
+        ring: &Ring,
+        file: &Rc<dyn Driver>,
+        path: &Path,
+        beside: &Beside<'_>,
+    ) -> IoResult {
         match self {
             NewImage::Qcow2(options) => {
                 let data_file = match &options.data_file {
-                    Some(name) => Some(make_data_file(ring, path, name).await?),
+                    Some(name) => Some(beside.data_file(ring, path, name, options.size).await?),
                     None => None,
                 };
-                Qcow2::create(ring, file, data_file.as_ref(), options).await
+                let made = Qcow2::create(ring, file, data_file.as_ref(), options).await;
+                if made.is_err() {
+                    beside.remove(ring, path, self);
+                }
+                made
             }
             NewImage::Raw { len, preallocation } => {
                 file.set_len(*len).await?;
@@ -158,14 +188,60 @@ impl NewImage {
     }
 }
 
-/// The external data file of a new image, which is made if it is not there. What is in it is lost.
-async fn make_data_file(ring: &Ring, image: &Path, name: &str) -> Result<Rc<dyn Driver>, BlockError> {
-    let reference = understand(image, name).map_err(|error| named::failed(name, &error))?;
-    if matches!(ring.lookup(&reference.path), Ok(None)) {
-        FileDriver::create(ring, &reference.path, 0, FileOptions::default()).await?;
+/// What stands beside a new image.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Beside<'a> {
+    /// The data file that the image is to have, if it is there already: what is in it is lost. Without one it is made,
+    /// and one that is there is left alone.
+    pub data_file: Option<&'a Rc<dyn Driver>>,
+    /// Permission bits of what is made.
+    pub mode: Option<u32>,
+}
+
+impl Beside<'_> {
+    /// The data file of a new image of `size` bytes, which reads as zeroes.
+    async fn data_file(
+        &self,
+        ring: &Ring,
+        image: &Path,
+        name: &str,
+        size: u64,
+    ) -> Result<Rc<dyn Driver>, BlockError> {
+        if let Some(there) = self.data_file {
+            match there.set_len(0).await {
+                Ok(()) => {}
+                // A device keeps its length. What the image will show of it must be nothing of what was there.
+                Err(error) if error.errno == Errno::EOPNOTSUPP => {
+                    let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+                    let len = size.min(there.len());
+                    if len > 0 {
+                        there.write_zeroes(0, len, flags).await?;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+            return Ok(there.clone());
+        }
+        let path = data_file_path(image, name)?;
+        let options = FileOptions { mode: self.mode, ..FileOptions::default() };
+        FileDriver::create(ring, &path, 0, options).await?;
+        super::open::open(ring, &format!("file:{}", path.display()), &ImageOptions::raw()).await
     }
-    let file = format!("file:{}", reference.path.display());
-    super::open::open(ring, &file, &ImageOptions::raw()).await
+
+    /// Making the image has failed, after all: what was made beside it goes, too.
+    pub fn remove(&self, ring: &Ring, image: &Path, new: &NewImage) {
+        let name = new.data_file().filter(|_| self.data_file.is_none());
+        if let Some(path) = name.and_then(|name| data_file_path(image, name).ok()) {
+            // Tidying up after an error that is told.
+            let _ = ring.unlink(&path);
+        }
+    }
+}
+
+/// Where the data file of an image lies.
+pub fn data_file_path(image: &Path, name: &str) -> Result<PathBuf, BlockError> {
+    let reference = understand(image, name).map_err(|error| named::failed(name, &error))?;
+    Ok(reference.path)
 }
 
 /// Sets room aside in a range of a raw image that holds nothing yet.

@@ -51,6 +51,41 @@ fn layers_between(top: &Rc<Node>, base: &Rc<Node>) -> Result<Vec<Rc<Node>>, Chai
     }
 }
 
+/// What a commit is about: the place of the layer in the chain from which it is merged down (0: the active one), the
+/// layers that are merged, and the one that receives them.
+#[derive(Debug)]
+pub struct Merge {
+    /// The place of the uppermost in the chain.
+    pub at: usize,
+    /// Those that are merged, from above.
+    pub layers: Vec<Rc<Node>>,
+    /// The one that receives them.
+    pub base: Rc<Node>,
+}
+
+/// Whether a commit of these layers makes sense; the defaults are those of [`start`].
+pub fn judge(
+    front: &Rc<Node>,
+    top: Option<&Rc<Node>>,
+    base: Option<&Rc<Node>>,
+    options: &SweepOptions,
+) -> Result<Merge, ChainError> {
+    let chain = front.chain();
+    let top = top.unwrap_or(front);
+    let Some(at) = chain.iter().position(|node| Rc::ptr_eq(node, top)) else {
+        return Err(ChainError::NotInChain(top.name().to_owned()));
+    };
+    if top.below().is_none() {
+        return Err(ChainError::NoBacking(top.name().to_owned()));
+    }
+    let base = base.or(chain.last()).unwrap_or(top).clone();
+    let layers = layers_between(top, &base)?;
+    if at == 0 && options.backing_file.is_some() {
+        return Err(ChainError::BackingFileForActive);
+    }
+    Ok(Merge { at, layers, base })
+}
+
 /// Starts a commit on the chain below `front`, the node that guests use. `top` is the active layer when it is `None`,
 /// `base` the lowest layer.
 ///
@@ -64,25 +99,17 @@ pub async fn start(
     base: Option<&Rc<Node>>,
     options: SweepOptions,
 ) -> Result<Job, ChainError> {
-    let chain = front.chain();
-    let top = top.unwrap_or(front);
-    let Some(at) = chain.iter().position(|node| Rc::ptr_eq(node, top)) else {
-        return Err(ChainError::NotInChain(top.name().to_owned()));
-    };
-    if top.below().is_none() {
-        return Err(ChainError::NoBacking(top.name().to_owned()));
-    }
-    let base = base.or(chain.last()).unwrap_or(top);
-    let layers = layers_between(top, base)?;
+    let Merge { at, layers, base } = judge(front, top, base, &options)?;
     if at == 0 {
-        return start_active(ring, front, layers, base, options).await;
+        return start_active(ring, front, layers, &base, options).await;
     }
+    let top = top.unwrap_or(front);
     let mut uses = Vec::new();
     for layer in &layers {
         uses.push(layer.attach_in_time(UseKind::JobLayer("commit")).await?);
     }
     uses.push(base.attach_in_time(UseKind::JobBase("commit")).await?);
-    let base = Rc::new(Writable::hold(ring, base, uses).await?);
+    let base = Rc::new(Writable::hold(ring, &base, uses).await?);
     let len = top.driver().len();
     let peer = peer(&base, len);
     if peer.is_err() {
@@ -126,9 +153,6 @@ async fn start_active(
     base: &Rc<Node>,
     options: SweepOptions,
 ) -> Result<Job, ChainError> {
-    if options.backing_file.is_some() {
-        return Err(ChainError::BackingFileForActive);
-    }
     let mirror_options = MirrorOptions {
         speed: options.speed,
         buf_size: options.buf_size,

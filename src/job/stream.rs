@@ -46,18 +46,13 @@ pub enum Floor {
     Bottom(Rc<Node>),
 }
 
-/// Starts a stream into `top`, a layer of the chain below `front`, the node that guests use (`None`: `front` itself).
-///
-/// # Errors
-/// Nothing has changed then: a job that uses one of the layers (`EBUSY`, with QEMU's text), a top that cannot be written,
-/// names that make no sense.
-pub async fn start(
-    ring: &Ring,
+/// Whether a stream makes sense: the places in the chain of the layer that is filled, and of the first that is not copied.
+pub fn judge(
     front: &Rc<Node>,
     top: Option<&Rc<Node>>,
-    floor: Floor,
-    options: SweepOptions,
-) -> Result<Job, ChainError> {
+    floor: &Floor,
+    options: &SweepOptions,
+) -> Result<(usize, usize), ChainError> {
     let chain = front.chain();
     let top = top.unwrap_or(front);
     let position = |node: &Rc<Node>| {
@@ -66,7 +61,7 @@ pub async fn start(
     };
     let from = position(top)?;
     // The first layer that is not copied.
-    let to = match &floor {
+    let to = match floor {
         Floor::Whole => chain.len(),
         Floor::Base(base) => position(base)?,
         Floor::Bottom(bottom) => position(bottom)? + 1,
@@ -81,6 +76,24 @@ pub async fn start(
     if to == chain.len() && options.backing_file.is_some() {
         return Err(ChainError::BackingFileForNone);
     }
+    Ok((from, to))
+}
+
+/// Starts a stream into `top`, a layer of the chain below `front`, the node that guests use (`None`: `front` itself).
+///
+/// # Errors
+/// Nothing has changed then: a job that uses one of the layers (`EBUSY`, with QEMU's text), a top that cannot be written,
+/// names that make no sense.
+pub async fn start(
+    ring: &Ring,
+    front: &Rc<Node>,
+    top: Option<&Rc<Node>>,
+    floor: Floor,
+    options: SweepOptions,
+) -> Result<Job, ChainError> {
+    let chain = front.chain();
+    let top = top.unwrap_or(front);
+    let (from, to) = judge(front, Some(top), &floor, &options)?;
     let mids = chain[from + 1..to].to_vec();
     let mut uses = vec![top.attach_in_time(UseKind::JobTop("stream")).await?];
     for layer in &mids {

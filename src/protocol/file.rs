@@ -38,6 +38,8 @@ pub struct CreateOptions {
     pub overwrite: bool,
     /// Overwrite even what another program has locked.
     pub no_lock: bool,
+    /// Permission bits of a new one, before the process's umask. `None`: 0644.
+    pub mode: Option<u32>,
 }
 
 impl FileDriver {
@@ -60,7 +62,7 @@ impl FileDriver {
         options: CreateOptions,
     ) -> Result<(), BlockError> {
         let fail = |errno| open::fail(Operation::Create, path, errno);
-        let how = OpenHow { write: true, create_new: true, ..OpenHow::default() };
+        let how = OpenHow { write: true, create_new: true, mode: options.mode, ..OpenHow::default() };
         let (file, is_new) = match ring.open(path, &how) {
             Ok(file) => (file, true),
             Err(Errno::EEXIST) if options.overwrite => {

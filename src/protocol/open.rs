@@ -82,6 +82,7 @@ pub(super) fn open_leaf(
         write: !options.read_only,
         direct: options.cache == Cache::Direct,
         create_new: false,
+        mode: None,
         exclusive_device: wanted == FileKind::Block && !options.read_only,
     };
     let failed = |errno| match errno {

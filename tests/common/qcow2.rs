@@ -34,7 +34,7 @@ pub fn file(ring: &Ring, path: &str) -> Rc<dyn Driver> {
 pub fn create(ring: &Ring, path: &str, options: &CreateOptions) {
     let (r, path, options) = (ring.clone(), path.to_owned(), options.clone());
     ring.block_on(async move {
-        let new = NewFile { overwrite: true, no_lock: false };
+        let new = NewFile { overwrite: true, ..NewFile::default() };
         FileDriver::create(&r, Path::new(&path), 0, new).await.expect("a new file");
         let data = match &options.data_file {
             Some(name) => {

@@ -144,6 +144,8 @@ impl Inode {
             offset_align: if direct { model.offset_align } else { 1 },
             identity: (1, number),
             device: self.is_block().then_some((8, number as u32)),
+            mode: 0o644,
+            group: 0,
         }
     }
 

@@ -90,7 +90,7 @@ pub(super) fn open(path: &Path, how: &OpenHow) -> Result<OwnedFd, Errno> {
     } else if how.exclusive_device {
         flags |= OFlags::EXCL;
     }
-    let mode = Mode::from_raw_mode(0o644);
+    let mode = Mode::from_raw_mode(how.mode.unwrap_or(0o644));
     // A FIFO would block here; images are files and devices.
     Ok(rustix::fs::open(path, flags | OFlags::NONBLOCK | OFlags::NOCTTY, mode)?)
 }
@@ -139,7 +139,8 @@ pub(super) fn info(fd: &OwnedFd) -> Result<FileInfo, Errno> {
         }
     }
     let identity = (u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor), stat.stx_ino);
-    Ok(FileInfo { kind, len, allocated, mem_align, offset_align, identity, device })
+    let (mode, group) = (u32::from(stat.stx_mode) & 0o7777, stat.stx_gid);
+    Ok(FileInfo { kind, len, allocated, mem_align, offset_align, identity, device, mode, group })
 }
 
 pub(super) fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, Errno> {

@@ -23,11 +23,15 @@ use serde_json::json;
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, duration, failed, parse_format, size};
 use super::signals::Signals;
+use super::tool::PlanArgs;
 use super::{Global, config, stats};
 use crate::base::range::ByteRange;
 use crate::base::secret::without_secrets;
 use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration, parse_size};
-use crate::engine::Format;
+use crate::engine::admit::{Act, Admission, Plan};
+use crate::engine::open::{local_path, open};
+use crate::engine::{Format, ImageOptions};
+use crate::graph::node::{Node, UseKind};
 use ack_log::AckLog;
 use check::{CheckReport, Expectation, check_on};
 use load::{DEPTH_MAX, LoadConfig, LoadControl, LoadOutcome, LoadProgress, run_on};
@@ -143,6 +147,8 @@ pub struct BenchArgs {
     format: Format,
     #[command(flatten)]
     open: OpenArgs,
+    #[command(flatten)]
+    plan: PlanArgs,
 }
 
 /// Options that say nothing where there is no load.
@@ -301,8 +307,42 @@ fn verdict(failed: bool, wrong: bool) -> Exit {
     }
 }
 
+/// What the load would do, and what speaks against it: a log that is a file of the disk itself would empty it.
+async fn judge(ring: Ring, name: String, image: ImageOptions, files: Vec<PathBuf>) -> Plan {
+    let mut admission = Admission::new(&ring, "bench");
+    let look = ImageOptions { read_only: true, ..image.clone() };
+    // A server is connected to by the load itself.
+    if local_path(&name).is_some() {
+        match open(&ring, &name, &look).await {
+            Ok(driver) => {
+                let node = Node::new(&ring, &*name, driver);
+                let (act, kind) = match image.read_only {
+                    true => (Act::Read, UseKind::Reader),
+                    false => (Act::Overwrite, UseKind::Guest),
+                };
+                admission.layer("disk", act, &node, kind).await;
+                for layer in node.chain() {
+                    admission.stays(layer.driver(), "is a file of the disk under load").await;
+                }
+            }
+            Err(error) => admission.refuse(error),
+        }
+    }
+    for file in files {
+        admission.writes_file(&file).await;
+    }
+    admission.judge().0
+}
+
 fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Failure> {
     let (load, options) = (args.config(), args.target_options());
+    let files: Vec<_> = args.log.iter().chain(&args.histogram).cloned().collect();
+    if args.plan.dry_run || !files.is_empty() {
+        let plan = ring.block_on(judge(ring.clone(), args.target.clone(), options.image.clone(), files));
+        if args.plan.ends(global, &plan)? {
+            return Ok(Exit::Done);
+        }
+    }
     let log: Option<Box<dyn std::io::Write>> = match &args.log {
         Some(path) => Some(Box::new(BufWriter::with_capacity(1 << 16, create(path)?))),
         None => None,

@@ -8,11 +8,11 @@ use crate::cli::exit::Failure;
 use crate::cli::image::{OpenArgs, Reflink, duration, parse_format, size, speed};
 use crate::cli::job::{Policy, bytes, guest_first};
 use crate::cli::serve::{ClientArgs, export_uri};
-use crate::cli::tool::option_pairs;
+use crate::cli::tool::{PlanArgs, option_pairs};
 use crate::engine::Format;
 use crate::job::governor::GuestFirst;
-use crate::job::mirror::SyncMode;
 use crate::job::mirror::converge::OnDivergence;
+use crate::job::mirror::{SyncMode, check_granularity};
 use crate::job::offload::OffloadPolicy;
 use crate::job::policy::CopyMode;
 use crate::job::runner::ErrorPolicies;
@@ -128,6 +128,8 @@ pub struct MirrorArgs {
     pub(super) open: OpenArgs,
     #[command(flatten)]
     pub(super) clients: ClientArgs,
+    #[command(flatten)]
+    pub(super) plan: PlanArgs,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -197,6 +199,7 @@ pub(super) struct Settings {
     pub(super) quiet: bool,
     pub(super) open: OpenArgs,
     pub(super) clients: ClientArgs,
+    pub(super) plan: PlanArgs,
 }
 
 impl Settings {
@@ -205,6 +208,9 @@ impl Settings {
             tracing::info!(
                 "without --export nobody can write through this process: there is nothing to follow"
             );
+        }
+        if let Some(granularity) = args.granularity {
+            check_granularity(granularity)?;
         }
         Ok(Settings {
             source: args.source.clone(),
@@ -254,6 +260,7 @@ impl Settings {
             quiet: args.quiet,
             open: args.open.clone(),
             clients: args.clients.clone(),
+            plan: args.plan,
         })
     }
 }

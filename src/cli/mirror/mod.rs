@@ -10,6 +10,7 @@ use blockferry_ring::limits::ARENA_BYTES;
 use blockferry_ring::sync::either;
 use blockferry_ring::{Config, Nanos};
 
+use super::create::open_new_backing;
 use super::exit::{Exit, Failure};
 use super::image::state_dir;
 use super::job::{AtReady, Watch, Words, disk, suit_bulk};
@@ -18,6 +19,7 @@ use super::signals::Signals;
 use super::target::{Target, TargetOptions};
 use super::{Global, config, stats};
 use crate::base::limits;
+use crate::block::Driver;
 use crate::engine::admit::{Admission, IfThere, Wish};
 use crate::engine::create::NewImage;
 use crate::engine::open::local_path;
@@ -25,7 +27,7 @@ use crate::engine::qcow2::{format as image_format, qcow2};
 use crate::engine::remote::is_remote;
 use crate::engine::{Engine, Format};
 use crate::format::qcow2::Qcow2;
-use crate::graph::node::{Node, Use};
+use crate::graph::node::Node;
 use crate::job::mirror::verify::Verifier;
 use crate::job::mirror::{MirrorOptions, SyncMode};
 use crate::job::runner::{Ending, Job};
@@ -93,10 +95,10 @@ struct Run {
 impl Run {
     async fn mirror(&self, settings: &Settings) -> Result<Exit, Failure> {
         let ring = self.engine.ring().clone();
-        let read_only = settings.export.is_empty();
+        let read_only = settings.export.is_empty() || settings.plan.dry_run;
         let source =
             self.engine.open(&settings.source, &settings.open.image(settings.format, read_only)).await?;
-        let (target, uses) = self.open_target(settings, &source).await?;
+        let Some(target) = self.open_target(settings, &source).await? else { return Ok(Exit::Done) };
         let started = self.start(settings, &source, &target).await;
         let Started { exports, job, verifier, began } = match started {
             Ok(started) => started,
@@ -105,7 +107,6 @@ impl Run {
                 return Err(failure);
             }
         };
-        drop(uses);
         // With clients or servers, what one of them waits for must not wait for other things.
         if settings.export.is_empty() && !is_far(settings) {
             suit_bulk(&ring, [&*settings.source, &*settings.target].into_iter());
@@ -137,13 +138,8 @@ impl Run {
     }
 
     /// Settles what can be settled before the target is touched; then opens it, or makes it: raw, or in the format that was
-    /// said. An overlay of the source's backing file if only what lies above that is copied. What is read stays as it is
-    /// while the uses that come with it are kept.
-    async fn open_target(
-        &self,
-        settings: &Settings,
-        source: &Rc<Node>,
-    ) -> Result<(Target, Vec<Use>), Failure> {
+    /// said. An overlay of the source's backing file if only what lies above that is copied. `None`: it was a dry run.
+    async fn open_target(&self, settings: &Settings, source: &Rc<Node>) -> Result<Option<Target>, Failure> {
         let (ring, name) = (self.engine.ring(), &*settings.target);
         let format = settings.target_format.unwrap_or(Format::Raw);
         let mut new = NewImage::parse(format, &settings.target_options, Some(source.driver().len()))
@@ -158,19 +154,45 @@ impl Run {
         }
         let image = settings.open.image(settings.target_format, false);
         let if_there = if settings.force { IfThere::Overwrite } else { IfThere::Refuse };
-        let mut admission = Admission::new(ring, "mirror");
+        let mut admission = Admission::new(ring, "mirror").counting(settings.plan.dry_run);
         admission.source(source).await;
-        admission.target(&Wish { if_there, ..Wish::copy(name, image.clone(), &new, source) }).await;
+        if let Some(backing) = self.new_backing(settings, source, &new).await? {
+            admission.reads("new backing file", &backing).await;
+        }
+        let disk = source.driver();
+        // A qcow2 image is made of whole sectors.
+        let len_max = (!settings.allow_larger_target).then(|| disk.len().next_multiple_of(512));
+        let wish = Wish { if_there, len_max, ..Wish::copy(name, image.clone(), &new, source) };
+        admission.target(&wish).await;
+        match settings.sync {
+            SyncMode::None => admission.plan().bytes_max = Some(0),
+            sync => admission.bytes_of(disk, sync == SyncMode::Top).await?,
+        }
         let (plan, admitted) = admission.judge();
-        plan.admitted()?;
-        let Some(standing) = admitted.target else { return Err(Failure::text("There is no target")) };
+        if settings.plan.ends(&self.global, &plan)? {
+            return Ok(None);
+        }
         let options = TargetOptions {
             name,
             image,
             state_dir: state_dir(settings.state_dir.as_deref()),
             mark: MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
         };
-        Ok((Target::take(&self.engine, standing, options, &new).await?, admitted.uses))
+        Target::take(&self.engine, admitted, options, &new).await.map(Some)
+    }
+
+    /// The backing file that a user names for the new image.
+    async fn new_backing(
+        &self,
+        settings: &Settings,
+        source: &Rc<Node>,
+        new: &NewImage,
+    ) -> Result<Option<Rc<dyn Driver>>, Failure> {
+        let of_source = settings.sync == SyncMode::Top && source.driver().has_backing();
+        match new.has_backing() && !of_source {
+            true => open_new_backing(&self.engine, &settings.target, &settings.target_options).await,
+            false => Ok(None),
+        }
     }
 
     /// Opens the exports and starts the job.

@@ -9,125 +9,34 @@
 //! Opening an image for writing may itself write to it (QEMU does so, too): what is judged is opened as the bytes that it
 //! is stored in, and its format is only read.
 
+mod access;
 pub mod place;
 pub mod plan;
+mod target;
 
+use std::path::Path;
 use std::rc::Rc;
 
 use blockferry_ring::{Errno, Ring};
 
-use super::create::NewImage;
-use super::open::{self, local_path, name_of};
-use super::{Format, ImageOptions, named, remote};
+use super::named;
 use crate::block::{BlockError, Driver, Operation};
 use crate::graph::node::{Node, Use, UseKind};
+pub use access::FILE_MODE;
+use access::Source;
 use place::Ground;
 pub use plan::{Act, Plan, Planned, Refusal};
-
-/// What is to become of a target that is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IfThere {
-    /// It is left alone.
-    Refuse,
-    /// It is emptied and made anew. A raw block device is taken as it is.
-    Remake,
-    /// It is written as the image that it is.
-    Overwrite,
-}
-
-/// A target, as it is wanted.
-#[derive(Clone, Debug)]
-pub struct Wish<'a> {
-    /// As the user said it.
-    pub name: &'a str,
-    /// How to open it.
-    pub image: ImageOptions,
-    /// What is made.
-    pub new: &'a NewImage,
-    /// What is done with one that is there.
-    pub if_there: IfThere,
-    /// One that is not there is made.
-    pub may_make: bool,
-    /// Bytes that it has to have.
-    pub len_min: u64,
-}
-
-impl<'a> Wish<'a> {
-    /// Of a new image that receives all of `source`.
-    pub fn copy(name: &'a str, image: ImageOptions, new: &'a NewImage, source: &Node) -> Wish<'a> {
-        let len_min = source.driver().len();
-        Wish { name, image, new, if_there: IfThere::Refuse, may_make: true, len_min }
-    }
-}
-
-/// A file that is there, open for writing as the bytes that it has, and locked.
-#[derive(Debug)]
-pub struct Held {
-    node: Rc<Node>,
-    /// The format that its name says.
-    format: Option<Format>,
-    _lock: Use,
-}
-
-impl Held {
-    async fn open(ring: &Ring, name: &str, image: &ImageOptions) -> Result<Held, BlockError> {
-        let options = ImageOptions { read_only: false, ..image.clone() };
-        let (driver, format) = open::open_child(ring, name, &options).await?;
-        let node = Node::new(ring, name, driver);
-        let lock = node.attach_in_time(UseKind::PromisedTarget).await?;
-        Ok(Held { node, format, _lock: lock })
-    }
-
-    /// Its bytes.
-    pub fn bytes(&self) -> &Rc<dyn Driver> {
-        self.node.driver()
-    }
-
-    /// Opens the image that these bytes are. The locks go over to it.
-    pub async fn open_image(
-        self,
-        ring: &Ring,
-        name: &str,
-        image: &ImageOptions,
-    ) -> Result<(Rc<Node>, Use), BlockError> {
-        let driver = self.image(ring, name, image).await?;
-        let node = match Rc::ptr_eq(&driver, self.bytes()) {
-            true => return Ok((self.node, self._lock)),
-            false => Node::new(ring, name, driver),
-        };
-        // Both keep their locks on one open file: the old ones go first, and nothing is waited for until the new ones
-        // are there.
-        drop(self);
-        let lock = node.attach_in_time(UseKind::PromisedTarget).await?;
-        Ok((node, lock))
-    }
-
-    async fn image(
-        &self,
-        ring: &Ring,
-        name: &str,
-        image: &ImageOptions,
-    ) -> Result<Rc<dyn Driver>, BlockError> {
-        open::open_on(ring, self.bytes().clone(), self.format, name, image).await
-    }
-}
-
-/// Where a target stands.
-#[derive(Debug)]
-pub enum Standing {
-    /// It is not there.
-    Missing,
-    /// It is there, and to be made anew.
-    Anew(Held),
-    /// It is there, and is written as it is.
-    AsItIs(Held),
-}
+pub use target::{Held, IfThere, Standing, Wish};
 
 /// What was judged, if nothing spoke against it. Those who were promised to a job keep their locks until it has its own.
 #[derive(Debug)]
 pub struct Admitted {
     /// The target.
     pub target: Option<Standing>,
+    /// The data file that it is to have, if that is there already.
+    pub data_file: Option<Held>,
+    /// Permission bits of what is made.
+    pub mode: u32,
     /// Uses of what is read.
     pub uses: Vec<Use>,
 }
@@ -140,7 +49,12 @@ pub struct Admission {
     read: Vec<(Ground, String)>,
     changed: Vec<(Ground, String)>,
     uses: Vec<Use>,
+    /// Who may read what is read.
+    sources: Vec<Source>,
     target: Option<Standing>,
+    data_file: Option<Held>,
+    mode: u32,
+    counts: bool,
 }
 
 impl Admission {
@@ -152,7 +66,11 @@ impl Admission {
             read: Vec::new(),
             changed: Vec::new(),
             uses: Vec::new(),
+            sources: Vec::new(),
             target: None,
+            data_file: None,
+            mode: FILE_MODE,
+            counts: false,
         }
     }
 
@@ -172,7 +90,9 @@ impl Admission {
             Ok(promised) => self.uses.push(promised),
             Err(error) => self.refuse(error),
         }
-        self.reads("source", node.driver()).await;
+        let driver = node.driver();
+        self.sources.extend(access::sources(&self.ring, driver));
+        self.reads("source", driver).await;
     }
 
     /// A disk is read as `role`, from its image and all below it.
@@ -182,20 +102,114 @@ impl Admission {
             self.plan.images.push(planned(role, Act::Read, &driver));
             let relation = match role {
                 "backing file" => "is a backing file of what is read",
-                "new backing file" => "is the new image's own backing file",
+                "new backing file" => "is its own new backing file",
+                "new backing chain" => "is a part of its own new backing chain",
                 _ => "is the image that is read",
             };
-            for leaf in own_leaves(&driver) {
-                if let Some(ground) = Ground::of_leaf(&self.ring, &leaf).await {
-                    let relation = match leaf.name() == driver.name() {
-                        true => relation.to_owned(),
-                        false => format!("is a file of '{}', which is read", driver.name()),
-                    };
-                    self.read.push((ground, relation));
-                }
-            }
+            self.stays(&driver, relation).await;
             let below = driver.as_layer().and_then(|layer| layer.backing());
-            layer = below.map(|below| ("backing file", below));
+            let role = if role.starts_with("new") { "new backing chain" } else { "backing file" };
+            layer = below.map(|below| (role, below));
+        }
+    }
+
+    /// The files of an image must not be changed by anything else: what would be is told that it `relation` (`is …`).
+    pub async fn stays(&mut self, image: &Rc<dyn Driver>, relation: &str) {
+        for leaf in own_leaves(image) {
+            if let Some(ground) = Ground::of_leaf(&self.ring, &leaf).await {
+                let relation = match leaf.name() == image.name() {
+                    true => relation.to_owned(),
+                    false => format!("is a file of '{}', which is needed", image.name()),
+                };
+                self.read.push((ground, relation));
+            }
+        }
+    }
+
+    /// An image that is there is changed in place, as `role`; see [`Admission::layer`]. No part of it may be read.
+    pub async fn changes(&mut self, role: &'static str, node: &Rc<Node>, kind: UseKind) {
+        self.layer(role, Act::Change, node, kind).await;
+        for leaf in own_leaves(node.driver()) {
+            if let Some(ground) = Ground::of_leaf(&self.ring, &leaf).await {
+                self.changed.push((ground, leaf.name().to_owned()));
+            }
+        }
+    }
+
+    /// A layer of a chain that a job works on. `kind` is how the job will use it: whether that goes with what others do with
+    /// it is tried, and given up again.
+    pub async fn layer(&mut self, role: &'static str, act: Act, node: &Rc<Node>, kind: UseKind) {
+        if let Err(error) = node.attach_in_time(kind).await {
+            self.refuse(error);
+        }
+        let driver = node.driver();
+        self.plan.images.push(planned(role, act, driver));
+        if act == Act::Read {
+            return;
+        }
+        for leaf in own_leaves(driver) {
+            if let Err(error) = access::may_write(&self.ring, &leaf).await {
+                self.refuse(error);
+            }
+        }
+    }
+
+    /// Needs `bytes` of room at once for something of the name `name`, which lies beside `driver`'s file.
+    pub async fn needs_room(&mut self, driver: &Rc<dyn Driver>, bytes: u64) {
+        let Some(path) = super::open::local_path(driver.name()).filter(|_| driver.local_file().is_some())
+        else {
+            return;
+        };
+        // A device has its room already.
+        if !own_leaves(driver).iter().all(|leaf| leaf.kind() == "file") {
+            return;
+        }
+        self.plan.room = access::room(&self.ring, &place::folder(&path)).await;
+        if let Some(room) = self.plan.room.filter(|room| *room < bytes) {
+            self.refuse(
+                BlockError::new(Operation::Resize, driver.name(), Errno::ENOSPC)
+                    .hint(format!("It needs {bytes} bytes more at once, and {room} are free there.")),
+            );
+        }
+    }
+
+    /// An image that is there gets this long.
+    pub fn grows(&mut self, node: &Rc<Node>, len: u64) {
+        let driver = node.driver();
+        if driver.kind() == "host_device" || super::remote::nbd_disk(driver.name()).is_some() {
+            let text = format!("It has {} bytes, has to have {len}, and cannot grow.", driver.len());
+            self.refuse(BlockError::new(Operation::Resize, driver.name(), Errno::ENOSPC).hint(text));
+        } else if driver.kind() == "file" {
+            self.grows_to(driver.name(), len);
+        }
+    }
+
+    /// All data of `disk` is copied, or that of its uppermost layer: so many bytes at most. They are counted only for who
+    /// wants to know.
+    pub async fn bytes_of(&mut self, disk: &Rc<dyn Driver>, top_only: bool) -> Result<(), BlockError> {
+        if self.counts {
+            self.plan.bytes_max = Some(access::data_bytes(disk, top_only).await?);
+        }
+        Ok(())
+    }
+
+    /// For a dry run: bytes are counted, which takes a walk over the disk's tables.
+    pub fn counting(mut self, counts: bool) -> Admission {
+        self.counts = counts;
+        self
+    }
+
+    /// A file gets this long.
+    fn grows_to(&mut self, name: &str, len: u64) {
+        if let Err(refusal) = access::within_file_limit(name, len) {
+            self.refuse(refusal);
+        }
+    }
+
+    /// A file is written that has nothing to do with images, such as a log: it must not be one of them.
+    pub async fn writes_file(&mut self, path: &Path) {
+        if let Some(ground) = Ground::of_path(&self.ring, path).await {
+            self.changed.push((ground, path.display().to_string()));
         }
     }
 
@@ -203,113 +217,13 @@ impl Admission {
     pub async fn keeps(&mut self, image: &str, name: &str) {
         let Ok(named) = named::by_user(image, name) else { return };
         if let Some(ground) = Ground::of_name(&self.ring, &named.name()).await {
-            self.read.push((ground, "is the new image's own backing file".into()));
+            self.read.push((ground, "is its own new backing file".into()));
         }
     }
 
-    /// The target.
-    pub async fn target(&mut self, wish: &Wish<'_>) {
-        if let Some(ground) = Ground::of_name(&self.ring, wish.name).await {
-            self.changed.push((ground, wish.name.to_owned()));
-        }
-        match self.stands(wish).await {
-            Ok(standing) => {
-                let act = match &standing {
-                    Standing::Missing => Act::Make,
-                    Standing::Anew(_) => Act::Remake,
-                    Standing::AsItIs(_) => Act::Overwrite,
-                };
-                if let Err(refusal) = self.settle(wish, &standing).await {
-                    self.refuse(refusal);
-                }
-                self.plan.images.push(Planned {
-                    name: wish.name.to_owned(),
-                    role: "target",
-                    act,
-                    format: Some(wish.image.format.unwrap_or(wish.new.format()).name()),
-                    len: Some(wish.new.len()),
-                    locked: act != Act::Make,
-                });
-                self.target = Some(standing);
-            }
-            Err(refusal) => self.refuse(refusal),
-        }
-    }
-
-    /// Looks at what is there, and opens it if it is to be changed.
-    async fn stands(&self, wish: &Wish<'_>) -> Result<Standing, Refusal> {
-        let ring = &self.ring;
-        let exists = || Refusal::Exists { name: wish.name.to_owned() };
-        let missing = || match wish.may_make {
-            true => Ok(Standing::Missing),
-            false => Err(Refusal::Said(format!(
-                "The target '{}' does not exist, and -n says that it is not to be made",
-                wish.name
-            ))),
-        };
-        let mut name = wish.name.to_owned();
-        if let Some(path) = local_path(wish.name) {
-            match ring.lookup(&path) {
-                Ok(None) => return missing(),
-                Ok(Some(_)) if wish.if_there == IfThere::Refuse => return Err(exists()),
-                Ok(Some(_)) => {}
-                Err(errno) => {
-                    return Err(Refusal::Said(format!(
-                        "The target '{}' cannot be looked at: {errno}",
-                        path.display()
-                    )));
-                }
-            }
-            if !wish.name.starts_with("delay:") {
-                name = format!("file:{}", name_of(&path));
-            }
-        } else if is_nbd(wish.name) && wish.if_there == IfThere::Refuse {
-            return Err(Refusal::Said(format!(
-                "The target '{}' is a disk of a server, which is left alone. Say --force to overwrite it",
-                wish.name
-            )));
-        }
-        let held = match Held::open(ring, &name, &wish.image).await {
-            Err(error) if error.errno == Errno::ENOENT && remote::can_create(wish.name) => return missing(),
-            held => held?,
-        };
-        if wish.if_there == IfThere::Refuse && remote::can_create(wish.name) {
-            return Err(exists());
-        }
-        // What cannot be emptied is taken as it is.
-        let has_own_length = held.bytes().kind() != "host_device" && !is_nbd(wish.name);
-        Ok(match wish.if_there == IfThere::Remake && has_own_length {
-            true => Standing::Anew(held),
-            false => Standing::AsItIs(held),
-        })
-    }
-
-    /// What of the request does not go with what is there.
-    async fn settle(&mut self, wish: &Wish<'_>, standing: &Standing) -> Result<(), Refusal> {
-        let smaller = |len: u64| {
-            let (name, needed) = (wish.name, wish.len_min);
-            Refusal::Said(format!(
-                "The target '{name}' is smaller ({len} bytes) than the source ({needed} bytes)"
-            ))
-        };
-        let held = match standing {
-            Standing::Missing | Standing::Anew(_) => {
-                wish.new.check(wish.name)?;
-                return if wish.new.len() < wish.len_min { Err(smaller(wish.new.len())) } else { Ok(()) };
-            }
-            Standing::AsItIs(held) => held,
-        };
-        let look = ImageOptions { read_only: true, ..wish.image.clone() };
-        let image = held.image(&self.ring, wish.name, &look).await?;
-        for leaf in own_leaves(&image) {
-            if let Some(ground) = Ground::of_leaf(&self.ring, &leaf).await {
-                self.changed.push((ground, leaf.name().to_owned()));
-            }
-        }
-        match image.len() < wish.len_min {
-            true => Err(smaller(image.len())),
-            false => Ok(()),
-        }
+    /// Whether a place is one of those that are read or changed already.
+    fn is_needed(&self, ground: &Ground) -> bool {
+        self.read.iter().chain(&self.changed).any(|(known, _)| known.overlaps(ground))
     }
 
     /// The judgement: the plan, and what goes on from here if nothing speaks against it.
@@ -330,7 +244,8 @@ impl Admission {
             refusals = std::mem::take(&mut self.plan.refusals);
         }
         self.plan.refusals = refusals;
-        (self.plan, Admitted { target: self.target, uses: self.uses })
+        let Admission { target, data_file, mode, uses, .. } = self;
+        (self.plan, Admitted { target, data_file, mode, uses })
     }
 }
 
@@ -370,11 +285,8 @@ fn planned(role: &'static str, act: Act, driver: &Rc<dyn Driver>) -> Planned {
         format: Some(driver.format()),
         len: Some(driver.len()),
         locked: true,
+        mode: None,
     }
-}
-
-fn is_nbd(name: &str) -> bool {
-    remote::nbd_disk(name).is_some()
 }
 
 /// What the bytes of an image itself lie in, without the layers below it: its file, its data file.

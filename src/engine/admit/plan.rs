@@ -105,6 +105,8 @@ pub struct Planned {
     pub len: Option<u64>,
     /// It would be locked.
     pub locked: bool,
+    /// Permission bits of a file that is made.
+    pub mode: Option<u32>,
 }
 
 /// What a command is going to do.
@@ -153,6 +155,7 @@ impl Planned {
             "format": self.format,
             "virtual-size": self.len,
             "locked": self.locked,
+            "mode": self.mode.map(|mode| format!("{mode:04o}")),
         })
     }
 }
@@ -165,6 +168,9 @@ impl std::fmt::Display for Planned {
         }
         if let Some(len) = self.len {
             write!(f, ", {}", fmt_bytes(len))?;
+        }
+        if let Some(mode) = self.mode {
+            write!(f, ", mode {mode:04o}")?;
         }
         f.write_str(if self.locked { ", locked)" } else { ")" })
     }

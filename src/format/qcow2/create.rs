@@ -130,50 +130,67 @@ impl OpenFiles for Nothing {
     }
 }
 
+/// All of a new image's tables, if there can be such an image: bytes of the disk, where the tables are, the first cluster.
+fn lay_out(name: &str, options: &CreateOptions) -> Result<(u64, Layout, Vec<u8>), BlockError> {
+    options.check(name)?;
+    let g = geometry(options);
+    let fail = |errno, why: String| Err(BlockError::new(Operation::Create, name, errno).hint(why));
+    let Some(size) = options.size.checked_next_multiple_of(512).filter(|size| *size <= g.disk_len_max())
+    else {
+        return fail(
+            Errno::EFBIG,
+            format!(
+                "With clusters of {} bytes a disk has at most {} bytes.",
+                g.cluster_size(),
+                g.disk_len_max()
+            ),
+        );
+    };
+    let layout = Layout::new(&g, size, 0);
+    if layout.l1_entries * 8 > L1_BYTES_MAX
+        || layout.table * g.cluster_size() > REFTABLE_BYTES_MAX.max(g.cluster_size())
+    {
+        return fail(Errno::EFBIG, "Its tables would be too large; use larger clusters.".into());
+    }
+    let mut header = header(options, &g, &layout, size);
+    let Some(first) = first_cluster(&mut header) else {
+        return fail(
+            Errno::EINVAL,
+            "The names of other files do not fit into one cluster; use larger clusters.".into(),
+        );
+    };
+    Ok((size, layout, first))
+}
+
 impl Qcow2 {
+    /// Whether there can be an image like that. `name` is what it will be called.
+    pub fn check_new(name: &str, options: &CreateOptions) -> Result<(), BlockError> {
+        lay_out(name, options).map(drop)
+    }
+
     pub(super) async fn create_image(
         ring: &Ring,
         file: &Rc<dyn Driver>,
         data_file: Option<&Rc<dyn Driver>>,
         options: &CreateOptions,
     ) -> IoResult {
-        options.check(file.name())?;
+        let (size, layout, first) = lay_out(file.name(), options)?;
         let g = geometry(options);
         let fail = |errno, why: String| Err(BlockError::new(Operation::Create, file.name(), errno).hint(why));
-        let Some(size) = options.size.checked_next_multiple_of(512).filter(|size| *size <= g.disk_len_max())
-        else {
-            return fail(
-                Errno::EFBIG,
-                format!(
-                    "With clusters of {} bytes a disk has at most {} bytes.",
-                    g.cluster_size(),
-                    g.disk_len_max()
-                ),
-            );
-        };
         if data_file.is_some() != options.data_file.is_some() {
             return fail(Errno::EINVAL, "A data file was given and not named, or the reverse.".into());
         }
-        let layout = Layout::new(&g, size, 0);
-        if layout.l1_entries * 8 > L1_BYTES_MAX
-            || layout.table * g.cluster_size() > REFTABLE_BYTES_MAX.max(g.cluster_size())
-        {
-            return fail(Errno::EFBIG, "Its tables would be too large; use larger clusters.".into());
-        }
-        let mut header = header(options, &g, &layout, size);
-        let Some(first) = first_cluster(&mut header) else {
-            return fail(
-                Errno::EINVAL,
-                "The names of other files do not fit into one cluster; use larger clusters.".into(),
-            );
-        };
         let write = async {
             let memory = Memory::new(ring, SLICE_BYTES_MAX as usize)
                 .map_err(|errno| Fault::Refused(errno, "All memory for I/O is in use.".into()))?;
             write_tables(file, &memory, &g, &layout, &first).await?;
             if let Some(data_file) = data_file {
                 if data_file.len() != size {
-                    data_file.set_len(size).await?;
+                    match data_file.set_len(size).await {
+                        // A device keeps its length; what is behind the disk's end is of no interest.
+                        Err(error) if error.errno == Errno::EOPNOTSUPP && data_file.len() >= size => {}
+                        resized => resized?,
+                    }
                 }
                 data_file.flush().await?;
             }

@@ -177,6 +177,14 @@ impl Qcow2 {
         self.resize_told(len, preallocation).await
     }
 
+    /// Whether [`Qcow2::resize`] would do it. Nothing is changed.
+    pub async fn check_resize(&self, len: u64, preallocation: Preallocation) -> IoResult {
+        match self.judge_resize(len, preallocation) {
+            Ok(_) => Ok(()),
+            Err(fault) => Err(self.tell_whole(Operation::Resize, fault).await),
+        }
+    }
+
     /// Writes another backing file (and format) into the image, in one step as far as a power cut can tell,
     /// and durably. `None`: no backing file. Nothing is opened or copied: what `rebase -u` does.
     pub async fn set_backing(&self, backing: Option<(&str, Option<&str>)>) -> IoResult {

@@ -12,8 +12,8 @@ use crate::base::range::ByteRange;
 use crate::block::{BlockError, Operation, ZeroFlags};
 
 impl Qcow2 {
-    pub(super) async fn resize_image(&self, len: u64, mode: Preallocation) -> Result<(), Fault> {
-        self.check_writable()?;
+    /// Whether the disk can become so long; the length that it gets.
+    pub(super) fn judge_resize(&self, len: u64, mode: Preallocation) -> Result<u64, Fault> {
         let refuse = |errno, why: &str| Err(Fault::Refused(errno, why.into()));
         let old = self.len.get();
         let len = match len.checked_next_multiple_of(512) {
@@ -21,7 +21,10 @@ impl Qcow2 {
             _ => return refuse(Errno::EFBIG, "The disk would be longer than its tables can map."),
         };
         if len == old {
-            return Ok(());
+            return Ok(len);
+        }
+        if self.g.l1_entries_for(len) * 8 > L1_BYTES_MAX {
+            return refuse(Errno::EFBIG, "Its tables would be too large.");
         }
         if self.header.borrow().extension(extension::BITMAPS).is_some() {
             return refuse(
@@ -38,7 +41,17 @@ impl Qcow2 {
                 "Room is set aside only where a disk without a backing file grows.",
             );
         }
-        if len > old { self.grow(old, len, mode).await } else { self.shrink(old, len).await }
+        Ok(len)
+    }
+
+    pub(super) async fn resize_image(&self, len: u64, mode: Preallocation) -> Result<(), Fault> {
+        self.check_writable()?;
+        let (old, len) = (self.len.get(), self.judge_resize(len, mode)?);
+        match len.cmp(&old) {
+            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Greater => self.grow(old, len, mode).await,
+            std::cmp::Ordering::Less => self.shrink(old, len).await,
+        }
     }
 
     async fn grow(&self, old: u64, len: u64, mode: Preallocation) -> Result<(), Fault> {

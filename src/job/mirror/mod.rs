@@ -161,12 +161,19 @@ pub enum MirrorError {
     DirtyMap(#[from] crate::graph::dirty::DirtyMapError),
 }
 
+/// Whether changes can be tracked in pieces of this size.
+pub fn check_granularity(bytes: u64) -> Result<(), MirrorError> {
+    match bytes {
+        g if !(512..=64 << 20).contains(&g) => Err(MirrorError::GranularityRange),
+        g if !g.is_power_of_two() => Err(MirrorError::GranularityPower),
+        _ => Ok(()),
+    }
+}
+
 /// The granularity in use: as asked for, or by QEMU's rule.
 pub(super) fn granularity(asked: Option<u64>, target: &Node) -> Result<u64, MirrorError> {
     match asked {
-        Some(g) if !(512..=64 << 20).contains(&g) => Err(MirrorError::GranularityRange),
-        Some(g) if !g.is_power_of_two() => Err(MirrorError::GranularityPower),
-        Some(g) => Ok(g),
+        Some(g) => check_granularity(g).map(|()| g),
         None => {
             let cluster = target.driver().limits().cluster_size.map(u64::from);
             Ok(cluster.map_or(65_536, |c| c.next_power_of_two().clamp(4096, 65_536)))

@@ -1,0 +1,359 @@
+//! A target, as it is wanted and as it stands: whether it is there, what is done with it then, and what of the request does
+//! not go with it.
+//!
+//! What is there and is to be changed is opened for writing as bytes and locked, with the data file that comes with it; who
+//! makes or opens the image goes on with these.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use blockferry_ring::{Errno, FileKind, Ring};
+
+use super::access;
+use super::place::{Ground, folder};
+use super::{Act, Admission, Planned, Refusal, own_leaves};
+use crate::block::{BlockError, Driver, Operation};
+use crate::engine::create::{NewImage, data_file_path};
+use crate::engine::open::{self, local_path, name_of};
+use crate::engine::{Format, ImageOptions, remote};
+use crate::graph::node::{Node, Use, UseKind};
+
+/// What is to become of a target that is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IfThere {
+    /// It is left alone.
+    Refuse,
+    /// It is emptied and made anew. A raw block device is taken as it is.
+    Remake,
+    /// It is written as the image that it is.
+    Overwrite,
+}
+
+/// A target, as it is wanted.
+#[derive(Clone, Debug)]
+pub struct Wish<'a> {
+    /// As the user said it.
+    pub name: &'a str,
+    /// How to open it.
+    pub image: ImageOptions,
+    /// What is made.
+    pub new: &'a NewImage,
+    /// What is done with one that is there.
+    pub if_there: IfThere,
+    /// One that is not there is made.
+    pub may_make: bool,
+    /// Bytes that it has to have.
+    pub len_min: u64,
+    /// Bytes that it may have, at most.
+    pub len_max: Option<u64>,
+    /// Bytes that it will occupy at least.
+    pub room_min: u64,
+}
+
+impl<'a> Wish<'a> {
+    /// Of a new image that receives all of `source`.
+    pub fn copy(name: &'a str, image: ImageOptions, new: &'a NewImage, source: &Node) -> Wish<'a> {
+        let len_min = source.driver().len();
+        Wish { len_min, ..Wish::new(name, image, new) }
+    }
+
+    /// Of a new image.
+    pub fn new(name: &'a str, image: ImageOptions, new: &'a NewImage) -> Wish<'a> {
+        let (if_there, may_make) = (IfThere::Refuse, true);
+        Wish { name, image, new, if_there, may_make, len_min: 0, len_max: None, room_min: 0 }
+    }
+}
+
+/// A file that is there, open for writing as the bytes that it has, and locked.
+#[derive(Debug)]
+pub struct Held {
+    node: Rc<Node>,
+    /// The format that its name says.
+    format: Option<Format>,
+    lock: Use,
+}
+
+impl Held {
+    async fn open(ring: &Ring, name: &str, image: &ImageOptions) -> Result<Held, BlockError> {
+        let options = ImageOptions { read_only: false, ..image.clone() };
+        let (driver, format) = open::open_child(ring, name, &options).await?;
+        let node = Node::new(ring, name, driver);
+        let lock = node.attach_in_time(UseKind::PromisedTarget).await?;
+        Ok(Held { node, format, lock })
+    }
+
+    /// Takes its locks again: making an image in it gives them up at the end.
+    pub fn lock_again(&self) -> Result<(), BlockError> {
+        self.lock.change(UseKind::PromisedTarget)
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &Rc<dyn Driver> {
+        self.node.driver()
+    }
+
+    /// Opens the image that these bytes are. The locks go over to it.
+    pub async fn open_image(
+        self,
+        ring: &Ring,
+        name: &str,
+        image: &ImageOptions,
+    ) -> Result<(Rc<Node>, Use), BlockError> {
+        let driver = self.image(ring, name, image).await?;
+        let node = match Rc::ptr_eq(&driver, self.bytes()) {
+            true => return Ok((self.node, self.lock)),
+            false => Node::new(ring, name, driver),
+        };
+        // Both keep their locks on one open file: the old ones go first, and nothing is waited for until the new ones
+        // are there.
+        drop(self);
+        let lock = node.attach_in_time(UseKind::PromisedTarget).await?;
+        Ok((node, lock))
+    }
+
+    async fn image(
+        &self,
+        ring: &Ring,
+        name: &str,
+        image: &ImageOptions,
+    ) -> Result<Rc<dyn Driver>, BlockError> {
+        open::open_on(ring, self.bytes().clone(), self.format, name, image).await
+    }
+}
+
+/// Where a target stands.
+#[derive(Debug)]
+pub enum Standing {
+    /// It is not there.
+    Missing,
+    /// It is there, and to be made anew.
+    Anew(Held),
+    /// It is there, and is written as it is.
+    AsItIs(Held),
+}
+
+impl Admission {
+    /// The target.
+    pub async fn target(&mut self, wish: &Wish<'_>) {
+        if let Some(ground) = Ground::of_name(&self.ring, wish.name).await {
+            let is_needed = self.is_needed(&ground);
+            self.changed.push((ground, wish.name.to_owned()));
+            if is_needed {
+                // Our own locks on it would be in the way; what there is to say is known.
+                return;
+            }
+        }
+        let standing = match self.stands(wish).await {
+            Ok(standing) => standing,
+            Err(refusal) => return self.refuse(refusal),
+        };
+        let act = match &standing {
+            Standing::Missing => Act::Make,
+            Standing::Anew(_) => Act::Remake,
+            Standing::AsItIs(_) => Act::Overwrite,
+        };
+        let path = local_path(wish.name);
+        if act == Act::Make {
+            let dir = path.as_deref().map(folder);
+            self.mode = access::narrowed(&self.ring, &self.sources, dir.as_deref()).await;
+        }
+        self.plan.images.push(Planned {
+            name: wish.name.to_owned(),
+            role: "target",
+            act,
+            format: Some(wish.image.format.unwrap_or(wish.new.format()).name()),
+            len: Some(wish.new.len()),
+            locked: act != Act::Make,
+            mode: (act == Act::Make && path.is_some()).then_some(self.mode),
+        });
+        let settled = match &standing {
+            Standing::AsItIs(held) => self.fits(wish, held).await,
+            Standing::Missing | Standing::Anew(_) => self.can_be_made(wish, &standing, path.as_deref()).await,
+        };
+        if let Err(refusal) = settled {
+            self.refuse(refusal);
+        }
+        self.target = Some(standing);
+    }
+
+    /// Looks at what is there, and opens it if it is to be changed.
+    async fn stands(&self, wish: &Wish<'_>) -> Result<Standing, Refusal> {
+        let ring = &self.ring;
+        let exists = || Refusal::Exists { name: wish.name.to_owned() };
+        let missing = || match wish.may_make {
+            true => Ok(Standing::Missing),
+            false => Err(Refusal::Said(format!(
+                "The target '{}' does not exist, and -n says that it is not to be made",
+                wish.name
+            ))),
+        };
+        let mut name = wish.name.to_owned();
+        let mut can_be_emptied = remote::can_create(wish.name);
+        if let Some(path) = local_path(wish.name) {
+            match ring.lookup(&path) {
+                Ok(None) if access::is_link(ring, &path).await => {
+                    return Err(Refusal::Said(format!(
+                        "The target '{}' is a symbolic link that leads to nothing",
+                        path.display()
+                    )));
+                }
+                Ok(None) if path.as_os_str().is_empty() => {
+                    return Err(Refusal::Said("The name of the target is empty".into()));
+                }
+                Ok(None) => return missing(),
+                Ok(Some(_)) if wish.if_there == IfThere::Refuse => return Err(exists()),
+                Ok(Some(kind)) => can_be_emptied = kind == FileKind::Regular,
+                Err(errno) => {
+                    return Err(Refusal::Said(format!(
+                        "The target '{}' cannot be looked at: {errno}",
+                        path.display()
+                    )));
+                }
+            }
+            if !wish.name.starts_with("delay:") {
+                name = format!("file:{}", path.display());
+            }
+        } else if remote::nbd_disk(wish.name).is_some() && wish.if_there == IfThere::Refuse {
+            return Err(Refusal::Said(format!(
+                "The target '{}' is a disk of a server, which is left alone. Say --force to overwrite it",
+                wish.name
+            )));
+        }
+        let held = match Held::open(ring, &name, &wish.image).await {
+            Err(error) if error.errno == Errno::ENOENT && remote::can_create(wish.name) => return missing(),
+            held => held?,
+        };
+        if wish.if_there == IfThere::Refuse && remote::can_create(wish.name) {
+            return Err(exists());
+        }
+        // What cannot be emptied is taken as it is.
+        Ok(match wish.if_there == IfThere::Remake && can_be_emptied {
+            true => Standing::Anew(held),
+            false => Standing::AsItIs(held),
+        })
+    }
+
+    /// What is there already has the right length, and is no part of what is read.
+    async fn fits(&mut self, wish: &Wish<'_>, held: &Held) -> Result<(), Refusal> {
+        let look = ImageOptions { read_only: true, ..wish.image.clone() };
+        let image = held.image(&self.ring, wish.name, &look).await?;
+        let known = own_leaves(held.bytes());
+        for leaf in own_leaves(&image) {
+            if known.iter().any(|known| Rc::ptr_eq(known, &leaf)) {
+                continue;
+            }
+            if let Some(ground) = Ground::of_leaf(&self.ring, &leaf).await {
+                self.changed.push((ground, leaf.name().to_owned()));
+            }
+        }
+        check_len(wish, image.len())?;
+        if !Rc::ptr_eq(&image, held.bytes()) {
+            // Its data file is locked, too. Giving that up gives up what is held, which is taken again.
+            let promised =
+                Node::new(&self.ring, wish.name, image).attach_in_time(UseKind::PromisedTarget).await?;
+            drop(promised);
+            held.lock_again()?;
+        }
+        Ok(())
+    }
+
+    /// An image can be made there, as it is wanted.
+    async fn can_be_made(
+        &mut self,
+        wish: &Wish<'_>,
+        standing: &Standing,
+        path: Option<&Path>,
+    ) -> Result<(), Refusal> {
+        let (ring, new) = (self.ring.clone(), wish.new);
+        new.check(wish.name)?;
+        check_len(wish, new.len())?;
+        if matches!(new.format(), Format::Raw) {
+            access::within_file_limit(wish.name, new.len())?;
+        }
+        let Some(path) = path else {
+            return match new.data_file() {
+                Some(_) => Err(Refusal::Said(format!(
+                    "'{}' is on a server: an image there cannot name a data file",
+                    wish.name
+                ))),
+                None => Ok(()),
+            };
+        };
+        let freed = match standing {
+            Standing::Anew(held) => held.bytes().allocated_bytes().unwrap_or(0),
+            _ => {
+                access::may_make_in(&ring, path).await?;
+                0
+            }
+        };
+        let room = access::room(&ring, &folder(path)).await;
+        self.plan.room = room;
+        let needed = new.room_min().max(wish.room_min);
+        if let Some(room) = room.map(|room| room.saturating_add(freed)).filter(|room| *room < needed) {
+            return Err(BlockError::new(Operation::Create, wish.name, Errno::ENOSPC)
+                .hint(format!("It needs {needed} bytes at once, and {room} are free there."))
+                .into());
+        }
+        match new.data_file() {
+            Some(name) => self.data_file(wish, path, name).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The file that a new image is to keep its data in. It is emptied if it is there and that was said.
+    async fn data_file(&mut self, wish: &Wish<'_>, image: &Path, name: &str) -> Result<(), Refusal> {
+        let ring = self.ring.clone();
+        let path = data_file_path(image, name)?;
+        let shown = path.display().to_string();
+        if let Some(ground) = Ground::of_path(&ring, &path).await {
+            let is_needed = self.is_needed(&ground);
+            self.changed.push((ground, shown.clone()));
+            if is_needed {
+                return Ok(());
+            }
+        }
+        let found = ring.lookup(&path).map_err(|errno| BlockError::new(Operation::Open, &*shown, errno))?;
+        let (is_there, len) = (found.is_some(), Some(wish.new.len()));
+        self.plan.images.push(Planned {
+            name: shown.clone(),
+            role: "data file",
+            act: if is_there { Act::Remake } else { Act::Make },
+            format: Some(Format::Raw.name()),
+            len,
+            locked: is_there,
+            mode: (!is_there).then_some(self.mode),
+        });
+        if !is_there {
+            return Ok(access::may_make_in(&ring, &path).await?);
+        }
+        if wish.if_there == IfThere::Refuse {
+            return Err(Refusal::DataFileExists { name: shown });
+        }
+        let image = ImageOptions { format: Some(Format::Raw), ..wish.image.clone() };
+        let held = Held::open(&ring, &format!("file:{}", name_of(&path)), &image).await?;
+        if found == Some(FileKind::Block) && held.bytes().len() < wish.new.len() {
+            return Err(Refusal::Said(format!(
+                "The device '{shown}' is to hold the data of {} bytes, and has {}",
+                wish.new.len(),
+                held.bytes().len()
+            )));
+        }
+        self.data_file = Some(held);
+        Ok(())
+    }
+}
+
+fn check_len(wish: &Wish<'_>, len: u64) -> Result<(), Refusal> {
+    let (name, min) = (wish.name, wish.len_min);
+    if len < min {
+        let text = format!("The target '{name}' is smaller ({len} bytes) than the source ({min} bytes)");
+        return Err(Refusal::Said(text));
+    }
+    match wish.len_max.filter(|max| len > *max) {
+        Some(_) => Err(Refusal::Said(format!(
+            "Source and target image have different sizes: '{name}' has {len} bytes, the source {min}. Say \
+             --allow-larger-target if that is meant"
+        ))),
+        None => Ok(()),
+    }
+}
