@@ -170,8 +170,19 @@ impl Chain {
         let (socket, uri) = self.export("moved");
         let target = self.path("pivoted");
         let mut mirror = Process::json(&[
-            "mirror", "-f", "qcow2", "--export", &uri, "--pivot", "--speed", "64MiB", &self.top, "-F",
-            "qcow2", &target,
+            "mirror",
+            "-f",
+            "qcow2",
+            "--export",
+            &uri,
+            "--pivot",
+            "--no-persistent",
+            "--speed",
+            "64MiB",
+            &self.top,
+            "-F",
+            "qcow2",
+            &target,
         ]);
         mirror.wait_event("listening");
         let writer = self.writer(&socket, 2);

@@ -464,6 +464,8 @@ fn clients_go_on_after_the_job_unless_told_otherwise() {
             vec!["mirror", "-f", "raw", "--speed", "8MiB", "--pivot", "--export", &uri, &source, &target];
         if exit_on_done {
             arguments.push("--exit-on-done");
+        } else {
+            arguments.push("--no-persistent");
         }
         let mut mirror = Process::json(&arguments);
         mirror.wait_event("listening");

@@ -304,7 +304,8 @@ fn a_killed_job_leaves_a_chain_that_opens() {
 #[test]
 fn clients_go_on_on_the_base() {
     let chain = Chain::new(9, &PLAIN);
-    let (model, end) = under_a_writer(&chain, &["commit", &chain.top(), "-b", "base.raw", "--pivot"]);
+    let (model, end) =
+        under_a_writer(&chain, &["commit", &chain.top(), "-b", "base.raw", "--pivot", "--no-persistent"]);
     assert_eq!(end["pivot"], true);
     assert_eq!(told_chain(&[end]), ["base.raw"]);
     chain.check(&chain.path(0), &model, &[]);

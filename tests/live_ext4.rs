@@ -96,7 +96,7 @@ impl Lab {
     /// Completes by pivot while the clients write; they notice nothing and go on, on the target.
     fn pivot_under_the_clients(&self) {
         let Move { source, target, model, mut mirror, writer, .. } =
-            self.start("pivot", &[&["--pivot"], &SLOWLY[..]].concat());
+            self.start("pivot", &[&["--pivot", "--no-persistent"], &SLOWLY[..]].concat());
         let end = mirror.wait_event("end");
         assert_eq!((&end["ending"], &end["pivot"]), (&"completed".into(), &true.into()));
         assert!(!is_marked(&target));

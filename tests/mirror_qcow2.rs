@@ -84,8 +84,19 @@ fn an_overlay_moves_under_its_clients_to_one_with_larger_clusters() {
     let base_before = content(&base);
     let socket = std::path::PathBuf::from(scratch.path("socket"));
     let uri = format!("nbd+unix:///disk?socket={}", socket.display());
-    let line =
-        ["mirror", "-f", "qcow2", "--sync", "top", "--granularity", "4KiB", "--speed", "4MiB", "--pivot"];
+    let line = [
+        "mirror",
+        "-f",
+        "qcow2",
+        "--sync",
+        "top",
+        "--granularity",
+        "4KiB",
+        "--speed",
+        "4MiB",
+        "--pivot",
+        "--no-persistent",
+    ];
     let target = ["--export", &uri, &top, "-F", "qcow2", "-o", "cluster_size=2M", &copy];
     let mut mirror = Process::json(&[&line[..], &target].concat());
     mirror.wait_event("listening");

@@ -5,7 +5,7 @@
 //! strings and characters left out), because a rule that trips over a sentence in a comment is soon switched off.
 //!
 //! What is ruled: rooms use only rooms below them; `unsafe` has its listed places; no file outgrows one idea; each
-//! opens with prose; nothing is left unfinished or switched off; links in the papers lead somewhere; the licences
+//! opens with prose; printing has its place; nothing is left unfinished or switched off; links in the papers lead somewhere; the licences
 //! are there.
 
 use std::fs;
@@ -38,6 +38,12 @@ const UNSAFE_PLACES: &[&str] = &[
 
 /// Files that see every room because they only wire them together.
 const EXEMPT_FROM_FLOORS: &[&str] = &["src/lib.rs", "src/main.rs"];
+
+/// Who may write to standard output and standard error: everybody else hands lines over (docs/architecture.md). Tests speak
+/// to those who run them.
+const PRINTING_PLACES: &[&str] = &["src/cli/print/", "src/protocol/tests.rs"];
+/// Macros that panic when nobody reads, and wait for whoever reads slowly.
+const PRINTING_MACROS: &[&str] = &["print", "println", "eprint", "eprintln"];
 
 /// Lines of a source file, its in-file tests not counted.
 const LINES_MAX: usize = 900;
@@ -299,6 +305,26 @@ fn unsafe_faults(path: &str, source: &str) -> Vec<String> {
         .collect()
 }
 
+/// What is printed goes through one place: `println!` panics when its reader has gone, and waits for one that stands.
+fn printing_faults(path: &str, source: &str) -> Vec<String> {
+    if PRINTING_PLACES.iter().any(|place| path.starts_with(place)) {
+        return Vec::new();
+    }
+    let tokens = tokens(source);
+    let is_macro =
+        |i: usize| PRINTING_MACROS.contains(&tokens[i].text.as_str()) && stands_at(&tokens, i + 1, &["!"]);
+    // Asking whether it is a terminal writes nothing.
+    let is_writer = |i: usize| {
+        matches!(tokens[i].text.as_str(), "stdout" | "stderr")
+            && stands_at(&tokens, i + 1, &["(", ")"])
+            && !stands_at(&tokens, i.saturating_sub(7), &["is_terminal", "(", "&"])
+    };
+    let found = (0..tokens.len()).filter(|i| is_macro(*i) || is_writer(*i));
+    found
+        .map(|i| format!("{path}:{}: `{}`: print through `cli::print`", tokens[i].line, tokens[i].text))
+        .collect()
+}
+
 /// A package keeps the workspace's lints, or none of them holds.
 fn manifest_faults(path: &str, text: &str) -> Vec<String> {
     let mut faults = Vec::new();
@@ -472,6 +498,11 @@ fn unsafe_code_has_its_places() {
 }
 
 #[test]
+fn printing_has_its_place() {
+    hold(&files("src", "rs"), &printing_faults);
+}
+
+#[test]
 fn packages_keep_the_house_lints() {
     hold(&["Cargo.toml", "ring/Cargo.toml", "perf/Cargo.toml"].map(String::from), &manifest_faults);
 }
@@ -609,6 +640,24 @@ mod planted {
         for place in ["ring/src/arena.rs", "ring/src/arena/lease.rs", "ring/src/uring/mod.rs"] {
             count(&unsafe_faults, place, &[(0, allowed)]);
         }
+    }
+
+    #[test]
+    fn printing_out_of_place() {
+        count(
+            &printing_faults,
+            "src/cli/info.rs",
+            &[
+                (0, "// println!\nlet s = \"eprintln!\"; print::say(s); product!(\"{s}\"); fn print() {}"),
+                (1, "println!(\"{s}\");"),
+                (2, "eprint!(\"a\"); if x { print!(\"b\") }"),
+                (1, "writeln!(std::io::stdout(), \"a\");"),
+                (1, "use std::io; io::stderr().lock()"),
+                (0, "let t = std::io::IsTerminal::is_terminal(&std::io::stderr());"),
+            ],
+        );
+        count(&printing_faults, "src/cli/print/mod.rs", &[(0, "write(io::stdout())")]);
+        count(&printing_faults, "src/job/runner.rs", &[(1, "eprintln!()")]);
     }
 
     #[test]

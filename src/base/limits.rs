@@ -4,6 +4,8 @@
 //! with the reason for its size. Whoever meets a bound parks, refuses or falls back; nobody allocates past it. Bounds
 //! that are part of a format or a protocol name where they come from.
 
+use std::time::Duration;
+
 /// Bytes in a kibibyte, mebibyte and so on, to write the limits below readably.
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -57,6 +59,29 @@ pub const JOB_CHUNK_BYTES_MAX: u64 = 8 * MIB;
 /// Bytes in a node, job or export name.
 pub const NAME_BYTES_MAX: usize = 255;
 
+// ---- The process ----
+
+/// Descriptors without which nothing is begun: the ring's, a few images and what receives signals.
+pub const FILES_MIN: u64 = 32;
+/// Descriptors that clients of a service never take: images with their layers, connections to servers, what receives signals.
+pub const FILES_KEPT_BACK: u64 = 48;
+/// Address space, beside what the program takes when it starts, without which nothing is begun, in bytes: memory for I/O,
+/// tables of a few images, stacks of threads.
+pub const ADDRESS_BYTES_MIN: u64 = 256 * MIB;
+
+// ---- Printing ----
+
+/// Text that waits to be printed, in bytes. What comes on top is left out, or waits if it is a command's product.
+pub const PRINT_BYTES_MAX: usize = MIB as usize;
+/// Text that waits to be printed beside which lines of progress are kept, in bytes.
+pub const PRINT_PROGRESS_BYTES_MAX: usize = 16 << 10;
+/// Lines that are written by one call, in bytes.
+pub const PRINT_PIECE_BYTES: usize = 32 << 10;
+/// How long the end of the process waits for a reader of messages that does not read.
+pub const PRINT_AT_END_MAX: Duration = Duration::from_secs(2);
+/// How often a process in the background looks whether it may write to its terminal.
+pub const PRINT_BACKGROUND_LOOK: Duration = Duration::from_millis(200);
+
 // ---- Speed ----
 
 /// Time whose worth of bytes an idle rate limit saves up, in nanoseconds. It makes up for a turn that came late.
@@ -106,6 +131,9 @@ pub const STOP_NANOS_MAX: u64 = 5_000_000_000;
 pub const NBD_RECV_BYTES_MIN: usize = 4 << 10;
 /// The same while much comes.
 pub const NBD_RECV_BYTES_MAX: usize = 64 << 10;
+/// How long a service that was left by its last client waits for one to come back, in nanoseconds: longer than a guest's
+/// firmware and its system leave the disk alone.
+pub const SERVICE_LINGER_NANOS: u64 = 4_000_000_000;
 /// From this payload on, in bytes, a read's data is sent from where it was read; below, it is copied behind its header,
 /// because a piece of a vectored send costs more than the copy.
 pub const NBD_REPLY_COPY_BYTES: usize = 32 << 10;

@@ -42,6 +42,10 @@ pub enum Bug {
     ZeroesRestOnBelow,
     /// Files: what is written behind the end of a file does not change how long it is taken to be.
     LengthNotFollowed,
+    /// Printing: a message waits until its reader reads.
+    PrintingWaits,
+    /// Printing: what comes after a line that was written in part is joined to it.
+    TornLineGoesOn,
 }
 
 impl Bug {
@@ -60,6 +64,9 @@ impl Bug {
     /// Those of commit and stream.
     pub const CHAINS: [Bug; 4] =
         [Bug::SweepFlushSkipped, Bug::SweepZeroesSkipped, Bug::ShortLayerShows, Bug::PopulateOverwrites];
+
+    /// Those of printing.
+    pub const PRINTING: [Bug; 2] = [Bug::PrintingWaits, Bug::TornLineGoesOn];
 
     /// Those of qcow2 images.
     pub const QCOW2: [Bug; 5] = [

@@ -355,4 +355,9 @@ pub trait Driver: std::fmt::Debug {
 
     /// Makes requests in flight fail where that is possible (a socket can be cut, a kernel file cannot).
     fn fail_in_flight(&self) {}
+
+    /// Whether it is known that nothing can be had from the place where the bytes are just now: its server is gone.
+    fn is_away(&self) -> bool {
+        false
+    }
 }

@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use blockferry_ring::sync::either;
+use blockferry_ring::sync::{Either, either};
 use clap::Args;
 use serde_json::json;
 
@@ -16,10 +16,13 @@ use super::image::{OpenArgs, parse_format, size, speed};
 use super::job::{
     AtReady, Policy, Watch, Words, bytes, copy_rate, disk, ending_name, exit_code, guest_first, suit_bulk,
 };
+use super::print::{self, say};
 use super::serve::{ClientArgs, Exports, export_uri};
-use super::signals::Signals;
+use super::service::{Service, ServiceArgs};
+use super::signals::{Asked, Signals};
 use super::tool::PlanArgs;
 use super::{Global, config, stats};
+use crate::base::limits::STOP_NANOS_MAX;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::engine::admit::Admission;
 use crate::engine::open::local_path;
@@ -43,9 +46,6 @@ pub struct ChainArgs {
     /// Serve clients meanwhile, at this NBD URI (may be said more than once)
     #[arg(long, value_name = "URI", value_parser = export_uri)]
     export: Vec<NbdUri>,
-    /// End when the job ends, even if clients are still connected
-    #[arg(long, requires = "export")]
-    exit_on_done: bool,
     /// Limit the copying, such as 200MiB (a second); 0 or `unlimited` for no limit
     #[arg(long, value_name = "RATE", value_parser = speed, default_value = "0")]
     speed: u64,
@@ -64,6 +64,8 @@ pub struct ChainArgs {
     quiet: bool,
     #[command(flatten)]
     open: OpenArgs,
+    #[command(flatten)]
+    service: ServiceArgs,
     #[command(flatten)]
     clients: ClientArgs,
     #[command(flatten)]
@@ -165,13 +167,24 @@ impl Run {
         if args.export.is_empty() {
             suit_bulk(ring, layers.iter().map(|node| node.driver().name()));
         }
+        let (signals, quiet) = (&self.signals, args.quiet);
+        let (global, service) = (&self.global, args.service);
+        let clients = Service { global, ring, signals, exports: &exports, quiet, args: service };
+        if !clients.first_client().await {
+            exports.stop().await?;
+            if !global.json {
+                say!("Cancelled: no client came, and nothing was changed");
+            }
+            return Ok(Exit::Cancelled);
+        }
         let began = ring.clock();
         let started = start(&self.engine, &front, options).await?;
         let job = &started.job;
-        let (signals, quiet) = (&self.signals, args.quiet);
         let Manner { words, at_ready, .. } = self.manner;
-        let watch = Watch { global: &self.global, ring, signals, quiet, words, at_ready };
-        let ending = watch.follow(job, || true).await?;
+        let places = layers.iter().map(|layer| layer.driver().clone()).collect();
+        let watch = Watch { global, ring, signals, quiet, words, at_ready, places };
+        let watched = watch.follow(job, || true, || clients.at_once(Exit::Cancelled)).await?;
+        let (ending, mut asked) = (watched.ending, watched.asked);
         let elapsed_ns = ring.clock() - began;
         // A job that was given up leaves operations behind, which may be stuck; what they write belongs to the image.
         let settled = async {
@@ -179,26 +192,30 @@ impl Run {
                 layer.until_free_of_jobs().await;
             }
         };
-        either(settled, self.signals.next_ending()).await;
+        let patience = ring.sleep(STOP_NANOS_MAX);
+        if let Either::Second(Either::First(signal)) =
+            either(settled, either(signals.next_ending(), patience)).await
+        {
+            asked = Some(Asked { signal, at_ns: ring.clock() });
+        }
         drop(using);
         // A signal may have come between.
         let moved = started.moves_to.as_ref().filter(|layer| layer.root_count() > 0);
         let exit = self.report(&started, &ending, &front, moved, elapsed_ns);
-        if !args.exit_on_done && exit != Exit::Cancelled {
-            exports.serve_until_idle(&self.signals).await;
+        if let Ending::Failed(text) = &ending {
+            // At once, though clients may go on.
+            let (name, text) = (self.manner.name, text.trim_end_matches('.'));
+            let failure = format!("The {name} failed: {text}. {}", started.undone);
+            print::failure(global.json, &Failure::text(failure));
         }
-        exports.stop().await;
+        if !service.exit_on_done {
+            let stays = ending == Ending::Completed && at_ready != AtReady::Finish;
+            clients.go_on(service.persistence(stays), asked).await;
+        }
+        clients.end(exit).await?;
         let flushed = front.driver().flush().await;
-        stats::print(&self.global, ring);
-        match ending {
-            Ending::Failed(text) => Err(Failure::text(format!(
-                "The {} failed: {}. {}",
-                self.manner.name,
-                text.trim_end_matches('.'),
-                started.undone
-            ))),
-            _ => Ok(flushed.map(|()| exit)?),
-        }
+        stats::print(global, ring);
+        Ok(flushed.map(|()| exit)?)
     }
 
     /// Prints it, and gives the exit code.
@@ -215,21 +232,18 @@ impl Run {
         if self.global.json {
             let chain = moved.unwrap_or(front).chain();
             let chain: Vec<_> = chain.iter().map(|node| node.driver().name().to_owned()).collect();
-            println!(
-                "{}",
-                json!({
-                    "event": "end",
-                    "ending": ending_name(ending),
-                    "pivot": moved.is_some(),
-                    "elapsed-ns": elapsed_ns,
-                    "details": details,
-                    "chain": chain,
-                })
-            );
+            print::event(&json!({
+                "event": "end",
+                "ending": ending_name(ending),
+                "pivot": moved.is_some(),
+                "elapsed-ns": elapsed_ns,
+                "details": details,
+                "chain": chain,
+            }));
         } else if *ending == Ending::Cancelled {
-            eprintln!("Cancelled. {}", started.undone);
+            say!("Cancelled. {}", started.undone);
         } else if *ending == Ending::Completed && !self.args.quiet {
-            eprintln!(
+            say!(
                 "Completed in {}: {} copied ({}), {} zeroed, {} skipped\n{}{}",
                 fmt_duration(elapsed_ns),
                 fmt_bytes(details.bytes_copied),

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format};
+use super::print::{product, say};
 use super::tool::{OutputArgs, PlanArgs};
 use super::{Global, config};
 use crate::engine::admit::Admission;
@@ -71,7 +72,7 @@ pub fn main(global: &Global, args: CheckArgs) -> Result<Exit, Failure> {
         Checked::Done(format, report) => (format, *report),
         Checked::Planned => return Ok(Exit::Done),
         Checked::NotSupported => {
-            eprintln!("blockferry: This image format does not support checks");
+            say!("blockferry: This image format does not support checks");
             return Ok(Exit::Code(NOT_SUPPORTED));
         }
     };
@@ -172,34 +173,34 @@ fn to_json(file: &str, format: Format, report: &CheckReport) -> Value {
 
 fn tell(args: &CheckArgs, report: &CheckReport) {
     for message in &report.messages {
-        eprintln!("{message}");
+        say!("{message}");
     }
     if args.quiet {
         return;
     }
     if report.leaks_fixed > 0 || report.corruptions_fixed > 0 {
-        println!("The following inconsistencies were found and repaired:\n");
-        println!("    {} leaked clusters", report.leaks_fixed);
-        println!("    {} corruptions\n", report.corruptions_fixed);
+        product!("The following inconsistencies were found and repaired:\n");
+        product!("    {} leaked clusters", report.leaks_fixed);
+        product!("    {} corruptions\n", report.corruptions_fixed);
     }
     if report.is_clean() {
-        println!("No errors were found on the image.");
+        product!("No errors were found on the image.");
     } else {
         if report.corruptions > 0 {
-            println!("\n{} errors were found on the image.", report.corruptions);
-            println!("Data may be corrupted, or further writes to the image may corrupt it.");
+            product!("\n{} errors were found on the image.", report.corruptions);
+            product!("Data may be corrupted, or further writes to the image may corrupt it.");
         }
         if report.leaks > 0 {
-            println!("\n{} leaked clusters were found on the image.", report.leaks);
-            println!("This means waste of disk space, but no harm to data.");
+            product!("\n{} leaked clusters were found on the image.", report.leaks);
+            product!("This means waste of disk space, but no harm to data.");
         }
         if report.check_errors > 0 {
-            println!("\n{} internal errors have occurred during the check.", report.check_errors);
+            product!("\n{} internal errors have occurred during the check.", report.check_errors);
         }
     }
     if report.total_clusters > 0 && report.allocated_clusters > 0 {
         let share = |n: u64, of: u64| n as f64 * 100.0 / of as f64;
-        println!(
+        product!(
             "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
             report.allocated_clusters,
             report.total_clusters,
@@ -209,6 +210,6 @@ fn tell(args: &CheckArgs, report: &CheckReport) {
         );
     }
     if report.image_end_offset > 0 {
-        println!("Image end offset: {}", report.image_end_offset);
+        product!("Image end offset: {}", report.image_end_offset);
     }
 }

@@ -8,8 +8,10 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, parse_format};
+use super::print::product;
 use super::progress::{INTERVAL_NANOS, Progress};
-use super::signals::Signals;
+use super::service::at_once;
+use super::signals::{Signal, Signals};
 use super::tool::{OutputArgs, cache, read_options, with_code};
 use super::{Global, config, stats};
 use crate::engine::{Engine, Format};
@@ -93,6 +95,10 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
             let ended = async { running.take().await };
             match either(either(ended, signals.next()), e.ring().sleep(INTERVAL_NANOS)).await {
                 Either::First(Either::First(result)) => break result,
+                Either::First(Either::Second(Signal::Report)) => {
+                    progress.report_of("compare", comparer.compared(), comparer.len(), e.ring().clock());
+                }
+                Either::First(Either::Second(_)) if comparer.is_stopped() => at_once(Exit::Code(3)),
                 Either::First(Either::Second(_)) => comparer.stop(),
                 Either::Second(()) => {
                     progress.show("compare", comparer.compared(), comparer.len(), e.ring().clock());
@@ -117,7 +123,7 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
     let (word, text, offset, exit) = match verdict {
         Verdict::Same { sizes_differ } => {
             if sizes_differ && !args.quiet && !args.output.is_json(global) {
-                println!("Warning: Image size mismatch!");
+                product!("Warning: Image size mismatch!");
             }
             ("same", "Images are identical.".to_owned(), None, Exit::Done)
         }
@@ -128,7 +134,7 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
         "event": "end", "result": word, "message": text, "offset": offset, "bytes-compared": compared,
     });
     if !args.output.print(global, &value) && !args.quiet {
-        println!("{text}");
+        product!("{text}");
     }
     Ok(exit)
 }

@@ -15,8 +15,10 @@ use super::create::{add_backing, open_new_backing};
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, OpenArgs, Reflink, parse_format, size, speed, state_dir};
 use super::job::{copy_rate, disk, left_behind};
+use super::print::{self, say};
 use super::progress::{INTERVAL_NANOS, Progress};
-use super::signals::Signals;
+use super::service::at_once;
+use super::signals::{Signal, Signals};
 use super::target::{Target, TargetOptions};
 use super::tool::{OutputArgs, PlanArgs, cache, option_pairs, read_options};
 use super::{Global, config, stats};
@@ -295,10 +297,16 @@ impl Run {
     async fn follow(&self, job: &Job) -> Result<Ending, Failure> {
         let ring = self.engine.ring();
         let mut progress = Progress::new(&self.global, self.args.quiet, ring.clock());
+        let mut is_given_up = false;
         loop {
             let something = either(job.next_event(), self.signals.next());
             match either(something, ring.sleep(INTERVAL_NANOS)).await {
                 Either::First(Either::First(event)) => self.tell(&event),
+                Either::First(Either::Second(Signal::Report)) => progress.report(job, ring.clock()),
+                Either::First(Either::Second(_)) if std::mem::replace(&mut is_given_up, true) => {
+                    progress.finish();
+                    at_once(Exit::Cancelled);
+                }
                 Either::First(Either::Second(_)) => {
                     progress.say("Cancelling: the target stays incomplete");
                     if let Err(error) = job.cancel(true) {
@@ -319,7 +327,7 @@ impl Run {
 
     fn tell(&self, event: &JobEvent) {
         if self.global.json {
-            println!("{}", json!({"event": event.name(), "data": event}));
+            print::event(&json!({"event": event.name(), "data": event}));
         }
     }
 
@@ -355,7 +363,7 @@ impl Run {
             "mismatch": mismatch,
             "target-tail-bytes": (tail > 0).then_some(tail),
         });
-        if args.output.print(&self.global, &value) || args.quiet && exit == Exit::Done {
+        if args.output.note(&self.global, &value) || args.quiet && exit == Exit::Done {
             return exit;
         }
         match ending {
@@ -364,7 +372,7 @@ impl Run {
                     0 => String::new(),
                     n => format!(", {} of it by sharing blocks", fmt_bytes(n)),
                 };
-                eprintln!(
+                say!(
                     "Completed in {}: {} copied ({}){shared}, {} zeroed, {} skipped",
                     fmt_duration(elapsed_ns),
                     fmt_bytes(details.bytes_copied),
@@ -373,10 +381,10 @@ impl Run {
                     fmt_bytes(details.bytes_skipped),
                 );
                 if args.verify {
-                    eprintln!("Verified: {} compared, no difference", fmt_bytes(compared));
+                    say!("Verified: {} compared, no difference", fmt_bytes(compared));
                 }
                 if tail > 0 {
-                    eprintln!(
+                    say!(
                         "The target is {} larger than the source: what lies behind the source's end holds what it \
                          held before",
                         fmt_bytes(tail)
@@ -384,19 +392,19 @@ impl Run {
                 }
                 let (source, target) = (disk(&args.source, from), disk(&args.target, to));
                 match lost {
-                    0 => eprintln!("{target} equals {source}"),
-                    lost => eprintln!(
+                    0 => say!("{target} equals {source}"),
+                    lost => say!(
                         "{target} equals {source} but for {} that could not be read and are zeroes",
                         fmt_bytes(lost)
                     ),
                 }
             }
             Ending::Cancelled => {
-                eprintln!("Cancelled: {} is incomplete and marked so", disk(&args.target, to));
+                say!("Cancelled: {} is incomplete and marked so", disk(&args.target, to));
             }
             Ending::Failed(_) => {
                 if let Some(at) = mismatch {
-                    eprintln!("Verify: source and target differ at offset {at}");
+                    say!("Verify: source and target differ at offset {at}");
                 }
             }
         }

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{parse_format, size};
+use super::print::note;
 use super::target::{make_file, make_remote, try_length};
 use super::tool::{OutputArgs, PlanArgs, option_pairs};
 use super::{Global, config};
@@ -73,8 +74,8 @@ pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
     let value = json!({
         "filename": args.file, "format": new.format().name(), "virtual-size": new.len(),
     });
-    if !args.output.print(global, &value) && !args.quiet {
-        println!("Formatting '{}', fmt={} size={}", args.file, new.format(), new.len());
+    if !args.output.note(global, &value) && !args.quiet {
+        note!("Formatting '{}', fmt={} size={}", args.file, new.format(), new.len());
     }
     Ok(Exit::Done)
 }

@@ -7,8 +7,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
+use super::print::product;
 use super::{Global, config};
-use crate::base::secret::without_secrets;
 use crate::engine::{Engine, ImageOptions};
 
 /// Tell what kernel, limits and filesystems allow here, and what was chosen
@@ -51,13 +51,13 @@ fn print(global: &Global, sections: &[(&str, Vec<String>)]) {
     if global.json {
         let map: serde_json::Map<String, serde_json::Value> =
             sections.iter().map(|(name, lines)| ((*name).to_owned(), json!(lines))).collect();
-        println!("{}", without_secrets(&serde_json::Value::Object(map).to_string()));
+        product!("{}", serde_json::Value::Object(map));
         return;
     }
     for (name, lines) in sections {
-        println!("{}", without_secrets(name));
+        product!("{name}");
         for line in lines {
-            println!("  {}", without_secrets(line));
+            product!("  {line}");
         }
     }
 }

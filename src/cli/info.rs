@@ -10,10 +10,10 @@ use serde_json::{Map, Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, ServerArgs, parse_format, state_dir};
+use super::print;
 use super::tool::{OutputArgs, human_size};
 use super::{Global, config, snapshot, stats};
 use crate::base::limits::{BACKING_CHAIN_MAX, SECTOR_BYTES};
-use crate::base::secret::without_secrets;
 use crate::block::Driver;
 use crate::engine::qcow2::{format, qcow2, recorded_format};
 use crate::engine::{Engine, Format, ImageOptions, named};
@@ -68,7 +68,7 @@ pub fn main(global: &Global, args: InfoArgs) -> Result<Exit, Failure> {
     };
     if !args.output.print(global, &value) {
         let texts: Vec<String> = layers.iter().map(|layer| to_text(layer, args.backing_chain)).collect();
-        print!("{}", without_secrets(&texts.join("\n")));
+        print::write_product(&texts.join("\n"));
     }
     stats::print(global, engine.ring());
     Ok(Exit::Done)

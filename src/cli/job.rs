@@ -3,15 +3,16 @@
 use std::rc::Rc;
 
 use blockferry_ring::sync::{Either, either};
-use blockferry_ring::{Patience, Ring};
+use blockferry_ring::{Nanos, Patience, Ring};
 use clap::ValueEnum;
 use serde_json::json;
 
 use super::Global;
 use super::exit::{Exit, Failure};
 use super::image::duration;
+use super::print;
 use super::progress::{INTERVAL_NANOS, Progress};
-use super::signals::{Signal, Signals};
+use super::signals::{Asked, Signal, Signals};
 use crate::base::limits;
 use crate::base::units::fmt_bytes;
 use crate::block::Driver;
@@ -20,6 +21,7 @@ use crate::job::event::JobEvent;
 use crate::job::governor::GuestFirst;
 use crate::job::policy::{ErrorAction, OnError};
 use crate::job::runner::{Ending, Job};
+use crate::job::status::Status;
 
 /// How much clients' latency counts.
 pub fn guest_first(text: &str) -> Result<GuestFirst, String> {
@@ -147,31 +149,62 @@ pub struct Watch<'a> {
     pub words: Words,
     /// What is done when it is ready.
     pub at_ready: AtReady,
+    /// Where it reads and writes.
+    pub places: Vec<Rc<dyn Driver>>,
+}
+
+/// How a watch ended.
+#[derive(Clone, Debug)]
+pub struct Watched {
+    /// How the job ended.
+    pub ending: Ending,
+    /// A signal has asked for the end.
+    pub asked: Option<Asked>,
+}
+
+/// What has been ordered by a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    /// Complete it; as it stood at that time, or when it was last seen to move.
+    Finish { since: Nanos, left: u64 },
+    /// Give it up.
+    GiveUp,
 }
 
 impl Watch<'_> {
     /// To the end. A job that is ready is not ended before `may_end` says so, which is asked again and again.
-    pub async fn follow(&self, job: &Job, mut may_end: impl FnMut() -> bool) -> Result<Ending, Failure> {
+    /// `at_once` is for somebody who asks again for the end of a job that has been given up.
+    pub async fn follow(
+        &self,
+        job: &Job,
+        mut may_end: impl FnMut() -> bool,
+        at_once: impl Fn(),
+    ) -> Result<Watched, Failure> {
         let mut progress = Progress::new(self.global, self.quiet, self.ring.clock());
-        let mut ordered = false;
-        let mut asked = false;
+        let (mut asked, mut order) = (None, None);
+        let mut is_ended_at_ready = false;
         loop {
             let something = either(job.next_event(), self.signals.next());
             match either(something, self.ring.sleep(INTERVAL_NANOS)).await {
                 Either::First(Either::First(event)) => self.tell(&progress, &event),
-                Either::First(Either::Second(Signal::Continue)) => match job.resume() {
-                    Ok(()) => progress.say("Going on"),
-                    Err(error) => progress.say(&error.to_string()),
-                },
-                Either::First(Either::Second(_)) => {
-                    // Before ready this gives the job up; from then on it ends complete, unless somebody who has
-                    // waited for that in vain (a server may hang) says it again.
-                    let gives_up = !job.status().is_ready() || asked;
-                    progress.say(if gives_up { self.words.gives_up } else { self.words.finishes });
-                    if let Err(error) = job.cancel(gives_up) {
-                        progress.say(&error.to_string());
+                Either::First(Either::Second(Signal::Report)) => progress.report(job, self.ring.clock()),
+                Either::First(Either::Second(Signal::Continue)) => {
+                    // After Ctrl-Z and `fg` it comes to jobs that nothing has stopped.
+                    if job.status().is_paused() && job.resume().is_ok() {
+                        progress.say("Going on");
                     }
-                    (ordered, asked) = (true, true);
+                }
+                Either::First(Either::Second(signal)) => {
+                    asked = Some(Asked { signal, at_ns: self.ring.clock() });
+                    order = Some(match order {
+                        Some(Order::GiveUp) => {
+                            progress.finish();
+                            at_once();
+                            Order::GiveUp
+                        }
+                        None if job.status() == Status::Ready => self.finish(job, &progress),
+                        Some(Order::Finish { .. }) | None => self.give_up(job, &progress),
+                    });
                 }
                 Either::Second(()) => progress.update(job, self.ring.clock()),
             }
@@ -180,10 +213,18 @@ impl Watch<'_> {
                 while let Some(event) = job.pop_event() {
                     self.tell(&progress, &event);
                 }
-                return Ok(ending);
+                return Ok(Watched { ending, asked });
             }
-            if job.status().is_ready() && !ordered && may_end() {
-                ordered = self.at_ready != AtReady::Follow;
+            if let Some(Order::Finish { since, left }) = &mut order {
+                let (now, is_left) = (self.ring.clock(), job.progress().remaining());
+                if is_left != *left {
+                    (*since, *left) = (now, is_left);
+                } else if self.is_stuck(job, is_left) && now.saturating_sub(*since) > STUCK_NANOS {
+                    order = Some(self.give_up(job, &progress));
+                }
+            }
+            if job.status().is_ready() && order.is_none() && !is_ended_at_ready && may_end() {
+                is_ended_at_ready = self.at_ready != AtReady::Follow;
                 match self.at_ready {
                     AtReady::Finish => job.cancel(false)?,
                     AtReady::Pivot => job.complete()?,
@@ -193,9 +234,31 @@ impl Watch<'_> {
         }
     }
 
+    fn finish(&self, job: &Job, progress: &Progress) -> Order {
+        progress.say(self.words.finishes);
+        if let Err(error) = job.cancel(false) {
+            progress.say(&error.to_string());
+        }
+        Order::Finish { since: self.ring.clock(), left: job.progress().remaining() }
+    }
+
+    fn give_up(&self, job: &Job, progress: &Progress) -> Order {
+        progress.say(self.words.gives_up);
+        if let Err(error) = job.cancel(true) {
+            progress.say(&error.to_string());
+        }
+        Order::GiveUp
+    }
+
+    /// Whether a job that should end will not: its policy has stopped it, a server is gone, or it has something to copy and
+    /// does not.
+    fn is_stuck(&self, job: &Job, left: u64) -> bool {
+        job.status().is_paused() || left > 0 || self.places.iter().any(|place| place.is_away())
+    }
+
     fn tell(&self, progress: &Progress, event: &JobEvent) {
         if self.global.json {
-            println!("{}", json!({"event": event.name(), "data": event}));
+            print::event(&json!({"event": event.name(), "data": event}));
         }
         match event {
             JobEvent::Ready(position) => progress.say(&format!(
@@ -204,17 +267,24 @@ impl Watch<'_> {
                 fmt_bytes(position.offset)
             )),
             JobEvent::Error { operation, action, .. } => {
-                let what = match action {
-                    ErrorAction::Report => "the job ends",
-                    ErrorAction::Ignore => "it is tried again",
-                    ErrorAction::Stop => "the job is paused; SIGCONT lets it go on, SIGTERM ends it",
-                };
-                progress.say(&format!("A {} failed: {what}", operation.name()));
+                let name = operation.name();
+                match action {
+                    ErrorAction::Report => progress.say(&format!("A {name} failed: the job ends")),
+                    ErrorAction::Ignore => progress.say(&format!("A {name} failed: it is tried again")),
+                    // A job that stands still without a word is not what --quiet asks for.
+                    ErrorAction::Stop => progress.insist(&format!(
+                        "A {name} failed: the job is paused; SIGCONT lets it go on, SIGTERM ends it"
+                    )),
+                }
             }
             _ => {}
         }
     }
 }
+
+/// How long a job that was told to complete, and does not move, is waited for: with what comes after it, a command that was
+/// asked to end ends within five seconds.
+const STUCK_NANOS: Nanos = 2_500_000_000;
 
 /// As many completions as a job has copies in flight; the time is about what a device with 2 GB/s takes for them.
 const BULK: Patience = Patience { completions: limits::MIRROR_OPERATIONS, wait_usec: 2_000 };

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format, size};
+use super::print::product;
 use super::tool::{OutputArgs, read_options};
 use super::{Global, config};
-use crate::base::secret::without_secrets;
 use crate::block::{BlockError, Driver};
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format};
@@ -93,10 +93,10 @@ pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
         // One extent a line, as qemu-img prints it.
         let list: Vec<String> = lines.iter().map(|line| line.to_json().to_string()).collect();
         let between = if global.json { "," } else { ",\n" };
-        println!("[{}]", without_secrets(&list.join(between)));
+        product!("[{}]", list.join(between));
         return Ok(Exit::Done);
     }
-    println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
+    product!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
     for Line { start, extent } in lines.iter().filter(|line| line.extent.data && !line.extent.zero) {
         let (Some(offset), Some(file)) = (extent.offset, &extent.file) else {
             return Err(Failure::text(
@@ -105,7 +105,7 @@ pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
             ));
         };
         let hex = |n: u64| if n == 0 { "0".to_owned() } else { format!("{n:#x}") };
-        println!("{:<16}{:<16}{:<16}{}", hex(*start), hex(extent.len), hex(offset), without_secrets(file));
+        product!("{:<16}{:<16}{:<16}{file}", hex(*start), hex(extent.len), hex(offset));
     }
     Ok(Exit::Done)
 }

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format, size};
+use super::print::product;
 use super::tool::{OutputArgs, option_pairs, read_options};
 use super::{Global, config};
 use crate::block::{BlockError, Driver};
@@ -60,10 +61,10 @@ pub fn main(global: &Global, args: MeasureArgs) -> Result<Exit, Failure> {
         object.insert("bitmaps".into(), bytes.into());
     }
     if !args.output.print(global, &value) {
-        println!("required size: {}", measured.required);
-        println!("fully allocated size: {}", measured.fully_allocated);
+        product!("required size: {}", measured.required);
+        product!("fully allocated size: {}", measured.fully_allocated);
         if let Some(bytes) = bitmaps {
-            println!("bitmaps size: {bytes}");
+            product!("bitmaps size: {bytes}");
         }
     }
     Ok(Exit::Done)

@@ -16,10 +16,13 @@ pub mod job;
 pub mod map;
 pub mod measure;
 pub mod mirror;
+pub mod print;
 pub mod progress;
 pub mod rebase;
 pub mod resize;
+pub mod room;
 pub mod serve;
+pub mod service;
 pub mod signals;
 pub mod snapshot;
 pub mod stats;
@@ -31,9 +34,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::base::secret::without_secrets;
-
 pub use exit::{Exit, Failure};
+use print::say;
 
 /// Moves virtual disks while they are in use.
 ///
@@ -99,10 +101,23 @@ enum Command {
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return print::finish(usage(&error)).into(),
+    };
     start_log(cli.global.verbose);
     let global = &cli.global;
-    let result = match cli.command {
+    let result = signals::defuse().and_then(|()| room::prepare()).and_then(|()| run(global, cli.command));
+    let exit = result.unwrap_or_else(|failure| {
+        print::failure(global.json, &failure);
+        Exit::Failed
+    });
+    signals::let_go();
+    print::finish(exit).into()
+}
+
+fn run(global: &Global, command: Command) -> Result<Exit, Failure> {
+    match command {
         Command::Demo(args) => demo::main(global, &args),
         Command::Mirror(args) => mirror::main(global, &args),
         Command::Commit(args) => commit::main(global, *args),
@@ -120,19 +135,24 @@ pub fn main() -> ExitCode {
         Command::Measure(args) => measure::main(global, args),
         Command::Bench(args) => bench::main(global, &args),
         Command::Doctor(args) => doctor::main(global, &args),
-    };
-    match result {
-        Ok(exit) => exit.into(),
-        Err(failure) => {
-            let failure = failure.to_string();
-            let failure = without_secrets(&failure);
-            if global.json {
-                println!("{}", serde_json::json!({"event": "error", "message": failure}));
-            }
-            eprintln!("blockferry: {failure}");
-            Exit::Failed.into()
-        }
     }
+}
+
+/// What clap has to say: help that was asked for, or what is wrong with the command line.
+fn usage(error: &clap::Error) -> Exit {
+    let is_help = !error.use_stderr();
+    let text = error.render();
+    let is_terminal = match is_help {
+        true => std::io::IsTerminal::is_terminal(&std::io::stdout()),
+        false => std::io::IsTerminal::is_terminal(&std::io::stderr()),
+    };
+    let text = if is_terminal { text.ansi().to_string() } else { text.to_string() };
+    match is_help {
+        true => print::write_product(&text),
+        false => say!("{}", text.trim_end_matches('\n')),
+    }
+    u8::try_from(error.exit_code())
+        .map_or(Exit::Failed, |code| if code == 0 { Exit::Done } else { Exit::Code(code) })
 }
 
 fn start_log(verbose: u8) {
@@ -145,7 +165,7 @@ fn start_log(verbose: u8) {
     };
     let filter = EnvFilter::try_from_env("BLOCKFERRY_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogLines);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(print::LogLine::default);
     let log = log.with_ansi(colours).with_target(false);
     // Timestamps are noise beside a progress bar.
     let result = if verbose > 1 { log.try_init() } else { log.without_time().try_init() };
@@ -153,22 +173,9 @@ fn start_log(verbose: u8) {
     drop(result);
 }
 
-/// Log lines on their way to standard error, each written at once and without the passwords that names may hold.
-struct LogLines;
-
-impl std::io::Write for LogLines {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let text = String::from_utf8_lossy(bytes);
-        std::io::stderr().write_all(without_secrets(&text).as_bytes())?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
-    }
-}
-
 /// The ring as the global options want it.
 pub fn config(global: &Global) -> blockferry_ring::Config {
-    blockferry_ring::Config { restrict: global.restrict, ..blockferry_ring::Config::default() }
+    let usual = blockferry_ring::Config::default();
+    let arena_bytes = room::arena_bytes(usual.arena_bytes);
+    blockferry_ring::Config { restrict: global.restrict, arena_bytes, ..usual }
 }

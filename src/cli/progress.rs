@@ -3,24 +3,25 @@
 //! Rate and ETA are of the job's own work: the rate is that of data that it copied, and never above its speed limit; the
 //! ETA goes by bytes that it has dealt with, holes included. The phase is named, because "100 %" and "ready" are not the same.
 
-use std::time::Duration;
-
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
-use super::Global;
 use super::job::within_limit;
+use super::{Global, print};
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::job::policy::CopyMode;
 use crate::job::runner::Job;
+use crate::job::status::Status;
 
 /// How often progress is looked at.
 pub const INTERVAL_NANOS: u64 = 200_000_000;
 
+/// Characters of a bar.
+const BAR_WIDTH: usize = 32;
+
 /// Shows how far a job is.
 #[derive(Debug)]
 pub struct Progress {
-    bar: Option<ProgressBar>,
+    has_bar: bool,
     json: bool,
     quiet: bool,
     began_ns: u64,
@@ -36,16 +37,9 @@ pub struct Progress {
 impl Progress {
     /// For a job that begins now.
     pub fn new(global: &Global, quiet: bool, now_ns: u64) -> Progress {
-        let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-        let bar = (!global.json && !quiet && terminal).then(|| {
-            let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("{prefix:>12} {bar:32} {percent:>3} %  {msg}");
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
-            bar.enable_steady_tick(Duration::from_secs(3600));
-            bar
-        });
+        let has_bar = !global.json && !quiet && print::has_status();
         Progress {
-            bar,
+            has_bar,
             json: global.json,
             quiet,
             began_ns: now_ns,
@@ -76,23 +70,19 @@ impl Progress {
         self.looks += 1;
         let copy_rate = within_limit(job, self.copy_rate as u64);
         let eta_ns = (self.rate > 0.0).then(|| (progress.remaining() as f64 / self.rate * 1e9) as u64);
-        if let Some(bar) = &self.bar {
-            bar.set_length(progress.len().max(1));
-            bar.set_position(if progress.is_empty() { 1 } else { progress.offset() });
-            bar.set_prefix(details.phase);
+        if self.has_bar {
             let eta = eta_ns.map_or_else(|| "-".to_owned(), fmt_duration);
-            bar.set_message(format!(
-                "{} of {}  {}  ETA {eta}  dirty {}{}",
-                fmt_bytes(progress.offset()),
-                fmt_bytes(progress.len()),
-                fmt_rate(copy_rate),
+            let more = format!(
+                "  dirty {}{}",
                 fmt_bytes(details.bytes_dirty),
                 match (details.copy_mode, details.converges) {
                     (CopyMode::WriteBlocking, _) => "  write-blocking",
                     (_, Some(false)) => "  does not converge",
                     _ => "",
                 },
-            ));
+            );
+            let line = bar(details.phase, progress.offset(), progress.len(), copy_rate, &eta) + &more;
+            print::status(Some(&line));
         }
         if self.json {
             let line = json!({
@@ -120,7 +110,31 @@ impl Progress {
                 "pace-bytes-per-sec": details.pace_bytes_per_sec,
                 "io-status": job.info().io_status,
             });
-            println!("{line}");
+            print::progress(&line);
+        }
+    }
+
+    /// Says how far a job is, whoever asks for it.
+    pub fn report(&mut self, job: &Job, now_ns: u64) {
+        self.update(job, now_ns);
+        if !self.json {
+            let (progress, phase) = (job.progress(), job.details().phase);
+            let status = match job.status() {
+                Status::Running => String::new(),
+                status => format!(" ({})", status.name()),
+            };
+            print::say_line(
+                &(line(phase, progress.offset(), progress.len(), within_limit(job, self.copy_rate as u64))
+                    + &status),
+            );
+        }
+    }
+
+    /// Says how far something is that is no job.
+    pub fn report_of(&mut self, phase: &'static str, done: u64, len: u64, now_ns: u64) {
+        self.show(phase, done, len, now_ns);
+        if !self.json {
+            print::say_line(&line(phase, done, len, self.rate as u64));
         }
     }
 
@@ -135,13 +149,9 @@ impl Progress {
         self.last = Some((now_ns, done));
         self.looks += 1;
         let eta_ns = (self.rate > 0.0).then(|| (len.saturating_sub(done) as f64 / self.rate * 1e9) as u64);
-        if let Some(bar) = &self.bar {
-            bar.set_length(len.max(1));
-            bar.set_position(done);
-            bar.set_prefix(phase);
+        if self.has_bar {
             let eta = eta_ns.map_or_else(|| "-".to_owned(), fmt_duration);
-            let (done, len, rate) = (fmt_bytes(done), fmt_bytes(len), fmt_rate(self.rate as u64));
-            bar.set_message(format!("{done} of {len}  {rate}  ETA {eta}"));
+            print::status(Some(&bar(phase, done, len, self.rate as u64, &eta)));
         }
         if self.json {
             let line = json!({
@@ -153,23 +163,63 @@ impl Progress {
                 "eta-ns": eta_ns,
                 "elapsed-ns": now_ns - self.began_ns,
             });
-            println!("{line}");
+            print::progress(&line);
         }
     }
 
     /// Takes the bar away.
     pub fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+        if self.has_bar {
+            print::status(None);
+        }
+    }
+
+    /// Prints a line that people have to know, whatever they asked for.
+    pub fn insist(&self, text: &str) {
+        if !self.json {
+            print::say_line(text);
         }
     }
 
     /// Prints a line above the bar.
     pub fn say(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(text),
-            None if !self.json && !self.quiet => eprintln!("{text}"),
-            None => {}
+        if !self.json && !self.quiet {
+            print::say_line(text);
         }
+    }
+}
+
+/// How far something is, as a sentence.
+fn line(phase: &str, done: u64, len: u64, rate: u64) -> String {
+    let share = if len == 0 { 100 } else { (done as f64 / len as f64 * 100.0).min(100.0) as u64 };
+    format!("Progress: {phase}, {share} %, {} of {}, {}", fmt_bytes(done), fmt_bytes(len), fmt_rate(rate))
+}
+
+/// How far something is, as a line.
+fn bar(phase: &str, done: u64, len: u64, rate: u64, eta: &str) -> String {
+    let share = if len == 0 { 1.0 } else { (done as f64 / len as f64).min(1.0) };
+    let filled = (share * BAR_WIDTH as f64) as usize;
+    let head = if filled < BAR_WIDTH { ">" } else { "" };
+    format!(
+        "{phase:>12} {:<BAR_WIDTH$} {:>3} %  {} of {}  {}  ETA {eta}",
+        "=".repeat(filled) + head,
+        (share * 100.0) as u64,
+        fmt_bytes(done),
+        fmt_bytes(len),
+        fmt_rate(rate),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_tells_how_far_it_is() {
+        let line = bar("bulk", 1 << 20, 4 << 20, 1 << 20, "3 s");
+        assert!(line.starts_with(&format!("        bulk {:<32}  25 %  ", "========>")), "{line}");
+        assert!(line.contains("ETA 3 s"), "{line}");
+        assert!(bar("x", 0, 0, 0, "-").contains(&format!("{} 100 %", "=".repeat(32))));
+        assert!(bar("x", 9, 3, 0, "-").contains(" 100 %"));
     }
 }

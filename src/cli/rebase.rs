@@ -13,8 +13,9 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, parse_format};
+use super::print::{note, say};
 use super::progress::{INTERVAL_NANOS, Progress};
-use super::signals::Signals;
+use super::signals::{Signal, Signals};
 use super::tool::{OutputArgs, PlanArgs, cache};
 use super::{Global, config};
 use crate::block::Driver;
@@ -70,13 +71,13 @@ pub fn main(global: &Global, args: RebaseArgs) -> Result<Exit, Failure> {
         Rebased::Done(written) => written,
         Rebased::Planned => return Ok(Exit::Done),
         Rebased::Cancelled => {
-            eprintln!("Cancelled: the image shows what it showed, over its old backing file");
+            say!("Cancelled: the image shows what it showed, over its old backing file");
             return Ok(Exit::Cancelled);
         }
     };
     let value = json!({"event": "end", "filename": args.file, "bytes-written": written});
-    if !args.output.print(global, &value) && !args.quiet {
-        println!("Image rebased.");
+    if !args.output.note(global, &value) && !args.quiet {
+        note!("Image rebased.");
     }
     Ok(Exit::Done)
 }
@@ -136,9 +137,13 @@ async fn rebase(
         let mut shown_at = 0;
         let (mut at, len) = (0, image.len());
         while at < len {
-            if signals.try_next().is_some() {
-                progress.finish();
-                return Ok(Rebased::Cancelled);
+            match signals.try_next() {
+                None => {}
+                Some(Signal::Report) => progress.report_of("rebase", at, len, engine.ring().clock()),
+                Some(_) => {
+                    progress.finish();
+                    return Ok(Rebased::Cancelled);
+                }
             }
             let (next, bytes) = work.step(at).await?;
             (at, written) = (next, written + bytes);

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format, size};
+use super::print::note;
 use super::tool::{OutputArgs, PlanArgs};
 use super::{Global, config};
 use crate::base::range::ByteRange;
@@ -83,8 +84,8 @@ pub fn main(global: &Global, args: ResizeArgs) -> Result<Exit, Failure> {
         return Ok(Exit::Done);
     };
     let value = json!({"filename": args.file, "old-virtual-size": old, "virtual-size": new});
-    if !args.output.print(global, &value) && !args.quiet {
-        println!("Image resized.");
+    if !args.output.note(global, &value) && !args.quiet {
+        note!("Image resized.");
     }
     Ok(Exit::Done)
 }

@@ -3,15 +3,17 @@
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use blockferry_ring::sync::{Either, either};
-use blockferry_ring::{Ring, SocketAddress};
+use blockferry_ring::sync::{Either, Notify, either};
+use blockferry_ring::{Nanos, Ring, SocketAddress};
 use clap::{Args, value_parser};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, duration, failed, parse_format, size, speed};
+use super::print::{self, say};
+use super::service::at_once;
 use super::signals::Signals;
-use super::{Global, config, stats};
+use super::{Global, config, room, stats};
 use crate::base::limits::{self, STOP_NANOS_MAX};
 use crate::engine::{Engine, Format};
 use crate::export::nbd::{Export, NbdServer, PaceLimits, ServerConfig};
@@ -24,7 +26,8 @@ Examples:
   blockferry serve --read-only disk.img --export nbd://127.0.0.1:10809/disk
 
 Clients may be many, with several connections each. The server ends with SIGINT or SIGTERM, or with
---exit-when-idle when the last client has left.";
+--exit-when-idle when the last client has left: requests are finished and what was written is flushed, for five
+seconds at most; a second signal ends it at once. SIGUSR1 asks how many are served.";
 
 /// Give clients a disk over NBD, without a job
 #[derive(Debug, Args)]
@@ -59,7 +62,8 @@ pub struct ServeArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Limits for NBD clients")]
 pub struct ClientArgs {
-    /// Connections at once, those in the handshake included; further ones wait to be accepted
+    /// Connections at once, those in the handshake included; further ones wait to be accepted. The limit on open files may
+    /// allow fewer
     #[arg(long, value_name = "N", default_value_t = limits::NBD_CLIENTS_PER_SERVER as u64,
         value_parser = value_parser!(u64).range(1..=limits::NBD_CLIENTS_PER_SERVER_MAX as u64))]
     max_connections: u64,
@@ -88,7 +92,7 @@ impl ClientArgs {
             span => span,
         };
         ServerConfig {
-            clients_max: self.max_connections as usize,
+            clients_max: room::clients_max(self.max_connections as usize),
             handshake_ns_max,
             in_flight_max: self.client_requests as usize,
             bytes_in_flight_max: self.client_bytes,
@@ -113,6 +117,7 @@ pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
     let (uris, read_only, idle) = (args.export.clone(), args.read_only, args.exit_when_idle);
     let (pid_file, clients) = (args.pid_file.clone(), args.clients.clone());
     engine.run(async move {
+        let ring = e.ring();
         let node = e.open(&name, &image).await?;
         let mut exports = Exports::with_limits(e.ring(), &clients);
         for uri in &uris {
@@ -122,18 +127,34 @@ pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
             std::fs::write(path, format!("{}\n", std::process::id()))
                 .map_err(|error| Failure::text(format!("Writing '{}' failed: {error}", path.display())))?;
         }
-        if idle {
-            either(exports.idle(), signals.next()).await;
-        } else {
-            signals.next().await;
+        let idle = async {
+            match idle {
+                true => exports.idle().await,
+                false => std::future::pending().await,
+            }
+        };
+        let mut idle = std::pin::pin!(idle);
+        while let Either::Second(signal) = either(idle.as_mut(), signals.next()).await {
+            if signal.is_ending() {
+                break;
+            }
+            say!("{}", exports.describe());
         }
-        exports.stop().await;
+        let ended = either(exports.stop(), signals.next_ending()).await;
         if let Some(path) = &pid_file {
             // Somebody may have removed it already.
             let _ = std::fs::remove_file(path);
         }
-        stats::print(&global, e.ring());
-        Ok(Exit::Done)
+        stats::print(&global, ring);
+        match ended {
+            Either::First(Ok(())) => return Ok(Exit::Done),
+            Either::First(Err(failure)) => print::failure(global.json, &failure),
+            Either::Second(_) => {
+                say!("blockferry: Ended at once: what clients have written last may not be flushed")
+            }
+        }
+        exports.forget();
+        at_once(Exit::Failed)
     })
 }
 
@@ -143,6 +164,8 @@ pub struct Exports {
     ring: Ring,
     config: ServerConfig,
     servers: Vec<Listening>,
+    /// Told when a client comes or goes.
+    changed: Notify,
     /// What clients have, and whether they may have written to it.
     roots: Vec<(Root, bool)>,
 }
@@ -155,6 +178,8 @@ struct Listening {
     /// With the port that was taken.
     real: SocketAddress,
     server: NbdServer,
+    /// The URIs of its exports, as clients say them.
+    uris: Vec<String>,
 }
 
 impl Exports {
@@ -164,6 +189,7 @@ impl Exports {
             ring: ring.clone(),
             config: ServerConfig::default(),
             servers: Vec::new(),
+            changed: ring.notify(),
             roots: Vec::new(),
         }
     }
@@ -194,25 +220,28 @@ impl Exports {
             default: true,
         };
         let address = resolve(engine.ring(), &uri.address).await?;
-        let known = self.servers.iter().find(|listening| listening.said == address);
-        let real = match known {
+        let shown = |real| NbdUri { address: shown(real), export: uri.export.clone() }.to_string();
+        let shown = match self.servers.iter_mut().find(|listening| listening.said == address) {
             Some(listening) => {
                 listening.server.add_export(&uri.export, export).map_err(failed)?;
-                listening.real.clone()
+                let shown = shown(&listening.real);
+                listening.uris.push(shown.clone());
+                shown
             }
             None => {
-                let server = NbdServer::new(&self.ring, self.config.clone());
+                let server = NbdServer::telling(&self.ring, self.config.clone(), self.changed.clone());
                 server.add_export(&uri.export, export).map_err(failed)?;
                 let real = server.listen(&address).map_err(failed)?;
-                self.servers.push(Listening { said: address, real: real.clone(), server });
-                real
+                let shown = shown(&real);
+                let uris = vec![shown.clone()];
+                self.servers.push(Listening { said: address, real, server, uris });
+                shown
             }
         };
-        let shown = NbdUri { address: shown(&real), export: uri.export.clone() }.to_string();
         if global.json {
-            println!("{}", json!({"event": "listening", "uri": shown, "bytes": node.driver().len()}));
+            print::event(&json!({"event": "listening", "uri": shown, "bytes": node.driver().len()}));
         } else {
-            eprintln!("Serving '{}' at {shown}", node.name());
+            say!("Serving '{}' at {shown}", node.name());
         }
         Ok(())
     }
@@ -222,54 +251,93 @@ impl Exports {
         self.servers.iter().map(|listening| listening.server.clients()).sum()
     }
 
+    /// Where clients connect.
+    pub fn places(&self) -> Vec<&str> {
+        self.servers.iter().flat_map(|listening| &listening.uris).map(String::as_str).collect()
+    }
+
+    /// Whom it serves, in words.
+    fn describe(&self) -> String {
+        let places = self.places().join(" and ");
+        match self.clients() {
+            0 => format!("Serving nobody at {places}"),
+            1 => format!("Serving 1 client at {places}"),
+            n => format!("Serving {n} clients at {places}"),
+        }
+    }
+
     /// Waits until clients have been there and none is left.
     pub async fn idle(&self) {
-        loop {
-            for listening in &self.servers {
-                listening.server.idle().await;
-            }
-            if self.clients() == 0 {
-                return;
-            }
-        }
+        let is_idle = || {
+            let has_come = self.servers.iter().any(|listening| listening.server.clients_ever() > 0);
+            (has_come && self.clients() == 0).then_some(())
+        };
+        self.changed.until(is_idle).await;
     }
 
-    /// Goes on serving those who are connected until the last has left, or a signal comes.
-    pub async fn serve_until_idle(&self, signals: &Signals) {
-        if self.clients() == 0 {
-            return;
-        }
-        match either(self.idle(), signals.next_ending()).await {
-            Either::First(()) => {}
-            Either::Second(signal) => tracing::info!(?signal, "ending the service"),
-        }
+    /// Waits until somebody uses a disk.
+    pub async fn until_used(&self) {
+        let is_used = || self.servers.iter().any(|listening| listening.server.users() > 0).then_some(());
+        self.changed.until(is_used).await;
     }
 
-    /// Ends the service. What clients have written and not flushed is written out, tables of images too. Nobody waits for
-    /// ever for a server that hangs.
-    pub async fn stop(&self) {
-        self.in_time(async {
+    /// Waits until nobody is connected.
+    pub async fn until_unused(&self) {
+        self.changed.until(|| (self.clients() == 0).then_some(())).await;
+    }
+
+    /// Ends the service. Requests in flight end, and what clients have written and not flushed is written out, tables of
+    /// images too. Nobody waits for long for a disk or a server that hangs: requests to servers are cut off, and what does
+    /// not end even then is told.
+    pub async fn stop(&self) -> Result<(), Failure> {
+        let began = self.ring.clock();
+        let stopped = self.in_time(began, async {
             for listening in &self.servers {
                 listening.server.stop().await;
             }
-        })
-        .await;
+        });
+        if stopped.await.is_none() {
+            return Err(Failure::text(
+                "Requests of clients did not end in time; what they have written last may be lost",
+            ));
+        }
         for (root, _) in self.roots.iter().filter(|(_, is_writable)| *is_writable) {
-            if let Err(error) = self.in_time(root.node().driver().flush()).await {
-                tracing::error!(%error, "what clients have written last may be lost");
+            match self.in_time(began, root.node().driver().flush()).await {
+                Some(Ok(())) => {}
+                Some(Err(error)) => tracing::error!(%error, "what clients have written last may be lost"),
+                None => {
+                    return Err(Failure::text(format!(
+                        "Flushing '{}' did not end in time; what clients have written last may be lost",
+                        root.node().name()
+                    )));
+                }
             }
         }
+        Ok(())
     }
 
-    /// Waits for `work`; when that takes too long, requests to servers are cut off, so that it ends.
-    async fn in_time<T>(&self, work: impl Future<Output = T>) -> T {
+    /// Waits for `work`; when that takes too long, requests to servers are cut off, so that it ends. `None`: it does not end
+    /// even then.
+    async fn in_time<T>(&self, began: Nanos, work: impl Future<Output = T>) -> Option<T> {
         let mut work = std::pin::pin!(work);
-        loop {
-            if let Either::First(done) = either(work.as_mut(), self.ring.sleep(STOP_NANOS_MAX)).await {
-                return done;
+        for share in [STOP_NANOS_MAX / 10 * 7, STOP_NANOS_MAX / 10 * 9] {
+            let rest = (began + share).saturating_sub(self.ring.clock());
+            if let Either::First(done) = either(work.as_mut(), self.ring.sleep(rest)).await {
+                return Some(done);
             }
             tracing::warn!("requests do not end in time; those to servers are given up");
             self.roots.iter().for_each(|(root, _)| root.node().driver().fail_in_flight());
+        }
+        None
+    }
+
+    /// The process is about to end without a stop: the socket files go.
+    pub fn forget(&self) {
+        for listening in self.servers.iter().filter(|listening| listening.server.is_listening()) {
+            if let SocketAddress::Unix(path) = &listening.real {
+                // Somebody may have removed it already.
+                let _ = std::fs::remove_file(path);
+            }
         }
     }
 }

@@ -1,20 +1,25 @@
-//! SIGINT, SIGTERM, SIGHUP and SIGCONT as things that a task can wait for.
+//! SIGINT, SIGTERM, SIGHUP, SIGCONT and SIGUSR1 as things that a task can wait for.
 //!
 //! The handler writes a byte into a socket pair, whose other end a task receives from through the ring:
-//! no thread, no lost signal, no work in the handler.
+//! no thread, no lost signal, no work in the handler. A SIGHUP that was ignored when the program started stays ignored:
+//! that is what `nohup` is for. Once a command has done its work and only its reader is waited for, signals end the process
+//! as they end any other.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 
-use blockferry_ring::Ring;
 use blockferry_ring::sync::Notify;
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM};
+use blockferry_ring::{Nanos, Ring};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
+use signal_hook::flag;
 
 use super::exit::Failure;
 
-/// A signal that asks a command to end.
+/// A signal that a command heeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
     /// From the keyboard, or a polite supervisor.
@@ -23,6 +28,45 @@ pub enum Signal {
     Terminate,
     /// Go on with what an error has stopped (SIGCONT).
     Continue,
+    /// Say how far it is (SIGUSR1).
+    Report,
+}
+
+impl Signal {
+    /// Whether it asks the command to end.
+    pub fn is_ending(self) -> bool {
+        matches!(self, Signal::Interrupt | Signal::Terminate)
+    }
+}
+
+/// A signal that has asked the command to end, and when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// Which.
+    pub signal: Signal,
+    /// When, by the ring's clock, in nanoseconds.
+    pub at_ns: Nanos,
+}
+
+/// The command's work is done: signals end the process.
+static DONE: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+
+/// Signals that would end the process and mean nothing of the kind: a limit on the size of files is an error of the
+/// request that meets it, and SIGUSR1 is a question, also to commands that have no answer.
+pub fn defuse() -> Result<(), Failure> {
+    for number in [SIGXFSZ, SIGUSR1] {
+        flag::register(number, Arc::default()).map_err(|error| failed(&error))?;
+    }
+    Ok(())
+}
+
+/// From now on signals end the process, as if nobody listened to them.
+pub fn let_go() {
+    DONE.store(true, Ordering::Relaxed);
+}
+
+fn failed(error: &dyn std::fmt::Display) -> Failure {
+    Failure::text(format!("Signals cannot be received: {error}"))
 }
 
 /// Receives signals.
@@ -36,9 +80,19 @@ impl Signals {
     /// From now on the signals end nothing by themselves.
     pub fn new(ring: &Ring) -> Result<Signals, Failure> {
         let signals = Signals { queue: Rc::default(), came: ring.notify() };
-        for (number, signal) in
-            [(SIGINT, Signal::Interrupt), (SIGTERM, Signal::Terminate), (SIGHUP, Signal::Terminate)]
-        {
+        let ignored = ignored_signals(&std::fs::read_to_string("/proc/self/status").unwrap_or_default());
+        for (number, signal) in [
+            (SIGINT, Signal::Interrupt),
+            (SIGTERM, Signal::Terminate),
+            (SIGHUP, Signal::Terminate),
+            (SIGUSR1, Signal::Report),
+        ] {
+            if number == SIGHUP && ignored & (1 << (SIGHUP - 1)) != 0 {
+                continue;
+            }
+            if signal.is_ending() {
+                flag::register_conditional_default(number, DONE.clone()).map_err(|error| failed(&error))?;
+            }
             signals.listen(ring, number, signal)?;
         }
         Ok(signals)
@@ -51,12 +105,9 @@ impl Signals {
     }
 
     fn listen(&self, ring: &Ring, number: i32, signal: Signal) -> Result<(), Failure> {
-        let failed = |error: std::io::Error| Failure::text(format!("Signals cannot be received: {error}"));
-        let (to, from) = UnixStream::pair().map_err(failed)?;
-        signal_hook::low_level::pipe::register(number, to).map_err(failed)?;
-        let from = ring
-            .adopt(from.into())
-            .map_err(|errno| Failure::text(format!("Signals cannot be received: {errno}")))?;
+        let (to, from) = UnixStream::pair().map_err(|error| failed(&error))?;
+        signal_hook::low_level::pipe::register(number, to).map_err(|error| failed(&error))?;
+        let from = ring.adopt(from.into()).map_err(|errno| failed(&errno))?;
         let (queue, came, r) = (self.queue.clone(), self.came.clone(), ring.clone());
         ring.spawn(async move {
             loop {
@@ -82,7 +133,7 @@ impl Signals {
     pub async fn next_ending(&self) -> Signal {
         loop {
             let signal = self.next().await;
-            if signal != Signal::Continue {
+            if signal.is_ending() {
                 return signal;
             }
         }
@@ -91,5 +142,23 @@ impl Signals {
     /// Waits for the next one.
     pub async fn next(&self) -> Signal {
         self.came.until(|| self.try_next()).await
+    }
+}
+
+/// The signals that are ignored, a bit each, as the kernel tells it of a process.
+fn ignored_signals(status: &str) -> u64 {
+    let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_mask_is_read() {
+        assert_eq!(ignored_signals("SigBlk:\t0000000000000002\nSigIgn:\t0000000000001001\n"), 0x1001);
+        assert_eq!(ignored_signals("Name:\tx\n"), 0);
+        assert_eq!(ignored_signals("SigIgn:\tstrange\n"), 0);
     }
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format};
+use super::print;
 use super::tool::{OutputArgs, PlanArgs, human_size};
 use super::{Global, config};
 use crate::engine::admit::{Admission, Refusal};
@@ -61,7 +62,7 @@ pub fn main(global: &Global, args: SnapshotArgs) -> Result<Exit, Failure> {
     let Some(list) = list else { return Ok(Exit::Done) };
     let value = Value::Array(list.iter().map(to_json).collect());
     if !args.output.print(global, &value) && !list.is_empty() {
-        print!("{}", table(&list));
+        print::write_product(&table(&list));
     }
     Ok(Exit::Done)
 }

@@ -4,6 +4,7 @@ use blockferry_ring::Ring;
 use serde_json::{Value, json};
 
 use super::Global;
+use super::print::{self, say};
 
 /// Prints the counters if they were asked for.
 pub fn print(global: &Global, ring: &Ring) {
@@ -11,33 +12,29 @@ pub fn print(global: &Global, ring: &Ring) {
         return;
     }
     if global.json {
-        println!("{}", json!({"event": "stats", "stats": to_json(ring)}));
+        print::event(&json!({"event": "stats", "stats": to_json(ring)}));
         return;
     }
     let s = ring.stats().snapshot();
     let arena = ring.arena();
-    eprintln!("reactor");
-    eprintln!("  operations                {:>12}", s.operations);
-    eprintln!("  fixed reads and writes    {:>12}  ({:.2} %)", s.transfers_fixed, s.fixed_share() * 100.0);
-    eprintln!("  plain reads and writes    {:>12}", s.transfers_plain);
-    eprintln!(
-        "  enters                    {:>12}  ({:.1} per 1,000 operations)",
-        s.enters,
-        s.enters_per_1000()
-    );
-    eprintln!("  batch, mean / largest     {:>12.1} / {}", s.batch_mean(), s.batch_max);
-    eprintln!("  completions a turn, most  {:>12}", s.completions_a_turn_max);
-    eprintln!(
+    say!("reactor");
+    say!("  operations                {:>12}", s.operations);
+    say!("  fixed reads and writes    {:>12}  ({:.2} %)", s.transfers_fixed, s.fixed_share() * 100.0);
+    say!("  plain reads and writes    {:>12}", s.transfers_plain);
+    say!("  enters                    {:>12}  ({:.1} per 1,000 operations)", s.enters, s.enters_per_1000());
+    say!("  batch, mean / largest     {:>12.1} / {}", s.batch_mean(), s.batch_max);
+    say!("  completions a turn, most  {:>12}", s.completions_a_turn_max);
+    say!(
         "  heap allocations          {:>12}  ({:.3} an operation)",
         s.heap_allocations,
         s.allocations_an_operation()
     );
-    eprintln!("  bytes read / written      {:>12} / {}", s.bytes_read, s.bytes_written);
-    eprintln!("  short transfers, retries  {:>12} / {}", s.short_transfers, s.retries);
-    eprintln!("  offloaded calls           {:>12}", s.offloaded);
-    eprintln!("  operations of libraries   {:>12}", s.external);
-    eprintln!("  turns, tasks              {:>12} / {}", s.turns, s.tasks);
-    eprintln!(
+    say!("  bytes read / written      {:>12} / {}", s.bytes_read, s.bytes_written);
+    say!("  short transfers, retries  {:>12} / {}", s.short_transfers, s.retries);
+    say!("  offloaded calls           {:>12}", s.offloaded);
+    say!("  operations of libraries   {:>12}", s.external);
+    say!("  turns, tasks              {:>12} / {}", s.turns, s.tasks);
+    say!(
         "  arena MiB: mapped / registered / most in use  {} / {} / {:.1}",
         arena.bytes() >> 20,
         arena.bytes_fixed() >> 20,

@@ -1,12 +1,12 @@
 //! What the image tools share: options with the names that users of `qemu-img` know.
 
 use clap::{Args, ValueEnum};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::Global;
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs};
-use crate::base::secret::without_secrets;
+use super::print::{self, note, product};
 use crate::engine::admit::Plan;
 use crate::engine::{Format, ImageOptions};
 
@@ -29,12 +29,22 @@ pub struct OutputArgs {
 }
 
 impl OutputArgs {
-    /// Prints `value` if JSON was asked for; false if people are to read something.
+    /// Prints `value`, which is what the command is for, if JSON was asked for; false if people are to read something.
     pub fn print(&self, global: &Global, value: &Value) -> bool {
         if global.json {
-            println!("{}", without_secrets(&value.to_string()));
+            product!("{value}");
         } else if self.output == Output::Json {
-            println!("{}", without_secrets(&format!("{value:#}")));
+            product!("{value:#}");
+        }
+        self.is_json(global)
+    }
+
+    /// The same for a command that does something, and says what it did.
+    pub fn note(&self, global: &Global, value: &Value) -> bool {
+        if global.json {
+            note!("{value}");
+        } else if self.output == Output::Json {
+            note!("{value:#}");
         }
         self.is_json(global)
     }
@@ -58,8 +68,8 @@ impl PlanArgs {
     pub fn ends(self, global: &Global, plan: &Plan) -> Result<bool, Failure> {
         if self.dry_run {
             match global.json {
-                true => println!("{}", plan.to_json()),
-                false => print!("{plan}"),
+                true => product!("{}", plan.to_json()),
+                false => print::write_product(&plan.to_string()),
             }
         }
         plan.admitted()?;
@@ -99,15 +109,11 @@ pub fn read_options(
 
 /// Ends a command whose exit code says more than success or failure: failures have this code, not 1.
 pub fn with_code(global: &Global, code: u8, result: Result<Exit, Failure>) -> Result<Exit, Failure> {
+    print::failure_has(code);
     match result {
         Ok(exit) => Ok(exit),
         Err(failure) => {
-            let failure = failure.to_string();
-            let failure = without_secrets(&failure);
-            if global.json {
-                println!("{}", json!({"event": "error", "message": failure}));
-            }
-            eprintln!("blockferry: {failure}");
+            print::failure(global.json, &failure);
             Ok(Exit::Code(code))
         }
     }

@@ -162,6 +162,10 @@ impl Driver for RawDriver {
     fn fail_in_flight(&self) {
         self.child.fail_in_flight();
     }
+
+    fn is_away(&self) -> bool {
+        self.child.is_away()
+    }
 }
 
 #[cfg(test)]

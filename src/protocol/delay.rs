@@ -114,4 +114,8 @@ impl Driver for DelayDriver {
     fn fail_in_flight(&self) {
         self.child.fail_in_flight();
     }
+
+    fn is_away(&self) -> bool {
+        self.child.is_away()
+    }
 }

@@ -198,12 +198,17 @@ impl Process {
 
     /// Sends SIGINT.
     pub fn interrupt(&self) {
-        rustix::process::pidfd_send_signal(&self.pidfd, Signal::INT).expect("a signal to a child");
+        self.signal(Signal::INT);
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        rustix::process::pidfd_send_signal(&self.pidfd, signal).expect("a signal to a child");
     }
 
     /// Sends SIGCONT, which lets a job go on that an error has stopped.
     pub fn resume(&self) {
-        rustix::process::pidfd_send_signal(&self.pidfd, Signal::CONT).expect("a signal to a child");
+        self.signal(Signal::CONT);
     }
 
     /// Sends SIGKILL and waits for the end: the JSON lines that had not been taken.

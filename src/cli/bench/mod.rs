@@ -13,7 +13,7 @@ pub mod report;
 pub mod schedule;
 pub mod target;
 
-use std::io::{BufWriter, IsTerminal};
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use blockferry_ring::Ring;
@@ -22,6 +22,7 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, duration, failed, parse_format, size};
+use super::print::{self, product};
 use super::signals::Signals;
 use super::tool::PlanArgs;
 use super::{Global, config, stats};
@@ -272,7 +273,7 @@ fn check_main(global: &Global, args: &BenchArgs, ring: &Ring, path: &Path) -> Re
             "writes-unanswered": log.unanswered(),
         });
         line["check"] = serde_json::to_value(&report).map_err(failed)?;
-        println!("{line}");
+        product!("{line}");
     } else {
         print_check(&without_secrets(&args.target), &log, &report);
     }
@@ -281,9 +282,9 @@ fn check_main(global: &Global, args: &BenchArgs, ring: &Ring, path: &Path) -> Re
 
 fn print_check(target: &str, log: &AckLog, report: &CheckReport) {
     if !log.is_complete() {
-        println!("the log was cut short; writes later than it knows count as right");
+        product!("the log was cut short; writes later than it knows count as right");
     }
-    println!(
+    product!(
         "{target}: {} acknowledged writes, {} without an answer; {} blocks verified, {} unknown, {} wrong",
         log.acknowledged(),
         log.unanswered(),
@@ -292,10 +293,10 @@ fn print_check(target: &str, log: &AckLog, report: &CheckReport) {
         report.mismatches.count
     );
     for mismatch in &report.mismatches.first {
-        println!("  {mismatch}");
+        product!("  {mismatch}");
     }
     for failure in &report.failures.first {
-        println!("  {failure}");
+        product!("  {failure}");
     }
 }
 
@@ -351,7 +352,7 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     let signals = Signals::new(ring)?;
     let stop = control.clone();
     ring.spawn(async move {
-        signals.next().await;
+        signals.next_ending().await;
         stop.stop();
     });
     if !args.quiet {
@@ -365,9 +366,7 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
         outcome.map_err(failed)
     });
     let report = outcome?.report;
-    if !args.quiet && std::io::stderr().is_terminal() {
-        eprint!("\r\x1b[K");
-    }
+    print::status(None);
     if let Some(path) = &args.histogram {
         let bytes = report.histogram.to_bytes().map_err(failed)?;
         std::fs::write(path, bytes).map_err(|error| cannot_write(path, &error))?;
@@ -375,9 +374,9 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     if global.json {
         let mut line = json!({"event": "report"});
         line["report"] = serde_json::to_value(&report).map_err(failed)?;
-        println!("{}", without_secrets(&line.to_string()));
+        product!("{line}");
     } else {
-        print!("{}", without_secrets(&report.to_text()));
+        print::write_product(&report.to_text());
     }
     let wrong = report.verify.as_ref().is_some_and(|verify| verify.mismatched() > 0);
     Ok(verdict(!report.is_good(), wrong))
@@ -393,7 +392,6 @@ fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
 
 /// Keeps a line on the terminal up to date; with JSON a line a second on standard output.
 async fn show(ring: Ring, control: LoadControl, json: bool) {
-    let terminal = std::io::stderr().is_terminal();
     let mut last = LoadProgress::default();
     loop {
         ring.sleep(LOOK_NS).await;
@@ -412,15 +410,15 @@ async fn show(ring: Ring, control: LoadControl, json: bool) {
                 "errors": progress.errors,
                 "checking": progress.checking,
             });
-            println!("{line}");
-        } else if terminal {
+            print::progress(&line);
+        } else if print::has_status() {
             let doing = if progress.checking { "reading back" } else { "running" };
-            eprint!(
-                "\r\x1b[K{doing} {}  {iops:.0} IOPS  {:.1} MB/s  {} errors",
+            print::status(Some(&format!(
+                "{doing} {}  {iops:.0} IOPS  {:.1} MB/s  {} errors",
                 fmt_duration(progress.elapsed_ns),
                 bytes_per_sec / 1e6,
                 progress.errors
-            );
+            )));
         }
     }
 }

@@ -34,6 +34,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::exit::{Exit, Failure};
 use super::image::{failed, size, speed};
+use super::print::{self, product, say};
 use super::serve::Exports;
 use super::signals::Signals;
 use super::{Global, config, stats};
@@ -120,7 +121,7 @@ pub fn main(global: &Global, args: &DemoArgs) -> Result<Exit, Failure> {
         stop: Arc::default(),
     });
     let outcome = engine.run(async move {
-        let outcome = match either(demo.show(), signals.next()).await {
+        let outcome = match either(demo.show(), signals.next_ending()).await {
             Either::First(outcome) => outcome.map(Some),
             Either::Second(_) => Ok(None),
         };
@@ -134,17 +135,17 @@ pub fn main(global: &Global, args: &DemoArgs) -> Result<Exit, Failure> {
     // Nothing uses the disks any more when the folder goes.
     drop(engine);
     if args.keep && !global.json {
-        eprintln!("Kept: {}", scratch.path().display());
+        say!("Kept: {}", scratch.path().display());
     }
     drop(scratch);
     let Some(report) = outcome? else {
-        eprintln!("Interrupted");
+        say!("Interrupted");
         return Ok(Exit::Cancelled);
     };
     if global.json {
-        println!("{}", report.to_json());
+        product!("{}", report.to_json());
     } else {
-        print!("\n{}", report.to_text());
+        print::write_product(&format!("\n{}", report.to_text()));
     }
     Ok(if report.verify.is_good() { Exit::Done } else { Exit::Different })
 }
@@ -208,7 +209,7 @@ impl Demo {
         let after = self.client("after", &uri, rate, rng.next_u64(), Some(AFTER_NS))?.finish().await?;
         self.client.borrow_mut().take();
 
-        exports.stop().await;
+        exports.stop().await?;
         drop((exports, source, target));
         stats::print(&self.global, ring);
         self.say("Reading the target without the engine, and comparing every byte");
@@ -354,7 +355,7 @@ impl Demo {
 
     fn say(&self, text: &str) {
         if !self.global.json {
-            eprintln!("{text}");
+            say!("{text}");
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::cli::exit::Failure;
 use crate::cli::image::{OpenArgs, Reflink, duration, parse_format, size, speed};
 use crate::cli::job::{Policy, bytes, guest_first};
 use crate::cli::serve::{ClientArgs, export_uri};
+use crate::cli::service::ServiceArgs;
 use crate::cli::tool::{PlanArgs, option_pairs};
 use crate::engine::Format;
 use crate::job::governor::GuestFirst;
@@ -31,7 +32,10 @@ Examples:
 
 While the job runs the target carries a mark that says so; `blockferry info` shows it. The mark is gone
 when, and only when, the target equals the source and is flushed. Exit code 3 means that the job was
-cancelled before that.";
+cancelled before that.
+
+A signal ends the job first, and not its clients: they go on until they leave, or until a second signal.
+SIGUSR1 asks for a line of progress, SIGCONT lets a stopped job go on.";
 
 /// Copy a disk to a new image, at rest or while it is in use
 #[derive(Debug, Args)]
@@ -65,9 +69,6 @@ pub struct MirrorArgs {
     /// Stay in step until SIGINT or SIGTERM, which complete the copy
     #[arg(long)]
     pub(super) follow: bool,
-    /// End when the job ends, even if clients are still connected
-    #[arg(long, requires = "export")]
-    pub(super) exit_on_done: bool,
     /// Read both disks back, past the page cache, and compare; what is written meanwhile is compared again
     #[arg(long)]
     pub(super) verify: bool,
@@ -127,6 +128,8 @@ pub struct MirrorArgs {
     #[command(flatten)]
     pub(super) open: OpenArgs,
     #[command(flatten)]
+    pub(super) service: ServiceArgs,
+    #[command(flatten)]
     pub(super) clients: ClientArgs,
     #[command(flatten)]
     pub(super) plan: PlanArgs,
@@ -178,7 +181,7 @@ pub(super) struct Settings {
     pub(super) export: Vec<NbdUri>,
     pub(super) pivot: bool,
     pub(super) follow: bool,
-    pub(super) exit_on_done: bool,
+    pub(super) service: ServiceArgs,
     pub(super) verify: bool,
     pub(super) force: bool,
     pub(super) speed: i64,
@@ -226,7 +229,7 @@ impl Settings {
             export: args.export.clone(),
             pivot: args.pivot,
             follow: args.follow,
-            exit_on_done: args.exit_on_done,
+            service: args.service,
             verify: args.verify,
             force: args.force,
             speed: bytes("speed", args.speed)?,

@@ -7,17 +7,19 @@ use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::limits::ARENA_BYTES;
-use blockferry_ring::sync::either;
+use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Config, Nanos};
 
 use super::create::open_new_backing;
 use super::exit::{Exit, Failure};
 use super::image::state_dir;
-use super::job::{AtReady, Watch, Words, disk, suit_bulk};
+use super::job::{AtReady, Watch, Watched, Words, disk, suit_bulk};
+use super::print::{self, say};
 use super::serve::Exports;
-use super::signals::Signals;
+use super::service::Service;
+use super::signals::{Asked, Signals};
 use super::target::{Target, TargetOptions};
-use super::{Global, config, stats};
+use super::{Global, config, room, stats};
 use crate::base::limits;
 use crate::block::Driver;
 use crate::engine::admit::{Admission, IfThere, Wish};
@@ -46,7 +48,7 @@ const WORDS: Words = Words {
 pub fn main(global: &Global, args: &MirrorArgs) -> Result<Exit, Failure> {
     // The arguments outlive the future in the process; the future must own them all the same.
     let args = Rc::new(Settings::new(args)?);
-    let config = Config { arena_bytes: arena_bytes(&args), ..config(global) };
+    let config = Config { arena_bytes: room::arena_bytes(arena_bytes(&args)), ..config(global) };
     let engine = Engine::new(&config)?;
     let signals = Signals::new(engine.ring())?.with_continue(engine.ring())?;
     let (global, engine) = (global.clone(), Rc::new(engine));
@@ -101,12 +103,20 @@ impl Run {
         let Some(target) = self.open_target(settings, &source).await? else { return Ok(Exit::Done) };
         let started = self.start(settings, &source, &target).await;
         let Started { exports, job, verifier, began } = match started {
-            Ok(started) => started,
+            Ok(Some(started)) => started,
+            Ok(None) => {
+                target.undo(&self.engine).await;
+                if !self.global.json {
+                    say!("Cancelled: no client came, and nothing was copied");
+                }
+                return Ok(Exit::Cancelled);
+            }
             Err(failure) => {
                 target.undo(&self.engine).await;
                 return Err(failure);
             }
         };
+        let clients = self.service(settings, &exports);
         // With clients or servers, what one of them waits for must not wait for other things.
         if settings.export.is_empty() && !is_far(settings) {
             suit_bulk(&ring, [&*settings.source, &*settings.target].into_iter());
@@ -115,11 +125,16 @@ impl Run {
         let mark = target.marker(&self.engine);
         let drivers = [source.driver().clone(), target.node.driver().clone()];
         drop(target);
-        let ending = self.follow(settings, &job, verifier.as_ref()).await?;
+        let places = drivers.to_vec();
+        let watched = self.follow(settings, &job, verifier.as_ref(), &clients, places).await?;
+        let (ending, mut asked) = (watched.ending, watched.asked);
         let elapsed_ns = ring.clock() - began;
         if settings.pivot && ending == Ending::Completed {
             // What clients wrote last on the disk that they have left is still being flushed where that takes long.
-            either(source.until_free_of_jobs(), self.signals.next_ending()).await;
+            let flushed = either(source.until_free_of_jobs(), self.signals.next_ending()).await;
+            if let Either::Second(signal) = flushed {
+                asked = Some(Asked { signal, at_ns: ring.clock() });
+            }
         }
         drop(source);
         let allocated = [drivers[0].allocated_bytes(), drivers[1].allocated_bytes()];
@@ -129,12 +144,29 @@ impl Run {
         let is_marked = mark.is_set().await.unwrap_or(false);
         let target = disk(&settings.target, &drivers[1]);
         drop((mark, drivers));
-        if !settings.exit_on_done && exit != Exit::Cancelled {
-            exports.serve_until_idle(&self.signals).await;
+        // At once, though clients may go on.
+        let stays = ending == Ending::Completed && (settings.pivot || settings.follow);
+        let exit = exit_of(exit, ending, &target, is_marked).unwrap_or_else(|failure| {
+            print::failure(self.global.json, &failure);
+            Exit::Failed
+        });
+        if !settings.service.exit_on_done {
+            clients.go_on(settings.service.persistence(stays), asked).await;
         }
-        exports.stop().await;
+        clients.end(exit).await?;
         stats::print(&self.global, &ring);
-        exit_of(exit, ending, &target, is_marked)
+        Ok(exit)
+    }
+
+    fn service<'a>(&'a self, settings: &Settings, exports: &'a Exports) -> Service<'a> {
+        Service {
+            global: &self.global,
+            ring: self.engine.ring(),
+            signals: &self.signals,
+            exports,
+            quiet: settings.quiet,
+            args: settings.service,
+        }
     }
 
     /// Settles what can be settled before the target is touched; then opens it, or makes it: raw, or in the format that was
@@ -195,17 +227,21 @@ impl Run {
         }
     }
 
-    /// Opens the exports and starts the job.
+    /// Opens the exports and starts the job; `None` if a signal came before its first client.
     async fn start(
         &self,
         settings: &Settings,
         source: &Rc<Node>,
         target: &Target,
-    ) -> Result<Started, Failure> {
+    ) -> Result<Option<Started>, Failure> {
         let ring = self.engine.ring();
         let mut exports = Exports::with_limits(ring, &settings.clients);
         for uri in &settings.export {
             exports.add(&self.engine, source, uri, false, &self.global).await?;
+        }
+        if !self.service(settings, &exports).first_client().await {
+            exports.stop().await?;
+            return Ok(None);
         }
         let mut options = MirrorOptions::new("mirror0");
         options.sync = settings.sync;
@@ -233,7 +269,7 @@ impl Run {
         options.verifier = verifier.clone();
         let began = ring.clock();
         let job = self.engine.mirror(source, &target.node, options).await?;
-        Ok(Started { exports, job, verifier, began })
+        Ok(Some(Started { exports, job, verifier, began }))
     }
 
     /// Watches the job to its end.
@@ -242,7 +278,9 @@ impl Run {
         settings: &Settings,
         job: &Job,
         verifier: Option<&Rc<Verifier>>,
-    ) -> Result<Ending, Failure> {
+        clients: &Service<'_>,
+        places: Vec<Rc<dyn Driver>>,
+    ) -> Result<Watched, Failure> {
         let ring = self.engine.ring();
         let at_ready = match (settings.follow, settings.pivot) {
             (true, _) => AtReady::Follow,
@@ -250,7 +288,7 @@ impl Run {
             (false, false) => AtReady::Finish,
         };
         let (signals, quiet) = (&self.signals, settings.quiet);
-        let watch = Watch { global: &self.global, ring, signals, quiet, words: WORDS, at_ready };
+        let watch = Watch { global: &self.global, ring, signals, quiet, words: WORDS, at_ready, places };
         let mut pass = None;
         // A long pass of comparing comes before the end; the job follows meanwhile.
         let passed = || {
@@ -259,7 +297,7 @@ impl Run {
                 pass.get_or_insert_with(|| ring.spawn_with_result(async move { verifier.pass().await }));
             pass.try_take().is_some()
         };
-        watch.follow(job, passed).await
+        watch.follow(job, passed, || clients.at_once(Exit::Cancelled)).await
     }
 }
 

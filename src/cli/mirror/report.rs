@@ -10,6 +10,7 @@ use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::block::Driver;
 use crate::cli::exit::{Exit, Failure};
 use crate::cli::job::{copy_rate, disk, ending_name, exit_code, left_behind};
+use crate::cli::print::{self, say};
 use crate::job::mirror::SyncMode;
 use crate::job::mirror::verify::{Report, Verifier};
 use crate::job::runner::{Ending, Job};
@@ -45,20 +46,17 @@ impl Run {
             ending => exit_code(ending),
         };
         if self.global.json {
-            println!(
-                "{}",
-                json!({
-                    "event": "end",
-                    "ending": ending_name(ending),
-                    "pivot": settings.pivot,
-                    "elapsed-ns": elapsed_ns,
-                    "details": details,
-                    "target-tail-bytes": tail,
-                    "source-allocated-bytes": source_allocated,
-                    "target-allocated-bytes": target_allocated,
-                    "verify": verified,
-                })
-            );
+            print::event(&json!({
+                "event": "end",
+                "ending": ending_name(ending),
+                "pivot": settings.pivot,
+                "elapsed-ns": elapsed_ns,
+                "details": details,
+                "target-tail-bytes": tail,
+                "source-allocated-bytes": source_allocated,
+                "target-allocated-bytes": target_allocated,
+                "verify": verified,
+            }));
             return exit;
         }
         if settings.quiet && exit == Exit::Done {
@@ -67,12 +65,12 @@ impl Run {
         match ending {
             Ending::Completed => self.say_completed(settings, job, outcome, verified.as_ref()),
             Ending::Cancelled => {
-                eprintln!("Cancelled: {} is incomplete and marked so", disk(&settings.target, target));
+                say!("Cancelled: {} is incomplete and marked so", disk(&settings.target, target));
             }
             Ending::Failed(_) => {
                 // Nothing is verified by a job that failed; where the two differ is worth a line.
                 if let Some(offset) = verified.and_then(|report| report.mismatch) {
-                    eprintln!("Verify: source and target differ at offset {offset}");
+                    say!("Verify: source and target differ at offset {offset}");
                 }
             }
         }
@@ -88,7 +86,7 @@ impl Run {
         verified: Option<&Report>,
     ) {
         let details = job.details();
-        eprintln!(
+        say!(
             "Completed in {}: {} copied ({}), {}{} zeroed, {} skipped{}",
             fmt_duration(outcome.elapsed_ns),
             fmt_bytes(details.bytes_copied),
@@ -103,7 +101,7 @@ impl Run {
                 .map_or_else(String::new, |bytes| { format!("; the target occupies {}", fmt_bytes(bytes)) }),
         );
         if let Some(tail) = outcome.tail {
-            eprintln!(
+            say!(
                 "The target is {} larger than the source: what lies behind the source's end holds what it held before",
                 fmt_bytes(tail)
             );
@@ -112,7 +110,7 @@ impl Run {
             say_verified(report, self.engine.ring().clock());
         }
         let [source, target] = outcome.drivers;
-        eprintln!(
+        say!(
             "{} {}{}",
             disk(&settings.target, target),
             whats_true(settings.sync, &disk(&settings.source, source)),
@@ -132,7 +130,7 @@ fn whats_true(sync: SyncMode, source: &str) -> String {
 }
 
 fn say_verified(report: &Report, now_ns: u64) {
-    eprintln!(
+    say!(
         "Verified: {} compared ({} of it again), checksum {} (BLAKE3 of the BLAKE3 of each MiB), as of {}",
         fmt_bytes(report.bytes_compared),
         fmt_bytes(report.bytes_compared_again),

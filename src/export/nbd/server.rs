@@ -194,6 +194,11 @@ pub struct NbdServer(Rc<Inner>);
 impl NbdServer {
     /// A server without exports that listens nowhere.
     pub fn new(ring: &Ring, config: ServerConfig) -> NbdServer {
+        NbdServer::telling(ring, config, ring.notify())
+    }
+
+    /// The same; `changed` is told of clients that come and go, by this server and by others that have it.
+    pub fn telling(ring: &Ring, config: ServerConfig, changed: Notify) -> NbdServer {
         NbdServer(Rc::new(Inner {
             ring: ring.clone(),
             config,
@@ -204,7 +209,7 @@ impl NbdServer {
             generation: Cell::new(0),
             stopping: Cell::new(false),
             watching: Cell::new(false),
-            changed: ring.notify(),
+            changed,
         }))
     }
 
@@ -306,12 +311,24 @@ impl NbdServer {
         self.0.sessions.borrow().len()
     }
 
+    /// Whether clients can connect.
+    pub fn is_listening(&self) -> bool {
+        self.0.listeners.get() > 0
+    }
+
+    /// Clients that have ever connected.
+    pub fn clients_ever(&self) -> u64 {
+        self.0.session_next.get() - 1
+    }
+
+    /// Clients that use an export: those in the handshake are not among them.
+    pub fn users(&self) -> usize {
+        self.0.sessions.borrow().values().filter(|session| session.client.is_some()).count()
+    }
+
     /// Waits until a client has been there and none is left.
     pub async fn idle(&self) {
-        let idle = || {
-            let someone_came = self.0.session_next.get() > 1;
-            (someone_came && self.0.sessions.borrow().is_empty()).then_some(())
-        };
+        let idle = || (self.clients_ever() > 0 && self.0.sessions.borrow().is_empty()).then_some(());
         self.0.changed.until(idle).await;
     }
 
@@ -424,16 +441,24 @@ impl Inner {
     /// Accepts clients until the generation changes.
     async fn accept_all(self: &Rc<Inner>, listener: &File, generation: u64) {
         let is_over = || self.generation.get() != generation;
+        let mut is_told = false;
         loop {
             let has_room = || self.sessions.borrow().len() < self.config.clients_max;
             self.changed.until(|| (is_over() || has_room()).then_some(())).await;
             let over = self.changed.until(|| is_over().then_some(()));
             match either(over, self.ring.accept(listener)).await {
                 Either::First(()) => return,
-                Either::Second(Ok(stream)) => self.clone().start(stream),
+                Either::Second(Ok(stream)) => {
+                    is_told = false;
+                    self.clone().start(stream);
+                }
                 Either::Second(Err(errno)) => {
-                    tracing::warn!(%errno, "accepting an NBD client failed");
-                    self.ring.sleep(limits::NBD_ACCEPT_PAUSE_NS).await;
+                    // While descriptors are short this fails again and again; it is said once.
+                    if !std::mem::replace(&mut is_told, true) {
+                        tracing::warn!(%errno, "accepting an NBD client failed; it is tried again");
+                    }
+                    let over = self.changed.until(|| is_over().then_some(()));
+                    either(over, self.ring.sleep(limits::NBD_ACCEPT_PAUSE_NS)).await;
                 }
             }
         }
@@ -533,6 +558,7 @@ impl Inner {
         if let Some(session) = self.sessions.borrow_mut().get_mut(&id) {
             session.client = Some(client.clone());
         }
+        self.changed.notify();
         let end = client.serve(&early).await;
         tracing::debug!(client = id, export = entry.info.name, %end, "an NBD session ended");
     }

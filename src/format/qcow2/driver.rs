@@ -209,6 +209,10 @@ impl Driver for Qcow2 {
             data_file.fail_in_flight();
         }
     }
+
+    fn is_away(&self) -> bool {
+        self.file.is_away() || self.data_file.as_ref().is_some_and(|data_file| data_file.is_away())
+    }
 }
 
 impl Layer for Qcow2 {

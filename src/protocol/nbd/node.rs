@@ -673,6 +673,10 @@ impl Driver for NbdNode {
     fn fail_in_flight(&self) {
         self.remote.fail_in_flight();
     }
+
+    fn is_away(&self) -> bool {
+        self.remote.is_down()
+    }
 }
 
 impl Drop for NbdNode {

@@ -281,6 +281,11 @@ impl Remote {
         self.unflushed.set(false);
     }
 
+    /// Whether there is no connection.
+    pub(super) fn is_down(&self) -> bool {
+        self.down_since.get().is_some()
+    }
+
     /// Makes all requests that wait or are in flight fail; later ones find a new connection.
     pub(super) fn fail_in_flight(&self) {
         self.generation.set(self.generation.get() + 1);
