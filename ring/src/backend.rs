@@ -75,6 +75,26 @@ pub struct FileInfo {
     pub mode: u32,
     /// The group that it belongs to.
     pub group: u32,
+    /// Names that lead to it; 0 for a file that has none (any more).
+    pub links: u64,
+}
+
+/// What an open file is by now, and what its name leads to.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// The open file.
+    pub open: FileInfo,
+    /// What the name leads to, as in [`FileInfo::identity`]; `None` if there is nothing any more.
+    pub named: Option<(u64, u64)>,
+}
+
+/// Tells one block device from another that has its name at another time.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceIdentity {
+    /// Counts the disks that the kernel has seen since it was started.
+    pub sequence: Option<u64>,
+    /// What the disk says of itself, with the number of the partition where it is one.
+    pub serial: Option<String>,
 }
 
 /// One byte range of open-file-description locks.
@@ -121,6 +141,9 @@ pub struct CopyRange {
 /// A blocking call that gives a number of bytes.
 pub type CopyWork = Box<dyn FnOnce() -> Result<u64, Errno> + Send>;
 
+/// A blocking call that looks where an open file is.
+pub type PlaceWork = Box<dyn FnOnce() -> Result<Place, Errno> + Send>;
+
 /// Wakes a sleeping ring from any thread.
 #[derive(Clone)]
 pub struct RemoteWaker(Arc<dyn Fn() + Send + Sync>);
@@ -155,6 +178,9 @@ pub trait Backend {
 
     /// The time now.
     fn now(&self) -> Nanos;
+
+    /// Seconds since 1970 (UTC), for people to read.
+    fn unix_secs(&self) -> u64;
 
     /// 64 random bits (seeded in the simulator).
     fn random(&mut self) -> u64;
@@ -223,6 +249,13 @@ pub trait Backend {
 
     /// Facts about an open file.
     fn info(&mut self, file: FileId) -> Result<FileInfo, Errno>;
+
+    /// The call, for the offload pool, that tells what an open file is by now and what `path` leads to. It holds the file
+    /// by itself.
+    fn place_work(&mut self, file: FileId, path: &Path) -> Result<PlaceWork, Errno>;
+
+    /// What tells a block device from others.
+    fn device_identity(&mut self, file: FileId) -> Result<DeviceIdentity, Errno>;
 
     /// Sets the length of a regular file.
     fn set_len(&mut self, file: FileId, len: u64) -> Result<(), Errno>;

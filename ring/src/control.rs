@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use crate::backend::{FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
+use crate::backend::{DeviceIdentity, FileInfo, FileKind, LockRange, OpenHow, Place, SocketAddress};
 use crate::errno::Errno;
 use crate::op::File;
 use crate::ring::Ring;
@@ -24,6 +24,22 @@ impl Ring {
     /// Facts about an open file.
     pub fn info(&self, file: &File) -> Result<FileInfo, Errno> {
         self.0.backend.borrow_mut().info(file.id())
+    }
+
+    /// What an open file is by now, and what `path` leads to: asked in the offload pool, because a disk may have to answer.
+    pub async fn place(&self, file: &File, path: &Path) -> Result<Place, Errno> {
+        let work = self.0.backend.borrow_mut().place_work(file.id(), path)?;
+        self.offload(work).await?
+    }
+
+    /// What tells a block device from others that may have its name at another time.
+    pub fn device_identity(&self, file: &File) -> Result<DeviceIdentity, Errno> {
+        self.0.backend.borrow_mut().device_identity(file.id())
+    }
+
+    /// Seconds since 1970 (UTC), for people to read. Nothing is decided by them.
+    pub fn unix_secs(&self) -> u64 {
+        self.0.backend.borrow().unix_secs()
     }
 
     /// Sets the length of a regular file.

@@ -45,7 +45,9 @@ pub mod sync;
 mod timer;
 pub mod uring;
 
-pub use backend::{Backend, CopyRange, FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
+pub use backend::{
+    Backend, CopyRange, DeviceIdentity, FileInfo, FileKind, LockRange, OpenHow, Place, SocketAddress,
+};
 pub use config::{Budget, Config, OffloadMode, Patience, SetupError, Shutdown, Turn};
 pub use errno::Errno;
 pub use external::{Completer, Keep};

@@ -301,3 +301,10 @@ pub const GLUSTER_UNSYNCED_RANGES_MAX: usize = 64;
 /// How long opening an image on GlusterFS may take, in nanoseconds, when nothing is said: libgfapi tries each server for
 /// some seconds.
 pub const GLUSTER_OPEN_NS_MAX: u64 = 120_000_000_000;
+
+/// How often a job that follows looks whether its target is where it was; and how often any job notes on the mark how far
+/// it is.
+pub const FIND_NANOS: u64 = 60_000_000_000;
+/// How often a job that copies looks: a file that was cut gets its length back with the last piece that is written, but not
+/// what was in it.
+pub const FIND_COPYING_NANOS: u64 = 1_000_000_000;

@@ -8,6 +8,8 @@ pub mod latency;
 pub mod limits;
 /// Deliberate bugs for tests.
 pub mod planted;
+/// Which process did something.
+pub mod process;
 /// Half-open byte ranges.
 pub mod range;
 /// Seeded random numbers with a frozen stream.

@@ -12,6 +12,8 @@ pub enum Bug {
     NoDrainBeforePivot,
     /// The last flush of the target is left out.
     FlushSkipped,
+    /// Nobody looks whether the target still has its name before a mirror ends.
+    TargetNotLookedFor,
     /// A copy that failed is taken for done.
     CompletionLost,
     /// A client that connects during a drain is let in.

@@ -29,12 +29,14 @@ pub enum Operation {
     BlockStatus,
     /// Changing the length.
     Resize,
+    /// Looking whether it still is where it was.
+    Find,
 }
 
 impl Operation {
     /// Whether it changes the image (counts as a write for error policies).
     pub fn is_write(self) -> bool {
-        !matches!(self, Operation::Open | Operation::Read | Operation::BlockStatus)
+        !matches!(self, Operation::Open | Operation::Read | Operation::BlockStatus | Operation::Find)
     }
 
     fn verb(self) -> &'static str {
@@ -49,6 +51,7 @@ impl Operation {
             Operation::WriteZeroes => "Writing zeroes to",
             Operation::BlockStatus => "Asking for the allocation of",
             Operation::Resize => "Resizing",
+            Operation::Find => "Finding",
         }
     }
 }

@@ -22,6 +22,7 @@
 pub mod error;
 pub mod permission;
 pub mod pin;
+pub mod place;
 
 pub use error::{BlockError, Operation};
 pub use permission::{Permission, Permissions};
@@ -336,6 +337,13 @@ pub trait Driver: std::fmt::Debug {
 
     /// Two drivers with the same identity store the same bytes in the same place.
     fn identity(&self) -> Option<(u64, u64)> {
+        None
+    }
+
+    /// Looks whether what is open still is what its name leads to (if `by_name`), and as long as it was. With `exact` it
+    /// must not have grown either. An error says what somebody has done to it. `None`: there is nothing to look at here
+    /// (see [`place::check`] for the drivers below).
+    fn check_place(&self, _by_name: bool, _exact: bool) -> Option<IoFuture<'_, IoResult>> {
         None
     }
 

@@ -12,7 +12,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{OpenArgs, parse_format, size, speed};
+use super::image::{OpenArgs, parse_format, size, speed, state_dir};
 use super::job::{
     AtReady, Policy, Watch, Words, bytes, copy_rate, disk, ending_name, exit_code, guest_first, suit_bulk,
 };
@@ -20,11 +20,13 @@ use super::print::{self, say};
 use super::serve::{ClientArgs, Exports, export_uri};
 use super::service::{Service, ServiceArgs};
 use super::signals::{Asked, Signals};
+use super::target::make_state_dir;
 use super::tool::PlanArgs;
 use super::{Global, config, stats};
 use crate::base::limits::STOP_NANOS_MAX;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::engine::admit::Admission;
+use crate::engine::marks::{Marks, unfinished};
 use crate::engine::open::local_path;
 use crate::engine::{Engine, Format, named};
 use crate::graph::chain;
@@ -32,6 +34,7 @@ use crate::graph::node::{Node, UseKind};
 use crate::job::governor::GuestFirst;
 use crate::job::runner::{Ending, Job};
 use crate::job::sweep::{ChainError, SweepOptions};
+use crate::protocol::mark::{MarkInfo, TargetMark};
 use crate::protocol::nbd::NbdUri;
 
 /// Options of both.
@@ -110,6 +113,51 @@ pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
     };
     let found = chain::find(front, name).or_else(beside);
     Ok(found.ok_or_else(|| ChainError::NotInChain(name.to_owned()))?)
+}
+
+/// What is merged from a disk that is not whole (which has to be allowed) makes what it goes to incomplete, too. The mark,
+/// if one was set; it is taken back if the job does not start.
+async fn pass_on_mark(
+    engine: &Engine,
+    front: &Rc<Node>,
+    to: &Rc<Node>,
+    job: &str,
+) -> Result<Option<TargetMark>, Failure> {
+    let (ring, marks) = (engine.ring(), Marks { state_dir: state_dir(None), ..Marks::default() });
+    if unfinished(ring, front.driver(), &marks).await.is_none() {
+        return Ok(None);
+    }
+    let driver = to.driver().clone();
+    if let Ok(Some(mark)) = TargetMark::read(ring, &driver, marks.state_dir.as_deref()).await
+        && mark.kind().is_unfinished()
+    {
+        return Ok(None);
+    }
+    make_state_dir(engine, &driver, marks.state_dir.as_deref())?;
+    let info = MarkInfo::incomplete(job, front.driver().name()).started(ring.unix_secs()).of_incomplete();
+    let mark = TargetMark::new(ring, driver, marks.state_dir, info);
+    mark.set().await?;
+    Ok(Some(mark))
+}
+
+/// Starts a job with [`pass_on_mark`] around it.
+pub async fn with_mark(
+    engine: &Engine,
+    front: &Rc<Node>,
+    to: &Rc<Node>,
+    name: &str,
+    start: impl Future<Output = Result<Job, ChainError>>,
+) -> Result<Job, Failure> {
+    let passed = pass_on_mark(engine, front, to, name).await?;
+    match start.await {
+        Ok(job) => Ok(job),
+        Err(error) => {
+            if let Some(mark) = passed {
+                mark.clear().await?;
+            }
+            Err(error.into())
+        }
+    }
 }
 
 /// Runs such a command; `judge` says what the job will have to do with, `start` starts it on the open chain.

@@ -108,6 +108,7 @@ async fn check(global: &Global, engine: &Engine, args: &CheckArgs) -> Result<Che
         no_backing: true,
         for_check: true,
         gate: args.gate.gate(),
+        marks: args.gate.marks().warned(),
         ..ImageOptions::read_only()
     };
     // Read-only first: that a raw image cannot be checked is to be said, and not that its format has to be.

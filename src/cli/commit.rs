@@ -5,7 +5,7 @@ use std::rc::Rc;
 use clap::Args;
 
 use super::Global;
-use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole};
+use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole, with_mark};
 use super::exit::{Exit, Failure};
 use super::job::{AtReady, Words};
 use crate::engine::admit::{Act, Admission};
@@ -106,7 +106,8 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
         let base = base.map_or(Ok(below), |name| layer(front, &name))?;
         let is_above = |node: &Rc<Node>| node.below().is_some_and(|below| Rc::ptr_eq(&below, &top));
         let above = front.chain().into_iter().find(is_above);
-        let job = engine.commit(front, Some(&top), Some(&base), options).await?;
+        let commit = engine.commit(front, Some(&top), Some(&base), options);
+        let job = with_mark(engine, front, &base, "commit", commit).await?;
         let (base_name, top_name) = (shown(&base), shown(&top));
         let now = above
             .map_or_else(String::new, |above| format!(", and is the backing file of {} now", shown(&above)));

@@ -19,22 +19,23 @@ use super::print::{self, say};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::service::at_once;
 use super::signals::{Signal, Signals};
-use super::target::{Target, TargetOptions};
+use super::target::{Target, TargetOptions, is_left_by};
 use super::tool::{OutputArgs, PlanArgs, cache, option_pairs, read_options};
 use super::{Global, config, stats};
 use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
-use crate::block::Driver;
+use crate::block::{Driver, place};
 use crate::engine::admit::{Admission, IfThere, Wish};
 use crate::engine::create::NewImage;
+use crate::engine::marks::unfinished;
 use crate::engine::qcow2::{Qcow2Compressor, qcow2};
-use crate::engine::{Engine, Format};
+use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::Node;
 use crate::job::convert::{ConvertOptions, Tally, TargetState};
 use crate::job::event::JobEvent;
 use crate::job::offload::OffloadPolicy;
 use crate::job::runner::{Ending, Job};
-use crate::protocol::mark::MarkInfo;
+use crate::protocol::mark::{MarkInfo, identity_of};
 
 const AFTER: &str = "\
 Examples:
@@ -159,14 +160,18 @@ struct Run {
 impl Run {
     async fn convert(&self) -> Result<Exit, Failure> {
         let (args, engine, ring) = (&self.args, &*self.engine, self.engine.ring());
-        let options = read_options(args.source_format, args.source_cache, args.force_share, &args.gate);
+        let options = ImageOptions {
+            marks: args.gate.marks(),
+            ..read_options(args.source_format, args.source_cache, args.force_share, &args.gate)
+        };
         let source = engine.open(&args.source, &options).await?;
         let open = OpenArgs {
             cache: args.target_cache.unwrap_or_default(),
             gate: args.gate.clone(),
             ..OpenArgs::default()
         };
-        let Some((target, target_state)) = self.open_target(&source, &open).await? else {
+        let source_incomplete = unfinished(ring, source.driver(), &args.gate.marks()).await.is_some();
+        let Some((target, target_state)) = self.open_target(&source, source_incomplete, &open).await? else {
             return Ok(Exit::Done);
         };
         let began = ring.clock();
@@ -182,12 +187,17 @@ impl Run {
         let drivers = [source.driver().clone(), target.node.driver().clone()];
         drop((source, target));
         let ending = self.follow(&job).await?;
+        if ending != Ending::Completed {
+            // A target that is gone, or cannot be written, has no mark that could say it.
+            let _ = mark.note(job.progress().offset(), job.progress().len()).await;
+        }
+        let is_there = place::check(&drivers[1], true).await.is_ok();
         let is_marked = mark.is_set().await.unwrap_or(false);
-        let exit = self.report(&job, &tally, &ending, ring.clock() - began, &drivers);
+        let exit = self.report(&job, &tally, &ending, ring.clock() - began, &drivers, source_incomplete);
         stats::print(&self.global, ring);
         match ending {
             Ending::Failed(text) if exit == Exit::Failed => {
-                let left = left_behind(&disk(&self.args.target, &drivers[1]), is_marked);
+                let left = left_behind(&disk(&self.args.target, &drivers[1]), is_there, is_marked);
                 Err(Failure::text(format!("The conversion failed: {}. {left}", text.trim_end_matches('.'))))
             }
             _ => Ok(exit),
@@ -199,9 +209,15 @@ impl Run {
     async fn open_target(
         &self,
         source: &Rc<Node>,
+        source_incomplete: bool,
         open: &OpenArgs,
     ) -> Result<Option<(Target, TargetState)>, Failure> {
         let (args, ring) = (&self.args, self.engine.ring());
+        let mark = MarkInfo::incomplete("convert", &args.source).started(ring.unix_secs()).about(
+            identity_of(ring, source.driver()),
+            source.driver().len(),
+            args.target_format.name(),
+        );
         if args.compress && args.target_format != Format::Qcow2 {
             let text = format!("Images of the format '{}' cannot be compressed", args.target_format);
             return Err(Failure::text(text));
@@ -216,13 +232,16 @@ impl Run {
                 "Compressed clusters cannot be in a data file: leave out -c or data_file",
             ));
         }
-        let image = open.image(Some(args.target_format), false);
+        let image = open.image(Some(args.target_format), false).overwriting();
         let mut admission = Admission::new(ring, "convert").counting(args.plan.dry_run);
         admission.source(source).await;
-        if let Some(backing) = open_new_backing(&self.engine, &args.target, &pairs).await? {
+        if let Some(backing) = open_new_backing(&self.engine, &args.target, &pairs, args.gate.marks()).await?
+        {
             admission.reads("new backing file", &backing).await;
         }
-        let if_there = match (args.no_create, args.force) {
+        let state_dir = state_dir(args.state_dir.as_deref());
+        let is_own = is_left_by(&self.engine, &args.target, &mark, state_dir.as_deref()).await;
+        let if_there = match (args.no_create, args.force || is_own) {
             (true, _) => IfThere::Overwrite,
             (false, true) => IfThere::Remake,
             (false, false) => IfThere::Refuse,
@@ -245,8 +264,9 @@ impl Run {
         let options = TargetOptions {
             name: &args.target,
             image,
-            state_dir: state_dir(args.state_dir.as_deref()),
-            mark: MarkInfo::incomplete("convert", &args.source).started(unix_secs()),
+            state_dir,
+            at_end: source_incomplete.then(|| mark.clone().of_incomplete()),
+            mark,
         };
         let target = Target::take(&self.engine, admitted, options, &new).await?;
         let state = match () {
@@ -338,6 +358,7 @@ impl Run {
         ending: &Ending,
         elapsed_ns: u64,
         [from, to]: &[Rc<dyn Driver>; 2],
+        source_incomplete: bool,
     ) -> Exit {
         let (args, details) = (&self.args, job.details());
         let tail = to.len().saturating_sub(from.len());
@@ -392,6 +413,9 @@ impl Run {
                 }
                 let (source, target) = (disk(&args.source, from), disk(&args.target, to));
                 match lost {
+                    0 if source_incomplete => {
+                        say!("{target} equals {source}, which is incomplete itself, and is marked so, too");
+                    }
                     0 => say!("{target} equals {source}"),
                     lost => say!(
                         "{target} equals {source} but for {} that could not be read and are zeroes",
@@ -414,9 +438,4 @@ impl Run {
 
 fn speed_of(rate: u64) -> Result<i64, Failure> {
     i64::try_from(rate).map_err(|_| Failure::text("--rate is too large"))
-}
-
-fn unix_secs() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |since| since.as_secs())
 }

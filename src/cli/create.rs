@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{parse_format, size};
+use super::image::{parse_format, size, state_dir};
 use super::print::note;
 use super::target::{make_file, make_remote, try_length};
 use super::tool::{OutputArgs, PlanArgs, option_pairs};
@@ -15,6 +15,7 @@ use super::{Global, config};
 use crate::block::Driver;
 use crate::engine::admit::{Admission, Admitted, Held, IfThere, Standing, Wish};
 use crate::engine::create::{Beside, NewImage};
+use crate::engine::marks::Marks;
 use crate::engine::open::local_path;
 use crate::engine::qcow2::{open_backing, recorded_format};
 use crate::engine::remote::can_create;
@@ -47,6 +48,9 @@ pub struct CreateArgs {
     /// Make an existing file anew; what is in it is lost
     #[arg(long)]
     force: bool,
+    /// Take a backing file that a job has left incomplete
+    #[arg(long)]
+    allow_incomplete: bool,
     /// No output but errors
     #[arg(short, long)]
     quiet: bool,
@@ -80,6 +84,11 @@ pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
+/// What marks mean for a backing file.
+fn marks(args: &CreateArgs) -> Marks {
+    Marks { allow_incomplete: args.allow_incomplete, state_dir: state_dir(None), ..Marks::default() }
+}
+
 /// Says a backing file by way of the format's own options.
 pub fn add_backing(pairs: &mut Vec<(String, String)>, name: Option<&str>, format: Option<Format>) {
     if let Some(name) = name {
@@ -96,6 +105,7 @@ pub async fn open_new_backing(
     engine: &Engine,
     image: &str,
     pairs: &[(String, String)],
+    marks: Marks,
 ) -> Result<Option<Rc<dyn Driver>>, Failure> {
     let Some(name) = last(pairs, "backing_file") else { return Ok(None) };
     let Some(format) = last(pairs, "backing_fmt") else {
@@ -104,7 +114,7 @@ pub async fn open_new_backing(
         )));
     };
     let format = recorded_format(Some(format), name)?;
-    let options = ImageOptions::read_only();
+    let options = ImageOptions { marks, ..ImageOptions::read_only() };
     Ok(Some(open_backing(engine.ring(), image, name, format, &options).await?))
 }
 
@@ -123,7 +133,7 @@ async fn create(
     let mut admission = Admission::new(engine.ring(), "create");
     let mut size = args.size;
     if !args.no_open {
-        if let Some(backing) = open_new_backing(engine, &args.file, pairs).await? {
+        if let Some(backing) = open_new_backing(engine, &args.file, pairs, marks(args)).await? {
             admission.reads("new backing file", &backing).await;
             size = size.or(Some(backing.len()));
         }
@@ -132,7 +142,7 @@ async fn create(
     }
     let new = NewImage::parse(args.format, pairs, size).map_err(Failure::text)?;
     let if_there = if args.force { IfThere::Remake } else { IfThere::Refuse };
-    let image = ImageOptions { format: Some(args.format), ..ImageOptions::default() };
+    let image = ImageOptions { format: Some(args.format), ..ImageOptions::default() }.overwriting();
     admission.target(&Wish { if_there, ..Wish::new(&args.file, image, &new) }).await;
     let (plan, admitted) = admission.judge();
     if args.plan.ends(global, &plan)? {

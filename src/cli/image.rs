@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum, value_parser};
 
 use super::exit::Failure;
 use crate::base::limits;
+use crate::engine::marks::Marks;
 use crate::engine::remote::ServerOptions;
 use crate::engine::{Format, ImageOptions};
 use crate::format::qcow2::{Gate, Reach};
@@ -38,6 +39,9 @@ pub struct OpenArgs {
     /// Take no locks and heed none: for those who know that nobody else writes these images
     #[arg(long)]
     pub no_lock: bool,
+    /// Let an image be written that clients have left by a pivot: it is old
+    #[arg(long)]
+    pub allow_superseded: bool,
     #[command(flatten)]
     pub server: ServerArgs,
     #[command(flatten)]
@@ -97,9 +101,17 @@ pub struct GateArgs {
     /// Guess the format of backing files that the image does not tell: never where a guest wrote a raw one
     #[arg(long)]
     pub probe_backing: bool,
+    /// Use images that a job has left incomplete; what is copied of them is marked as incomplete, too
+    #[arg(long)]
+    pub allow_incomplete: bool,
 }
 
 impl GateArgs {
+    /// What marks mean to who uses an image: one that is not whole is refused, unless that is allowed.
+    pub fn marks(&self) -> Marks {
+        Marks { allow_incomplete: self.allow_incomplete, state_dir: state_dir(None), ..Marks::default() }
+    }
+
     /// What they mean.
     pub fn gate(&self) -> Gate {
         let files = match (self.allow_any_file, self.allow_dir.is_empty()) {
@@ -128,6 +140,7 @@ impl OpenArgs {
             server: self.server.options(),
             gate: self.gate.gate(),
             probe_backing: self.gate.probe_backing,
+            marks: Marks { allow_superseded: self.allow_superseded, ..self.gate.marks() },
             ..ImageOptions::default()
         }
     }

@@ -14,12 +14,14 @@ use super::print;
 use super::tool::{OutputArgs, human_size};
 use super::{Global, config, snapshot, stats};
 use crate::base::limits::{BACKING_CHAIN_MAX, SECTOR_BYTES};
+use crate::base::process::Fate;
 use crate::block::Driver;
+use crate::engine::marks::Marks;
 use crate::engine::qcow2::{format, qcow2, recorded_format};
 use crate::engine::{Engine, Format, ImageOptions, named};
 use crate::format::qcow2::Info;
 use crate::format::qcow2::gate::{Role, Wanted};
-use crate::protocol::mark::{MarkInfo, TargetMark};
+use crate::protocol::mark::{MarkInfo, MarkState, TargetMark};
 
 /// Tell what an image is, and whether a copy to it was left incomplete
 #[derive(Debug, Args)]
@@ -82,6 +84,8 @@ async fn look(engine: &Engine, args: &InfoArgs) -> Result<Vec<Layer>, Failure> {
         format: args.format,
         lock: false,
         gate: gate.clone(),
+        // It tells of the mark itself, and a warning is a second pair of eyes for who reads only some lines.
+        marks: Marks { state_dir: marks.clone(), ..args.gate.marks().warned() },
         no_backing: true,
         server: args.server.options(),
         ..ImageOptions::read_only()
@@ -156,13 +160,69 @@ fn to_json(layer: &Layer) -> Value {
         "dirty-flag": info.as_ref().is_some_and(|info| info.dirty),
         "driver": driver.kind(),
         "request-alignment": driver.limits().request_align,
-        "state": if mark.is_some() { "incomplete" } else { "unmarked" },
-        "mark": mark,
+        "state": mark.as_ref().map_or("unmarked", |mark| mark.kind().name()),
+        "mark": mark.as_ref().map(mark_to_json),
     });
     if let (Some(info), Some(object)) = (info, value.as_object_mut()) {
         add_qcow2(object, info);
     }
     value
+}
+
+/// What a mark says, what has become of the process that has put it there, and whether it is about this disk for certain.
+fn mark_to_json(mark: &MarkInfo) -> Value {
+    let mut value = json!(mark);
+    if let Some(object) = value.as_object_mut() {
+        object.insert("certain".into(), (!mark.doubtful).into());
+        let runs = mark.process.as_ref().map(|process| match process.fate() {
+            Fate::Runs => "running",
+            Fate::Ended => "ended",
+            Fate::Unknown => "unknown",
+        });
+        object.insert("process-state".into(), runs.into());
+    }
+    value
+}
+
+/// The lines about a mark: what is so, since when, by whom, how far, and what to do.
+fn mark_to_text(mark: &MarkInfo) -> Vec<String> {
+    let kind = mark.kind();
+    let mut lines = vec![match kind {
+        MarkState::Superseded => format!("state: SUPERSEDED: clients have left this disk ({mark})"),
+        MarkState::Partial => format!("state: PARTIAL: no copy ({mark})"),
+        MarkState::Incomplete | MarkState::Unknown => {
+            format!("state: INCOMPLETE: target of an unfinished copy ({mark})")
+        }
+    }];
+    let runs = match &mark.process {
+        Some(process) => {
+            let text = match process.fate() {
+                Fate::Runs => "which is running",
+                Fate::Ended => "which has ended",
+                Fate::Unknown => {
+                    "of which nothing is known: the machine was started again since, or it was another one"
+                }
+            };
+            lines.push(format!("    by: process {}, {text}", process.pid));
+            process.fate() == Fate::Runs
+        }
+        None => false,
+    };
+    if mark.doubtful {
+        lines
+            .push("    certain: no: it was noted under this name, which may mean another disk by now".into());
+    }
+    let job = &mark.job;
+    lines.push(match kind {
+        MarkState::Superseded => "    what to do: use the other disk; to write this one all the same, say --allow-superseded".into(),
+        MarkState::Partial => "    what to do: use it for what it is, or copy anew".into(),
+        _ if runs => format!("    what to do: wait for the {job} to end"),
+        _ => format!(
+            "    what to do: run the {job} again, which takes this over and makes it complete; or remove it; or use it all the \
+             same with --allow-incomplete"
+        ),
+    });
+    lines
 }
 
 fn add_qcow2(object: &mut Map<String, Value>, info: &Info) {
@@ -260,10 +320,10 @@ fn to_text(layer: &Layer, chain: bool) -> String {
     }
     if !chain || mark.is_some() {
         lines.push(format!("protocol: {}, alignment {} bytes", file.kind(), driver.limits().request_align));
-        lines.push(match mark {
-            None => "state: no mark: not the target of an unfinished copy".into(),
-            Some(mark) => format!("state: INCOMPLETE: target of an unfinished copy ({mark})"),
-        });
+        match mark {
+            None => lines.push("state: no mark: not the target of an unfinished copy".into()),
+            Some(mark) => lines.extend(mark_to_text(mark)),
+        }
     }
     lines.join("\n") + "\n"
 }

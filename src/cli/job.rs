@@ -14,6 +14,7 @@ use super::print;
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::{Asked, Signal, Signals};
 use crate::base::limits;
+use crate::base::secret::without_secrets;
 use crate::base::units::fmt_bytes;
 use crate::block::Driver;
 use crate::engine::qcow2::format;
@@ -101,12 +102,13 @@ fn rate(bytes: u64, nanos: u64) -> u64 {
 
 /// A disk as the last line of a job names it: its name, format and size.
 pub fn disk(name: &str, driver: &Rc<dyn Driver>) -> String {
-    format!("'{name}' ({}, {})", format(driver), fmt_bytes(driver.len()))
+    format!("'{}' ({}, {})", without_secrets(name), format(driver), fmt_bytes(driver.len()))
 }
 
 /// What a job that failed has left of its target, which is called so.
-pub fn left_behind(target: &str, is_marked: bool) -> String {
+pub fn left_behind(target: &str, is_there: bool, is_marked: bool) -> String {
     match is_marked {
+        _ if !is_there => format!("Nothing that can be used is left of {target}"),
         true => format!("{target} is incomplete and marked so"),
         false => format!("Nothing says of {target} that it is incomplete: do not use it"),
     }

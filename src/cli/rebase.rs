@@ -101,6 +101,7 @@ async fn rebase(
         format: args.format,
         cache: args.cache.unwrap_or_default().into(),
         gate: args.gate.gate(),
+        marks: args.gate.marks().warned(),
         no_backing: args.name_only,
         read_only: args.plan.dry_run,
         ..ImageOptions::default()
@@ -121,6 +122,7 @@ async fn rebase(
             None
         }
         name => {
+            let options = ImageOptions { marks: args.gate.marks(), ..options.clone() };
             let new = open_backing(engine.ring(), &args.file, name, args.backing_format, &options).await?;
             admission.reads("new backing file", &new).await;
             Some(new)

@@ -96,6 +96,7 @@ async fn resize(global: &Global, engine: &Engine, args: &ResizeArgs) -> Result<O
         format: args.format,
         gate: args.gate.gate(),
         read_only: args.plan.dry_run,
+        marks: args.gate.marks().warned(),
         ..ImageOptions::default()
     };
     let node = engine.open(&args.file, &options).await?;

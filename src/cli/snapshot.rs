@@ -78,6 +78,7 @@ async fn snapshot(
         format: args.format,
         lock: false,
         gate: args.gate.gate(),
+        marks: args.gate.marks().warned(),
         no_backing: true,
         ..ImageOptions::read_only()
     };

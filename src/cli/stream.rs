@@ -5,7 +5,7 @@ use std::rc::Rc;
 use clap::Args;
 
 use super::Global;
-use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole};
+use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole, with_mark};
 use super::exit::{Exit, Failure};
 use super::job::{AtReady, Words};
 use crate::engine::admit::{Act, Admission};
@@ -106,7 +106,8 @@ pub fn main(global: &Global, args: StreamArgs) -> Result<Exit, Failure> {
             Floor::Bottom(bottom) => bottom.below(),
             Floor::Whole => None,
         };
-        let job = engine.stream(front, Some(&top), floor, options).await?;
+        let stream = engine.stream(front, Some(&top), floor, options);
+        let job = with_mark(engine, front, &top, "stream", stream).await?;
         let done = Box::new(move || match &left {
             Some(left) => format!("{} has {} as its backing file now", shown_whole(&top), shown(left)),
             None => format!("{} needs no backing file any more", shown_whole(&top)),

@@ -5,15 +5,18 @@
 //! taken meanwhile. So whatever ends this program at whatever moment, an image without a mark is complete; at
 //! worst an empty file with a hidden name is left behind.
 //!
+//! One that an earlier run of the same job has left unfinished is taken over.
+//!
 //! A file on a server (GlusterFS) is made under its own name, which must not be taken, and its mark is a note in the state
 //! directory, as for all that is not on this machine.
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use blockferry_ring::Errno;
+use blockferry_ring::{Errno, FileKind};
 
 use super::exit::Failure;
+use crate::base::process::Fate;
 use crate::block::Driver;
 use crate::engine::admit::{Admitted, Held, Refusal, Standing};
 use crate::engine::create::{Beside, NewImage, data_file_path};
@@ -35,6 +38,8 @@ pub struct TargetOptions<'a> {
     pub state_dir: Option<PathBuf>,
     /// What the mark says.
     pub mark: MarkInfo,
+    /// What it says when the job has completed, if the target is no whole copy then.
+    pub at_end: Option<MarkInfo>,
 }
 
 /// What was made here.
@@ -70,6 +75,7 @@ pub struct Target {
     _promised: Vec<Use>,
     state_dir: Option<PathBuf>,
     mark: MarkInfo,
+    at_end: Option<MarkInfo>,
     /// It was made here.
     made: Option<Made>,
     /// It was there, and has been emptied.
@@ -129,9 +135,9 @@ impl Target {
                 return Err(error.into());
             }
         };
-        let TargetOptions { state_dir, mark, .. } = options;
+        let TargetOptions { state_dir, mark, at_end, .. } = options;
         let _promised = uses.into_iter().chain([promised]).collect();
-        let target = Target { node, _promised, state_dir, mark, made, remade };
+        let target = Target { node, _promised, state_dir, mark, at_end, made, remade };
         if let Err(failure) = make_state_dir(engine, target.node.driver(), target.state_dir.as_deref()) {
             target.undo(engine).await;
             return Err(failure);
@@ -148,6 +154,7 @@ impl Target {
     pub fn marker(&self, engine: &Engine) -> TargetMark {
         let driver = self.node.driver().clone();
         TargetMark::new(engine.ring(), driver, self.state_dir.clone(), self.mark.clone())
+            .ending_as(self.at_end.clone())
     }
 
     /// The job could not start: what was made for it is removed again.
@@ -158,6 +165,26 @@ impl Target {
             made.remove(engine).await;
         }
     }
+}
+
+/// Whether the target is what an earlier run of the job whose mark would be `mark` has left unfinished: nobody has anything
+/// to lose there. One that is being written is not.
+pub async fn is_left_by(engine: &Engine, name: &str, mark: &MarkInfo, state_dir: Option<&Path>) -> bool {
+    let Some(path) = local_path(name) else { return false };
+    if !matches!(engine.ring().lookup(&path), Ok(Some(FileKind::Regular | FileKind::Block))) {
+        return false;
+    }
+    let look = ImageOptions { lock: false, read_only: true, ..ImageOptions::raw().overwriting() };
+    let Ok(node) = engine.open(&format!("file:{}", path.display()), &look).await else { return false };
+    let Ok(Some(left)) = TargetMark::read(engine.ring(), node.driver(), state_dir).await else {
+        return false;
+    };
+    let runs = left.process.as_ref().is_some_and(|process| process.fate() == Fate::Runs);
+    if runs || !left.is_continued_by(mark) {
+        return false;
+    }
+    tracing::warn!("'{name}' was left unfinished by an earlier run ({left}): it is taken over");
+    true
 }
 
 fn exists(name: &str) -> Failure {
@@ -222,7 +249,7 @@ pub async fn make_file(
     FileDriver::create(ring, &hidden, 0, made).await?;
     let mut is_written = false;
     let result = async {
-        let image = ImageOptions { lock: false, ..ImageOptions::raw() };
+        let image = ImageOptions { lock: false, ..ImageOptions::raw().overwriting() };
         let node = engine.open(&format!("file:{}", hidden.display()), &image).await?;
         new.write(ring, node.driver(), path, beside).await?;
         is_written = true;
@@ -269,8 +296,8 @@ pub async fn try_length(file: &Rc<dyn Driver>, new: &NewImage) -> Result<(), Fai
     Ok(())
 }
 
-/// Makes the directory for marks if this target needs it.
-fn make_state_dir(engine: &Engine, driver: &Rc<dyn Driver>, dir: Option<&Path>) -> Result<(), Failure> {
+/// Makes the directory for marks if this disk needs it.
+pub fn make_state_dir(engine: &Engine, driver: &Rc<dyn Driver>, dir: Option<&Path>) -> Result<(), Failure> {
     let Some(dir) = dir.filter(|_| TargetMark::needs_state_dir(engine.ring(), driver)) else { return Ok(()) };
     std::fs::create_dir_all(dir).map_err(|error| {
         Failure::text(format!(

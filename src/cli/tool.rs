@@ -90,7 +90,7 @@ pub fn cache(text: &str) -> Result<CacheMode, String> {
     }
 }
 
-/// Options for an image that a tool reads.
+/// Options for an image that a tool reads: of marks is warned.
 pub fn read_options(
     format: Option<Format>,
     cache: Option<CacheMode>,
@@ -101,6 +101,7 @@ pub fn read_options(
         format,
         gate: gate.gate(),
         probe_backing: gate.probe_backing,
+        marks: gate.marks().warned(),
         cache: cache.unwrap_or_default().into(),
         lock: !force_share,
         ..ImageOptions::read_only()

@@ -10,6 +10,7 @@
 pub mod admit;
 pub mod create;
 pub mod guest;
+pub mod marks;
 pub mod named;
 pub mod open;
 pub mod qcow2;

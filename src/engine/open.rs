@@ -24,6 +24,7 @@ use crate::protocol::mem::MemDriver;
 use crate::protocol::null::NullDriver;
 use crate::protocol::open::{Cache, OpenOptions};
 
+use super::marks::{Marks, heed, heed_own};
 use super::named::{self, Named};
 use super::remote::{ServerOptions, is_remote};
 use crate::format::probe::{FormatError, HEAD_BYTES, choose_format};
@@ -55,6 +56,8 @@ pub struct ImageOptions {
     pub no_backing: bool,
     /// To be checked or repaired ([`qcow2::OpenOptions::for_check`]).
     pub for_check: bool,
+    /// What is done about marks of unfinished and of old disks.
+    pub marks: Marks,
 }
 
 impl Default for ImageOptions {
@@ -71,6 +74,7 @@ impl Default for ImageOptions {
             probe_backing: false,
             no_backing: false,
             for_check: false,
+            marks: Marks::default(),
         }
     }
 }
@@ -84,6 +88,11 @@ impl ImageOptions {
     /// A raw image, said so.
     pub fn raw() -> ImageOptions {
         ImageOptions { format: Some(Format::Raw), ..ImageOptions::default() }
+    }
+
+    /// The same for an image that is to be overwritten, whatever its mark says.
+    pub fn overwriting(self) -> ImageOptions {
+        ImageOptions { marks: Marks::ignored(), ..self }
     }
 }
 
@@ -111,6 +120,7 @@ pub fn name_of(path: &Path) -> String {
 /// the safe rule.
 pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
     let (child, named_format) = open_child(ring, name, options).await?;
+    heed(ring, &child, name, options).await?;
     open_on(ring, child, named_format, name, options).await
 }
 
@@ -147,6 +157,7 @@ pub(super) async fn open_child(
 /// Opens `name` as a qcow2 image, for what only that format has.
 pub async fn open_qcow2(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<Qcow2>, BlockError> {
     let (child, _) = open_child(ring, name, options).await?;
+    heed(ring, &child, name, options).await?;
     let files = Files::new(ring, options, &child, &[]);
     as_qcow2(ring, child, options, &files).await
 }
@@ -158,6 +169,7 @@ pub fn open_as_said(ring: &Ring, name: &str, options: &ImageOptions) -> Result<R
         return Err(FormatError::Unsaid.of(name));
     };
     let child = open_protocol(ring, name, options)?;
+    heed_own(ring, &child, name, options)?;
     match format {
         Format::Raw => as_raw(ring, child, options),
         Format::Qcow2 => Err(BlockError::new(Operation::Open, name, Errno::EINVAL)
@@ -266,6 +278,8 @@ impl Files {
         if child.identity().is_some() && self.above.contains(&child.identity()) {
             return Err(refuse(format!("The chain of images leads back to '{shown}'.")));
         }
+        // One that clients have left may lie below another: it is only read there.
+        heed(&self.ring, &child, &shown, &options).await?;
         let said = named_format.as_deref().or(wanted.format);
         let format = match (said, wanted.role) {
             (_, Role::DataFile) => Format::Raw,

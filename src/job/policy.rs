@@ -4,10 +4,13 @@
 //! failing request asks [`OnError::action`]; the answer is shown in a `BLOCK_JOB_ERROR` event and obeyed by the
 //! job. What it is to *retry* differs by job and is the job's own business.
 
+use std::rc::Rc;
+
+use blockferry_ring::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::error::{ENOSPC, JobFailure};
-use crate::block::BlockError;
+use crate::block::{BlockError, Driver, place};
 
 /// What the user wants done about a failed request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -126,6 +129,18 @@ impl Failed {
     pub fn write(error: BlockError) -> Failed {
         Failed { operation: IoOperation::Write, errno: error.errno.0, text: error.to_string() }
     }
+}
+
+/// Whether an error of [`find`] says that somebody has removed, replaced or cut one of the two, rather than that nobody can
+/// tell for the moment. No policy forgives the former.
+pub(super) fn is_displaced(failed: &Failed) -> bool {
+    [Errno::ENOENT.0, Errno::ESTALE.0].contains(&failed.errno)
+}
+
+/// Looks whether both sides still are where they were, the target by its name; an error says on which side they are not.
+pub(super) async fn find(source: &Rc<dyn Driver>, target: &Rc<dyn Driver>) -> Result<(), Failed> {
+    place::check(target, true).await.map_err(Failed::write)?;
+    place::check(source, false).await.map_err(Failed::read)
 }
 
 impl From<Failed> for JobFailure {

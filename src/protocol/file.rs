@@ -15,6 +15,7 @@ use blockferry_ring::{Buf, Errno, File, FileKind, Ring, SharedBuf};
 use super::leaf::Leaf;
 use super::lock::{self, Locks};
 use super::open::{self, OpenOptions};
+use super::place;
 use crate::base::range::ByteRange;
 use crate::block::{
     BlockError, Capabilities, CopyFrom, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission,
@@ -231,6 +232,10 @@ impl Driver for FileDriver {
 
     fn identity(&self) -> Option<(u64, u64)> {
         Some(self.leaf.info().identity)
+    }
+
+    fn check_place(&self, by_name: bool, exact: bool) -> Option<IoFuture<'_, IoResult>> {
+        Some(self.leaf.ring().boxed(place::check(&self.leaf, by_name, exact)))
     }
 
     fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {

@@ -11,6 +11,7 @@ use blockferry_ring::{Buf, Errno, File, FileKind, Ring, SharedBuf};
 use super::leaf::Leaf;
 use super::lock::Locks;
 use super::open::{self, OpenOptions};
+use super::place;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, Resolved,
     WriteFlags, ZeroFlags,
@@ -120,6 +121,10 @@ impl Driver for HostDevice {
             Some((major, minor)) => (DEVICE_IDENTITY, u64::from(major) << 32 | u64::from(minor)),
             None => info.identity,
         })
+    }
+
+    fn check_place(&self, by_name: bool, exact: bool) -> Option<IoFuture<'_, IoResult>> {
+        Some(self.leaf.ring().boxed(place::check(&self.leaf, by_name, exact)))
     }
 
     fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {

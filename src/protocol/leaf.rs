@@ -172,6 +172,10 @@ impl Leaf {
         self.len.get()
     }
 
+    pub(super) fn path(&self) -> &std::path::Path {
+        &self.path
+    }
+
     pub(super) fn is_read_only(&self) -> bool {
         !self.how.borrow().write
     }

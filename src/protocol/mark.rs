@@ -1,20 +1,28 @@
-//! The mark on the target of a job: "what is in here is not complete".
+//! The mark on the target of a job: "what is in here is not complete". And that on a disk whose clients have gone on, on
+//! another one: "what is in here is old".
 //!
-//! It is set, durably, before the first byte of the target changes, and taken away, durably, after the
+//! The first is set, durably, before the first byte of the target changes, and taken away, durably, after the
 //! last flush. Whatever happens in between (a crash, a power cut, somebody who copies the file away), the
-//! target tells what it is.
+//! target tells what it is. A target that is no copy in the end keeps a mark that says so.
 //!
 //! # Where it is
 //! * On a regular file: the extended attribute `user.blockferry.state`, which stays with the file under
 //!   any name.
-//! * Where there are no such attributes (some filesystems, block devices, other machines): a file in the
-//!   state directory. For a regular file its name comes from device and inode number; for all else from
-//!   the name under which the target was opened, so use names that stay (`/dev/disk/by-id/...`).
+//! * Where there are no such attributes (some filesystems, block devices, other machines): a note, a file in the
+//!   state directory. For a regular file its name comes from device and inode number; for a block device from its serial
+//!   number, or from its number in the kernel where it has none; for all else from the name under which the target was
+//!   opened.
+//! * A note may be about another disk by now: numbers of devices and names on servers are given anew. A note about a
+//!   device says which disk it was; where that does not tell, and for names on servers, what is read is
+//!   [doubtful](MarkInfo::doubtful): it is worth a warning, and no more.
 //! * Without a state directory such a target is an error: an unmarked target is one that lies.
 //! * Memory is gone with the program and needs no mark.
 //!
 //! Its content is a line of JSON ([`MarkInfo`]). A content that cannot be read is a mark nonetheless.
 
+mod info;
+
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -22,6 +30,8 @@ use std::rc::Rc;
 use blockferry_ring::{Errno, File, FileKind, OpenHow, Ring};
 
 use crate::block::{BlockError, Driver, IoResult, Operation};
+use info::cut;
+pub use info::{MarkInfo, MarkState, MarkedDevice};
 
 /// The extended attribute.
 const ATTRIBUTE: &str = "user.blockferry.state";
@@ -29,72 +39,6 @@ const ATTRIBUTE: &str = "user.blockferry.state";
 const STATE_DIR_SYSTEM: &str = "/var/lib/blockferry";
 /// Bytes of a mark, at most: what every filesystem with attributes takes.
 const MARK_BYTES_MAX: usize = 4096;
-/// Bytes of a name in a mark; more is cut off.
-const NAME_BYTES_MAX: usize = 1024;
-
-/// What a mark says.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct MarkInfo {
-    /// `incomplete`; other words may come from later versions.
-    pub state: String,
-    /// What kind of job: `mirror`, ….
-    pub job: String,
-    /// What was copied, as the user named it.
-    pub source: String,
-    /// When it began, in seconds since 1970 (UTC).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub started: Option<u64>,
-    /// What was copied to, where the mark does not stand on the target itself.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub target: Option<String>,
-}
-
-impl MarkInfo {
-    /// The mark of an unfinished target of a `job`.
-    pub fn incomplete(job: &str, source: &str) -> MarkInfo {
-        MarkInfo {
-            state: "incomplete".into(),
-            job: job.into(),
-            source: cut(source),
-            started: None,
-            target: None,
-        }
-    }
-
-    /// With the time at which it began, in seconds since 1970 (UTC).
-    pub fn started(mut self, unix_secs: u64) -> MarkInfo {
-        self.started = Some(unix_secs);
-        self
-    }
-
-    fn from_bytes(bytes: &[u8]) -> MarkInfo {
-        serde_json::from_slice(bytes).unwrap_or_else(|_| MarkInfo {
-            state: "unreadable".into(),
-            ..MarkInfo::incomplete("an unknown job", "an unknown source")
-        })
-    }
-
-    fn to_bytes(&self) -> Vec<u8> {
-        // Strings and a number: there is nothing that could fail.
-        serde_json::to_vec(self).unwrap_or_default()
-    }
-}
-
-impl std::fmt::Display for MarkInfo {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}, {} of {}", self.state, self.job, self.source)
-    }
-}
-
-fn cut(name: &str) -> String {
-    let mut end = name.len().min(NAME_BYTES_MAX);
-    while !name.is_char_boundary(end) {
-        end -= 1;
-    }
-    name[..end].to_owned()
-}
-
 /// The state directory when none is named: the system's for root, else the user's own
 /// (`$XDG_STATE_HOME`, which is `~/.local/state` when unset). Who uses it makes it.
 pub fn default_state_dir(is_root: bool, state_home: Option<&OsStr>, home: Option<&OsStr>) -> Option<PathBuf> {
@@ -115,6 +59,18 @@ pub struct TargetMark {
     driver: Rc<dyn Driver>,
     state_dir: Option<PathBuf>,
     info: MarkInfo,
+    /// What takes its place when the job has completed.
+    at_end: Option<MarkInfo>,
+    /// How far the job was when that was last noted.
+    done: Cell<Option<(u64, u64)>>,
+}
+
+/// What a note is about.
+enum About {
+    File,
+    Device(MarkedDevice),
+    /// Whatever goes by that name.
+    Name,
 }
 
 /// What can carry a mark.
@@ -123,8 +79,8 @@ enum Carrier {
     Nothing,
     /// The file itself, or a note under this name.
     File(File, String),
-    /// A note under this name.
-    Note(String),
+    /// A note under this name, about this device, or about something that only has a name.
+    Note(String, Option<MarkedDevice>),
 }
 
 fn carrier(ring: &Ring, driver: &Rc<dyn Driver>) -> Result<Carrier, Errno> {
@@ -135,14 +91,38 @@ fn carrier(ring: &Ring, driver: &Rc<dyn Driver>) -> Result<Carrier, Errno> {
     if matches!(bottom.kind(), "mem" | "null") {
         return Ok(Carrier::Nothing);
     }
-    let by_name = || note_name(bottom.kind(), bottom.name().as_bytes());
-    let Some(file) = driver.local_file() else { return Ok(Carrier::Note(by_name())) };
+    let by_name = || Carrier::Note(note_name(bottom.kind(), bottom.name().as_bytes()), None);
+    let Some(file) = driver.local_file() else { return Ok(by_name()) };
     let info = ring.info(&file)?;
-    if info.kind != FileKind::Regular {
-        return Ok(Carrier::Note(by_name()));
+    match (info.kind, info.device) {
+        (FileKind::Regular, _) => {
+            let (device, inode) = info.identity;
+            Ok(Carrier::File(file, note_name("file", format!("{device}:{inode}").as_bytes())))
+        }
+        (_, Some((major, minor))) => {
+            let device = MarkedDevice::new(ring.device_identity(&file)?);
+            let key = device.serial.clone().unwrap_or_else(|| format!("{major}:{minor}"));
+            Ok(Carrier::Note(note_name("device", key.as_bytes()), Some(device)))
+        }
+        _ => Ok(by_name()),
     }
-    let (device, inode) = info.identity;
-    Ok(Carrier::File(file, note_name("file", format!("{device}:{inode}").as_bytes())))
+}
+
+/// Which disk that is, whatever it is called, as far as this machine can tell.
+pub fn identity_of(ring: &Ring, driver: &Rc<dyn Driver>) -> Option<String> {
+    match carrier(ring, driver).ok()? {
+        Carrier::Nothing => None,
+        Carrier::File(file, _) => {
+            let (device, inode) = ring.info(&file).ok()?.identity;
+            Some(format!("file {device}:{inode}"))
+        }
+        Carrier::Note(_, Some(device)) => Some(match (device.serial, device.sequence, device.boot) {
+            (Some(serial), _, _) => format!("device {serial}"),
+            (None, Some(sequence), Some(boot)) => format!("device {sequence} of boot {boot}"),
+            _ => return None,
+        }),
+        Carrier::Note(_, None) => Some(cut(driver.name())),
+    }
 }
 
 fn note_name(kind: &str, key: &[u8]) -> String {
@@ -169,7 +149,12 @@ impl TargetMark {
         state_dir: Option<PathBuf>,
         info: MarkInfo,
     ) -> TargetMark {
-        TargetMark { ring: ring.clone(), driver, state_dir, info }
+        TargetMark { ring: ring.clone(), driver, state_dir, info, at_end: None, done: Cell::new(None) }
+    }
+
+    /// The mark that takes its place when the job has completed: for a target that is no whole copy then.
+    pub fn ending_as(self, at_end: Option<MarkInfo>) -> TargetMark {
+        TargetMark { at_end, ..self }
     }
 
     /// The ring on which it is set.
@@ -182,24 +167,59 @@ impl TargetMark {
         match carrier(ring, driver) {
             Ok(Carrier::Nothing) => false,
             Ok(Carrier::File(file, _)) => ring.get_attribute(&file, ATTRIBUTE).is_err_and(is_no_attribute),
-            Ok(Carrier::Note(_)) | Err(_) => true,
+            Ok(Carrier::Note(..)) | Err(_) => true,
         }
     }
 
     /// Sets the mark. It is durable when this returns.
     pub async fn set(&self) -> IoResult {
+        self.put(&self.info, true).await
+    }
+
+    /// Sets the mark so that whoever looks sees it. A power cut may still take it away.
+    pub async fn set_soon(&self) -> IoResult {
+        self.put(&self.info, false).await
+    }
+
+    /// Makes durable what [`TargetMark::set_soon`] did, and does not set it again.
+    pub async fn settle(&self) -> IoResult {
+        let Some(file) = self.driver.local_file() else { return Ok(()) };
+        let synced = self.ring.sync(&file, false).await;
+        synced.map(drop).map_err(|errno| self.fail(errno, "The mark could not be made durable"))
+    }
+
+    /// What the job leaves when it has completed: no mark, or that which says what the target is.
+    pub async fn complete(&self) -> IoResult {
+        match &self.at_end {
+            Some(info) => self.put(info, true).await,
+            None => self.clear().await,
+        }
+    }
+
+    /// Notes on the mark how far the job is: `done` bytes of `of`. What is not marked stays so. A power cut may take it away.
+    pub async fn note(&self, done: u64, of: u64) -> IoResult {
+        if self.is_set().await? {
+            self.done.set(Some((done, of)));
+            self.put(&self.info, false).await?;
+        }
+        Ok(())
+    }
+
+    async fn put(&self, info: &MarkInfo, durably: bool) -> IoResult {
         let fail = |errno| self.fail(errno, "The mark of an unfinished target could not be set");
-        let name = match carrier(&self.ring, &self.driver).map_err(fail)? {
+        let mut info = info.clone();
+        info.done = self.done.get().or(info.done);
+        let (name, device) = match carrier(&self.ring, &self.driver).map_err(fail)? {
             Carrier::Nothing => return Ok(()),
             Carrier::File(file, name) => {
-                let value = self.info.to_bytes();
-                match self.ring.set_attribute(&file, ATTRIBUTE, Some(&value)) {
-                    Ok(()) => return self.ring.sync(&file, false).await.map(drop).map_err(fail),
-                    Err(errno) if is_no_attribute(errno) => name,
+                match self.ring.set_attribute(&file, ATTRIBUTE, Some(&info.to_bytes())) {
+                    Ok(()) if durably => return self.ring.sync(&file, false).await.map(drop).map_err(fail),
+                    Ok(()) => return Ok(()),
+                    Err(errno) if is_no_attribute(errno) => (name, None),
                     Err(errno) => return Err(fail(errno)),
                 }
             }
-            Carrier::Note(name) => name,
+            Carrier::Note(name, device) => (name, device),
         };
         let Some(dir) = &self.state_dir else {
             return Err(self.fail(
@@ -208,8 +228,10 @@ impl TargetMark {
                  directory for it (--state-dir)",
             ));
         };
-        let mut info = self.info.clone();
-        info.target = Some(cut(self.driver.name()));
+        if info.kind() != MarkState::Superseded {
+            info.target = Some(cut(self.driver.name()));
+        }
+        info.device = device;
         self.write_note(dir, &name, &info.to_bytes()).await.map_err(|errno| {
             let hint = format!(
                 "The mark of an unfinished target could not be written to the state directory '{}' (it has \
@@ -252,7 +274,7 @@ impl TargetMark {
                 Err(errno) if is_no_attribute(errno) => (name, false),
                 Err(errno) => return Err(fail(errno)),
             },
-            Carrier::Note(name) => (name, false),
+            Carrier::Note(name, _) => (name, false),
         };
         let Some(dir) = &self.state_dir else { return Ok(()) };
         match self.ring.unlink(&dir.join(name)) {
@@ -261,6 +283,13 @@ impl TargetMark {
             Err(errno) if carries && is_no_entry(errno) => Ok(()),
             Err(errno) => Err(fail(errno)),
         }
+    }
+
+    /// The mark that a file on this machine carries itself, if it has one: nothing has to be waited for.
+    pub fn read_own(ring: &Ring, driver: &Rc<dyn Driver>) -> Option<MarkInfo> {
+        let file = driver.local_file()?;
+        let bytes = ring.get_attribute(&file, ATTRIBUTE).ok()??;
+        Some(MarkInfo::from_bytes(&bytes))
     }
 
     /// Whether the target is marked, by this mark or another.
@@ -278,17 +307,18 @@ impl TargetMark {
             BlockError::new(Operation::Read, driver.name(), errno)
                 .hint("Whether it is marked as unfinished cannot be told.")
         };
-        let (name, carries) = match carrier(ring, driver).map_err(fail)? {
+        let (name, about, carries) = match carrier(ring, driver).map_err(fail)? {
             Carrier::Nothing => return Ok(None),
             Carrier::File(file, name) => match ring.get_attribute(&file, ATTRIBUTE) {
                 Ok(Some(bytes)) => return Ok(Some(MarkInfo::from_bytes(&bytes))),
                 // There is one, and it is none of ours.
                 Err(Errno::ERANGE) => return Ok(Some(MarkInfo::from_bytes(b""))),
-                Ok(None) => (name, true),
-                Err(errno) if is_no_attribute(errno) => (name, false),
+                Ok(None) => (name, About::File, true),
+                Err(errno) if is_no_attribute(errno) => (name, About::File, false),
                 Err(errno) => return Err(fail(errno)),
             },
-            Carrier::Note(name) => (name, false),
+            Carrier::Note(name, Some(device)) => (name, About::Device(device), false),
+            Carrier::Note(name, None) => (name, About::Name, false),
         };
         let Some(dir) = state_dir else { return Ok(None) };
         let file = match ring.open(&dir.join(name), &OpenHow::default()) {
@@ -299,7 +329,13 @@ impl TargetMark {
         };
         let (buf, n) = ring.read(&file, 0, ring.alloc(MARK_BYTES_MAX).await).await;
         let n = n.map_err(fail)? as usize;
-        Ok(Some(MarkInfo::from_bytes(&buf.as_slice()[..n])))
+        let info = MarkInfo::from_bytes(&buf.as_slice()[..n]);
+        let doubtful = match about {
+            About::File => false,
+            About::Device(now) => !info.device.as_ref().is_some_and(|then| then.is(&now)),
+            About::Name => true,
+        };
+        Ok(Some(MarkInfo { doubtful, ..info }))
     }
 
     fn fail(&self, errno: Errno, hint: &str) -> BlockError {

@@ -16,6 +16,7 @@ pub mod mem;
 pub mod nbd;
 pub mod null;
 pub mod open;
+mod place;
 pub mod structured;
 mod uri;
 

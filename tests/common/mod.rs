@@ -74,7 +74,7 @@ pub fn info(image: &str) -> Value {
 pub fn is_marked(image: &str) -> bool {
     match info(image)["state"].as_str() {
         Some("incomplete") => true,
-        Some("unmarked") => false,
+        Some("unmarked" | "superseded") => false,
         other => panic!("a strange state: {other:?}"),
     }
 }

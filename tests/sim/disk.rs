@@ -240,6 +240,10 @@ impl Marker for SimMarker {
         (self.before_unmark)();
         self.mark.unmark()
     }
+
+    fn note(&self, done: u64, of: u64) -> IoFuture<'_, IoResult> {
+        Marker::note(&self.mark, done, of)
+    }
 }
 
 /// Whether a disk is marked as unfinished: on itself, or by a note in the state directory.
@@ -251,6 +255,8 @@ pub fn is_marked(world: &World, disk: &Disk) -> bool {
     };
     let is_note =
         |note: &&PathBuf| note.starts_with(STATE_DIR) && note.extension().is_some_and(|e| e == "json");
-    world.get_attribute(&**path, ATTRIBUTE).is_some()
+    // One that clients have left is old, and whole.
+    let is_old = |mark: &Vec<u8>| String::from_utf8_lossy(mark).contains("\"state\":\"superseded\"");
+    world.get_attribute(&**path, ATTRIBUTE).is_some_and(|mark| !is_old(&mark))
         || world.files().iter().filter(is_note).any(note_is_about_it)
 }

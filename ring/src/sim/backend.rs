@@ -16,13 +16,15 @@ use super::inner::Inner;
 use super::trace::{Entry, Hash};
 use crate::Nanos;
 use crate::backend::{
-    Backend, CopyRange, CopyWork, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait,
-    Work,
+    Backend, CopyRange, CopyWork, DeviceIdentity, FileInfo, FileKind, LockRange, OpenHow, Place, PlaceWork,
+    RemoteWaker, SocketAddress, Wait, Work,
 };
 use crate::errno::Errno;
 use crate::external::{Completer, Inbox};
 use crate::op::{CopyHow, FileId, Op};
 
+/// When a world begins, in seconds since 1970.
+const EPOCH_SECS: u64 = 1_700_000_000;
 /// What looking at the clock costs.
 const LOOK_NANOS: Nanos = 1_000;
 
@@ -187,6 +189,10 @@ impl Backend for SimBackend {
         }
     }
 
+    fn unix_secs(&self) -> u64 {
+        EPOCH_SECS + self.world.0.borrow().now / 1_000_000_000
+    }
+
     fn random(&mut self) -> u64 {
         self.world.0.borrow_mut().user_rand.next_u64()
     }
@@ -321,6 +327,22 @@ impl Backend for SimBackend {
             let inode = inner.fs.inodes.get(&number).ok_or(Errno::EBADF)?;
             Ok(inode.info(number, direct))
         })
+    }
+
+    fn place_work(&mut self, file: FileId, path: &Path) -> Result<PlaceWork, Errno> {
+        let place = self.control_file(OpKind::Info, file, |inner, number| {
+            let direct = inner.files.get(&file.0).is_some_and(|open| open.direct);
+            let inode = inner.fs.inodes.get(&number).ok_or(Errno::EBADF)?;
+            let links = inner.fs.names.live().values().filter(|named| **named == number).count() as u64;
+            let named = inner.fs.find(path).map(|named| (1, named));
+            Ok(Place { open: FileInfo { links, ..inode.info(number, direct) }, named })
+        })?;
+        Ok(Box::new(move || Ok(place)))
+    }
+
+    fn device_identity(&mut self, file: FileId) -> Result<DeviceIdentity, Errno> {
+        let device = self.info(file)?.device;
+        Ok(DeviceIdentity { sequence: device.map(|(_, minor)| minor.into()), serial: None })
     }
 
     fn set_len(&mut self, file: FileId, len: u64) -> Result<(), Errno> {

@@ -146,6 +146,7 @@ impl Inode {
             device: self.is_block().then_some((8, number as u32)),
             mode: 0o644,
             group: 0,
+            links: 1,
         }
     }
 

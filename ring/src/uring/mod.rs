@@ -33,8 +33,8 @@ use slab::Slab;
 
 use crate::Nanos;
 use crate::backend::{
-    Backend, CopyRange, CopyWork, FileInfo, FileKind, LockRange, OpenHow, RemoteWaker, SocketAddress, Wait,
-    Work,
+    Backend, CopyRange, CopyWork, DeviceIdentity, FileInfo, FileKind, LockRange, OpenHow, PlaceWork,
+    RemoteWaker, SocketAddress, Wait, Work,
 };
 use crate::config::{Config, SetupError};
 use crate::errno::Errno;
@@ -321,6 +321,11 @@ impl Backend for Uring {
         self.started.elapsed().as_nanos() as u64
     }
 
+    fn unix_secs(&self) -> u64 {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(0, |since| since.as_secs())
+    }
+
     fn random(&mut self) -> u64 {
         sys::random()
     }
@@ -519,6 +524,16 @@ impl Backend for Uring {
 
     fn info(&mut self, file: FileId) -> Result<FileInfo, Errno> {
         sys::info(self.fd(file)?)
+    }
+
+    fn place_work(&mut self, file: FileId, path: &Path) -> Result<PlaceWork, Errno> {
+        // A descriptor of its own, as for a copy.
+        let (file, path) = (sys::duplicate(self.fd(file)?)?, path.to_path_buf());
+        Ok(Box::new(move || sys::place(&file, &path)))
+    }
+
+    fn device_identity(&mut self, file: FileId) -> Result<DeviceIdentity, Errno> {
+        Ok(sys::info(self.fd(file)?)?.device.map(sys::device_identity).unwrap_or_default())
     }
 
     fn set_len(&mut self, file: FileId, len: u64) -> Result<(), Errno> {

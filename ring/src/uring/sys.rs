@@ -10,7 +10,9 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use crate::backend::{CopyRange, FileInfo, FileKind, LockRange, OpenHow, SocketAddress};
+use crate::backend::{
+    CopyRange, DeviceIdentity, FileInfo, FileKind, LockRange, OpenHow, Place, SocketAddress,
+};
 use crate::errno::Errno;
 use crate::limits::{KEEPALIVE_IDLE_SECS, KEEPALIVE_INTERVAL_SECS, KEEPALIVE_PROBES};
 use crate::op::CopyHow;
@@ -140,7 +142,41 @@ pub(super) fn info(fd: &OwnedFd) -> Result<FileInfo, Errno> {
     }
     let identity = (u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor), stat.stx_ino);
     let (mode, group) = (u32::from(stat.stx_mode) & 0o7777, stat.stx_gid);
-    Ok(FileInfo { kind, len, allocated, mem_align, offset_align, identity, device, mode, group })
+    let links = stat.stx_nlink.into();
+    Ok(FileInfo { kind, len, allocated, mem_align, offset_align, identity, device, mode, group, links })
+}
+
+pub(super) fn place(fd: &OwnedFd, path: &Path) -> Result<Place, Errno> {
+    let named = match rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::BASIC_STATS) {
+        Ok(stat) => Some((u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor), stat.stx_ino)),
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => None,
+        Err(errno) => return Err(errno.into()),
+    };
+    Ok(Place { open: info(fd)?, named })
+}
+
+/// What sysfs tells of a block device. A partition has no number of its own; its disk's are taken.
+pub(super) fn device_identity((major, minor): (u32, u32)) -> DeviceIdentity {
+    let own = std::path::PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    let read = |path: std::path::PathBuf| {
+        let text = std::fs::read_to_string(path).ok()?;
+        Some(text.trim().to_owned()).filter(|text| !text.is_empty())
+    };
+    let partition = read(own.join("partition"));
+    // The link leads to the partition's place below its disk.
+    let disk = match (&partition, std::fs::canonicalize(&own)) {
+        (Some(_), Ok(place)) => place.parent().map_or(own.clone(), Path::to_path_buf),
+        _ => own,
+    };
+    let said = ["wwid", "device/wwid", "serial", "device/serial", "dm/uuid", "md/uuid"];
+    let serial = said.into_iter().find_map(|name| read(disk.join(name)));
+    DeviceIdentity {
+        sequence: read(disk.join("diskseq")).and_then(|text| text.parse().ok()),
+        serial: serial.map(|serial| match partition {
+            Some(number) => format!("{serial}-part{number}"),
+            None => serial,
+        }),
+    }
 }
 
 pub(super) fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, Errno> {

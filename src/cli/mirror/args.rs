@@ -32,7 +32,8 @@ Examples:
 
 While the job runs the target carries a mark that says so; `blockferry info` shows it. The mark is gone
 when, and only when, the target equals the source and is flushed. Exit code 3 means that the job was
-cancelled before that.
+cancelled before that; the same command takes such a target over. After a pivot the source carries a mark,
+too, which says by what it was superseded.
 
 A signal ends the job first, and not its clients: they go on until they leave, or until a second signal.
 SIGUSR1 asks for a line of progress, SIGCONT lets a stopped job go on.";
@@ -57,7 +58,8 @@ pub struct MirrorArgs {
     /// Options of the target's format if it is made, as NAME=VALUE,NAME=VALUE (may be said more than once)
     #[arg(short, long, value_name = "OPTIONS")]
     pub(super) options: Vec<String>,
-    /// What to copy: all of it; what is above the backing file (all, where there is none); only new writes
+    /// What to copy: all of it; what is above the backing file, to a target that has the same one (all, where there is
+    /// none); only new writes, to a target that is no copy then and says so
     #[arg(long, value_enum, default_value_t = Sync::Full)]
     pub(super) sync: Sync,
     /// Serve the source's clients meanwhile, at this NBD URI (may be said more than once)
@@ -214,6 +216,13 @@ impl Settings {
         }
         if let Some(granularity) = args.granularity {
             check_granularity(granularity)?;
+        }
+        if matches!(args.sync, Sync::None) && (args.pivot || args.verify) {
+            let why = match args.pivot {
+                true => "--pivot would put clients on a disk that lacks everything else",
+                false => "there is no copy that --verify could compare",
+            };
+            return Err(Failure::text(format!("--sync none copies only what is written meanwhile: {why}")));
         }
         Ok(Settings {
             source: args.source.clone(),

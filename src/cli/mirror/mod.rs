@@ -18,25 +18,33 @@ use super::print::{self, say};
 use super::serve::Exports;
 use super::service::Service;
 use super::signals::{Asked, Signals};
-use super::target::{Target, TargetOptions};
+use super::target::{Target, TargetOptions, is_left_by, make_state_dir};
 use super::{Global, config, room, stats};
 use crate::base::limits;
-use crate::block::Driver;
-use crate::engine::admit::{Admission, IfThere, Wish};
+use crate::block::{Driver, place};
+use crate::engine::admit::{Admission, IfThere, Refusal, Wish};
 use crate::engine::create::NewImage;
+use crate::engine::marks::unfinished;
 use crate::engine::open::local_path;
-use crate::engine::qcow2::{format as image_format, qcow2};
-use crate::engine::remote::is_remote;
-use crate::engine::{Engine, Format};
+use crate::engine::qcow2::{format as image_format, open_backing, qcow2, recorded_format};
+use crate::engine::remote::{can_create, is_remote};
+use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::Qcow2;
 use crate::graph::node::Node;
 use crate::job::mirror::verify::Verifier;
-use crate::job::mirror::{MirrorOptions, SyncMode};
+use crate::job::mirror::{MirrorOptions, SyncMode, layers};
 use crate::job::runner::{Ending, Job};
-use crate::protocol::mark::MarkInfo;
+use crate::protocol::mark::{MarkInfo, TargetMark, identity_of};
 pub use args::MirrorArgs;
 use args::Settings;
 use report::{Outcome, exit_of};
+
+/// What is said where only new writes are copied.
+const WORDS_NONE: Words = Words {
+    ready: "what is written from now on is copied, and nothing else",
+    gives_up: "Cancelling: the target stays incomplete",
+    finishes: "Finishing: the target keeps what was written meanwhile; once more gives up",
+};
 
 const WORDS: Words = Words {
     ready: "source and target are alike",
@@ -100,7 +108,10 @@ impl Run {
         let read_only = settings.export.is_empty() || settings.plan.dry_run;
         let source =
             self.engine.open(&settings.source, &settings.open.image(settings.format, read_only)).await?;
-        let Some(target) = self.open_target(settings, &source).await? else { return Ok(Exit::Done) };
+        let (mark, at_end) = self.marks(settings, &source).await;
+        let Some(target) = self.open_target(settings, &source, mark, at_end.clone()).await? else {
+            return Ok(Exit::Done);
+        };
         let started = self.start(settings, &source, &target).await;
         let Started { exports, job, verifier, began } = match started {
             Ok(Some(started)) => started,
@@ -138,15 +149,23 @@ impl Run {
         }
         drop(source);
         let allocated = [drivers[0].allocated_bytes(), drivers[1].allocated_bytes()];
-        let result = Outcome { ending: &ending, elapsed_ns, tail, allocated, drivers: &drivers };
+        let source_incomplete = at_end.is_some_and(|mark| mark.source_incomplete);
+        let result =
+            Outcome { ending: &ending, elapsed_ns, tail, allocated, source_incomplete, drivers: &drivers };
         let exit = self.report(settings, &job, &result, verifier.as_ref());
+        if ending != Ending::Completed {
+            // A target that is gone, or cannot be written, has no mark that could say it.
+            let (done, of) = (job.progress().offset(), job.progress().len());
+            let _ = mark.note(done, of).await;
+        }
+        let is_there = place::check(&drivers[1], true).await.is_ok();
         // What cannot be told is not said.
         let is_marked = mark.is_set().await.unwrap_or(false);
         let target = disk(&settings.target, &drivers[1]);
         drop((mark, drivers));
         // At once, though clients may go on.
         let stays = ending == Ending::Completed && (settings.pivot || settings.follow);
-        let exit = exit_of(exit, ending, &target, is_marked).unwrap_or_else(|failure| {
+        let exit = exit_of(exit, ending, &target, is_there, is_marked).unwrap_or_else(|failure| {
             print::failure(self.global.json, &failure);
             Exit::Failed
         });
@@ -169,9 +188,64 @@ impl Run {
         }
     }
 
+    /// What the target's mark says, and what it says in the end if the target is no whole copy then.
+    async fn marks(&self, settings: &Settings, source: &Rc<Node>) -> (MarkInfo, Option<MarkInfo>) {
+        let (ring, driver) = (self.engine.ring(), source.driver());
+        let format = settings.target_format.unwrap_or(Format::Raw);
+        let mark = MarkInfo::incomplete("mirror", &settings.source).started(ring.unix_secs()).about(
+            identity_of(ring, driver),
+            driver.len(),
+            format.name(),
+        );
+        let at_end = match settings.sync {
+            SyncMode::None => Some(mark.clone().partial()),
+            _ if unfinished(ring, driver, &settings.open.gate.marks()).await.is_some() => {
+                Some(mark.clone().of_incomplete())
+            }
+            _ => None,
+        };
+        (mark, at_end)
+    }
+
+    /// Refuses a new target that would not show what lies below the source, before it is made.
+    async fn check_shown(
+        &self,
+        settings: &Settings,
+        source: &Rc<Node>,
+        new: &NewImage,
+    ) -> Result<(), Failure> {
+        let name = &*settings.target;
+        let is_there = match local_path(name) {
+            Some(path) => !matches!(self.engine.ring().lookup(&path), Ok(None)),
+            None => !can_create(name),
+        };
+        if settings.sync != SyncMode::Top || is_there {
+            // What is there is looked at when it is open.
+            return Ok(());
+        }
+        let backing = match new {
+            NewImage::Qcow2(new) => match &new.backing_file {
+                Some(name) => {
+                    let options = ImageOptions { lock: false, ..settings.open.image(None, true) };
+                    let format = recorded_format(new.backing_fmt.as_deref(), name)?;
+                    Some(open_backing(self.engine.ring(), &settings.target, name, format, &options).await?)
+                }
+                None => None,
+            },
+            NewImage::Raw { .. } => None,
+        };
+        Ok(layers::check_shown(source.driver(), name, backing.as_ref(), settings.verify)?)
+    }
+
     /// Settles what can be settled before the target is touched; then opens it, or makes it: raw, or in the format that was
     /// said. An overlay of the source's backing file if only what lies above that is copied. `None`: it was a dry run.
-    async fn open_target(&self, settings: &Settings, source: &Rc<Node>) -> Result<Option<Target>, Failure> {
+    async fn open_target(
+        &self,
+        settings: &Settings,
+        source: &Rc<Node>,
+        mark: MarkInfo,
+        at_end: Option<MarkInfo>,
+    ) -> Result<Option<Target>, Failure> {
         let (ring, name) = (self.engine.ring(), &*settings.target);
         let format = settings.target_format.unwrap_or(Format::Raw);
         let mut new = NewImage::parse(format, &settings.target_options, Some(source.driver().len()))
@@ -184,10 +258,17 @@ impl Run {
             new.backing_file = Some(whole_name(backing.name())?);
             new.backing_fmt = Some(image_format(&backing).name().to_owned());
         }
-        let image = settings.open.image(settings.target_format, false);
-        let if_there = if settings.force { IfThere::Overwrite } else { IfThere::Refuse };
+        let state_dir = state_dir(settings.state_dir.as_deref());
+        let is_own = is_left_by(&self.engine, name, &mark, state_dir.as_deref()).await;
+        // It is of the format that would be made.
+        let said = settings.target_format.or(is_own.then_some(format));
+        let image = settings.open.image(said, false).overwriting();
+        let if_there = if settings.force || is_own { IfThere::Overwrite } else { IfThere::Refuse };
         let mut admission = Admission::new(ring, "mirror").counting(settings.plan.dry_run);
         admission.source(source).await;
+        if let Err(failure) = self.check_shown(settings, source, &new).await {
+            admission.refuse(Refusal::Said(failure.to_string()));
+        }
         if let Some(backing) = self.new_backing(settings, source, &new).await? {
             admission.reads("new backing file", &backing).await;
         }
@@ -204,12 +285,7 @@ impl Run {
         if settings.plan.ends(&self.global, &plan)? {
             return Ok(None);
         }
-        let options = TargetOptions {
-            name,
-            image,
-            state_dir: state_dir(settings.state_dir.as_deref()),
-            mark: MarkInfo::incomplete("mirror", &settings.source).started(unix_secs()),
-        };
+        let options = TargetOptions { name, image, state_dir, mark, at_end };
         Target::take(&self.engine, admitted, options, &new).await.map(Some)
     }
 
@@ -222,7 +298,15 @@ impl Run {
     ) -> Result<Option<Rc<dyn Driver>>, Failure> {
         let of_source = settings.sync == SyncMode::Top && source.driver().has_backing();
         match new.has_backing() && !of_source {
-            true => open_new_backing(&self.engine, &settings.target, &settings.target_options).await,
+            true => {
+                open_new_backing(
+                    &self.engine,
+                    &settings.target,
+                    &settings.target_options,
+                    settings.open.gate.marks(),
+                )
+                .await
+            }
             false => Ok(None),
         }
     }
@@ -260,6 +344,9 @@ impl Run {
         options.offload = settings.offload;
         options.allow_larger_target = settings.allow_larger_target;
         options.marker = Some(Box::new(target.marker(&self.engine)));
+        if settings.pivot {
+            options.old_marker = Some(self.old_marker(settings, source)?);
+        }
         let verifier = if settings.verify {
             let verifier = Verifier::new(ring, source.driver(), target.node.driver());
             Some(verifier.map_err(super::image::failed)?)
@@ -270,6 +357,21 @@ impl Run {
         let began = ring.clock();
         let job = self.engine.mirror(source, &target.node, options).await?;
         Ok(Some(Started { exports, job, verifier, began }))
+    }
+
+    /// The mark of the source once clients have left it.
+    fn old_marker(&self, settings: &Settings, source: &Rc<Node>) -> Result<TargetMark, Failure> {
+        let (ring, driver) = (self.engine.ring(), source.driver().clone());
+        let dir = state_dir(settings.state_dir.as_deref());
+        if let Err(failure) = make_state_dir(&self.engine, &driver, dir.as_deref()) {
+            tracing::warn!(
+                "after the pivot nothing will say of '{}' that it is old: {failure}",
+                settings.source
+            );
+        }
+        let (old, new) = (whole_name(&settings.source)?, whole_name(&settings.target)?);
+        let info = MarkInfo::superseded(ring, "mirror", &old, &new);
+        Ok(TargetMark::new(ring, driver, dir, info))
     }
 
     /// Watches the job to its end.
@@ -288,7 +390,8 @@ impl Run {
             (false, false) => AtReady::Finish,
         };
         let (signals, quiet) = (&self.signals, settings.quiet);
-        let watch = Watch { global: &self.global, ring, signals, quiet, words: WORDS, at_ready, places };
+        let words = if settings.sync == SyncMode::None { WORDS_NONE } else { WORDS };
+        let watch = Watch { global: &self.global, ring, signals, quiet, words, at_ready, places };
         let mut pass = None;
         // A long pass of comparing comes before the end; the job follows meanwhile.
         let passed = || {
@@ -306,12 +409,7 @@ fn whole_name(name: &str) -> Result<String, Failure> {
     match local_path(name) {
         Some(path) => std::path::absolute(path)
             .map(|path| path.display().to_string())
-            .map_err(|error| Failure::text(format!("The backing file '{name}': {error}"))),
+            .map_err(|error| Failure::text(format!("The file '{name}': {error}"))),
         None => Ok(name.to_owned()),
     }
-}
-
-fn unix_secs() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |since| since.as_secs())
 }

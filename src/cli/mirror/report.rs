@@ -23,6 +23,8 @@ pub(super) struct Outcome<'a> {
     pub(super) tail: Option<u64>,
     /// Bytes that source and target occupy.
     pub(super) allocated: [Option<u64>; 2],
+    /// The source is no whole disk.
+    pub(super) source_incomplete: bool,
     /// The two.
     pub(super) drivers: &'a [Rc<dyn Driver>; 2],
 }
@@ -113,15 +115,18 @@ impl Run {
         say!(
             "{} {}{}",
             disk(&settings.target, target),
-            whats_true(settings.sync, &disk(&settings.source, source)),
+            whats_true(settings.sync, outcome.source_incomplete, &disk(&settings.source, source)),
             if settings.pivot { ", and is in use now" } else { "" },
         );
     }
 }
 
 /// What is true of the target of a job that completed.
-fn whats_true(sync: SyncMode, source: &str) -> String {
+fn whats_true(sync: SyncMode, source_incomplete: bool, source: &str) -> String {
     match sync {
+        SyncMode::Full | SyncMode::Top if source_incomplete => {
+            format!("equals {source}, which is incomplete itself, and is marked so, too")
+        }
         SyncMode::Full | SyncMode::Top => format!("equals {source}"),
         SyncMode::None => {
             format!("holds what was written to {source} meanwhile, is no copy of it, and is marked so")
@@ -140,12 +145,18 @@ fn say_verified(report: &Report, now_ns: u64) {
 }
 
 /// The failure in words, where it is one.
-pub(super) fn exit_of(exit: Exit, ending: Ending, target: &str, is_marked: bool) -> Result<Exit, Failure> {
+pub(super) fn exit_of(
+    exit: Exit,
+    ending: Ending,
+    target: &str,
+    is_there: bool,
+    is_marked: bool,
+) -> Result<Exit, Failure> {
     match ending {
         Ending::Failed(text) if exit == Exit::Failed => Err(Failure::text(format!(
             "The mirror failed: {}. {}",
             text.trim_end_matches('.'),
-            left_behind(target, is_marked)
+            left_behind(target, is_there, is_marked)
         ))),
         _ => Ok(exit),
     }

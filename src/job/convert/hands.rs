@@ -20,7 +20,7 @@ use crate::job::mirror::Marker;
 use crate::job::mirror::machine::Copied;
 use crate::job::offload::CopyOffload;
 use crate::job::plan::{What, plan};
-use crate::job::policy::{Failed, IoOperation};
+use crate::job::policy::{Failed, IoOperation, find, is_displaced};
 
 /// What was done by which means, beside the job's [`crate::job::body::Details`].
 #[derive(Debug, Default)]
@@ -110,7 +110,18 @@ impl Parts {
                 let failed = self.make_zero(range, &mut done).await.err();
                 Outcome::Piece(range, What::Zero, done, failed.map(|failed| (range.start(), failed)))
             }
-            Op::Flush => Outcome::Flushed(self.to().flush().await.map_err(Failed::write)),
+            Op::Find => match self.ring.boxed(find(self.from(), self.to())).await {
+                Err(failed) if is_displaced(&failed) => Outcome::Displaced(failed),
+                // What cannot be told now is asked again in a while, and at the end.
+                _ => Outcome::Found,
+            },
+            Op::Flush => match self.to().flush().await {
+                Err(error) => Outcome::Flushed(Err(Failed::write(error))),
+                Ok(()) => match self.ring.boxed(find(self.from(), self.to())).await {
+                    Err(failed) if is_displaced(&failed) => Outcome::Displaced(failed),
+                    result => Outcome::Flushed(result),
+                },
+            },
             // In a future of its own: copies must not carry its size.
             Op::Verify => Outcome::Verified(self.ring.boxed(self.verify()).await),
         }

@@ -39,6 +39,8 @@ pub enum Op {
     Copy(ByteRange),
     /// Make a piece zero in the target.
     Zero(ByteRange),
+    /// Look whether both sides still are where they were.
+    Find,
     /// Flush the target.
     Flush,
     /// Compare source and target.
@@ -60,6 +62,10 @@ pub enum Outcome {
     Piece(ByteRange, What, Copied, Option<(u64, Failed)>),
     /// The target was flushed.
     Flushed(Result<(), Failed>),
+    /// Both sides are where they were.
+    Found,
+    /// It was flushed, or looked for, and somebody has removed, replaced or cut it or the source.
+    Displaced(Failed),
     /// Source and target were compared.
     Verified(Result<(), Failed>),
     /// The mark is gone, durably.
@@ -155,6 +161,8 @@ pub struct Convert {
     done: Copied,
     shared: u64,
     copy_time: CopyTime,
+    /// When the job last looked where both sides are.
+    found_at: Nanos,
 }
 
 impl Convert {
@@ -176,6 +184,7 @@ impl Convert {
             done: Copied::default(),
             shared: 0,
             copy_time: CopyTime::default(),
+            found_at: 0,
         }
     }
 
@@ -244,10 +253,18 @@ impl Convert {
                     None => self.retries.went_well(),
                 }
             }
-            Outcome::Marked(result) => self.stage_ended(cx, result, Stage::Marking, Stage::Copying),
+            Outcome::Marked(result) => {
+                self.found_at = cx.now;
+                self.stage_ended(cx, result, Stage::Marking, Stage::Copying);
+            }
             Outcome::Flushed(result) => {
                 let next = if self.settings.verify { Stage::Verifying } else { Stage::Unmarking };
                 self.stage_ended(cx, result, Stage::Flushing, next);
+            }
+            Outcome::Found => self.others -= 1,
+            Outcome::Displaced(failed) => {
+                self.others -= 1;
+                self.retries.fatal(failed);
             }
             Outcome::Verified(Err(failed)) => {
                 self.others -= 1;
@@ -371,6 +388,11 @@ impl Convert {
         }
         if self.stage == Stage::Copying {
             self.copy_on(cx);
+            if self.others == 0 && cx.now >= self.found_at + limits::FIND_COPYING_NANOS {
+                self.found_at = cx.now;
+                self.others += 1;
+                cx.operations.push(Op::Find);
+            }
             let all = self.asked_to >= self.settings.len && self.due.is_empty();
             if all && self.pieces.is_empty() && !self.asking {
                 self.enter(Stage::Flushing);

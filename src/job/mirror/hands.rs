@@ -22,7 +22,8 @@ use crate::graph::tracker::Tracker;
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
 use crate::job::offload::CopyOffload;
-use crate::job::policy::Failed;
+use crate::job::policy::{Failed, find, is_displaced};
+use crate::job::progress::Progress;
 use crate::job::writable::Writable;
 use crate::protocol::mark::TargetMark;
 
@@ -30,8 +31,10 @@ use crate::protocol::mark::TargetMark;
 pub trait Marker: std::fmt::Debug {
     /// Durable when it returns.
     fn mark(&self) -> IoFuture<'_, IoResult>;
-    /// Durable when it returns.
+    /// What the mark says of a target that is complete: nothing, or that it is no copy. Durable when it returns.
     fn unmark(&self) -> IoFuture<'_, IoResult>;
+    /// Notes on a mark that is set how far the job is: `done` bytes of `of`.
+    fn note(&self, done: u64, of: u64) -> IoFuture<'_, IoResult>;
 }
 
 impl Marker for TargetMark {
@@ -40,7 +43,11 @@ impl Marker for TargetMark {
     }
 
     fn unmark(&self) -> IoFuture<'_, IoResult> {
-        self.ring().boxed(self.clear())
+        self.ring().boxed(self.complete())
+    }
+
+    fn note(&self, done: u64, of: u64) -> IoFuture<'_, IoResult> {
+        self.ring().boxed(TargetMark::note(self, done, of))
     }
 }
 
@@ -60,6 +67,10 @@ pub(super) struct Parts {
     /// The job is over: a drain that succeeds from now on is nobody's.
     pub over: Cell<bool>,
     pub marker: Option<Box<dyn Marker>>,
+    /// Says on the source that it is old.
+    pub old_marker: RefCell<Option<TargetMark>>,
+    /// The source's users use the target.
+    pub pivoted: Cell<bool>,
     pub verifier: Option<Rc<Verifier>>,
     pub detect_zeroes: bool,
     pub granularity: u64,
@@ -85,14 +96,12 @@ impl Hands<Op, Outcome> for MirrorHands {
             Op::Mark => ring.boxed(async move { parts.mark().await }),
             Op::Unmark => ring.boxed(async move { parts.unmark().await }),
             Op::Scan => ring.boxed(async move { Outcome::Scanned(parts.scan().await.map_err(Failed::read)) }),
-            Op::Flush => {
-                ring.boxed(async move { Outcome::Flushed(parts.to().flush().await.map_err(Failed::write)) })
-            }
+            Op::Flush => ring.boxed(async move { parts.flush().await }),
             Op::FlushBoth => ring.boxed(async move {
-                let target = async { parts.to().flush().await.map_err(Failed::write) };
-                let (result, ()) = join(target, parts.clone().flush_source()).await;
-                Outcome::Flushed(result)
+                let (outcome, ()) = join(parts.flush(), parts.clone().flush_source()).await;
+                outcome
             }),
+            Op::Find(progress) => ring.boxed(async move { parts.find(progress).await }),
             Op::FlushMeanwhile => ring.boxed(async move {
                 Outcome::FlushedMeanwhile(parts.to().flush().await.map_err(Failed::write))
             }),
@@ -106,7 +115,11 @@ impl Hands<Op, Outcome> for MirrorHands {
     }
 
     fn commit(&self, pivot: bool) -> Result<(), JobFailure> {
-        if pivot { self.0.pivot() } else { Ok(()) }
+        if pivot {
+            self.0.pivot()?;
+            self.0.pivoted.set(true);
+        }
+        Ok(())
     }
 
     fn clean_up(&self, forced: bool) {
@@ -116,11 +129,30 @@ impl Hands<Op, Outcome> for MirrorHands {
             self.0.source.node().remove_filter(&verifier.filter());
         }
         self.0.over.set(true);
-        self.0.drained.borrow_mut().take();
+        let drained = self.0.drained.borrow_mut().take();
+        let old_marker = self.0.old_marker.borrow_mut().take().filter(|_| self.0.pivoted.get());
+        if let Some(marker) = old_marker {
+            self.0.ring.spawn(mark_as_old(marker, drained));
+        }
         // A base is read by the guests of the source.
         if forced && self.0.base.is_none() {
             self.0.target_node.driver().fail_in_flight();
         }
+    }
+}
+
+/// Says on the source that it is old, before those who have left it can write elsewhere. A power cut at this moment may take
+/// that away again; nothing else does. The job's uses are not kept for that.
+async fn mark_as_old(marker: TargetMark, drained: Option<Drained>) {
+    let result = marker.set_soon().await;
+    drop(drained);
+    // By now another job may be at work on it, with its own mark.
+    let result = match result {
+        Ok(()) => marker.settle().await,
+        error => error,
+    };
+    if let Err(error) = result {
+        tracing::warn!(%error, "the old disk could not be marked: nothing on it says that clients have left it");
     }
 }
 
@@ -145,6 +177,31 @@ impl Parts {
             Some(marker) => marker.unmark().await.map_err(Failed::write),
             None => Ok(()),
         })
+    }
+
+    /// Flushes the target; what is said after that is about a target that is there, and a source as it was.
+    async fn flush(&self) -> Outcome {
+        match self.to().flush().await {
+            Err(error) => Outcome::Flushed(Err(Failed::write(error))),
+            Ok(()) if is_planted(Bug::TargetNotLookedFor) => Outcome::Flushed(Ok(())),
+            Ok(()) => match find(self.from(), self.to()).await {
+                Err(failed) if is_displaced(&failed) => Outcome::Displaced(failed),
+                result => Outcome::Flushed(result),
+            },
+        }
+    }
+
+    async fn find(&self, progress: Option<Progress>) -> Outcome {
+        if let (Some(marker), Some(progress)) = (&self.marker, progress)
+            && let Err(error) = marker.note(progress.offset(), progress.len()).await
+        {
+            tracing::info!(%error, "how far the job is could not be noted on the mark");
+        }
+        match find(self.from(), self.to()).await {
+            Err(failed) if is_displaced(&failed) => Outcome::Displaced(failed),
+            // What cannot be told now is asked again in a while, and at the end.
+            _ => Outcome::Found,
+        }
     }
 
     async fn drain(&self) -> Outcome {

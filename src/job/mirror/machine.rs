@@ -35,6 +35,7 @@ use std::rc::Rc;
 use blockferry_ring::Nanos;
 
 use super::conduct::Conduct;
+pub use super::stage::Stage;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
@@ -43,6 +44,7 @@ use crate::job::body::{Body, Context, Details, Event, Report};
 use crate::job::copytime::CopyTime;
 use crate::job::error::JobFailure;
 use crate::job::policy::{CopyMode, Failed, IoOperation};
+use crate::job::progress::Progress;
 use crate::job::retry::Retries;
 
 /// What the machine asks for.
@@ -64,6 +66,8 @@ pub enum Op {
     FlushBoth,
     /// Flush the target while it is written, so that no later flush takes long.
     FlushMeanwhile,
+    /// Look whether both sides still are where they were; and note on the mark how far the job is.
+    Find(Option<Progress>),
     /// Drain the source.
     Drain,
     /// Open the source's door again.
@@ -103,6 +107,10 @@ pub enum Outcome {
     Flushed(Result<(), Failed>),
     /// It was flushed while it was written.
     FlushedMeanwhile(Result<(), Failed>),
+    /// Both sides are where they were.
+    Found,
+    /// Somebody has removed, replaced or cut one of the two.
+    Displaced(Failed),
     /// The source is drained, or could not be.
     Drained(bool),
     /// Source and target were compared.
@@ -111,77 +119,6 @@ pub enum Outcome {
     Undrained,
     /// The mark is gone, durably.
     Unmarked(Result<(), Failed>),
-}
-
-/// Where the machine stands. See the module's documentation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
-    /// The target is being marked.
-    Marking,
-    /// The layers are being looked through.
-    Scanning,
-    /// Not yet alike.
-    Copying,
-    /// Alike, but for the flush.
-    FlushingForReady,
-    /// Ready.
-    Following,
-    /// Waiting for guests inside to end.
-    Draining,
-    /// Drained; copying the rest.
-    Closing,
-    /// Drained and alike; flushing.
-    FlushingLast,
-    /// Drained, alike, flushed; comparing.
-    Verifying,
-    /// Drained, alike, flushed; removing the mark.
-    Unmarking,
-    /// Nothing left to do but to pivot, or not.
-    Settled,
-    /// The body is over.
-    Over,
-}
-
-impl Stage {
-    fn name(self) -> &'static str {
-        match self {
-            Stage::Marking => "marking",
-            Stage::Scanning => "scan",
-            Stage::Copying => "bulk",
-            Stage::FlushingForReady => "flush",
-            Stage::Following => "follow",
-            Stage::Draining => "drain",
-            Stage::Closing | Stage::FlushingLast | Stage::Unmarking => "final-flush",
-            Stage::Verifying => "verify",
-            Stage::Settled => "pivot",
-            Stage::Over => "over",
-        }
-    }
-
-    fn copies(self) -> bool {
-        matches!(
-            self,
-            Stage::Copying | Stage::FlushingForReady | Stage::Following | Stage::Draining | Stage::Closing
-        )
-    }
-
-    /// The end can still be put off.
-    fn may_reopen(self) -> bool {
-        matches!(self, Stage::Draining | Stage::Closing | Stage::FlushingLast)
-    }
-
-    /// The source's door is shut, or about to be.
-    fn is_closing(self) -> bool {
-        matches!(
-            self,
-            Stage::Draining
-                | Stage::Closing
-                | Stage::FlushingLast
-                | Stage::Verifying
-                | Stage::Unmarking
-                | Stage::Settled
-        )
-    }
 }
 
 /// What the machine must know beforehand.
@@ -267,6 +204,9 @@ pub struct Mirror {
     retries: Retries,
     done: Copied,
     copy_time: CopyTime,
+    /// When the job last looked where both sides are, and when it noted on the mark how far it was.
+    found_at: Nanos,
+    noted_at: Nanos,
 }
 
 impl Mirror {
@@ -302,6 +242,8 @@ impl Mirror {
             retries: Retries::new(),
             done: Copied::default(),
             copy_time: CopyTime::default(),
+            found_at: 0,
+            noted_at: 0,
         }
     }
 
@@ -342,6 +284,7 @@ impl Mirror {
                 match result {
                     Ok(()) => {
                         self.marked = true;
+                        (self.found_at, self.noted_at) = (cx.now, cx.now);
                         let next = if self.scans { Stage::Scanning } else { Stage::Copying };
                         self.advance(Stage::Marking, next);
                     }
@@ -406,6 +349,12 @@ impl Mirror {
                     }
                     Err(failed) => self.error(cx, failed),
                 }
+            }
+            Outcome::Found => self.others -= 1,
+            Outcome::Displaced(failed) => {
+                self.others -= 1;
+                // No policy forgives a target that nobody will find, or a source that was cut.
+                self.retries.fatal(failed);
             }
             Outcome::Undrained => {}
             Outcome::Drained(drained) => {
@@ -702,6 +651,9 @@ impl Mirror {
         if self.stage == Stage::Scanning && self.others == 0 {
             self.ask(cx, Op::Scan);
         }
+        if self.marked && matches!(self.stage, Stage::Copying | Stage::Following) {
+            self.find(cx);
+        }
         if self.marked && self.stage.copies() {
             self.copy_on(cx);
             // The flush that ready, or the end, waits for is asked for elsewhere.
@@ -718,6 +670,25 @@ impl Mirror {
         }
         if cx.report.is_none() && self.stage == Stage::Settled {
             self.settled(cx);
+        }
+    }
+
+    /// Looks now and then whether both sides still are where they were; with every flush that something is said after,
+    /// that is done anyway.
+    fn find(&mut self, cx: &mut Context<'_, Op>) {
+        let span = match self.stage {
+            Stage::Following => limits::FIND_NANOS,
+            _ => limits::FIND_COPYING_NANOS,
+        };
+        if cx.now < self.found_at + span {
+            cx.wake_by(self.found_at + span);
+        } else if self.others == 0 {
+            self.found_at = cx.now;
+            let is_due = cx.now >= self.noted_at + limits::FIND_NANOS;
+            if is_due {
+                self.noted_at = cx.now;
+            }
+            self.ask(cx, Op::Find(is_due.then_some(*cx.progress)));
         }
     }
 

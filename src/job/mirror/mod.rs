@@ -6,6 +6,11 @@
 //! * *completed*: the target equals the source at a point in time, flushed, its mark removed. After
 //!   `complete` the source's users use the target from exactly that point on.
 //! * *cancelled* or failed: the target may be anything, and its mark says so.
+//! * A target that cannot show what the source shows is no copy: where only the uppermost layer is copied, it must have
+//!   the layers below ([`SyncMode::Top`]); where only new writes are, its mark stays and says so ([`SyncMode::None`]).
+//! * A target that somebody removes, replaces or cuts, and a source that is cut, are noticed before *ready*, at the end,
+//!   and once a minute meanwhile: the job fails.
+//! * After a pivot the old disk carries a mark that says by what it was superseded.
 //! * Whatever ends the job, no filter, drain or lock of it is left behind, except that operations stuck
 //!   in a dead device keep source and target locked until they end.
 //!
@@ -16,8 +21,10 @@
 pub mod conduct;
 pub mod converge;
 mod hands;
+pub mod layers;
 pub mod machine;
 pub(super) mod memory;
+mod stage;
 pub mod verify;
 
 use std::cell::{Cell, RefCell};
@@ -33,10 +40,11 @@ use super::policy::CopyMode;
 use super::runner::{ErrorPolicies, Job};
 use super::writable::Writable;
 use crate::base::limits;
-use crate::block::BlockError;
+use crate::block::{BlockError, Driver};
 use crate::graph::node::{Filter, Node, Use, UseKind};
 use crate::graph::peer::{Peer, PeerOptions};
 use crate::graph::tracker::Tracker;
+use crate::protocol::mark::{self, MarkInfo, TargetMark};
 use conduct::{Conduct, ConductSettings};
 use converge::OnDivergence;
 pub use hands::Marker;
@@ -88,8 +96,13 @@ pub struct MirrorOptions {
     pub offload: OffloadPolicy,
     /// Allow a target that is larger than the source.
     pub allow_larger_target: bool,
-    /// Puts the mark of an unfinished copy on the target.
+    /// Puts the mark of an unfinished copy on the target. `None`: the usual one, where the target can carry it itself; for
+    /// one that cannot, give a [`TargetMark`] with a state directory.
     pub marker: Option<Box<dyn Marker>>,
+    /// The target carries no mark: for those who know of unfinished targets by other means.
+    pub unmarked: bool,
+    /// Says on the source, after a pivot, that it is old. `None`: the usual mark, where the source can carry it itself.
+    pub old_marker: Option<TargetMark>,
     /// Compares source and target before the job ends.
     pub verifier: Option<Rc<Verifier>>,
     /// How guests' changes are treated at first.
@@ -122,6 +135,8 @@ impl MirrorOptions {
             offload: OffloadPolicy::default(),
             allow_larger_target: false,
             marker: None,
+            unmarked: false,
+            old_marker: None,
             verifier: None,
             copy_mode: CopyMode::Background,
             guest_first: GuestFirst::Auto,
@@ -147,6 +162,22 @@ pub enum MirrorError {
     /// Source and target are the same.
     #[error("Can't mirror node into itself")]
     Itself,
+    /// Only what is above the backing file would be copied, to a target that does not show what is below.
+    #[error(
+        "Only what '{source_name}' has above its backing file '{backing}' would be copied, and {why}. Give the target that \
+         backing file, or copy all (--sync full)"
+    )]
+    NotShown {
+        /// The source.
+        source_name: String,
+        /// Its backing file.
+        backing: String,
+        /// What the target has instead.
+        why: String,
+    },
+    /// Comparing what is no copy.
+    #[error("With --sync none only new writes are copied: there is no copy that could be verified")]
+    NothingToVerify,
     /// A job option.
     #[error(transparent)]
     Job(#[from] super::error::JobError),
@@ -195,7 +226,24 @@ pub async fn start(
     if same || Rc::ptr_eq(source, target) || Rc::ptr_eq(from, to) {
         return Err(MirrorError::Itself);
     }
-    let settled = settle(&options, target, JobType::Mirror)?;
+    let mut settled = settle(&options, target, JobType::Mirror)?;
+    match options.sync {
+        SyncMode::Full => {}
+        SyncMode::Top => {
+            let shown = layers::below(to);
+            layers::check_shown(from, to.name(), shown.as_ref(), options.verifier.is_some())?;
+        }
+        SyncMode::None if options.verifier.is_some() => return Err(MirrorError::NothingToVerify),
+        // Its target is no copy: nobody can be put on it.
+        SyncMode::None => settled.job.completable = false,
+    }
+    let mut options = options;
+    if options.marker.is_none() && !options.unmarked {
+        options.marker = usual_mark(ring, from, to, options.sync);
+    }
+    if options.old_marker.is_none() && !options.unmarked {
+        options.old_marker = old_mark(ring, "mirror", from, to);
+    }
     // Without a layer below, the uppermost one is the whole disk.
     let layers =
         if options.sync == SyncMode::Top && from.has_backing() { vec![source.clone()] } else { Vec::new() };
@@ -203,6 +251,38 @@ pub async fn start(
     let target_use = target.attach_in_time(UseKind::JobTarget("mirror")).await?;
     let ends = Ends { source_use, target_use, layers, base: None };
     begin(ring, source, target, ends, options, settled).await
+}
+
+/// The mark of an unfinished copy, where the target can carry it itself.
+fn usual_mark(
+    ring: &Ring,
+    from: &Rc<dyn Driver>,
+    to: &Rc<dyn Driver>,
+    sync: SyncMode,
+) -> Option<Box<dyn Marker>> {
+    if TargetMark::needs_state_dir(ring, to) {
+        tracing::info!(
+            target = to.name(),
+            "the target cannot carry a mark, and no state directory was given"
+        );
+        return None;
+    }
+    let info = MarkInfo::incomplete("mirror", from.name()).started(ring.unix_secs()).about(
+        mark::identity_of(ring, from),
+        from.len(),
+        to.format(),
+    );
+    let at_end = (sync == SyncMode::None).then(|| info.clone().partial());
+    Some(Box::new(TargetMark::new(ring, to.clone(), None, info).ending_as(at_end)))
+}
+
+/// The mark of a disk that clients have left by a pivot, where it can carry it itself.
+fn old_mark(ring: &Ring, job: &str, from: &Rc<dyn Driver>, to: &Rc<dyn Driver>) -> Option<TargetMark> {
+    if TargetMark::needs_state_dir(ring, from) {
+        return None;
+    }
+    let info = MarkInfo::superseded(ring, job, from.name(), to.name());
+    Some(TargetMark::new(ring, from.clone(), None, info))
 }
 
 /// Starts an active commit: a mirror of what `layers`, the chain of `source` down to and without `base`, hold, to `base`.
@@ -214,6 +294,8 @@ pub(super) async fn start_commit(
     options: MirrorOptions,
 ) -> Result<Job, MirrorError> {
     let settled = settle(&options, base, JobType::Commit)?;
+    let old_marker = old_mark(ring, "commit", source.driver(), base.driver());
+    let options = MirrorOptions { old_marker, ..options };
     let source_use = source.attach_in_time(UseKind::JobSource("commit")).await?;
     let mut uses = Vec::new();
     for layer in layers.iter().skip(1) {
@@ -326,6 +408,8 @@ async fn begin(
         drained: RefCell::new(None),
         over: Cell::new(false),
         marker: options.marker,
+        old_marker: RefCell::new(options.old_marker),
+        pivoted: Cell::new(false),
         verifier: options.verifier,
         detect_zeroes: options.detect_zeroes,
         granularity,
@@ -344,3 +428,6 @@ async fn begin(
     job.start(Mirror::new(settings, tracker, conduct), Rc::new(hands));
     Ok(job)
 }
+
+#[cfg(all(test, feature = "planted-bugs"))]
+mod tests_sim;

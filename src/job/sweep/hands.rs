@@ -19,7 +19,7 @@ use crate::job::error::JobFailure;
 use crate::job::mirror::machine::Copied;
 use crate::job::mirror::memory::{Lease, Memory};
 use crate::job::plan::{What, plan};
-use crate::job::policy::Failed;
+use crate::job::policy::{Failed, find, is_displaced};
 
 pub(super) struct Parts {
     pub ring: Ring,
@@ -76,7 +76,15 @@ impl Parts {
     async fn perform(&self, op: Op) -> Outcome {
         match op {
             Op::Prepare => Outcome::Prepared(self.direction.prepare().await.map_err(Failed::write)),
-            Op::Flush => Outcome::Flushed(self.flush().await),
+            Op::Flush => match self.flush().await {
+                Err(failed) => Outcome::Flushed(Err(failed)),
+                Ok(()) => {
+                    match find(self.direction.source().driver(), self.direction.target().driver()).await {
+                        Err(failed) if is_displaced(&failed) => Outcome::Displaced(failed),
+                        result => Outcome::Flushed(result),
+                    }
+                }
+            },
             Op::FlushMeanwhile => Outcome::FlushedMeanwhile(self.flush().await),
             Op::Wish(range) => Outcome::Wished(self.wish(range).await),
             Op::Relink => {

@@ -69,6 +69,8 @@ pub enum Outcome {
     Wished(Copied),
     /// It was flushed.
     Flushed(Result<(), Failed>),
+    /// It was, and somebody has removed, replaced or cut it or another layer.
+    Displaced(Failed),
     /// It was flushed while it was written.
     FlushedMeanwhile(Result<(), Failed>),
     /// The chain is changed, or as it was.
@@ -242,6 +244,10 @@ impl Sweep {
                 cx.limiter.charge_debt(cx.now, copied.data);
             }
             Outcome::Flushed(result) => self.stage_ended(cx, result, Stage::Flushing, Stage::Settled),
+            Outcome::Displaced(failed) => {
+                self.others -= 1;
+                self.retries.fatal(failed);
+            }
             Outcome::FlushedMeanwhile(result) => {
                 self.others -= 1;
                 self.governor.flush_ended(cx.now);
