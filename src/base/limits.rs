@@ -177,6 +177,22 @@ pub const NBD_RECONNECT_PAUSE_NS_MIN: u64 = 50_000_000;
 pub const NBD_RECONNECT_PAUSE_NS_MAX: u64 = 1_000_000_000;
 /// How often a request is sent again after its connection was lost.
 pub const NBD_RESENDS_MAX: u32 = 16;
+/// How long an NBD server may send nothing before a job's requests fail, in nanoseconds.
+pub const NBD_IO_TIMEOUT_NS: u64 = 60_000_000_000;
+/// How long it may take for a flush, and for zeroes and discards of ranges longer than the next number.
+pub const NBD_FLUSH_TIMEOUT_NS: u64 = 600_000_000_000;
+/// Zeroes and discards of longer ranges may take long.
+pub const NBD_LONG_RANGE_BYTES: u64 = 32 * MIB;
+/// After so long without a byte of an NBD server that is waited for, a line says so; then after every so long.
+pub const NBD_SILENCE_TOLD_NS: u64 = 10_000_000_000;
+/// See above.
+pub const NBD_SILENCE_AGAIN_NS: u64 = 60_000_000_000;
+/// How often is looked for silence, at most and at least.
+pub const NBD_SILENCE_LOOK_NS_MAX: u64 = 1_000_000_000;
+/// See above.
+pub const NBD_SILENCE_LOOK_NS_MIN: u64 = 20_000_000;
+/// What was given up of a silent NBD server is waited for this long, at least, before something newer is written there.
+pub const NBD_LATE_WAIT_NS_MIN: u64 = 1_000_000_000;
 /// How long extents that an NBD server told of are believed, in nanoseconds: others may write there.
 pub const NBD_STATUS_AGE_NS_MAX: u64 = 1_000_000_000;
 /// Time in which a server has to take a client's farewell, in nanoseconds; then the connection is cut.
@@ -301,6 +317,8 @@ pub const GLUSTER_UNSYNCED_RANGES_MAX: usize = 64;
 /// How long opening an image on GlusterFS may take, in nanoseconds, when nothing is said: libgfapi tries each server for
 /// some seconds.
 pub const GLUSTER_OPEN_NS_MAX: u64 = 120_000_000_000;
+/// After so long a line says that it is waited for.
+pub const GLUSTER_OPEN_TOLD_NS: u64 = 8_000_000_000;
 
 /// How often a job that follows looks whether its target is where it was; and how often any job notes on the mark how far
 /// it is.

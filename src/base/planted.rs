@@ -32,6 +32,8 @@ pub enum Bug {
     Qcow2RefcountAfterPointer,
     /// qcow2: a cluster is free as soon as nothing in memory refers to it.
     Qcow2FreedTooEarly,
+    /// NBD: what was given up on a connection that hangs is not waited for before something newer is written there.
+    LateWriteNotAwaited,
     /// Commit and stream: the target is not flushed before the chain changes.
     SweepFlushSkipped,
     /// Commit and stream: zeroes that a layer holds are taken for nothing.

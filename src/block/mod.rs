@@ -20,6 +20,7 @@
 //! buffer can go to two places. The length of the buffer is the length of the request.
 
 pub mod error;
+pub mod patience;
 pub mod permission;
 pub mod pin;
 pub mod place;
@@ -358,6 +359,12 @@ pub trait Driver: std::fmt::Debug {
 
     /// Bytes that the image occupies, where that can be told.
     fn allocated_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Asks again what the image occupies, where that takes asking somebody: from then on [`Driver::allocated_bytes`] tells
+    /// that.
+    fn ask_allocated(&self) -> Option<IoFuture<'_, ()>> {
         None
     }
 

@@ -9,7 +9,11 @@ use crate::engine::remote::ServerOptions;
 use crate::engine::{Format, ImageOptions};
 use crate::format::qcow2::{Gate, Reach};
 use crate::protocol::mark::default_state_dir;
+use crate::protocol::nbd::Patience;
 use crate::protocol::open::Cache;
+
+/// Bytes of one request of the NBD protocol at most.
+const NBD_REQUEST_MAX: u64 = limits::NBD_REQUEST_BYTES_MAX as u64;
 
 /// Whether the page cache is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -61,6 +65,19 @@ pub struct ServerArgs {
     #[arg(long, value_name = "N", default_value_t = limits::NBD_CONNECTIONS as u64,
         value_parser = value_parser!(u64).range(1..=limits::NBD_CONNECTIONS_MAX as u64))]
     pub server_connections: u64,
+    /// How long a server may send nothing at all before a job's requests fail and its error policy acts; 0: for ever.
+    /// Flushes, and zeroes of long ranges, have ten times as long
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "60s")]
+    pub io_timeout: u64,
+    /// The same for requests of clients; 0: they wait for ever
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "0")]
+    pub guest_timeout: u64,
+    /// Do not ask NBD servers where holes are: for those that tell it slowly or wrongly
+    #[arg(long)]
+    pub no_block_status: bool,
+    /// Send no requests longer than this to an NBD server, but at least one of its blocks [default: what it takes]
+    #[arg(long, value_name = "SIZE", value_parser = request_bytes)]
+    pub max_request: Option<u32>,
 }
 
 impl Default for ServerArgs {
@@ -70,6 +87,10 @@ impl Default for ServerArgs {
             reconnect_delay: options.reconnect_delay_ns,
             open_timeout: options.open_timeout_ns,
             server_connections: options.connections_max as u64,
+            io_timeout: options.patience.job_ns,
+            guest_timeout: options.patience.guest_ns,
+            no_block_status: options.no_block_status,
+            max_request: options.request_bytes_max,
         }
     }
 }
@@ -81,6 +102,13 @@ impl ServerArgs {
             reconnect_delay_ns: self.reconnect_delay,
             open_timeout_ns: self.open_timeout,
             connections_max: self.server_connections as usize,
+            patience: Patience {
+                job_ns: self.io_timeout,
+                guest_ns: self.guest_timeout,
+                flush_ns: self.io_timeout.max(self.guest_timeout).saturating_mul(10),
+            },
+            no_block_status: self.no_block_status,
+            request_bytes_max: self.max_request,
         }
     }
 }
@@ -143,6 +171,14 @@ impl OpenArgs {
             marks: Marks { allow_superseded: self.allow_superseded, ..self.gate.marks() },
             ..ImageOptions::default()
         }
+    }
+}
+
+/// Bytes of a request.
+fn request_bytes(text: &str) -> Result<u32, String> {
+    match size(text)? {
+        bytes @ 512..=NBD_REQUEST_MAX => Ok(bytes as u32),
+        _ => Err(format!("a request has from 512 bytes to {NBD_REQUEST_MAX}")),
     }
 }
 

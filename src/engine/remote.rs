@@ -10,7 +10,7 @@ use crate::base::units::parse_duration;
 use crate::block::{BlockError, Driver, IoResult, Operation};
 use crate::protocol::delay::DelayDriver;
 use crate::protocol::gluster::{self, GlusterNode, GlusterUri, Logging, OpenHow};
-use crate::protocol::nbd::{self, NbdNode, NbdUri, RemoteOptions};
+use crate::protocol::nbd::{self, NbdNode, NbdUri, Patience, RemoteOptions};
 use crate::protocol::structured::{Options, is_structured};
 
 /// How servers are treated where their disk's own options do not say.
@@ -22,6 +22,12 @@ pub struct ServerOptions {
     pub open_timeout_ns: Nanos,
     /// Connections at most, where a server allows several.
     pub connections_max: usize,
+    /// How long a silent server is waited for.
+    pub patience: Patience,
+    /// It is not asked where holes are.
+    pub no_block_status: bool,
+    /// Bytes of one request at most; `None`: what the server takes.
+    pub request_bytes_max: Option<u32>,
 }
 
 impl Default for ServerOptions {
@@ -30,6 +36,9 @@ impl Default for ServerOptions {
             reconnect_delay_ns: limits::NBD_RECONNECT_DELAY_NS,
             open_timeout_ns: 0,
             connections_max: limits::NBD_CONNECTIONS,
+            patience: Patience::default(),
+            no_block_status: false,
+            request_bytes_max: None,
         }
     }
 }
@@ -37,12 +46,18 @@ impl Default for ServerOptions {
 impl ServerOptions {
     /// How the disk of this URI is reached with these options.
     pub fn nbd(&self, uri: NbdUri) -> RemoteOptions {
-        RemoteOptions {
+        let mut options = RemoteOptions {
             reconnect_delay_ns: self.reconnect_delay_ns,
             open_timeout_ns: self.open_timeout_ns,
             connections_max: self.connections_max,
+            patience: self.patience,
+            request_bytes_max: self.request_bytes_max,
             ..RemoteOptions::new(uri)
+        };
+        if self.no_block_status {
+            options.connect.meta_contexts.clear();
         }
+        options
     }
 }
 

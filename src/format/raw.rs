@@ -159,6 +159,10 @@ impl Driver for RawDriver {
         self.child.allocated_bytes()
     }
 
+    fn ask_allocated(&self) -> Option<IoFuture<'_, ()>> {
+        self.child.ask_allocated()
+    }
+
     fn fail_in_flight(&self) {
         self.child.fail_in_flight();
     }

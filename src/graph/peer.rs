@@ -16,6 +16,7 @@ use blockferry_ring::SharedBuf;
 
 use super::dirty::{DirtyMap, DirtyMapError};
 use crate::base::range::ByteRange;
+use crate::block::patience::for_job;
 use crate::block::{BlockError, Driver, IoResult, WriteFlags, ZeroFlags};
 
 /// What the user said of the target.
@@ -90,7 +91,7 @@ impl Peer {
     /// Writes all of `buf` at `offset`.
     pub async fn write(&self, offset: u64, buf: SharedBuf) -> IoResult {
         self.nonzero.borrow_mut().set(ByteRange::at_saturating(offset, buf.len() as u64));
-        self.changed(self.driver.write(offset, buf, WriteFlags::default()).await)
+        self.changed(for_job(self.driver.write(offset, buf, WriteFlags::default())).await)
     }
 
     /// The range is about to be changed by other means.
@@ -133,13 +134,13 @@ impl Peer {
         may_unmap: bool,
         done: &mut Zeroed,
     ) -> Result<u64, BlockError> {
-        let extent = self.driver.block_status(at, left).await?;
+        let extent = for_job(self.driver.block_status(at, left)).await?;
         let len = extent.len.clamp(1, left);
         if extent.zero && !self.has_failed.get() {
             done.skipped += len;
         } else {
             let flags = ZeroFlags { may_unmap: may_unmap && self.may_unmap, ..ZeroFlags::default() };
-            self.changed(self.driver.write_zeroes(at, len, flags).await)?;
+            self.changed(for_job(self.driver.write_zeroes(at, len, flags)).await)?;
             done.zeroed += len;
         }
         self.nonzero.borrow_mut().clear(ByteRange::at_saturating(at, len));

@@ -28,6 +28,7 @@ use super::policy::{CopyMode, ErrorAction, IoOperation, OnError};
 use super::progress::Progress;
 use super::status::Status;
 use crate::base::bucket::{BucketGroup, GroupFull, Limiter};
+use crate::block::patience::for_job;
 use crate::graph::tracker::Tracker;
 
 /// Error policies of a job's two sides.
@@ -487,7 +488,7 @@ fn start<Op: 'static, O: 'static, H: Hands<Op, O> + 'static>(
     let (shared, inbox) = (shared.clone(), inbox.clone());
     let ring = shared.ring.clone();
     ring.spawn(async move {
-        let outcome = work.await;
+        let outcome = for_job(work).await;
         inbox.events.borrow_mut().push_back(outcome);
         shared.wake.notify();
     });

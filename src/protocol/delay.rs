@@ -111,6 +111,10 @@ impl Driver for DelayDriver {
         self.child.allocated_bytes()
     }
 
+    fn ask_allocated(&self) -> Option<IoFuture<'_, ()>> {
+        self.child.ask_allocated()
+    }
+
     fn fail_in_flight(&self) {
         self.child.fail_in_flight();
     }

@@ -176,7 +176,7 @@ fn talk(mut stream: UnixStream, state: &Mutex<State>) -> std::io::Result<()> {
             let goes = state
                 .faults
                 .shutdown
-                .is_some_and(|(at, times)| state.requests >= at && state.requests < at + times);
+                .is_some_and(|(at, times)| state.requests >= at && state.requests < at.saturating_add(times));
             let misfits =
                 least.is_some_and(|[least, ..]| offset % u64::from(least) != 0 || length % least != 0);
             if goes {

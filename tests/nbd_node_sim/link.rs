@@ -1,5 +1,6 @@
 //! A link in the simulated world between a client and a server. On its first connection it does harm once, at a given
-//! byte of what the server sends; later connections are left alone.
+//! byte of what the server sends; later connections are left alone. And it can hold what is on its way, on the connections
+//! that there are, and let it go later.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -35,6 +36,9 @@ struct Inner {
     harm: Cell<Option<Harm>>,
     streams: RefCell<Vec<File>>,
     closed: Cell<bool>,
+    /// Connections so far, and how many of the first of them are held.
+    count: Cell<u32>,
+    held: Cell<u32>,
     over: Notify,
 }
 
@@ -49,6 +53,8 @@ impl Link {
             harm: Cell::new(Some(harm)),
             streams: RefCell::default(),
             closed: Cell::new(false),
+            count: Cell::new(0),
+            held: Cell::new(0),
             over: ring.notify(),
         });
         let link = inner.clone();
@@ -61,13 +67,26 @@ impl Link {
                 let Ok(far) = link.ring.connect(&link.server) else { continue };
                 link.streams.borrow_mut().extend([near.clone(), far.clone()]);
                 let harm = link.harm.take();
+                let number = link.count.get();
+                link.count.set(number + 1);
                 let (one, other) = (link.clone(), link.clone());
                 let (a, b) = (near.clone(), far.clone());
-                link.ring.spawn(async move { one.pump(&a, &b, None).await });
-                link.ring.spawn(async move { other.pump(&far, &near, harm).await });
+                link.ring.spawn(async move { one.pump(number, &a, &b, None).await });
+                link.ring.spawn(async move { other.pump(number, &far, &near, harm).await });
             }
         });
         Link(inner)
+    }
+
+    /// Nothing gets through on the connections that there are; new ones are well.
+    pub fn hold(&self) {
+        self.0.held.set(self.0.count.get());
+    }
+
+    /// What was held goes on.
+    pub fn release(&self) {
+        self.0.held.set(0);
+        self.0.over.notify();
     }
 
     pub fn close(&self) {
@@ -79,7 +98,7 @@ impl Link {
 }
 
 impl Inner {
-    async fn pump(&self, from: &File, to: &File, harm: Option<Harm>) {
+    async fn pump(&self, number: u32, from: &File, to: &File, harm: Option<Harm>) {
         let mut passed = 0u64;
         loop {
             let (mut buf, received) = self.ring.recv(from, self.ring.alloc(16 << 10).await).await;
@@ -88,6 +107,8 @@ impl Inner {
                 _ => break,
             };
             buf.truncate(count);
+            let goes_on = || (self.closed.get() || number >= self.held.get()).then_some(());
+            self.over.until(goes_on).await;
             let end = passed + count as u64;
             let hit = harm.filter(|harm| harm.at() < end);
             // From the place of the harm on.

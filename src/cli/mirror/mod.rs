@@ -148,6 +148,11 @@ impl Run {
             }
         }
         drop(source);
+        for driver in &drivers {
+            if let Some(asked) = driver.ask_allocated() {
+                asked.await;
+            }
+        }
         let allocated = [drivers[0].allocated_bytes(), drivers[1].allocated_bytes()];
         let source_incomplete = at_end.is_some_and(|mark| mark.source_incomplete);
         let result =

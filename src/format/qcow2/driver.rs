@@ -203,6 +203,10 @@ impl Driver for Qcow2 {
         self.file.allocated_bytes()
     }
 
+    fn ask_allocated(&self) -> Option<IoFuture<'_, ()>> {
+        self.file.ask_allocated()
+    }
+
     fn fail_in_flight(&self) {
         self.file.fail_in_flight();
         if let Some(data_file) = &self.data_file {

@@ -40,10 +40,11 @@ use super::file::{FileFacts, OpenFile, unlink};
 use super::options::Logging;
 use super::uri::Image;
 use crate::base::limits::{
-    COPY_BYTES_REMOTE, DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_OPEN_NS_MAX, GLUSTER_RANGE_BYTES_MAX,
-    GLUSTER_STATUS_AGE_NS_MAX,
+    COPY_BYTES_REMOTE, DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_OPEN_NS_MAX, GLUSTER_OPEN_TOLD_NS,
+    GLUSTER_RANGE_BYTES_MAX, GLUSTER_STATUS_AGE_NS_MAX,
 };
 use crate::base::range::ByteRange;
+use crate::base::units::fmt_duration;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, WriteFlags,
     ZeroFlags,
@@ -88,7 +89,7 @@ pub struct GlusterNode {
     /// Another one takes its place when the access changes.
     file: RefCell<Option<Arc<OpenFile>>>,
     identity: (u64, u64),
-    allocated: u64,
+    allocated: Cell<u64>,
     read_only: Cell<bool>,
     len: Length,
     capabilities: Cell<Capabilities>,
@@ -216,7 +217,17 @@ async fn open_in_time(
     let fail = |errno, hint: String| BlockError::new(operation, name.clone(), errno).hint(hint);
     let there = how.clone();
     let mut opening = std::pin::pin!(ring.offload(move || open_blocking(&there, api)));
-    let opened = match either(opening.as_mut(), ring.sleep(GLUSTER_OPEN_NS_MAX)).await {
+    let told = async {
+        ring.sleep(GLUSTER_OPEN_TOLD_NS).await;
+        tracing::warn!(
+            image = %name,
+            "GlusterFS has not let this client in so far. Its bricks may be down, or reject the client: look at the volume's \
+             auth.allow, auth.reject and TLS, and at the library's log. It is waited for, for {}",
+            fmt_duration(GLUSTER_OPEN_NS_MAX)
+        );
+        ring.sleep(GLUSTER_OPEN_NS_MAX - GLUSTER_OPEN_TOLD_NS).await;
+    };
+    let opened = match either(opening.as_mut(), told).await {
         Either::First(Ok(opened)) => opened,
         Either::First(Err(errno)) => return Err(fail(errno, "The offload pool failed".into())),
         // The call itself goes on; what it opens is closed again when its result is dropped.
@@ -255,7 +266,7 @@ impl GlusterNode {
             name,
             api,
             identity: opened.facts.identity,
-            allocated: opened.facts.allocated,
+            allocated: Cell::new(opened.facts.allocated),
             read_only: Cell::new(how.read_only),
             len: Length::new(ring, opened.len),
             capabilities: Cell::new(capabilities(how.read_only, opened.can_tell)),
@@ -847,7 +858,16 @@ impl Driver for GlusterNode {
     }
 
     fn allocated_bytes(&self) -> Option<u64> {
-        Some(self.allocated)
+        Some(self.allocated.get())
+    }
+
+    fn ask_allocated(&self) -> Option<IoFuture<'_, ()>> {
+        let file = self.file.borrow().clone()?;
+        Some(self.ring.boxed(async move {
+            if let Ok(Ok(facts)) = self.ring.offload(move || file.facts()).await {
+                self.allocated.set(facts.allocated);
+            }
+        }))
     }
 
     fn as_any(&self) -> Option<&dyn std::any::Any> {

@@ -6,11 +6,12 @@
 
 use std::rc::Rc;
 
-use blockferry_ring::Errno;
+use blockferry_ring::{Errno, Nanos};
 
 use super::constants::{Command, OptionCode, ReplyCode};
 use super::errno::NbdErrno;
 use super::error::ProtocolError;
+use crate::base::units::fmt_duration;
 
 /// Why a connection could not be made, a request failed, or everything did.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -114,6 +115,12 @@ pub enum LostReason {
     /// The server said that it shuts down.
     #[error("the server says that it is shutting down.")]
     ShuttingDown,
+    /// The server has sent nothing for so long that this side waits no longer.
+    #[error("the server has not sent a byte for {}.", fmt_duration(*silent_ns))]
+    GivenUp {
+        /// How long it was silent.
+        silent_ns: Nanos,
+    },
     /// The server took too long.
     #[error("the server did not answer in time.")]
     TimedOut,
@@ -169,7 +176,7 @@ impl NbdClientError {
                 LostReason::ClosedByServer | LostReason::HungUp { .. } => Errno::ECONNRESET,
                 LostReason::ClosedHere | LostReason::ShuttingDown => Errno::ESHUTDOWN,
                 LostReason::Transport(errno) => *errno,
-                LostReason::TimedOut => Errno::ETIMEDOUT,
+                LostReason::TimedOut | LostReason::GivenUp { .. } => Errno::ETIMEDOUT,
                 LostReason::Protocol(_) | LostReason::UnknownCookie { .. } => Errno::EPROTO,
             },
             Self::Refused { errno, .. } => errno.errno().into(),
@@ -209,6 +216,11 @@ impl NbdClientError {
     /// Whether the server did not answer in time.
     pub fn is_timed_out(&self) -> bool {
         matches!(self, Self::Lost { reason: LostReason::TimedOut, .. })
+    }
+
+    /// Whether the request was given up on this side because the server is silent: it may still be carried out.
+    pub fn is_given_up(&self) -> bool {
+        matches!(self, Self::Lost { reason: LostReason::GivenUp { .. }, .. })
     }
 
     /// Whether the server itself said that it goes: what was asked is for whoever comes after it.

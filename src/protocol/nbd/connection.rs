@@ -31,12 +31,15 @@ use super::handshake_client::{ClientGoal, ClientNegotiated, ConnectRequest};
 use super::in_flight::{Ended, InFlight, Outcome, ReplyStream};
 use super::kept::{GATHER_BYTES, Kept, RECEIVE_BYTES};
 use super::meta_context::MetaContext;
+use super::silence::{Patience, Waiting};
 use super::transmission::{RequestHeader, StatusExtent};
 use super::uri::NbdUri;
 use super::wire::{BlockSizes, ExportListing};
 use crate::base::limits::{
     NBD_FAREWELL_NS_MAX, NBD_HANDSHAKE_NS_MAX, NBD_REPLY_COPY_BYTES, NBD_REQUESTS_IN_FLIGHT_MAX,
 };
+use crate::base::range::ByteRange;
+use crate::block::patience::is_for_job;
 
 /// From this many bytes on the rest of an answer is received straight into its buffer instead of being copied.
 const DIRECT_BYTES_MIN: usize = 32 << 10;
@@ -120,6 +123,11 @@ struct Shared {
     closing: Cell<bool>,
     /// No new requests: the server said that it shuts down. What it has been asked it may answer still.
     leaving: Cell<bool>,
+    /// No new requests: the server was silent for this long, and requests were given up.
+    given_up: Cell<Option<Nanos>>,
+    /// When something came for the last time.
+    heard: Cell<Nanos>,
+    patience: Cell<Patience>,
     /// Told when there is something to send, and when the connection is lost.
     queued: Notify,
     /// Told when the connection is lost, besides `moved`: whoever makes it anew waits there.
@@ -229,6 +237,10 @@ impl Connection {
             lost: RefCell::default(),
             closing: Cell::new(false),
             leaving: Cell::new(false),
+            given_up: Cell::new(None),
+            heard: Cell::new(ring.now()),
+            // Who keeps no watch over it waits for ever.
+            patience: Cell::new(Patience { job_ns: 0, guest_ns: 0, flush_ns: 0 }),
             queued: ring.notify(),
             keeper: RefCell::default(),
             moved: ring.notify(),
@@ -292,13 +304,45 @@ impl Connection {
     /// Why nothing can be asked of the connection any more, if that is so.
     pub fn lost(&self) -> Option<NbdClientError> {
         let lost = self.shared.lost.borrow().clone();
-        let lost = lost.or_else(|| self.shared.leaving.get().then_some(LostReason::ShuttingDown));
+        let lost = lost.or_else(|| self.shared.going());
         lost.map(|reason| self.shared.lost_error(reason))
     }
 
     /// Whether nothing can be asked of the connection any more.
     pub fn is_lost(&self) -> bool {
-        self.shared.is_lost() || self.shared.leaving.get()
+        self.shared.is_lost() || self.shared.going().is_some()
+    }
+
+    /// From now on requests wait for a silent server as long as this says.
+    pub(super) fn set_patience(&self, patience: Patience) {
+        self.shared.patience.set(patience);
+    }
+
+    /// What is waited for.
+    pub(super) fn waiting(&self) -> Waiting {
+        self.shared.requests.borrow().waiting()
+    }
+
+    /// When something came for the last time.
+    pub(super) fn heard(&self) -> Nanos {
+        self.shared.heard.get()
+    }
+
+    /// Gives up the requests that `is_overdue` names; with any of them the connection takes no more. Guests' requests go
+    /// on waiting for their answers.
+    pub(super) fn give_up(&self, silent_ns: Nanos, is_overdue: impl Fn(Nanos, Nanos) -> bool) -> bool {
+        let any = self.shared.requests.borrow_mut().give_up(is_overdue);
+        if any {
+            self.shared.given_up.set(Some(silent_ns));
+            self.shared.wake();
+            self.shared.tell_keeper();
+        }
+        any
+    }
+
+    /// The ranges of changes that were given up and that the server may still carry out.
+    pub(super) fn late(&self) -> Vec<ByteRange> {
+        if self.shared.is_lost() { Vec::new() } else { self.shared.requests.borrow().late().collect() }
     }
 
     /// Whether nothing is in flight any more, either.
@@ -422,13 +466,13 @@ fn header(command: Command, flags: CommandFlags, offset: u64, length: u64) -> Re
 }
 
 /// A request that waits for its answer; gives its slot up when it is dropped.
-struct Waiting<'a> {
+struct Asked<'a> {
     shared: &'a Shared,
     cookie: u64,
     ended: bool,
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for Asked<'_> {
     fn drop(&mut self) {
         if !self.ended && self.shared.requests.borrow_mut().abandon(self.cookie) {
             self.shared.moved.notify();
@@ -458,7 +502,7 @@ impl Shared {
     /// Why no request can be made now.
     fn over(&self) -> Option<NbdClientError> {
         let lost = self.lost.borrow().clone();
-        let lost = lost.or_else(|| self.leaving.get().then_some(LostReason::ShuttingDown));
+        let lost = lost.or_else(|| self.going());
         let lost = lost.or_else(|| self.closing.get().then_some(LostReason::ClosedHere));
         lost.map(|reason| self.lost_error(reason))
     }
@@ -544,8 +588,13 @@ impl Shared {
             Asset::Buf(buf) => (Some(buf), None),
             Asset::Payload(payload) => (None, Some(payload)),
         };
-        self.requests.borrow_mut().insert(&mut request, buf);
-        let mut waiting = Waiting { shared: self, cookie: request.cookie, ended: false };
+        let patience_ns = self.patience.get().of(&request, is_for_job());
+        {
+            let mut requests = self.requests.borrow_mut();
+            requests.insert(&mut request, buf);
+            requests.waits(request.cookie, self.ring.now(), patience_ns);
+        }
+        let mut waiting = Asked { shared: self, cookie: request.cookie, ended: false };
         match request.write(self.style()) {
             Ok(head) => self.push(Outgoing { head, payload }),
             // The length was checked, so this is a contradiction on this side; it must not hang.
@@ -564,7 +613,8 @@ impl Shared {
         self.moved.notify();
         // An answer may be seen before the end of the send, and a connection be lost during it: whoever asked has the
         // memory for himself only after that.
-        if self.sent_count.get() < number {
+        let is_given_up = matches!(ended.outcome, Outcome::GivenUp);
+        if self.sent_count.get() < number && !is_given_up {
             self.moved.until(|| (self.sent_count.get() >= number).then_some(())).await;
         }
         self.answered(ended)
@@ -575,6 +625,7 @@ impl Shared {
         if self.leaving.get() {
             self.leave();
         }
+        self.end_if_done();
         let result = match outcome {
             Outcome::Done => Ok(()),
             Outcome::Failed(NbdErrno::Shutdown, _) => {
@@ -589,12 +640,24 @@ impl Shared {
                 errno,
                 message: message.into(),
             }),
+            Outcome::GivenUp => {
+                let silent_ns = self.given_up.get().unwrap_or_default();
+                Err(self.lost_error(LostReason::GivenUp { silent_ns }))
+            }
             Outcome::Lost => {
                 let reason = self.lost.borrow().clone().unwrap_or(LostReason::ClosedHere);
                 Err(self.lost_error(reason))
             }
         };
         (buf, status, result)
+    }
+
+    /// Why it takes no more, though it is not over.
+    fn going(&self) -> Option<LostReason> {
+        if self.leaving.get() {
+            return Some(LostReason::ShuttingDown);
+        }
+        self.given_up.get().map(|silent_ns| LostReason::GivenUp { silent_ns })
     }
 
     /// The server goes: it did not do what it was asked last, and is asked no more. What it has in hand it may end.
@@ -605,6 +668,15 @@ impl Shared {
         }
         if self.requests.borrow().len() == 0 {
             self.lose(LostReason::ShuttingDown);
+        }
+    }
+
+    /// A connection that was given up ends when nothing of it can be late any more.
+    fn end_if_done(&self) {
+        if let Some(silent_ns) = self.given_up.get()
+            && self.requests.borrow().len() == 0
+        {
+            self.lose(LostReason::GivenUp { silent_ns });
         }
     }
 
@@ -641,6 +713,7 @@ impl Shared {
             self.ring.exec().wake(task);
         }
         drop(requests);
+        self.end_if_done();
         // Abandoned requests leave room, too, and nobody else tells.
         self.moved.notify();
     }
@@ -770,6 +843,9 @@ async fn receive_all(shared: Rc<Shared>, rest: Vec<u8>, mut buf: Buf) -> Buf {
             fed = replies.feed(&buf.as_slice()[..got], &mut shared.requests.borrow_mut());
             received.map(|_| got)
         };
+        if received.is_ok_and(|bytes| bytes > 0) {
+            shared.heard.set(shared.ring.now());
+        }
         match received {
             Ok(0) => {
                 shared.lose(LostReason::ClosedByServer);

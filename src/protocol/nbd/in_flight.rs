@@ -9,19 +9,21 @@
 //! Everything that a server says is checked by the codec ([`super::reply_reader`], [`super::pending`]) before it moves
 //! a byte here. An error ends the connection: after it the stream means nothing.
 
-use blockferry_ring::Buf;
 use blockferry_ring::exec::TaskId;
+use blockferry_ring::{Buf, Nanos};
 use slab::Slab;
 
 use super::client_error::LostReason;
-use super::constants::HeaderStyle;
+use super::constants::{Command, HeaderStyle};
 use super::errno::NbdErrno;
 use super::meta_context::MetaContext;
 use super::pending::{PendingReply, ReplyBody};
 use super::reply_reader::{
     DATA_OFFSET_BYTES, parse_block_status, parse_data_offset, parse_error, parse_hole, parse_reply,
 };
+use super::silence::Waiting;
 use super::transmission::{RequestHeader, StatusExtent};
+use crate::base::range::ByteRange;
 
 /// Bytes of the longest reply header.
 const HEADER_BYTES_MAX: usize = 32;
@@ -32,6 +34,8 @@ pub(super) enum Outcome {
     Done,
     Failed(NbdErrno, String),
     Lost,
+    /// Nothing came for so long that nobody waits any more; its answer may still come.
+    GivenUp,
 }
 
 /// One request.
@@ -51,6 +55,17 @@ pub(super) struct Slot {
     lent: bool,
     /// The connection was lost while the buffer was lent.
     lost: bool,
+    /// Since when it waits, and for how long it does while the server is silent (0: for ever).
+    since: Nanos,
+    patience_ns: Nanos,
+    /// It waits no longer.
+    given_up: bool,
+}
+
+impl Slot {
+    fn is_waited_for(&self) -> bool {
+        self.outcome.is_none() && !self.abandoned && !self.given_up
+    }
 }
 
 fn find(slots: &mut Slab<Slot>, cookie: u64) -> Option<&mut Slot> {
@@ -103,7 +118,51 @@ impl InFlight {
             abandoned: false,
             lent: false,
             lost: false,
+            since: 0,
+            patience_ns: 0,
+            given_up: false,
         });
+    }
+
+    /// Since when a request waits, and for how long it does while the server is silent.
+    pub(super) fn waits(&mut self, cookie: u64, since: Nanos, patience_ns: Nanos) {
+        if let Some(slot) = self.slot(cookie) {
+            (slot.since, slot.patience_ns) = (since, patience_ns);
+        }
+    }
+
+    /// What is waited for.
+    pub(super) fn waiting(&self) -> Waiting {
+        let mut waiting = Waiting::default();
+        for (_, slot) in self.slots.iter().filter(|(_, slot)| slot.is_waited_for()) {
+            waiting.add(slot.since, slot.patience_ns, slot.pending.request());
+        }
+        waiting
+    }
+
+    /// Gives up those that `is_overdue` names by the time since which they wait and their patience; whether there were
+    /// any. One into whose buffer data is being received has to wait for the end of the connection.
+    pub(super) fn give_up(&mut self, is_overdue: impl Fn(Nanos, Nanos) -> bool) -> bool {
+        let mut any = false;
+        for (_, slot) in &mut self.slots {
+            if slot.is_waited_for() && !slot.lent && is_overdue(slot.since, slot.patience_ns) {
+                slot.given_up = true;
+                any = true;
+                let waiter = slot.waiter.take();
+                self.to_wake.extend(waiter);
+            }
+        }
+        any
+    }
+
+    /// The ranges of changes that nobody waits for any more and that the server may still carry out.
+    pub(super) fn late(&self) -> impl Iterator<Item = ByteRange> {
+        let late = self.slots.iter().filter(|(_, slot)| slot.given_up && slot.outcome.is_none());
+        late.filter_map(|(_, slot)| {
+            let RequestHeader { command, offset, length, .. } = *slot.pending.request();
+            let changes = matches!(command, Command::Write | Command::WriteZeroes | Command::Trim);
+            changes.then(|| ByteRange::at_saturating(offset, length))
+        })
     }
 
     fn slot(&mut self, cookie: u64) -> Option<&mut Slot> {
@@ -113,6 +172,12 @@ impl InFlight {
     /// What came of a request, if it has ended; else `waiter` is woken when it has.
     pub(super) fn take(&mut self, cookie: u64, waiter: Option<TaskId>) -> Option<Ended> {
         let slot = self.slot(cookie)?;
+        if slot.outcome.is_none() && slot.given_up && !slot.lent {
+            // Its place stays taken until the answer has come, which then finds nobody.
+            slot.abandoned = true;
+            let (request, buf) = (*slot.pending.request(), slot.buf.take());
+            return Some(Ended { request, buf, status: Vec::new(), outcome: Outcome::GivenUp });
+        }
         if slot.outcome.is_none() {
             slot.waiter = waiter;
             return None;
@@ -398,7 +463,7 @@ fn cut(extents: impl Iterator<Item = StatusExtent>, length: u64) -> Vec<StatusEx
 mod tests {
     use super::*;
     use crate::base::rng::Rng;
-    use crate::protocol::nbd::constants::{AllocationFlags, Command, CommandFlags};
+    use crate::protocol::nbd::constants::{AllocationFlags, CommandFlags};
     use blockferry_ring::{Config, Ring};
 
     const STYLES: [HeaderStyle; 3] = [HeaderStyle::Simple, HeaderStyle::Structured, HeaderStyle::Extended];
@@ -545,7 +610,7 @@ mod tests {
                         assert_eq!(extents.iter().map(|e| e.length).sum::<u64>(), header.length);
                     }
                     Outcome::Done => {}
-                    Outcome::Lost => panic!("nothing was lost"),
+                    Outcome::Lost | Outcome::GivenUp => panic!("nothing was lost"),
                 }
             }
             assert_eq!(requests.len(), 0);
@@ -597,6 +662,41 @@ mod tests {
             assert!(ended.buf.is_some() && matches!(ended.outcome, Outcome::Lost));
         }
         assert_eq!((requests.len(), ring.arena().bytes_used()), (0, 0));
+    }
+
+    #[test]
+    fn who_is_given_up_has_the_memory_back_and_the_answer_finds_nobody() {
+        let ring = ring();
+        let style = HeaderStyle::Simple;
+        let mut requests = InFlight::new(style, Vec::new());
+        let mut headers: Vec<_> = [Command::Read, Command::Write, Command::Read]
+            .into_iter()
+            .map(|command| request(command, 4096, 4096))
+            .collect();
+        for (i, header) in headers.iter_mut().enumerate() {
+            let buf = (header.command == Command::Read).then(|| ring.arena().try_alloc(4096).unwrap());
+            requests.insert(header, buf);
+            // The last one waits for ever.
+            requests.waits(header.cookie, i as u64, [5, 5, 0][i]);
+        }
+        assert!(!requests.give_up(|since, _| since > 7));
+        assert!(requests.give_up(|_, patience_ns| patience_ns > 0));
+        for header in &headers[..2] {
+            let ended = requests.take(header.cookie, None).unwrap();
+            assert!(matches!(ended.outcome, Outcome::GivenUp), "{ended:?}");
+            assert_eq!(ended.buf.is_some(), header.command == Command::Read);
+        }
+        assert_eq!((requests.waiting().count, requests.len()), (1, 3));
+        assert_eq!(requests.late().collect::<Vec<_>>(), [ByteRange::at_saturating(4096, 4096)]);
+        // The answers come after all.
+        let mut stream = ReplyStream::new(style, PAYLOAD_MAX);
+        let mut answers = headers[0].reply(style).data(4096, 4096, true).to_vec();
+        answers.extend([7; 4096]);
+        answers.extend_from_slice(&headers[1].reply(style).success());
+        stream.feed(&answers[..100], &mut requests).unwrap();
+        assert!(stream.take_buf(1, &mut requests).is_none());
+        stream.feed(&answers[100..], &mut requests).unwrap();
+        assert_eq!((requests.late().count(), requests.len()), (0, 1));
     }
 
     #[test]

@@ -42,6 +42,7 @@ pub mod options;
 pub mod pending;
 mod remote;
 pub mod reply_reader;
+mod silence;
 pub mod transmission;
 pub mod uri;
 pub mod wire;
@@ -67,6 +68,7 @@ pub use reply_reader::{
     BlockStatus, DATA_OFFSET_BYTES, ErrorChunk, ReplyHeader, parse_block_status, parse_data_offset,
     parse_error, parse_hole, parse_reply,
 };
+pub use silence::Patience;
 pub use transmission::{ReplyTo, RequestHeader, RequestRules, StatusExtent, parse_request};
 pub use uri::{NbdAddress, NbdUri, UriError};
 pub use wire::{BlockSizes, ExportListing};

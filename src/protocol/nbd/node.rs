@@ -18,7 +18,7 @@ use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::sync::Notify;
 use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
 
-use super::client_error::{NbdClientError, NotSentReason};
+use super::client_error::{LostReason, NbdClientError, NotSentReason};
 use super::connection::Connection;
 use super::constants::{AllocationFlags, Command, CommandFlags, TransmissionFlags};
 use super::known::Known;
@@ -26,6 +26,7 @@ use super::remote::{Facts, Remote, RemoteOptions};
 use super::transmission::StatusExtent;
 use crate::base::limits::{COPY_BYTES_REMOTE, DISK_LEN_MAX, NBD_STATUS_AHEAD_BYTES};
 use crate::base::range::ByteRange;
+use crate::base::units::fmt_duration;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
     WriteFlags, ZeroFlags,
@@ -44,6 +45,8 @@ pub struct NbdNode {
     ring: Ring,
     remote: Rc<Remote>,
     facts: Facts,
+    /// Bytes of one request at most, as the user wants it.
+    request_max: u64,
     /// Nothing is written to it, whatever the server allows.
     read_only: Cell<bool>,
     changes: Changes,
@@ -76,6 +79,7 @@ impl NbdNode {
         read_only: bool,
     ) -> Result<Rc<NbdNode>, BlockError> {
         let name = options.uri.to_string();
+        let request_max = options.request_bytes_max.map_or(u64::MAX, u64::from);
         let remote = Remote::open(ring, options).await.map_err(|error| {
             BlockError::new(Operation::Open, name.as_str(), error.errno()).hint(error.to_string())
         })?;
@@ -98,10 +102,11 @@ impl NbdNode {
         Ok(Rc::new(NbdNode {
             ring: ring.clone(),
             facts,
+            request_max,
             read_only: Cell::new(read_only || facts.read_only),
             changes: Changes::new(ring),
             bounce,
-            range_bytes_max: Cell::new(RANGE_BYTES_MAX),
+            range_bytes_max: Cell::new(whole_blocks(request_max, facts.block_bytes).min(RANGE_BYTES_MAX)),
             zeroes_refused: Cell::new(false),
             known: RefCell::default(),
             status_failed: Cell::new(false),
@@ -137,8 +142,8 @@ impl NbdNode {
 
     /// Bytes of one read or write: what the server takes, in whole blocks.
     fn payload_max(&self) -> u64 {
-        let max = u64::from(self.facts.payload_bytes_max).min(BLOCK_MAX as u64);
-        (max - max % self.block()).max(self.block())
+        let max = u64::from(self.facts.payload_bytes_max).min(BLOCK_MAX as u64).min(self.request_max);
+        whole_blocks(max, self.facts.block_bytes)
     }
 
     /// The whole blocks around a range; the end of the disk ends its last block.
@@ -178,6 +183,11 @@ impl NbdNode {
         let hint = match error {
             NbdClientError::Refused { message, .. } if message.is_empty() => None,
             NbdClientError::Refused { message, .. } => Some(format!("The server says: {message}")),
+            NbdClientError::Lost { reason: LostReason::GivenUp { silent_ns }, .. } => Some(format!(
+                "The server has not sent a byte for {}, and the request was given up{}.",
+                fmt_duration(*silent_ns),
+                if operation.is_write() { "; it may still be carried out" } else { "" }
+            )),
             NbdClientError::Lost { reason, .. } => Some(format!("The connection is lost: {reason}")),
             NbdClientError::NotSent { reason, .. } => Some(format!("It was not sent: {reason}.")),
             other => Some(other.to_string()),
@@ -287,11 +297,14 @@ impl NbdNode {
     /// Writes whole blocks, no more than the server takes at once.
     async fn put(&self, offset: u64, buf: SharedBuf, fua: bool) -> NbdResult<()> {
         self.remote
-            .call(async |connection: &Connection| {
-                let has_fua = connection.flags().contains(TransmissionFlags::SEND_FUA);
-                connection.write(offset, buf.clone(), fua && has_fua).await?;
-                if fua && !has_fua { flush(connection).await } else { Ok(()) }
-            })
+            .call_changing(
+                ByteRange::at_saturating(offset, buf.len() as u64),
+                async |connection: &Connection| {
+                    let has_fua = connection.flags().contains(TransmissionFlags::SEND_FUA);
+                    connection.write(offset, buf.clone(), fua && has_fua).await?;
+                    if fua && !has_fua { flush(connection).await } else { Ok(()) }
+                },
+            )
             .await
     }
 
@@ -402,7 +415,7 @@ impl NbdNode {
             .set(CommandFlags::NO_HOLE, !flags.may_unmap)
             .set(CommandFlags::FAST_ZERO, flags.no_fallback);
         self.remote
-            .call(async |connection: &Connection| {
+            .call_changing(range, async |connection: &Connection| {
                 if refused {
                     return Err(connection.not_offered(Command::WriteZeroes, range.start(), range.len()));
                 }
@@ -431,7 +444,9 @@ impl NbdNode {
         let mut result = Ok(());
         while at < range.end() && result.is_ok() {
             let len = self.range_bytes_max.get().min(range.end() - at);
-            result = self.remote.call(async |connection: &Connection| connection.trim(at, len).await).await;
+            let piece = ByteRange::at_saturating(at, len);
+            let trim = async |connection: &Connection| connection.trim(at, len).await;
+            result = self.remote.call_changing(piece, trim).await;
             match &result {
                 Err(error) if is_too_long(error) && self.shorten(len) => result = Ok(()),
                 Err(error) if is_refusal(error) => {
@@ -464,6 +479,8 @@ impl NbdNode {
         let outer = self.around(range);
         // Who asks of a little asks of the rest soon, and many servers tell of no more than they are asked.
         let end = outer.end().max(outer.start().saturating_add(NBD_STATUS_AHEAD_BYTES));
+        let end =
+            end.min(outer.start().saturating_add(whole_blocks(self.request_max, self.facts.block_bytes)));
         let asked = ByteRange::at_saturating(outer.start(), end.min(self.facts.size_bytes) - outer.start());
         self.known.borrow_mut().ask();
         let told = self
@@ -505,6 +522,12 @@ impl NbdNode {
         }
         Ok(vec![StatusExtent { length: asked.len(), flags: 0 }])
     }
+}
+
+/// As many bytes as are whole blocks, and no fewer than one.
+fn whole_blocks(bytes: u64, block_bytes: u32) -> u64 {
+    let block = u64::from(block_bytes);
+    (bytes - bytes % block).max(block)
 }
 
 fn joined(left: Buf, right: Buf) -> Buf {

@@ -7,15 +7,24 @@
 //! # When nobody answers
 //! One task, the *mender*, dials again whenever there is no connection left, with pauses that grow, for as long as the
 //! disk is open. Requests wait for it, but not for ever: for the reconnect delay, counted from the loss; after that they
-//! fail at once until there is a connection (QEMU's `reconnect-delay`). A server that hangs is no lost connection:
-//! requests wait for its answers until somebody cuts them off ([`Remote::fail_in_flight`]), or the kernel finds the peer
-//! gone.
+//! fail at once until there is a connection (QEMU's `reconnect-delay`). A server that says that it shuts down is one that
+//! was lost: what it did not do, whoever comes after it does. One that refuses to be connected to again is told of at
+//! once, and tried until the delay is over: it may not have all its exports yet.
+//!
+//! # When a server hangs
+//! Then there is no loss, only silence ([`super::silence`]): it is told of, and requests that are not guests' are given up
+//! in the end. Their connection takes no more, and another is made. A change that was given up may still be carried out,
+//! though, and nothing in the protocol fences it off: it could land on top of a newer one. So it is not sent again by
+//! itself, and whoever changes the same place later waits until the old connection has answered or ended, for the
+//! reconnect delay at most; then the risk is told and taken. A verification finds what landed last.
 //!
 //! # What is sent again
 //! Reads, questions and flushes change nothing. Writes, zeroes and trims do the same when they are done twice, as long as
 //! nothing else was written there between, and who has a write in flight at a place orders no other there. So all of them
 //! are sent again. (A server that goes on for long with the requests of a connection that is gone could still carry an old
-//! write out after a newer one; nothing in the protocol keeps it from that, and QEMU's client lives with it, too.) Not sent again are requests whose connection ended because the server broke the protocol (it would
+//! write out after a newer one; nothing in the protocol keeps it from that, and QEMU's client lives with it, too.)
+//!
+//! Not sent again are requests whose connection ended because the server broke the protocol (it would
 //! break it again), requests that were lost many times, and all of them if the export that is found afterwards is not the
 //! one that was lost: another size, read-only now, coarser blocks. Then the disk stays broken, because nobody knows what
 //! the other disk holds.
@@ -39,11 +48,16 @@ use super::client_error::{LostReason, NbdClientError};
 use super::connection::{ConnectOptions, Connection};
 use super::constants::TransmissionFlags;
 use super::kept::Kept;
+use super::silence::{Patience, Waiting};
 use super::uri::NbdUri;
 use crate::base::limits::{
     NBD_CONNECTIONS_FEW, NBD_CONNECTIONS_MAX, NBD_GROW_DEPTH, NBD_GROW_DEPTH_FULL, NBD_GROW_PAUSE_NS,
-    NBD_RECONNECT_PAUSE_NS_MAX, NBD_RECONNECT_PAUSE_NS_MIN, NBD_RESENDS_MAX,
+    NBD_LATE_WAIT_NS_MIN, NBD_RECONNECT_PAUSE_NS_MAX, NBD_RECONNECT_PAUSE_NS_MIN, NBD_RESENDS_MAX,
+    NBD_SILENCE_AGAIN_NS, NBD_SILENCE_LOOK_NS_MAX, NBD_SILENCE_LOOK_NS_MIN, NBD_SILENCE_TOLD_NS,
 };
+use crate::base::planted::{Bug, is_planted};
+use crate::base::range::ByteRange;
+use crate::base::units::fmt_duration;
 
 /// How a remote disk is reached.
 #[derive(Clone, Debug)]
@@ -56,6 +70,10 @@ pub struct RemoteOptions {
     pub reconnect_delay_ns: Nanos,
     /// How long opening tries again. 0: it tries once.
     pub open_timeout_ns: Nanos,
+    /// How long a silent server is waited for.
+    pub patience: Patience,
+    /// Bytes of one request at most, data or not; `None`: what the server takes.
+    pub request_bytes_max: Option<u32>,
     /// What to ask of the server, and how long a connection may take to come about.
     pub connect: ConnectOptions,
 }
@@ -68,6 +86,8 @@ impl RemoteOptions {
             connections_max: crate::base::limits::NBD_CONNECTIONS,
             reconnect_delay_ns: crate::base::limits::NBD_RECONNECT_DELAY_NS,
             open_timeout_ns: 0,
+            patience: Patience::default(),
+            request_bytes_max: None,
             connect: ConnectOptions::default(),
         }
     }
@@ -132,8 +152,21 @@ pub(super) struct Remote {
     grow_after: Cell<Nanos>,
     /// Writes were acknowledged since the latest flush.
     unflushed: Cell<bool>,
+    /// Calls that have not ended.
+    calls: Cell<usize>,
+    /// Somebody keeps watch over them.
+    watched: Cell<bool>,
     /// Told when a connection comes or goes, and at the end.
     changed: Notify,
+}
+
+/// A call that has not ended.
+struct Call<'a>(&'a Cell<usize>);
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
 }
 
 impl Remote {
@@ -161,6 +194,8 @@ impl Remote {
             growing: Cell::new(false),
             grow_after: Cell::new(0),
             unflushed: Cell::new(false),
+            calls: Cell::new(0),
+            watched: Cell::new(false),
             changed: ring.notify(),
             options,
         });
@@ -176,7 +211,9 @@ impl Remote {
         options: &RemoteOptions,
         kept: &Kept,
     ) -> Result<(Rc<Connection>, ConnectOptions), NbdClientError> {
-        let end = ring.clock().saturating_add(options.open_timeout_ns);
+        let begin = ring.clock();
+        let end = begin.saturating_add(options.open_timeout_ns);
+        let mut tell_at = begin.saturating_add(NBD_SILENCE_TOLD_NS);
         let mut pause = NBD_RECONNECT_PAUSE_NS_MIN;
         let mut connect = options.connect.clone();
         let mut said = None;
@@ -205,7 +242,11 @@ impl Remote {
             if now >= end {
                 return Err(said.clone());
             }
-            tracing::info!(uri = %options.uri, error = %said, "the server cannot be used yet; it is tried again");
+            if now >= tell_at {
+                tell_at = now.saturating_add(NBD_SILENCE_AGAIN_NS);
+                let waited = fmt_duration(now - begin);
+                tracing::warn!(uri = %options.uri, "waiting for the server for {waited}: {said}");
+            }
             ring.sleep(pause.min(end - now)).await;
             pause = (pause * 2).min(NBD_RECONNECT_PAUSE_NS_MAX);
         }
@@ -241,12 +282,21 @@ impl Remote {
         self: &Rc<Remote>,
         mut request: impl AsyncFnMut(&Connection) -> Result<T, NbdClientError>,
     ) -> Result<T, NbdClientError> {
+        self.calls.set(self.calls.get() + 1);
+        let _call = Call(&self.calls);
+        if !self.watched.replace(true) {
+            self.ring.spawn(self.clone().watch());
+        }
         let generation = self.generation.get();
         let mut resends = 0;
         let (mut refused_since, mut pause) = (None, NBD_RECONNECT_PAUSE_NS_MIN);
         loop {
             let connection = self.connection(generation).await?;
             let error = match request(&connection).await {
+                Err(error) if error.is_given_up() => {
+                    self.note_lost(&connection, &error);
+                    return Err(error);
+                }
                 Err(error) if error.is_lost() => error,
                 result => return result,
             };
@@ -268,6 +318,110 @@ impl Remote {
             }
             resends += 1;
             tracing::debug!(uri = %self.name, resends, "a request was lost with its connection and goes out again");
+        }
+    }
+
+    /// The same for a request that changes a range. What was given up there comes first, or its connection ends.
+    pub(super) async fn call_changing<T>(
+        self: &Rc<Remote>,
+        range: ByteRange,
+        request: impl AsyncFnMut(&Connection) -> Result<T, NbdClientError>,
+    ) -> Result<T, NbdClientError> {
+        if self.late_at(range).is_some() && !is_planted(Bug::LateWriteNotAwaited) {
+            self.settle(range).await;
+        }
+        self.call(request).await
+    }
+
+    /// A change in this range that was given up and may still be carried out.
+    fn late_at(&self, range: ByteRange) -> Option<ByteRange> {
+        let connections = self.connections.borrow();
+        let late = connections.iter().filter(|connection| connection.is_lost()).flat_map(|c| c.late());
+        late.into_iter().find(|late| late.intersect(range).is_some_and(|both| !both.is_empty()))
+    }
+
+    /// Waits until nothing that was given up in this range can be carried out any more, or for the reconnect delay.
+    async fn settle(&self, range: ByteRange) {
+        let end = self.ring.clock().saturating_add(self.options.reconnect_delay_ns.max(NBD_LATE_WAIT_NS_MIN));
+        tracing::info!(uri = %self.name, %range, "waiting for the end of a connection on which changes were given up");
+        while let Some(late) = self.late_at(range) {
+            if self.closed.get() {
+                return;
+            }
+            if self.ring.clock() >= end {
+                tracing::warn!(
+                    uri = %self.name,
+                    range = %late,
+                    "a change that was given up may still be carried out, after newer ones; --verify would find it"
+                );
+                // Told once: nothing is known of them from here on.
+                let connections = self.connections.borrow().clone();
+                let silent = connections.iter().filter(|c| !c.late().is_empty() && c.waiting().count == 0);
+                silent.for_each(|connection| connection.cut());
+                return;
+            }
+            let pause = NBD_SILENCE_LOOK_NS_MAX.min(end - self.ring.clock()).max(NBD_SILENCE_LOOK_NS_MIN);
+            either(self.changed.until(|| self.closed.get().then_some(())), self.ring.sleep(pause / 4)).await;
+        }
+    }
+
+    /// Keeps watch over a server that may fall silent, while it is asked anything: tells of it, and gives up what does not
+    /// wait for ever.
+    async fn watch(self: Rc<Remote>) {
+        let patience = self.options.patience;
+        let shortest =
+            [patience.job_ns, patience.guest_ns, NBD_SILENCE_TOLD_NS].into_iter().filter(|ns| *ns > 0);
+        let look = shortest.min().unwrap_or(NBD_SILENCE_TOLD_NS) / 8;
+        let look = look.clamp(NBD_SILENCE_LOOK_NS_MIN, NBD_SILENCE_LOOK_NS_MAX);
+        let mut tell_at = None;
+        let mut down_told = None;
+        while !self.closed.get() && self.calls.get() > 0 {
+            either(self.changed.until(|| self.closed.get().then_some(())), self.ring.sleep(look)).await;
+            let now = self.ring.clock();
+            self.tell_of_loss(now, &mut down_told);
+            let connections = self.connections.borrow().clone();
+            let mut waiting = Waiting::default();
+            connections.iter().for_each(|connection| waiting.join(connection.waiting()));
+            let heard = connections.iter().map(|connection| connection.heard()).max().unwrap_or_default();
+            let Some((since, _)) = waiting.oldest else { continue };
+            let silent_since = since.max(heard);
+            if now < silent_since.saturating_add(NBD_SILENCE_TOLD_NS) {
+                if tell_at.take().is_some() {
+                    tracing::warn!(uri = %self.name, "the server answers again");
+                }
+            } else if tell_at.is_none_or(|at| now >= at) {
+                tracing::warn!(uri = %self.name, "{}", waiting.tell(now, heard));
+                tell_at = Some(now.saturating_add(NBD_SILENCE_AGAIN_NS));
+            }
+            for connection in &connections {
+                let overdue = |since, patience_ns| waiting.is_overdue(now, heard, since, patience_ns);
+                if connection.give_up(now - silent_since.min(now), overdue) && connection.late().is_empty() {
+                    self.spare(connection).await;
+                }
+            }
+        }
+        self.watched.set(false);
+    }
+
+    /// Lets those who were given up go, and cuts a connection that nobody waits for any more and that can do no harm.
+    async fn spare(&self, connection: &Rc<Connection>) {
+        self.ring.yield_now().await;
+        if connection.waiting().count == 0 && connection.late().is_empty() {
+            connection.cut();
+        }
+    }
+
+    /// Says what requests wait for while there is no connection.
+    fn tell_of_loss(&self, now: Nanos, told: &mut Option<Nanos>) {
+        let Some(since) = self.down_since.get().filter(|_| self.connections() == 0) else {
+            *told = None;
+            return;
+        };
+        let due = told.unwrap_or(since.saturating_add(NBD_SILENCE_TOLD_NS));
+        if now >= due {
+            let (lost_for, reason) = (fmt_duration(now - since), self.reason.borrow().to_string());
+            tracing::warn!(uri = %self.name, "waiting for a connection for {lost_for}: {reason}");
+            *told = Some(now.saturating_add(NBD_SILENCE_AGAIN_NS));
         }
     }
 
@@ -401,6 +555,7 @@ impl Remote {
 
     fn add(&self, connection: Rc<Connection>) {
         connection.tell_when_lost(&self.changed);
+        connection.set_patience(self.options.patience);
         self.flags.set(connection.flags());
         self.has_block_status.set(connection.has_block_status());
         let mut connections = self.connections.borrow_mut();
