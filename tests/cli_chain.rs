@@ -85,6 +85,27 @@ fn a_commit_at_rest_does_what_qemu_img_does() {
     }
 }
 
+/// Nothing crashed, and the program ended by itself: nobody is to take what is left for the trace of a crash.
+#[test]
+fn a_commit_or_stream_that_is_given_up_leaves_images_that_check_clean() {
+    let options = ["cluster_size=4k", "", "cluster_size=16k", ""];
+    for arguments in
+        [&["commit", "-b", "l1.qcow2"][..], &["commit", "-b", "l1.qcow2", "--top", "l3.qcow2"], &["stream"]]
+    {
+        let chain = Chain::new(6, &options);
+        let top = chain.top();
+        let mut job = Process::json(&[arguments, &["--speed", "1MiB", &top]].concat());
+        job.wait_for(|event| event["bytes-copied"].as_u64() > Some(0));
+        job.interrupt();
+        let ended = job.end();
+        assert_eq!(ended.code, Some(3), "{ended}");
+        for layer in 1..=4 {
+            tool("qemu-img", &["check", "-q", "-f", "qcow2", &chain.path(layer)]);
+        }
+        chain.check(&top, &chain.model, &[]);
+    }
+}
+
 #[test]
 fn a_base_that_is_too_short_grows() {
     let scratch = Scratch::new();

@@ -1,12 +1,13 @@
 //! Image locks against the programs that share the convention: `qemu-io`, `qemu-nbd`, `qemu-img`.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use blockferry::block::{Driver, Permissions};
 use blockferry::protocol::{CreateOptions, FileDriver, OpenOptions};
-use blockferry_ring::{Config, Ring};
+use blockferry_ring::{Config, LockRange, Ring};
 
 fn ring() -> Ring {
     Ring::new(&Config { arena_bytes: 1 << 20, ..Config::default() }).expect("a ring")
@@ -187,6 +188,46 @@ fn what_a_qemu_program_denies_is_named() {
     assert!(error.contains(&wanted), "{error}");
 }
 
+/// A program that does not see who holds a lock: from a world of processes of its own it looks as if the holder were dead.
+#[test]
+fn a_lock_that_nobody_seems_to_hold_is_waited_for() {
+    let _alone = alone();
+    let image = image();
+    let nbd = QemuNbd::start(&image, "raw", &image.path);
+    let mut waiting = Command::new("unshare")
+        .args(["--pid", "--fork", "--mount-proc", env!("CARGO_BIN_EXE_blockferry"), "resize", "-f", "raw"])
+        .args([image.path.to_str().expect("a name"), "2M"])
+        .env("BLOCKFERRY_LOG", "blockferry=debug")
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("unshare runs");
+    let mut said = BufReader::new(waiting.stderr.take().expect("a pipe")).lines();
+    let waits = said.by_ref().map_while(Result::ok).any(|line| line.contains("waiting for a lock"));
+    assert!(waits && std::fs::metadata(&image.path).unwrap().len() == 1 << 20);
+    drop(nbd);
+    let rest: Vec<String> = said.map_while(Result::ok).collect();
+    assert!(waiting.wait().is_ok_and(|status| status.success()), "{rest:?}");
+    assert_eq!(std::fs::metadata(&image.path).unwrap().len(), 2 << 20);
+}
+
+/// As soon as a file is closed nothing of it is locked, whoever else may still have the open file for a moment: a child
+/// that has not become its program yet, or a worker of the kernel.
+#[test]
+fn a_closed_file_is_not_locked() {
+    let _alone = alone();
+    let (image, ring) = (image(), ring());
+    let fd = std::fs::OpenOptions::new().read(true).write(true).open(&image.path).unwrap();
+    let another = fd.try_clone().unwrap();
+    let file = ring.adopt(fd.into()).unwrap();
+    let byte = LockRange { start: 101, len: 1 };
+    ring.lock_shared(&file, byte).unwrap();
+    let looking = ring.adopt(std::fs::File::open(&image.path).unwrap().into()).unwrap();
+    assert_eq!(ring.lock_conflict(&looking, byte), Ok(true));
+    drop(file);
+    assert_eq!(ring.lock_conflict(&looking, byte), Ok(false));
+    drop(another);
+}
+
 #[test]
 fn two_nodes_of_one_program_keep_each_other_out() {
     let _alone = alone();
@@ -194,7 +235,7 @@ fn two_nodes_of_one_program_keep_each_other_out() {
     let (first, second) = (open(&ring, &image.path), open(&ring, &image.path));
     first.set_permissions(Permissions::USER).unwrap();
     let error = second.set_permissions(Permissions::USER).unwrap_err().to_string();
-    assert!(error.contains("this one itself"), "{error}");
+    assert!(error.contains("by this program itself"), "{error}");
     second.set_permissions(Permissions::READER).unwrap();
     // Growing what is held: all or nothing.
     assert!(first.set_permissions(Permissions::JOB_TARGET).is_err());

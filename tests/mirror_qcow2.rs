@@ -3,6 +3,7 @@
 mod common;
 
 use common::image::{MIB, Scratch, allocated, content};
+use common::nbd::Client;
 use common::writer::{Plan, Writer};
 use common::{Process, event, is_marked, run, run_json, tool};
 
@@ -116,6 +117,34 @@ fn an_overlay_moves_under_its_clients_to_one_with_larger_clusters() {
     assert_eq!(info["full-backing-filename"].as_str(), Some(base.as_str()), "{info:#}");
     assert_eq!(info["cluster-size"].as_u64(), Some(2 * MIB), "{info:#}");
     assert!(content(&base) == base_before, "the backing file is only read");
+}
+
+/// A client writes, never flushes, and goes; then the disk moves. The old image is the way back.
+#[test]
+fn the_disk_that_is_left_behind_holds_what_was_written_and_is_closed_cleanly() {
+    let scratch = Scratch::new();
+    let (_, top) = chain(&scratch);
+    let copy = scratch.path("copy.qcow2");
+    let socket = std::path::PathBuf::from(scratch.path("socket"));
+    let uri = format!("nbd+unix:///disk?socket={}", socket.display());
+    let line = ["mirror", "-f", "qcow2", "-F", "qcow2", "--speed", "8MiB", "--pivot", "--export", &uri];
+    let mut mirror = Process::json(&[&line[..], &[&top, &copy]].concat());
+    mirror.wait_event("listening");
+    let mut client = Client::connect(&socket, "disk").expect("a connection");
+    for i in 0..300 {
+        let offset = (i * 1_234_567) % (23 * MIB);
+        match i % 5 {
+            0 => client.write_zeroes(offset / 65536 * 65536, 65536).expect("zeroes"),
+            _ => client.write(offset, &[i as u8 + 1; 5000]).expect("a write"),
+        }
+    }
+    client.disconnect().expect("a farewell");
+    assert_eq!(mirror.wait_event("end")["pivot"], true);
+    mirror.interrupt();
+    let ended = mirror.end();
+    assert_eq!(ended.code, Some(0), "{ended}");
+    compare(&top, &copy, "qcow2");
+    tool("qemu-img", &["check", "-q", "-f", "qcow2", &top]);
 }
 
 /// The load generator on images of this format: everything it read was what it had written, and QEMU finds the same.

@@ -5,6 +5,8 @@
 mod jobs;
 #[path = "nbd_node_sim/late.rs"]
 mod late;
+#[path = "nbd_node_sim/liar.rs"]
+mod liar;
 #[path = "nbd_node_sim/link.rs"]
 mod link;
 

@@ -69,6 +69,8 @@ pub struct FileInfo {
     pub offset_align: u32,
     /// Device and inode: two paths with the same pair are the same file.
     pub identity: (u64, u64),
+    /// It lies on a filesystem that this machine's kernel keeps by itself: no server and no program stands behind it.
+    pub is_local: bool,
     /// The device number of a block device (major, minor).
     pub device: Option<(u32, u32)>,
     /// Permission bits.

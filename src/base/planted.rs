@@ -24,6 +24,8 @@ pub enum Bug {
     TargetNotAwaited,
     /// The disk that a pivot leaves behind is not flushed.
     OldDiskUnflushed,
+    /// Verifying believes whoever claims that there are zeroes.
+    VerifyBelievesClaims,
     /// qcow2: the mapping of a new cluster reaches the disk without a barrier after its data.
     Qcow2MappingBeforeData,
     /// qcow2: the mapping of a new cluster is made known before its data is written.

@@ -104,6 +104,18 @@ pub struct ZeroFlags {
     pub no_fallback: bool,
 }
 
+/// On whose word a range reads as zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Word {
+    /// This program's own: tables of an image say so, or the end of a disk.
+    #[default]
+    Own,
+    /// A filesystem of this machine keeps a hole there.
+    Filesystem,
+    /// Another party's: a server, or a filesystem that lies on one. Whoever must be certain reads.
+    Claim,
+}
+
 /// What is known of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
@@ -113,17 +125,24 @@ pub struct Extent {
     pub zero: bool,
     /// Occupies space in this layer (for a layer with a backing file: hides what is below).
     pub allocated: bool,
+    /// Who says that it is zero, if it is.
+    pub word: Word,
 }
 
 impl Extent {
     /// Data, as far as is known.
     pub fn data(len: u64) -> Extent {
-        Extent { len, zero: false, allocated: true }
+        Extent { len, zero: false, allocated: true, word: Word::Own }
     }
 
     /// A hole that reads as zeroes.
     pub fn hole(len: u64) -> Extent {
-        Extent { len, zero: true, allocated: false }
+        Extent { len, zero: true, allocated: false, word: Word::Own }
+    }
+
+    /// The same on somebody else's word.
+    pub fn on(self, word: Word) -> Extent {
+        Extent { word, ..self }
     }
 }
 

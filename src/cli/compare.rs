@@ -8,15 +8,17 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, parse_format};
-use super::print::product;
+use super::print::{product, say};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::service::at_once;
 use super::signals::{Signal, Signals};
 use super::tool::{OutputArgs, cache, read_options, with_code};
 use super::{Global, config, stats};
+use crate::base::units::fmt_bytes;
 use crate::engine::{Engine, Format};
 use crate::graph::node::UseKind;
 use crate::job::compare::Comparer;
+use crate::job::grounds::Grounds;
 
 /// Compare two images; exit code 0: the same, 1: different, 2 and above: it could not be told
 #[derive(Debug, Args)]
@@ -42,6 +44,9 @@ pub struct CompareArgs {
     /// Open the images though others may be writing them: no locks
     #[arg(short = 'U', long)]
     force_share: bool,
+    /// Believe servers and remote filesystems that claim to hold zeroes: where both images do, nothing is read
+    #[arg(long)]
+    trust_holes: bool,
     /// Show progress (on a terminal it is shown anyway)
     #[arg(short, long)]
     progress: bool,
@@ -73,6 +78,7 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
     let second = read_options(args.second_format, args.cache, args.force_share, &args.gate);
     let names = (args.first.clone(), args.second.clone());
     let (strict, quiet, global_options) = (args.strict, args.quiet, global.clone());
+    let trust = args.trust_holes;
     let e = engine.clone();
     let (verdict, compared) = engine.run(async move {
         let a = e.open(&names.0, &first).await?;
@@ -83,9 +89,13 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
         );
         let sizes_differ = a.driver().len() != b.driver().len();
         if strict && sizes_differ {
-            return Ok((Verdict::Different("Strict mode: Image size mismatch!".into(), None), 0));
+            return Ok((
+                Verdict::Different("Strict mode: Image size mismatch!".into(), None),
+                Grounds::default(),
+            ));
         }
-        let comparer = Rc::new(Comparer::new(e.ring(), a.driver(), b.driver()).strict(strict));
+        let comparer =
+            Rc::new(Comparer::new(e.ring(), a.driver(), b.driver()).strict(strict).trusting(trust));
         let mut progress = Progress::new(&global_options, quiet, e.ring().clock());
         let running = {
             let comparer = comparer.clone();
@@ -101,7 +111,8 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
                 Either::First(Either::Second(_)) if comparer.is_stopped() => at_once(Exit::Code(3)),
                 Either::First(Either::Second(_)) => comparer.stop(),
                 Either::Second(()) => {
-                    progress.show("compare", comparer.compared(), comparer.len(), e.ring().clock());
+                    let (done, read) = (comparer.compared(), comparer.grounds().bytes_read);
+                    progress.show_work("compare", done, comparer.len(), read, e.ring().clock());
                 }
             }
         };
@@ -117,7 +128,7 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
                 None => Verdict::Same { sizes_differ },
             },
         };
-        Ok::<_, Failure>((verdict, comparer.compared()))
+        Ok::<_, Failure>((verdict, comparer.grounds()))
     })?;
     stats::print(global, engine.ring());
     let (word, text, offset, exit) = match verdict {
@@ -131,10 +142,21 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
         Verdict::Stopped => ("stopped", "Stopped before the end".to_owned(), None, Exit::Code(3)),
     };
     let value = json!({
-        "event": "end", "result": word, "message": text, "offset": offset, "bytes-compared": compared,
+        "event": "end",
+        "result": word,
+        "message": text,
+        "offset": offset,
+        "bytes-compared": compared.total(),
+        "bytes-read": compared.bytes_read,
+        "bytes-by-tables": compared.bytes_by_tables,
+        "bytes-by-filesystem": compared.bytes_by_filesystem,
+        "bytes-on-trust": compared.bytes_on_trust,
     });
     if !args.output.print(global, &value) && !args.quiet {
         product!("{text}");
+        if word == "same" {
+            say!("{} compared: {compared}", fmt_bytes(compared.total()));
+        }
     }
     Ok(exit)
 }

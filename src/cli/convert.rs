@@ -119,6 +119,10 @@ pub struct ConvertArgs {
     /// Read both images back and compare them before the target counts as complete
     #[arg(long)]
     verify: bool,
+    /// When comparing, believe servers and remote filesystems that claim to hold zeroes: where both sides do, nothing is
+    /// read
+    #[arg(long, requires = "verify")]
+    trust_holes: bool,
     /// Open the source though others may be writing it: no locks
     #[arg(short = 'U', long)]
     force_share: bool,
@@ -309,6 +313,7 @@ impl Run {
         }
         options.salvage = args.salvage;
         options.verify = args.verify;
+        options.trust_holes = args.trust_holes;
         options.marker = Some(Box::new(target.marker(&self.engine)));
         Ok(self.engine.convert(source, &target.node, options).await?)
     }
@@ -371,7 +376,7 @@ impl Run {
             Ending::Failed(_) if mismatch.is_some() => ("failed", Exit::Different),
             Ending::Failed(_) => ("failed", Exit::Failed),
         };
-        let compared = tally.bytes_compared.get();
+        let compared = tally.compared.get();
         let value = json!({
             "event": "end",
             "ending": word,
@@ -380,7 +385,8 @@ impl Run {
             "bytes-shared": tally.bytes_shared.get(),
             "bytes-compressed": tally.bytes_compressed.get(),
             "bytes-lost": lost,
-            "bytes-compared": compared,
+            "bytes-compared": compared.total(),
+            "compared": compared,
             "mismatch": mismatch,
             "target-tail-bytes": (tail > 0).then_some(tail),
         });
@@ -402,7 +408,7 @@ impl Run {
                     fmt_bytes(details.bytes_skipped),
                 );
                 if args.verify {
-                    say!("Verified: {} compared, no difference", fmt_bytes(compared));
+                    say!("Verified: {} compared, no difference ({compared})", fmt_bytes(compared.total()));
                 }
                 if tail > 0 {
                     say!(

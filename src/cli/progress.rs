@@ -140,15 +140,22 @@ impl Progress {
 
     /// Shows how far something is that is no job.
     pub fn show(&mut self, phase: &'static str, done: u64, len: u64, now_ns: u64) {
+        self.show_work(phase, done, len, done, now_ns);
+    }
+
+    /// The same where only a part of what is done was work. The rate is that of the work, and what is left is taken to
+    /// need as much of it as what is done.
+    pub fn show_work(&mut self, phase: &'static str, done: u64, len: u64, work: u64, now_ns: u64) {
         if let Some((then, before)) = self.last
             && now_ns > then
         {
-            let rate = done.saturating_sub(before) as f64 * 1e9 / (now_ns - then) as f64;
+            let rate = work.saturating_sub(before) as f64 * 1e9 / (now_ns - then) as f64;
             self.rate = if self.looks < 3 { rate } else { self.rate * 0.7 + rate * 0.3 };
         }
-        self.last = Some((now_ns, done));
+        self.last = Some((now_ns, work));
         self.looks += 1;
-        let eta_ns = (self.rate > 0.0).then(|| (len.saturating_sub(done) as f64 / self.rate * 1e9) as u64);
+        let left = len.saturating_sub(done) as f64 * (work as f64 / done.max(1) as f64);
+        let eta_ns = (self.rate > 0.0).then(|| (left / self.rate * 1e9) as u64);
         if self.has_bar {
             let eta = eta_ns.map_or_else(|| "-".to_owned(), fmt_duration);
             print::status(Some(&bar(phase, done, len, self.rate as u64, &eta)));

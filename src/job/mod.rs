@@ -41,6 +41,7 @@ pub mod depth;
 /// How much a job may have in flight beside guests.
 pub mod governor;
 /// One speed limit for several jobs.
+pub mod grounds;
 pub mod group;
 /// Copies a disk while it is in use.
 pub mod mirror;

@@ -4,7 +4,8 @@
 //! What the filesystem keeps as a hole reads as zeroes; SEEK_DATA and SEEK_HOLE tell. The latest extent
 //! is remembered, so that a scan costs one pair of calls an extent. A remembered hole is forgotten when a
 //! change that touches it ends, before the change is acknowledged: whoever asks after that sees data. A
-//! hole is remembered only while nobody else may write the file, because others' writes are not seen here.
+//! hole is remembered only while nobody else may write the file, because others' writes are not seen here. What a
+//! filesystem on another machine, or in a program, calls a hole is no more than a claim.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -19,7 +20,7 @@ use super::place;
 use crate::base::range::ByteRange;
 use crate::block::{
     BlockError, Capabilities, CopyFrom, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission,
-    Permissions, Resolved, WriteFlags, ZeroFlags,
+    Permissions, Resolved, Word, WriteFlags, ZeroFlags,
 };
 
 /// A regular file.
@@ -114,7 +115,8 @@ impl FileDriver {
         };
         if data > offset {
             let range = ByteRange::at_saturating(offset, data - offset);
-            return Ok((range, Extent::hole(range.len())));
+            let word = if self.leaf.info().is_local { Word::Filesystem } else { Word::Claim };
+            return Ok((range, Extent::hole(range.len()).on(word)));
         }
         let hole = ring.seek(&file, offset, false)?.min(end);
         if data < offset || hole <= offset {

@@ -162,9 +162,11 @@ impl Locks {
              was killed and whose writes the kernel has not ended yet)"
                 .to_owned()
         } else {
-            let names: Vec<String> =
-                holders.iter().map(|(pid, name)| format!("{name} (pid {pid})")).collect();
-            names.join(", ")
+            let name = |(pid, name): &(u32, String)| match *pid == std::process::id() {
+                true => "this program itself".to_owned(),
+                false => format!("{name} (pid {pid})"),
+            };
+            holders.iter().map(name).collect::<Vec<_>>().join(", ")
         };
         let error = BlockError::new(Operation::Lock, self.name.clone(), Errno::EBUSY).hint(format!(
             "The image is in use: {what} by {who}. Stop using it there first. If you know that no harm can \

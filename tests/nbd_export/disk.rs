@@ -177,7 +177,7 @@ impl Driver for MemoryDisk {
             let len = (((first + same) * BLOCK) as u64 - offset).min(len);
             Ok(match blocks[first] {
                 Block::Hole => Extent::hole(len),
-                Block::Zero => Extent { len, zero: true, allocated: true },
+                Block::Zero => Extent { allocated: true, ..Extent::hole(len) },
                 Block::Data => Extent::data(len),
             })
         })

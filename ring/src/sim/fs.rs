@@ -143,6 +143,7 @@ impl Inode {
             mem_align: if direct { model.mem_align } else { 1 },
             offset_align: if direct { model.offset_align } else { 1 },
             identity: (1, number),
+            is_local: true,
             device: self.is_block().then_some((8, number as u32)),
             mode: 0o644,
             group: 0,

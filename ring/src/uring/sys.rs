@@ -143,7 +143,20 @@ pub(super) fn info(fd: &OwnedFd) -> Result<FileInfo, Errno> {
     let identity = (u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor), stat.stx_ino);
     let (mode, group) = (u32::from(stat.stx_mode) & 0o7777, stat.stx_gid);
     let links = stat.stx_nlink.into();
-    Ok(FileInfo { kind, len, allocated, mem_align, offset_align, identity, device, mode, group, links })
+    let is_local = rustix::fs::fstatfs(fd).is_ok_and(|found| is_local(found.f_type));
+    Ok(FileInfo {
+        kind,
+        len,
+        allocated,
+        mem_align,
+        offset_align,
+        identity,
+        is_local,
+        device,
+        mode,
+        group,
+        links,
+    })
 }
 
 pub(super) fn place(fd: &OwnedFd, path: &Path) -> Result<Place, Errno> {
@@ -177,6 +190,20 @@ pub(super) fn device_identity((major, minor): (u32, u32)) -> DeviceIdentity {
             None => serial,
         }),
     }
+}
+
+/// Whether a filesystem of this type is one whose holes are the kernel's own knowledge. What is not known counts as not.
+fn is_local(filesystem: rustix::fs::FsWord) -> bool {
+    const EXT: rustix::fs::FsWord = 0xef53;
+    const XFS: rustix::fs::FsWord = 0x5846_5342;
+    const BTRFS: rustix::fs::FsWord = 0x9123_683e;
+    const BCACHEFS: rustix::fs::FsWord = 0xca45_1a4e;
+    const F2FS: rustix::fs::FsWord = 0xf2f5_2010;
+    const ZFS: rustix::fs::FsWord = 0x2fc1_2fc1;
+    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+    // Some machines show these as negative numbers of 32 bits.
+    let filesystem = filesystem & 0xffff_ffff;
+    matches!(filesystem, EXT | XFS | BTRFS | BCACHEFS | F2FS | ZFS | TMPFS)
 }
 
 pub(super) fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, Errno> {

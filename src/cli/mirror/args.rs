@@ -74,6 +74,10 @@ pub struct MirrorArgs {
     /// Read both disks back, past the page cache, and compare; what is written meanwhile is compared again
     #[arg(long)]
     pub(super) verify: bool,
+    /// When comparing, believe servers and remote filesystems that claim to hold zeroes: where both sides do, nothing is
+    /// read
+    #[arg(long, requires = "verify")]
+    pub(super) trust_holes: bool,
     /// Overwrite an existing target
     #[arg(long)]
     pub(super) force: bool,
@@ -185,6 +189,7 @@ pub(super) struct Settings {
     pub(super) follow: bool,
     pub(super) service: ServiceArgs,
     pub(super) verify: bool,
+    pub(super) trust_holes: bool,
     pub(super) force: bool,
     pub(super) speed: i64,
     pub(super) granularity: Option<u64>,
@@ -240,6 +245,7 @@ impl Settings {
             follow: args.follow,
             service: args.service,
             verify: args.verify,
+            trust_holes: args.trust_holes,
             force: args.force,
             speed: bytes("speed", args.speed)?,
             granularity: args.granularity,

@@ -354,7 +354,11 @@ impl Run {
         }
         let verifier = if settings.verify {
             let verifier = Verifier::new(ring, source.driver(), target.node.driver());
-            Some(verifier.map_err(super::image::failed)?)
+            let verifier = verifier.map_err(super::image::failed)?;
+            if settings.trust_holes {
+                verifier.trust_holes();
+            }
+            Some(verifier)
         } else {
             None
         };

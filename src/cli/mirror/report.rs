@@ -136,9 +136,10 @@ fn whats_true(sync: SyncMode, source_incomplete: bool, source: &str) -> String {
 
 fn say_verified(report: &Report, now_ns: u64) {
     say!(
-        "Verified: {} compared ({} of it again), checksum {} (BLAKE3 of the BLAKE3 of each MiB), as of {}",
+        "Verified: {} compared ({} of it again; {}), checksum {} (BLAKE3 of the BLAKE3 of each MiB), as of {}",
         fmt_bytes(report.bytes_compared),
         fmt_bytes(report.bytes_compared_again),
+        report.grounds,
         report.checksum,
         instant(report.instant_ns, now_ns),
     );

@@ -259,9 +259,9 @@ mod tests {
         let mut extents = Extents::new(Vec::new(), 2);
         assert!(extents.add(Extent::data(10)) && extents.add(Extent::data(20)));
         // Held by no layer, as far as this one knows: data for a client.
-        assert!(extents.add(Extent { len: 5, zero: false, allocated: false }));
+        assert!(extents.add(Extent { allocated: false, ..Extent::data(5) }));
         assert!(extents.add(Extent::hole(5)) && extents.add(Extent::hole(5)));
-        assert!(!extents.add(Extent { len: 1, zero: true, allocated: true }), "a third extent has no room");
+        assert!(!extents.add(Extent { allocated: true, ..Extent::hole(1) }), "a third extent has no room");
         assert_eq!(extents.covered(), 45);
         let list = extents.list();
         assert_eq!(list, [StatusExtent { length: 35, flags: 0 }, StatusExtent { length: 10, flags: 3 }]);

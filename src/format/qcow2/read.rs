@@ -5,7 +5,7 @@ use blockferry_ring::Buf;
 use super::image::{Fault, Qcow2};
 use super::meta::Known;
 use super::plan::{Frame, Piece, Place};
-use crate::block::{Extent, Resolved};
+use crate::block::{Extent, Resolved, Word};
 
 impl Qcow2 {
     pub(super) fn frame(&self) -> Frame {
@@ -109,7 +109,7 @@ impl Qcow2 {
     pub(super) async fn status(&self, offset: u64, len: u64) -> Result<Extent, Fault> {
         let _pin = self.epochs.enter();
         let piece = self.piece(offset, offset + len).await?;
-        let extent = |zero, allocated| Ok(Extent { len: piece.len, zero, allocated });
+        let extent = |zero, allocated| Ok(Extent { len: piece.len, zero, allocated, word: Word::Own });
         match piece.place {
             Place::Data(_) | Place::Compressed { .. } => extent(false, true),
             Place::Zero { .. } => extent(true, true),

@@ -16,6 +16,7 @@ use crate::graph::node::Use;
 use crate::job::body::Hands;
 use crate::job::compare::Comparer;
 use crate::job::error::JobFailure;
+use crate::job::grounds::Grounds;
 use crate::job::mirror::Marker;
 use crate::job::mirror::machine::Copied;
 use crate::job::offload::CopyOffload;
@@ -31,8 +32,8 @@ pub struct Tally {
     pub bytes_lost: Cell<u64>,
     /// Bytes of data whose clusters were compressed.
     pub bytes_compressed: Cell<u64>,
-    /// Bytes compared.
-    pub bytes_compared: Cell<u64>,
+    /// Bytes compared, by what was known of them.
+    pub compared: Cell<Grounds>,
     /// Where source and target differ, if they were found to.
     pub mismatch: Cell<Option<u64>>,
 }
@@ -49,6 +50,7 @@ pub(super) struct Parts {
     pub target_state: TargetState,
     pub compressor: Option<Rc<dyn Compressor>>,
     pub salvage: bool,
+    pub trust_holes: bool,
     pub tally: Rc<Tally>,
     /// A change of the target has failed: from then on nothing is taken for zero because it reads as zero.
     pub target_failed: Cell<bool>,
@@ -305,7 +307,8 @@ impl Parts {
 
     async fn verify(&self) -> Result<(), Failed> {
         let comparer = Comparer::new(&self.ring, self.from(), self.to());
-        let comparer = comparer.up_to(self.from().len()).counting(self.tally.clone());
+        let comparer =
+            comparer.up_to(self.from().len()).trusting(self.trust_holes).counting(self.tally.clone());
         match comparer.run().await {
             Ok(None) => Ok(()),
             Ok(Some(offset)) => {
@@ -313,6 +316,7 @@ impl Parts {
                 let text = format!("Verifying failed: source and target differ at offset {offset}");
                 Err(Failed { operation: IoOperation::Write, errno: blockferry_ring::Errno::EIO.0, text })
             }
+            Err(error) if comparer.failed_disk() == Some(1) => Err(Failed::write(error)),
             Err(error) => Err(Failed::read(error)),
         }
     }

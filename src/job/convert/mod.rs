@@ -83,6 +83,8 @@ pub struct ConvertOptions {
     pub salvage: bool,
     /// Compare source and target before the end.
     pub verify: bool,
+    /// Comparing believes others who claim that there are zeroes.
+    pub trust_holes: bool,
     /// Puts the mark of an unfinished copy on the target.
     pub marker: Option<Box<dyn Marker>>,
 }
@@ -101,6 +103,7 @@ impl ConvertOptions {
             offload: OffloadPolicy::default(),
             salvage: false,
             verify: false,
+            trust_holes: false,
             marker: None,
         }
     }
@@ -182,6 +185,7 @@ pub async fn start(
         target_state: options.target_state,
         compressor: options.compressor,
         salvage: options.salvage,
+        trust_holes: options.trust_holes,
         tally: tally.clone(),
         target_failed: Cell::new(false),
     }));

@@ -18,10 +18,11 @@ use blockferry_ring::{Buf, Nanos, Ring};
 use super::memory::Memory;
 use crate::base::limits;
 use crate::base::range::ByteRange;
-use crate::block::{BlockError, Driver};
+use crate::block::{BlockError, Driver, Extent};
 use crate::graph::dirty::DirtyMapError;
 use crate::graph::node::Filter;
 use crate::graph::tracker::Tracker;
+use crate::job::grounds::{Grounds, Way, way};
 use crate::job::policy::{Failed, IoOperation};
 
 /// Bytes of one piece: what one buffer holds.
@@ -34,6 +35,9 @@ const EIO: i32 = 5;
 pub struct Report {
     /// Bytes compared, holes included.
     pub bytes_compared: u64,
+    /// The same by what was known of them.
+    #[serde(flatten)]
+    pub grounds: Grounds,
     /// How much of that was compared once more, because it had changed.
     pub bytes_compared_again: u64,
     /// BLAKE3 of the BLAKE3 of each MiB of both disks, in hexadecimal. Empty before the end.
@@ -52,7 +56,9 @@ pub struct Verifier {
     due: Rc<Tracker>,
     hashes: RefCell<Vec<blake3::Hash>>,
     cursor: Cell<u64>,
-    compared: Cell<u64>,
+    grounds: Cell<Grounds>,
+    /// Others are believed when they claim that there are zeroes.
+    trust: Cell<bool>,
     instant_ns: Cell<Nanos>,
     checksum: RefCell<String>,
     mismatch: Cell<Option<u64>>,
@@ -83,12 +89,23 @@ impl Verifier {
             due,
             hashes: RefCell::new(vec![blake3::Hash::from_bytes([0; 32]); pieces]),
             cursor: Cell::new(0),
-            compared: Cell::new(0),
+            grounds: Cell::default(),
+            trust: Cell::new(false),
             instant_ns: Cell::new(0),
             checksum: RefCell::default(),
             mismatch: Cell::new(None),
             memory: [Memory::without_reserve(ring), Memory::without_reserve(ring)],
         }))
+    }
+
+    /// Believes others who claim that there are zeroes.
+    pub fn trust_holes(&self) {
+        self.trust.set(true);
+    }
+
+    /// Bytes compared so far, those that were compared again counted again.
+    fn compared(&self) -> u64 {
+        self.grounds.get().total()
     }
 
     /// Sets memory aside. A verifier without it may have to wait for guests in the end.
@@ -104,21 +121,16 @@ impl Verifier {
     }
 
     /// Compares everything that is due while guests go on, until little is left.
-    pub async fn pass(&self) -> Result<(), BlockError> {
+    pub async fn pass(&self) -> Result<(), Failed> {
         // A guest that writes as fast as this reads must not keep it going for ever.
         let most = 2 * self.source.len() + limits::VERIFY_LEFT_BYTES;
-        let stop = || self.due.dirty_bytes() <= limits::VERIFY_LEFT_BYTES || self.compared.get() >= most;
+        let stop = || self.due.dirty_bytes() <= limits::VERIFY_LEFT_BYTES || self.compared() >= most;
         self.workers(&stop, false).await
     }
 
     /// Compares what is still due. The source is drained and the target flushed.
     pub(super) async fn finish(&self) -> Result<(), Failed> {
-        let failed = |error: BlockError| Failed {
-            operation: IoOperation::Read,
-            errno: error.errno.0,
-            text: error.to_string(),
-        };
-        self.workers(&|| self.mismatch.get().is_some(), true).await.map_err(failed)?;
+        self.workers(&|| self.mismatch.get().is_some(), true).await?;
         if let Some(offset) = self.mismatch.get() {
             let text = format!("Verifying failed: source and target differ at offset {offset}");
             return Err(Failed { operation: IoOperation::Write, errno: EIO, text });
@@ -135,22 +147,23 @@ impl Verifier {
     /// What was found.
     pub fn report(&self) -> Report {
         Report {
-            bytes_compared: self.compared.get(),
-            bytes_compared_again: self.compared.get().saturating_sub(self.source.len()),
+            bytes_compared: self.compared(),
+            grounds: self.grounds.get(),
+            bytes_compared_again: self.compared().saturating_sub(self.source.len()),
             checksum: self.checksum.borrow().clone(),
             instant_ns: self.instant_ns.get(),
             mismatch: self.mismatch.get(),
         }
     }
 
-    async fn workers(&self, stop: &dyn Fn() -> bool, last: bool) -> Result<(), BlockError> {
+    async fn workers(&self, stop: &dyn Fn() -> bool, last: bool) -> Result<(), Failed> {
         let two = join(self.worker(stop, last), self.worker(stop, last));
         let more = join(self.worker(stop, last), self.worker(stop, last));
         let ((a, b), (c, d)) = join(two, more).await;
         a.and(b).and(c).and(d)
     }
 
-    async fn worker(&self, stop: &dyn Fn() -> bool, last: bool) -> Result<(), BlockError> {
+    async fn worker(&self, stop: &dyn Fn() -> bool, last: bool) -> Result<(), Failed> {
         while !stop() {
             let Some(piece) = self.due.peek(self.cursor.get(), PIECE_BYTES) else { break };
             self.due.claim(piece);
@@ -171,11 +184,14 @@ impl Verifier {
     }
 
     /// The first offset at which the disks differ within a piece. Notes the piece's hash.
-    async fn compare(&self, piece: ByteRange) -> Result<Option<u64>, BlockError> {
+    async fn compare(&self, piece: ByteRange) -> Result<Option<u64>, Failed> {
         let len = piece.len() as usize;
-        self.compared.set(self.compared.get() + piece.len());
-        let (from, to) = join(self.is_hole(&self.source, piece), self.is_hole(&self.target, piece)).await;
-        if from? && to? {
+        let (from, to) = join(self.status(&self.source, piece), self.status(&self.target, piece)).await;
+        let way = way([from.map_err(Failed::read)?, to.map_err(Failed::write)?], self.trust.get());
+        let mut grounds = self.grounds.get();
+        grounds.note(way, piece.len());
+        self.grounds.set(grounds);
+        if let Way::Known(_) = way {
             let zeroes = blake3::hash(&ZEROES[..len]);
             self.note(piece, zeroes);
             return Ok(None);
@@ -207,10 +223,10 @@ impl Verifier {
         a: Buf,
         b: Buf,
         hasher: &mut blake3::Hasher,
-    ) -> Result<Option<u64>, BlockError> {
+    ) -> Result<Option<u64>, Failed> {
         let ((a, from), (b, to)) = join(self.source.read(at, a), self.target.read(at, b)).await;
-        from?;
-        to?;
+        from.map_err(Failed::read)?;
+        to.map_err(Failed::write)?;
         let (a, b) = (a.as_slice(), b.as_slice());
         hasher.update(a);
         if a == b {
@@ -220,9 +236,10 @@ impl Verifier {
         Ok(Some(at + different as u64))
     }
 
-    async fn is_hole(&self, driver: &Rc<dyn Driver>, piece: ByteRange) -> Result<bool, BlockError> {
+    /// What is known of a piece as a whole.
+    async fn status(&self, driver: &Rc<dyn Driver>, piece: ByteRange) -> Result<Extent, BlockError> {
         let extent = driver.block_status(piece.start(), piece.len()).await?;
-        Ok(extent.zero && extent.len >= piece.len())
+        Ok(if extent.len >= piece.len() { extent } else { Extent::data(piece.len()) })
     }
 
     fn note(&self, piece: ByteRange, hash: blake3::Hash) {

@@ -46,8 +46,8 @@ use crate::base::limits::{
 use crate::base::range::ByteRange;
 use crate::base::units::fmt_duration;
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, WriteFlags,
-    ZeroFlags,
+    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, Word,
+    WriteFlags, ZeroFlags,
 };
 use crate::protocol::bounce::zero_from;
 use crate::protocol::length::{Changing, Length};
@@ -600,7 +600,7 @@ impl GlusterNode {
             },
         };
         let len = found.end().min(until) - range.start();
-        Ok(if is_data { Extent::data(len) } else { Extent::hole(len) })
+        Ok(if is_data { Extent::data(len) } else { Extent::hole(len).on(Word::Claim) })
     }
 
     fn known_at(&self, offset: u64) -> Option<(ByteRange, bool)> {

@@ -152,15 +152,17 @@ fn nonsense_about_holes_is_data() {
         assert_eq!(whole.block_status(0, LEN as u64).await.unwrap(), Extent::data(LEN as u64));
         // Bricks that have not seen a write yet say that there is a hole.
         let hole = open(&ring, "all-hole").await;
-        assert_eq!(hole.block_status(0, LEN as u64).await.unwrap(), Extent::hole(LEN as u64));
+        assert_eq!(hole.block_status(0, LEN as u64).await.unwrap(), Extent::hole(LEN as u64).on(Word::Claim));
         hole.write(8192, filled(&ring, 4096, 7).await, WriteFlags::default()).await.unwrap();
-        for (offset, wanted) in
-            [(0, Extent::hole(8192)), (8192, Extent::data(4096)), (12_288, Extent::hole(LEN as u64 - 12_288))]
-        {
+        for (offset, wanted) in [
+            (0, Extent::hole(8192).on(Word::Claim)),
+            (8192, Extent::data(4096)),
+            (12_288, Extent::hole(LEN as u64 - 12_288).on(Word::Claim)),
+        ] {
             assert_eq!(hole.block_status(offset, LEN as u64 - offset).await.unwrap(), wanted, "{offset}");
         }
         hole.flush().await.unwrap();
-        assert_eq!(hole.block_status(0, LEN as u64).await.unwrap(), Extent::hole(LEN as u64));
+        assert_eq!(hole.block_status(0, LEN as u64).await.unwrap(), Extent::hole(LEN as u64).on(Word::Claim));
     });
 }
 

@@ -14,7 +14,7 @@ use super::constants::{AllocationFlags, CommandFlags, TransmissionFlags};
 use crate::base::limits::COPY_BYTES_REMOTE;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
-    WriteFlags, ZeroFlags,
+    Word, WriteFlags, ZeroFlags,
 };
 
 /// Bytes of one request that carries no data: a multiple of every block size, below 4 GiB.
@@ -187,6 +187,7 @@ impl Driver for NbdDriver {
                 len: same.map(|extent| extent.length).sum(),
                 zero: has(AllocationFlags::ZERO),
                 allocated: !has(AllocationFlags::HOLE),
+                word: Word::Claim,
             })
         })
     }

@@ -29,7 +29,7 @@ use crate::base::range::ByteRange;
 use crate::base::units::fmt_duration;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
-    WriteFlags, ZeroFlags,
+    Word, WriteFlags, ZeroFlags,
 };
 use crate::protocol::align::{Change, Changes};
 use crate::protocol::bounce::Bounce;
@@ -539,7 +539,8 @@ fn joined(left: Buf, right: Buf) -> Buf {
 
 fn extent(flags: u64, len: u64) -> Extent {
     let has = |flag: AllocationFlags| flags & u64::from(flag.0) != 0;
-    Extent { len, zero: has(AllocationFlags::ZERO), allocated: !has(AllocationFlags::HOLE) }
+    let (zero, allocated) = (has(AllocationFlags::ZERO), !has(AllocationFlags::HOLE));
+    Extent { len, zero, allocated, word: Word::Claim }
 }
 
 /// Whether the server does not do this at all.
