@@ -71,7 +71,10 @@ mod tests {
             mem_align: 1,
             offset_align: 1,
             identity: (1, 7),
+            is_local: true,
             device: None,
+            mode: 0o644,
+            group: 0,
             links,
         };
         Place { open, named }

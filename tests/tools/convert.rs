@@ -15,6 +15,10 @@ fn a_copy_is_equal_and_thin() {
     let end = our_json(&["convert", "-f", "raw", "-O", "raw", "--verify", "--output=json", &a, &b]);
     assert_eq!(end["ending"], "completed");
     assert!(end["bytes-compared"].as_u64() >= Some(20 * MIB), "{end:#}");
+    // Data was read; local holes were not, and nobody else was trusted.
+    let known = |how: &str| end["compared"][how].as_u64().expect("a number");
+    assert!((3 * MIB..12 * MIB).contains(&known("bytes-read")), "{end:#}");
+    assert!(known("bytes-by-filesystem") > 8 * MIB && known("bytes-on-trust") == 0, "{end:#}");
     assert_equal(&a, &b);
     assert!(!is_marked(&b));
     qemu(&["convert", "-f", "raw", "-O", "raw", &a, &c]);

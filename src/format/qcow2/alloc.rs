@@ -171,8 +171,15 @@ impl Qcow2 {
         }
     }
 
-    /// Gives back clusters that nothing has ever referred to.
+    /// Gives back clusters that nothing has ever referred to, and their room: where a filesystem is full, tables need it.
     pub(super) async fn unreserve(&self, run: Run) {
+        // Not giving room back is no error.
+        let _ = self.file.discard(run.host, run.count << self.g.cluster_bits).await;
+        self.give_back(run).await;
+    }
+
+    /// Gives back references to clusters in which there may be more than what they were taken for.
+    pub(super) async fn give_back(&self, run: Run) {
         let first = run.host >> self.g.cluster_bits;
         for cluster in first..first + run.count {
             match self.change_refcount(cluster, -1).await {
@@ -291,7 +298,9 @@ impl Qcow2 {
             return Err(Fault::Damage(format!("{table} lies at {host:#x}, which no refcount block covers")));
         }
         self.reach(host + size).await?;
-        self.zero_host(host, size).await?;
+        self.zero_table(host, size).await?;
+        let named = self.meta.borrow().reftable.offset + block * 8;
+        self.take_room(named, 8).await?;
         let mut meta = self.meta.borrow_mut();
         // All of it may be taken as read: it is zeroes.
         let slice_bytes = meta.refs.slice_bytes();

@@ -164,7 +164,7 @@ impl Qcow2 {
         if let Err(fault) = write.await {
             let first = self.g.cluster_start(host);
             let count = (host + packed.len() as u64 - first).div_ceil(size);
-            self.unreserve(Run { host: first, count, virgin: false }).await;
+            self.give_back(Run { host: first, count, virgin: false }).await;
             return Err(fault);
         }
         self.write_back_if_crowded().await

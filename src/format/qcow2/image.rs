@@ -5,10 +5,11 @@
 use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 
+use blockferry_ring::op::Fallocate;
 use blockferry_ring::sync::{Notify, join_all};
 use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
 
-use super::cache::Page;
+use super::cache::{PAGE_BYTES_MAX, Page};
 use super::compress::Packing;
 use super::geometry::Geometry;
 use super::header::Header;
@@ -301,6 +302,32 @@ impl Qcow2 {
         Ok(self.file.write_zeroes(offset, len, flags).await?)
     }
 
+    /// Makes a cluster of the file all zeroes that becomes a table. Its room is taken at once: where there is none, the
+    /// request that needs the table fails, and not the flush that writes it, which would take many others with it.
+    pub(super) async fn zero_table(&self, offset: u64, len: u64) -> Result<(), Fault> {
+        Ok(self.file.write_zeroes(offset, len, crate::block::ZeroFlags::default()).await?)
+    }
+
+    /// Takes the room, for the same reason, of a part of a table that is there already and may lie in a hole of the file.
+    /// Where that cannot be asked for it is left to the place.
+    pub(super) async fn take_room(&self, offset: u64, len: u64) -> Result<(), Fault> {
+        let Some(file) = self.file.local_file().filter(|_| !self.read_only.get() && !self.for_check) else {
+            return Ok(());
+        };
+        // Whole pages: they are what is written.
+        let start = offset / PAGE_BYTES_MAX * PAGE_BYTES_MAX;
+        let end = (offset + len).next_multiple_of(PAGE_BYTES_MAX).min(self.file.len());
+        if start >= end {
+            return Ok(());
+        }
+        match self.ring.fallocate(&file, Fallocate::Allocate, start, end - start).await {
+            Err(errno) if errno.is_no_space() => {
+                Err(Fault::Io(BlockError::at(Operation::Write, self.file.name(), start, end - start, errno)))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Loads a slice of an L2 table; more of the table if the one before it was the last to be loaded.
     pub(super) async fn load_l2(&self, at: u64) -> Result<(), Fault> {
         let len = self.meta.borrow().l2.slice_bytes();
@@ -323,6 +350,7 @@ impl Qcow2 {
         let len = self.meta.borrow().refs.slice_bytes();
         self.counters.loads.set(self.counters.loads.get() + 1);
         self.must_be_there("a refcount block", at, len)?;
+        self.take_room(at, len).await?;
         let bytes = self.read_bytes(at, len).await?;
         self.meta.borrow_mut().refs.insert(at, bytes.into());
         Ok(())

@@ -114,7 +114,7 @@ impl Qcow2 {
             self.write_back().await
         };
         if let Err(fault) = write.await {
-            self.unreserve(run).await;
+            self.give_back(run).await;
             return Err(fault);
         }
         let (old_at, old_bytes) = {

@@ -351,7 +351,7 @@ impl Qcow2 {
         };
         if let Err(fault) = write.await {
             if let Some(run) = run {
-                self.unreserve(run).await;
+                self.give_back(run).await;
             }
             return Err(fault);
         }
@@ -461,7 +461,7 @@ impl Qcow2 {
         };
         if let Err(fault) = write.await {
             if self.sync.failed.get().is_none() {
-                self.unreserve(run).await;
+                self.give_back(run).await;
                 // What cannot be undone is repaired by whoever opens the image next.
                 let undo = async {
                     self.drop_references(&counts).await?;

@@ -157,14 +157,18 @@ impl Qcow2 {
         let run = self.reserve_for(start, olds.len() as u64).await?;
         olds.truncate(run.count as usize);
         let clusters = ByteRange::at_saturating(start, run.count * size);
-        let result = self.fill_new(clusters, range, buf, &olds, run).await;
-        match result {
-            Ok(()) => Ok(clusters.end().min(range.end())),
+        let entries = match self.fill_new(clusters, range, buf, &olds, run).await {
+            Ok(entries) => entries,
             Err(fault) => {
                 self.unreserve_data(run).await;
-                Err(fault)
+                return Err(fault);
             }
+        };
+        // What fails from here on may have made some of them known: they stay taken.
+        if !is_planted(Bug::Qcow2PublishBeforeWrite) {
+            self.publish(clusters.start(), &entries, &olds).await?;
         }
+        Ok(clusters.end().min(range.end()))
     }
 
     /// Places for guest clusters from `start` on.
@@ -188,7 +192,7 @@ impl Qcow2 {
         buf: &SharedBuf,
         olds: &[Cluster],
         run: Run,
-    ) -> Result<(), Fault> {
+    ) -> Result<Vec<Raw>, Fault> {
         let size = self.g.cluster_size();
         let mut entries = Vec::with_capacity(olds.len());
         for (i, old) in olds.iter().enumerate() {
@@ -227,10 +231,7 @@ impl Qcow2 {
             self.put_whole(wide, host + wide.start() - at, range, buf, run.virgin).await?;
             at += size;
         }
-        if !is_planted(Bug::Qcow2PublishBeforeWrite) {
-            self.publish(clusters.start(), &entries, olds).await?;
-        }
-        Ok(())
+        Ok(entries)
     }
 
     /// Writes all bytes of `wide` to `host`: those of `range` out of `buf`, the others as the guest sees them
@@ -371,8 +372,14 @@ impl Qcow2 {
         let size = self.g.cluster_size();
         let run = self.allocate(1, false).await?;
         let made = match old {
-            None => self.zero_host(run.host, size).await,
+            None => self.zero_table(run.host, size).await,
             Some(host) => self.copy_l2(host, run.host).await,
+        };
+        let index = self.g.l1_index(offset);
+        let named = self.meta.borrow().l1.offset + index * 8;
+        let made = match made {
+            Ok(()) => self.take_room(named, 8).await,
+            fault => fault,
         };
         if let Err(fault) = made {
             self.unreserve(run).await;
@@ -387,7 +394,6 @@ impl Qcow2 {
             let at = meta.l2.slice_of(at);
             meta.l2.insert(at, vec![0; slice_bytes as usize].into());
         }
-        let index = self.g.l1_index(offset);
         meta.l1.set(index, run.host | super::entry::COPIED);
         meta.l2_tables.insert(run.host);
         if let Some(host) = old {

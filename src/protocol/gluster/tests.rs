@@ -8,7 +8,7 @@ use blockferry_ring::{Config, Errno, Ring, SharedBuf};
 use super::fake::{FAKE, LEN, MADE};
 use super::uri::{Image, Server};
 use super::{GlusterNode, Logging, OpenHow};
-use crate::block::{BlockError, Driver, Extent, Operation, WriteFlags, ZeroFlags};
+use crate::block::{BlockError, Driver, Extent, Operation, Word, WriteFlags, ZeroFlags};
 
 fn how(volume: &str, path: &str, hosts: &[&str]) -> OpenHow {
     let servers = hosts.iter().map(|host| Server::Tcp { host: (*host).into(), port: 24007 }).collect();
