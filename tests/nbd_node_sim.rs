@@ -54,9 +54,18 @@ fn in_world<T: 'static, F: Future<Output = T> + 'static>(
     seed: u64,
     life: impl FnOnce(Ring, World) -> F,
 ) -> (T, u64) {
+    in_world_of(8 << 20, seed, life)
+}
+
+/// The same with so much memory.
+fn in_world_of<T: 'static, F: Future<Output = T> + 'static>(
+    arena_bytes: usize,
+    seed: u64,
+    life: impl FnOnce(Ring, World) -> F,
+) -> (T, u64) {
     let world = World::new(WorldConfig::new(seed));
     world.add_file("/disk", FileModel::regular(4 << 20));
-    let config = Config { arena_bytes: 8 << 20, ..Config::default() };
+    let config = Config { arena_bytes, ..Config::default() };
     let ring = Ring::with_backend(world.backend(), &config).unwrap();
     let result = ring.block_on(life(ring.clone(), world.clone()));
     // Farewells may take their time, and so may what was cancelled.

@@ -20,9 +20,11 @@ use blockferry::protocol::open::{OpenOptions, open};
 use blockferry_ring::sim::FileModel;
 use blockferry_ring::{Buf, Ring, SharedBuf};
 
-use super::{SOCKET, address, in_world, options};
+use super::{SOCKET, address, in_world_of, options};
 
 const LEN: u64 = 4 << 20;
+/// Enough for who compares and for the server, which lives in the same memory here.
+const ARENA_BYTES: usize = 32 << 20;
 
 #[derive(Debug)]
 struct Liar(Ring, Rc<dyn Driver>);
@@ -96,7 +98,7 @@ struct Found {
 /// Copies from the liar, once by a mirror and once by a conversion, and compares; `bug` is planted.
 fn copies(seed: u64, trust: bool, bug: Option<Bug>) -> [Found; 3] {
     plant(bug);
-    let (found, _) = in_world(seed, move |ring, world| async move {
+    let (found, _) = in_world_of(ARENA_BYTES, seed, move |ring, world| async move {
         world.write_raw("/disk", 0, &vec![7; LEN as usize]);
         let disk = open(&ring, Path::new("/disk"), &OpenOptions::default()).unwrap();
         let server = NbdServer::new(&ring, ServerConfig::default());
@@ -132,7 +134,6 @@ fn copies(seed: u64, trust: bool, bug: Option<Bug>) -> [Found; 3] {
         let mismatch = comparer.run().await.unwrap();
         let compared = Found { mismatch, completed: mismatch.is_none(), grounds: comparer.grounds() };
         drop((job, verifier, comparer, to, source));
-        server.idle().await;
         server.stop().await;
         [mirrored, converted, compared]
     });
