@@ -110,6 +110,7 @@ impl Bench {
                 }
                 Op::Flush | Op::FlushBoth => self.done(Outcome::Flushed(Ok(()))),
                 Op::FlushMeanwhile => self.done(Outcome::FlushedMeanwhile(Ok(()))),
+                Op::Find(_) => self.done(Outcome::Found),
                 Op::Drain => self.done(Outcome::Drained(true)),
                 Op::Undrain => self.done(Outcome::Undrained),
                 Op::Verify => self.done(Outcome::Verified(Ok(()))),
