@@ -301,10 +301,16 @@ impl Exports {
                 "Requests of clients did not end in time; what they have written last may be lost",
             ));
         }
+        let mut unflushed = None;
         for (root, _) in self.roots.iter().filter(|(_, is_writable)| *is_writable) {
             match self.in_time(began, root.node().driver().flush()).await {
                 Some(Ok(())) => {}
-                Some(Err(error)) => tracing::error!(%error, "what clients have written last may be lost"),
+                Some(Err(error)) => {
+                    unflushed = Some(format!(
+                        "{}. What clients have written last may be lost",
+                        error.to_string().trim_end_matches('.')
+                    ));
+                }
                 None => {
                     return Err(Failure::text(format!(
                         "Flushing '{}' did not end in time; what clients have written last may be lost",
@@ -313,7 +319,7 @@ impl Exports {
                 }
             }
         }
-        Ok(())
+        unflushed.map_or(Ok(()), |text| Err(Failure::Text(text)))
     }
 
     /// Waits for `work`; when that takes too long, requests to servers are cut off, so that it ends. `None`: it does not end
@@ -325,7 +331,7 @@ impl Exports {
             if let Either::First(done) = either(work.as_mut(), self.ring.sleep(rest)).await {
                 return Some(done);
             }
-            tracing::warn!("requests do not end in time; those to servers are given up");
+            tracing::debug!("requests do not end in time; those to servers are given up");
             self.roots.iter().for_each(|(root, _)| root.node().driver().fail_in_flight());
         }
         None

@@ -125,6 +125,9 @@ impl Queue {
             _ => {}
         }
         let is_product = kind == Kind::Product;
+        // What was left out stood here.
+        let left_out = std::mem::take(&mut state.lost);
+        let text = if left_out > 0 { &(notice(stream, left_out) + text) } else { text };
         self.bytes += text.len();
         match self.chunks.back_mut() {
             Some(last)
@@ -159,6 +162,10 @@ impl Queue {
     fn next_piece(&mut self) -> Option<Piece> {
         let status = |text: &str| Piece { stream: Stream::Err, bytes: text.into(), is_product: false };
         let Some(stream) = self.chunks.front().map(|chunk| chunk.stream) else {
+            if let Some(stream) = [Stream::Out, Stream::Err].into_iter().find(|s| self.state(*s).lost > 0) {
+                self.push(stream, Kind::Message, "");
+                return self.next_piece();
+            }
             if self.wanted == self.shown {
                 return None;
             }
@@ -177,10 +184,6 @@ impl Queue {
         let state = self.state(stream);
         if state.is_torn && !is_planted(Bug::TornLineGoesOn) {
             bytes.push(b'\n');
-        }
-        match std::mem::take(&mut state.lost) {
-            0 => {}
-            lost => bytes.extend_from_slice(notice(stream, lost).as_bytes()),
         }
         bytes.extend_from_slice(&text);
         Some(Piece { stream, bytes, is_product })
@@ -204,6 +207,7 @@ impl Queue {
         }
         let is_gone = error.kind() == ErrorKind::BrokenPipe;
         state.is_gone = is_gone;
+        state.lost = if is_gone { 0 } else { state.lost };
         state.has_failed |= piece.is_product && !is_gone;
         let is_new = !is_gone && !std::mem::replace(&mut state.is_told, true);
         self.forget(stream, |chunk| is_gone || chunk.is_product);
@@ -221,7 +225,8 @@ impl Queue {
 
     /// Nothing waits, and nothing is being written.
     pub fn is_settled(&self) -> bool {
-        self.chunks.is_empty() && self.in_hand.is_none() && self.wanted == self.shown
+        let nothing_waits = self.chunks.is_empty() && self.out.lost == 0 && self.err.lost == 0;
+        nothing_waits && self.in_hand.is_none() && self.wanted == self.shown
     }
 
     /// Some of a product is not written yet.
@@ -351,7 +356,8 @@ mod tests {
         let text = String::from_utf8(reader.got).unwrap();
         let lost = 3 * PRINT_BYTES_MAX / 1000 - kept;
         let end = format!(
-            "{CLEAR}blockferry: {lost} lines were left out here, because nobody read them\nlast\n\r60 %\x1b[K"
+            "{}blockferry: {lost} lines were left out here, because nobody read them\n\r60 %\x1b[K{CLEAR}last\n\r60 %\x1b[K",
+            "m".repeat(9) + "\n",
         );
         assert!(text.ends_with(&end), "{}", &text[text.len() - 200..]);
         assert!(queue.is_settled());
