@@ -16,7 +16,7 @@ use super::tool::{OutputArgs, cache, read_options, with_code};
 use super::{Global, config, stats};
 use crate::base::units::fmt_bytes;
 use crate::engine::{Engine, Format};
-use crate::graph::node::UseKind;
+use crate::graph::node::{Node, UseKind};
 use crate::job::compare::Comparer;
 use crate::job::grounds::Grounds;
 
@@ -87,7 +87,9 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
             a.attach_in_time(UseKind::JobSource("compare")).await?,
             b.attach_in_time(UseKind::JobSource("compare")).await?,
         );
-        let sizes_differ = a.driver().len() != b.driver().len();
+        // A disk that is counted in sectors is no other disk for that, as long as the rest of the sector is zero.
+        let sectors = |node: &Node| node.driver().len().div_ceil(512);
+        let sizes_differ = sectors(&a) != sectors(&b);
         if strict && sizes_differ {
             return Ok((
                 Verdict::Different("Strict mode: Image size mismatch!".into(), None),

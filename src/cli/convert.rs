@@ -35,6 +35,7 @@ use crate::job::convert::{ConvertOptions, Tally, TargetState};
 use crate::job::event::JobEvent;
 use crate::job::offload::OffloadPolicy;
 use crate::job::runner::{Ending, Job};
+use crate::job::tail::tail_of;
 use crate::protocol::mark::{MarkInfo, identity_of};
 
 const AFTER: &str = "\
@@ -366,7 +367,7 @@ impl Run {
         source_incomplete: bool,
     ) -> Exit {
         let (args, details) = (&self.args, job.details());
-        let tail = to.len().saturating_sub(from.len());
+        let tail = tail_of(from.len(), to.len());
         let lost = tally.bytes_lost.get();
         let mismatch = tally.mismatch.get();
         let (word, exit) = match ending {

@@ -13,7 +13,7 @@ use super::target::{make_file, make_remote, try_length};
 use super::tool::{OutputArgs, PlanArgs, option_pairs};
 use super::{Global, config};
 use crate::block::Driver;
-use crate::engine::admit::{Admission, Admitted, Held, IfThere, Standing, Wish};
+use crate::engine::admit::{Admission, Admitted, Held, IfThere, Standing, Wish, empty, is_place};
 use crate::engine::create::{Beside, NewImage};
 use crate::engine::marks::Marks;
 use crate::engine::open::local_path;
@@ -63,8 +63,9 @@ pub struct CreateArgs {
 /// Runs the command.
 pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
-    if local_path(&args.file).is_none() && !can_create(&args.file) {
-        let text = "is neither a file on this machine nor one on a server on which files can be made";
+    let can_be_made = can_create(&args.file) || is_place(engine.ring(), &args.file);
+    if local_path(&args.file).is_none() && !can_be_made {
+        let text = "is neither on this machine nor on a server on which images can be made";
         return Err(Failure::text(format!("'{}' {text}", args.file)));
     }
     let mut pairs = option_pairs(&args.options)?;
@@ -154,7 +155,7 @@ async fn create(
     match (target, &path) {
         (Some(Standing::Anew(held) | Standing::AsItIs(held)), _) => {
             try_length(held.bytes(), &new).await?;
-            held.bytes().set_len(0).await?;
+            empty(held.bytes()).await?;
             let path = path.as_deref().unwrap_or(Path::new(""));
             new.write(engine.ring(), held.bytes(), path, &beside).await?;
         }

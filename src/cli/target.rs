@@ -18,7 +18,7 @@ use blockferry_ring::{Errno, FileKind};
 use super::exit::Failure;
 use crate::base::process::Fate;
 use crate::block::Driver;
-use crate::engine::admit::{Admitted, Held, Refusal, Standing};
+use crate::engine::admit::{Admitted, Held, Refusal, Standing, empty};
 use crate::engine::create::{Beside, NewImage, data_file_path};
 use crate::engine::open::local_path;
 use crate::engine::remote;
@@ -104,7 +104,7 @@ impl Target {
                 make_state_dir(engine, file, options.state_dir.as_deref())?;
                 let (driver, state_dir) = (file.clone(), options.state_dir.clone());
                 TargetMark::new(ring, driver, state_dir, options.mark.clone()).set().await?;
-                file.set_len(0).await?;
+                empty(file).await?;
                 new.write(ring, file, &path_of(options.name), &beside).await?;
                 held.lock_again()?;
                 (Some(held), None, true)

@@ -19,6 +19,8 @@ use crate::format::qcow2::gate::understand;
 use crate::format::qcow2::{CreateOptions, Preallocation, Qcow2};
 use crate::protocol::file::{CreateOptions as FileOptions, FileDriver};
 
+/// Where formats have their headers.
+const HEAD_BYTES: u64 = 4096;
 const NO_SIZE: &str = "How large is the image to be? Say a size";
 
 /// What is allocated of a new raw image, or of the part that is added to one.
@@ -114,6 +116,14 @@ impl NewImage {
         }
     }
 
+    /// Bytes that it needs at least of a device or a server's disk of `room` bytes, which has a length of its own.
+    pub fn needs_at_least(&self, room: u64) -> u64 {
+        match self {
+            NewImage::Raw { len, .. } => *len,
+            NewImage::Qcow2(options) => Qcow2::needed_at_least(options, room),
+        }
+    }
+
     /// Bytes of the disk.
     pub fn len(&self) -> u64 {
         match self {
@@ -180,7 +190,14 @@ impl NewImage {
                 made
             }
             NewImage::Raw { len, preallocation } => {
-                file.set_len(*len).await?;
+                match file.set_len(*len).await {
+                    // It has a length of its own. Nothing that was there is taken for an image.
+                    Err(error) if error.errno == Errno::EOPNOTSUPP && file.len() >= *len => {
+                        let head = file.len().min(HEAD_BYTES);
+                        file.write_zeroes(0, head, ZeroFlags::default()).await?;
+                    }
+                    result => result?,
+                }
                 preallocate(ring, file, ByteRange::first(*len), *preallocation).await?;
                 file.flush().await
             }

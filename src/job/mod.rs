@@ -56,5 +56,7 @@ pub mod runner;
 pub mod stream;
 /// One pass over a chain that is in use: what commit and stream have in common.
 pub mod sweep;
+/// The end of a target that counts in sectors.
+pub mod tail;
 mod unflushed;
 mod writable;

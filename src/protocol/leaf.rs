@@ -747,6 +747,8 @@ impl Leaf {
         }
         let fail = |errno| BlockError::new(Operation::Resize, self.name.clone(), errno);
         if self.is_device() {
+            // It may have been made larger; whoever asked looks whether that is enough.
+            changing.set(self.ring.info(&self.file()).map_err(fail)?.len);
             return Err(fail(Errno::EOPNOTSUPP).hint("A block device has the length that it has."));
         }
         self.open_tail(len).map_err(fail)?;

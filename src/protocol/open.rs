@@ -90,6 +90,14 @@ pub(super) fn open_leaf(
             "The device is in use: mounted, or part of a RAID, of LVM or of another device. Unmount it or \
              detach it first, or open it read-only.",
         ),
+        Errno::EROFS if wanted == FileKind::Block => BlockError::new(
+            Operation::Open,
+            path.display().to_string(),
+            errno,
+        )
+        .hint(
+            "The device is read-only (`blockdev --getro` tells): make it writable, or open it read-only too.",
+        ),
         errno => fail(Operation::Open, path, errno),
     };
     let opened = match ring.open(path, &how) {

@@ -2,10 +2,15 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/nbd_peers.rs"]
+mod nbd_peers;
 
 mod convert;
+mod lengths;
+mod places;
 mod qcow2;
 mod raw;
+mod rebase;
 mod share;
 
 use serde_json::Value;

@@ -94,7 +94,20 @@ pub(super) fn open(path: &Path, how: &OpenHow) -> Result<OwnedFd, Errno> {
     }
     let mode = Mode::from_raw_mode(how.mode.unwrap_or(0o644));
     // A FIFO would block here; images are files and devices.
-    Ok(rustix::fs::open(path, flags | OFlags::NONBLOCK | OFlags::NOCTTY, mode)?)
+    let fd = rustix::fs::open(path, flags | OFlags::NONBLOCK | OFlags::NOCTTY, mode)?;
+    // The kernel lets root open a device for writing that refuses every write.
+    if how.write && how.exclusive_device && is_read_only_device(&fd) {
+        return Err(Errno::EROFS);
+    }
+    Ok(fd)
+}
+
+/// Whether the kernel says of a block device that nobody writes it.
+fn is_read_only_device(fd: &OwnedFd) -> bool {
+    let Ok(stat) = rustix::fs::fstat(fd) else { return false };
+    let number = stat.st_rdev;
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro")).is_ok_and(|ro| ro.trim() == "1")
 }
 
 pub(super) fn rename(from: &Path, to: &Path, replace: bool) -> Result<(), Errno> {

@@ -78,9 +78,13 @@ pub struct MirrorArgs {
     /// read
     #[arg(long, requires = "verify")]
     pub(super) trust_holes: bool,
-    /// Overwrite an existing target
+    /// Overwrite an existing target. With `-F qcow2` a block device or an NBD export gets a new image, whatever is on it;
+    /// an image in a file is written as it is
     #[arg(long)]
     pub(super) force: bool,
+    /// With --force: a block device or an NBD export has an image on it already, which is written as it is
+    #[arg(short = 'n', long, requires = "force")]
+    pub(super) no_create: bool,
     /// Limit the copying, such as 200MiB (a second); 0 or `unlimited` for no limit
     #[arg(long, value_name = "RATE", value_parser = speed, default_value = "0")]
     pub(super) speed: u64,
@@ -191,6 +195,7 @@ pub(super) struct Settings {
     pub(super) verify: bool,
     pub(super) trust_holes: bool,
     pub(super) force: bool,
+    pub(super) no_create: bool,
     pub(super) speed: i64,
     pub(super) granularity: Option<u64>,
     pub(super) buf_size: i64,
@@ -247,6 +252,7 @@ impl Settings {
             verify: args.verify,
             trust_holes: args.trust_holes,
             force: args.force,
+            no_create: args.no_create,
             speed: bytes("speed", args.speed)?,
             granularity: args.granularity,
             buf_size: bytes("buf-size", args.buf_size)?,
@@ -280,5 +286,10 @@ impl Settings {
             clients: args.clients.clone(),
             plan: args.plan,
         })
+    }
+
+    /// What can only be given a new image gets one.
+    pub(super) fn makes_anew(&self) -> bool {
+        self.target_format == Some(Format::Qcow2) && !self.no_create
     }
 }

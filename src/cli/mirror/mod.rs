@@ -22,7 +22,7 @@ use super::target::{Target, TargetOptions, is_left_by, make_state_dir};
 use super::{Global, config, room, stats};
 use crate::base::limits;
 use crate::block::{Driver, place};
-use crate::engine::admit::{Admission, IfThere, Refusal, Wish};
+use crate::engine::admit::{Admission, IfThere, Refusal, Wish, is_place};
 use crate::engine::create::NewImage;
 use crate::engine::marks::unfinished;
 use crate::engine::open::local_path;
@@ -34,6 +34,7 @@ use crate::graph::node::Node;
 use crate::job::mirror::verify::Verifier;
 use crate::job::mirror::{MirrorOptions, SyncMode, layers};
 use crate::job::runner::{Ending, Job};
+use crate::job::tail::tail_of;
 use crate::protocol::mark::{MarkInfo, TargetMark, identity_of};
 pub use args::MirrorArgs;
 use args::Settings;
@@ -132,7 +133,8 @@ impl Run {
         if settings.export.is_empty() && !is_far(settings) {
             suit_bulk(&ring, [&*settings.source, &*settings.target].into_iter());
         }
-        let tail = target.node.driver().len().checked_sub(source.driver().len()).filter(|tail| *tail > 0);
+        let tail = tail_of(source.driver().len(), target.node.driver().len());
+        let tail = Some(tail).filter(|tail| *tail > 0);
         let mark = target.marker(&self.engine);
         let drivers = [source.driver().clone(), target.node.driver().clone()];
         drop(target);
@@ -268,7 +270,12 @@ impl Run {
         // It is of the format that would be made.
         let said = settings.target_format.or(is_own.then_some(format));
         let image = settings.open.image(said, false).overwriting();
-        let if_there = if settings.force || is_own { IfThere::Overwrite } else { IfThere::Refuse };
+        let if_there = match settings.force || is_own {
+            false => IfThere::Refuse,
+            // There is no file to be made, only another image in what is there.
+            true if settings.makes_anew() && is_place(ring, name) => IfThere::Remake,
+            true => IfThere::Overwrite,
+        };
         let mut admission = Admission::new(ring, "mirror").counting(settings.plan.dry_run);
         admission.source(source).await;
         if let Err(failure) = self.check_shown(settings, source, &new).await {

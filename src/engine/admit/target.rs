@@ -12,7 +12,7 @@ use blockferry_ring::{Errno, FileKind, Ring};
 use super::access;
 use super::place::{Ground, folder};
 use super::{Act, Admission, Planned, Refusal, own_leaves};
-use crate::block::{BlockError, Driver, Operation};
+use crate::block::{BlockError, Driver, IoResult, Operation};
 use crate::engine::create::{NewImage, data_file_path};
 use crate::engine::open::{self, local_path, name_of};
 use crate::engine::{Format, ImageOptions, remote};
@@ -23,7 +23,8 @@ use crate::graph::node::{Node, Use, UseKind};
 pub enum IfThere {
     /// It is left alone.
     Refuse,
-    /// It is emptied and made anew. A raw block device is taken as it is.
+    /// It is emptied and made anew. A block device or a server's disk, which has a length of its own, is taken as it is
+    /// for a raw image, and given a new qcow2 image, of which it has nothing but the room.
     Remake,
     /// It is written as the image that it is.
     Overwrite,
@@ -226,8 +227,9 @@ impl Admission {
         if wish.if_there == IfThere::Refuse && remote::can_create(wish.name) {
             return Err(exists());
         }
-        // What cannot be emptied is taken as it is.
-        Ok(match wish.if_there == IfThere::Remake && can_be_emptied {
+        // What cannot be emptied is taken as it is, unless another image is made in it.
+        let anew = can_be_emptied || wish.new.format() == Format::Qcow2;
+        Ok(match wish.if_there == IfThere::Remake && anew {
             true => Standing::Anew(held),
             false => Standing::AsItIs(held),
         })
@@ -247,6 +249,12 @@ impl Admission {
             }
         }
         check_len(wish, image.len())?;
+        if wish.if_there == IfThere::Remake && image.len() < wish.new.len() {
+            let (name, len, wanted) = (wish.name, image.len(), wish.new.len());
+            return Err(Refusal::Said(format!(
+                "The target '{name}' has {len} bytes, and the new image {wanted}; it cannot be made longer from here"
+            )));
+        }
         if !Rc::ptr_eq(&image, held.bytes()) {
             // Its data file is locked, too. Giving that up gives up what is held, which is taken again.
             let promised =
@@ -270,6 +278,19 @@ impl Admission {
         if matches!(new.format(), Format::Raw) {
             access::within_file_limit(wish.name, new.len())?;
         }
+        let fixed = match standing {
+            Standing::Anew(held) if is_fixed(held, wish.name) => Some(held.bytes().len()),
+            _ => None,
+        };
+        if let Some(room) = fixed {
+            let needed = new.needs_at_least(room);
+            if needed > room {
+                return Err(Refusal::Said(format!(
+                    "The target '{}' is too small: it has {room} bytes, and the new image needs {needed} even without data",
+                    wish.name
+                )));
+            }
+        }
         let Some(path) = path else {
             return match new.data_file() {
                 Some(_) => Err(Refusal::Said(format!(
@@ -279,6 +300,12 @@ impl Admission {
                 None => Ok(()),
             };
         };
+        if fixed.is_some() {
+            return match new.data_file() {
+                Some(name) => self.data_file(wish, path, name).await,
+                None => Ok(()),
+            };
+        }
         let freed = match standing {
             Standing::Anew(held) => held.bytes().allocated_bytes().unwrap_or(0),
             _ => {
@@ -340,6 +367,29 @@ impl Admission {
         }
         self.data_file = Some(held);
         Ok(())
+    }
+}
+
+/// Whether what was opened has a length that is not ours to change.
+fn is_fixed(held: &Held, name: &str) -> bool {
+    held.bytes().kind() == "host_device" || remote::nbd_disk(name).is_some()
+}
+
+/// Whether a name leads to a block device or to a server's disk: there is no new file to be made, only a new image in what
+/// is there.
+pub fn is_place(ring: &Ring, name: &str) -> bool {
+    match local_path(name) {
+        Some(path) => matches!(ring.lookup(&path), Ok(Some(FileKind::Block))),
+        None => remote::nbd_disk(name).is_some(),
+    }
+}
+
+/// Takes what is in it out of what is to be made anew. What has a length of its own keeps it: who makes the new image sees
+/// to that.
+pub async fn empty(bytes: &Rc<dyn Driver>) -> IoResult {
+    match bytes.set_len(0).await {
+        Err(error) if error.errno == Errno::EOPNOTSUPP => Ok(()),
+        result => result,
     }
 }
 

@@ -116,12 +116,23 @@ impl Qcow2 {
                 Search::NewTable => self.grow_reftable().await?,
                 Search::Found { first, count } => {
                     // The file has to reach so far before anything refers to it.
-                    self.reach((first + count) << self.g.cluster_bits).await?;
+                    let fits = match self.reach((first + count) << self.g.cluster_bits).await {
+                        Ok(()) => count,
+                        Err(fault) => {
+                            let there = self.file.len() >> self.g.cluster_bits;
+                            let fits = there.saturating_sub(first).min(count);
+                            // What has a length of its own may have room for some of them.
+                            if !partial || fits == 0 {
+                                return Err(fault);
+                            }
+                            fits
+                        }
+                    };
                     let mut meta = self.meta.borrow_mut();
                     // Somebody else may have taken them while the file grew.
                     match meta.search(want.max(1), partial)? {
                         Search::Found { first: f, count: c } if (f, c) == (first, count) => {
-                            return Ok(meta.take(first, count)?);
+                            return Ok(meta.take(first, fits)?);
                         }
                         _ => {}
                     }
@@ -149,6 +160,8 @@ impl Qcow2 {
         let len = end.next_multiple_of(GROWTH_BYTES);
         match self.file.set_len(len).await {
             Ok(()) => Ok(()),
+            // It was looked at again: it may have been made larger.
+            Err(_) if end <= self.file.len() => Ok(()),
             Err(error) if error.errno == Errno::EOPNOTSUPP => {
                 let why = "The image does not fit what it lies on; make that larger.";
                 Err(Fault::Refused(Errno::ENOSPC, why.into()))

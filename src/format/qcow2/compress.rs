@@ -17,6 +17,8 @@ use super::image::{Fault, Qcow2, Turn};
 use super::options::CompressionType;
 use crate::base::range::ByteRange;
 
+/// Lengths of disks are multiples of this.
+const SECTOR_BYTES: u64 = 512;
 /// Bits of the window of deflate.
 const WINDOW_BITS: u8 = 12;
 
@@ -124,8 +126,11 @@ impl Qcow2 {
     pub(super) async fn write_compressed_guest(&self, offset: u64, mut bytes: Vec<u8>) -> Result<(), Fault> {
         self.check_writable()?;
         let (size, len) = (self.g.cluster_size(), bytes.len() as u64);
-        let end = offset.checked_add(len).filter(|end| *end <= self.len.get());
-        let whole = len == size || end == Some(self.len.get());
+        let disk_end = self.len.get();
+        let end = offset.checked_add(len).filter(|end| *end <= disk_end);
+        // The disk ends with a sector: what comes may end inside it.
+        let whole = len == size || end.is_some_and(|end| end.next_multiple_of(SECTOR_BYTES) >= disk_end);
+        let rest = disk_end.saturating_sub(offset).min(size) as usize;
         if !offset.is_multiple_of(size) || end.is_none() || len > size || !whole {
             let why = "Only whole clusters can be written compressed.";
             return Err(Fault::Refused(Errno::EINVAL, why.into()));
@@ -142,7 +147,7 @@ impl Qcow2 {
         let (packed, bytes) = self.ring.offload(work).await.map_err(|errno| {
             Fault::Refused(errno, "A cluster could not be handed to a thread to be compressed.".into())
         })?;
-        let Some(packed) = packed else { return self.write_plain(offset, &bytes[..len as usize]).await };
+        let Some(packed) = packed else { return self.write_plain(offset, &bytes[..rest]).await };
         self.mark_bitmaps().await?;
         let _claim = self.claims.enter(ByteRange::at_saturating(offset, size), true).await;
         let raw = self.load_entry(offset).await?;

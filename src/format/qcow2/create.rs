@@ -55,6 +55,20 @@ impl Layout {
         }
     }
 
+    /// The same with a refcount table for all of a place of `room` bytes, or for all that the image can come to need
+    /// if that is less: it never has to be moved to grow, which takes room that such a place may not have.
+    fn for_room(self, g: &Geometry, size: u64, room: u64) -> Layout {
+        let all = Layout::new(g, size, g.l1_entries_for(size) + g.clusters(size));
+        let blocks = (room >> g.cluster_bits).div_ceil(g.refblock_entries());
+        let table_max = all.table.min(REFTABLE_BYTES_MAX / g.cluster_size());
+        let table = g.clusters(blocks * 8).min(table_max).max(self.table);
+        let mut layout = Layout { table, ..self };
+        while layout.blocks * g.refblock_entries() < layout.clusters() {
+            layout.blocks += 1;
+        }
+        layout
+    }
+
     fn clusters(&self) -> u64 {
         1 + self.table + self.blocks + self.l1
     }
@@ -130,8 +144,9 @@ impl OpenFiles for Nothing {
     }
 }
 
-/// All of a new image's tables, if there can be such an image: bytes of the disk, where the tables are, the first cluster.
-fn lay_out(name: &str, options: &CreateOptions) -> Result<(u64, Layout, Vec<u8>), BlockError> {
+/// All of a new image's tables, if there can be such an image: bytes of the disk; where the tables are and the first
+/// cluster, in a file and in a place of `room` bytes.
+fn lay_out(name: &str, options: &CreateOptions, room: u64) -> Result<(u64, [Tables; 2]), BlockError> {
     options.check(name)?;
     let g = geometry(options);
     let fail = |errno, why: String| Err(BlockError::new(Operation::Create, name, errno).hint(why));
@@ -146,26 +161,30 @@ fn lay_out(name: &str, options: &CreateOptions) -> Result<(u64, Layout, Vec<u8>)
             ),
         );
     };
-    let layout = Layout::new(&g, size, 0);
+    // What has a length of its own says so when it is to be emptied; both ways are judged before that.
+    let layouts = [Layout::new(&g, size, 0), Layout::new(&g, size, 0).for_room(&g, size, room)];
+    let layout = layouts[0];
     if layout.l1_entries * 8 > L1_BYTES_MAX
         || layout.table * g.cluster_size() > REFTABLE_BYTES_MAX.max(g.cluster_size())
     {
         return fail(Errno::EFBIG, "Its tables would be too large; use larger clusters.".into());
     }
-    let mut header = header(options, &g, &layout, size);
-    let Some(first) = first_cluster(&mut header) else {
+    let first = |layout| first_cluster(&mut header(options, &g, layout, size));
+    let [Some(first), Some(first_in_room)] = layouts.each_ref().map(first) else {
         return fail(
             Errno::EINVAL,
             "The names of other files do not fit into one cluster; use larger clusters.".into(),
         );
     };
-    Ok((size, layout, first))
+    Ok((size, [(layout, first), (layouts[1], first_in_room)]))
 }
+
+type Tables = (Layout, Vec<u8>);
 
 impl Qcow2 {
     /// Whether there can be an image like that. `name` is what it will be called.
     pub fn check_new(name: &str, options: &CreateOptions) -> Result<(), BlockError> {
-        lay_out(name, options).map(drop)
+        lay_out(name, options, 0).map(drop)
     }
 
     pub(super) async fn create_image(
@@ -174,7 +193,7 @@ impl Qcow2 {
         data_file: Option<&Rc<dyn Driver>>,
         options: &CreateOptions,
     ) -> IoResult {
-        let (size, layout, first) = lay_out(file.name(), options)?;
+        let (size, [in_file, in_room]) = lay_out(file.name(), options, file.len())?;
         let g = geometry(options);
         let fail = |errno, why: String| Err(BlockError::new(Operation::Create, file.name(), errno).hint(why));
         if data_file.is_some() != options.data_file.is_some() {
@@ -183,7 +202,18 @@ impl Qcow2 {
         let write = async {
             let memory = Memory::new(ring, SLICE_BYTES_MAX as usize)
                 .map_err(|errno| Fault::Refused(errno, "All memory for I/O is in use.".into()))?;
-            write_tables(file, &memory, &g, &layout, &first).await?;
+            // What was there is gone first, so that no old header is taken for that of half a new image.
+            match file.set_len(0).await {
+                Ok(()) => {
+                    file.set_len(in_file.0.clusters() * g.cluster_size()).await?;
+                    write_tables(file, &memory, &g, &in_file.0, &in_file.1).await?;
+                }
+                Err(error) if error.errno == Errno::EOPNOTSUPP => {
+                    clear_head(file, &memory, &in_room.0, &g).await?;
+                    write_tables(file, &memory, &g, &in_room.0, &in_room.1).await?;
+                }
+                Err(error) => return Err(error.into()),
+            }
             if let Some(data_file) = data_file {
                 if data_file.len() != size {
                     match data_file.set_len(size).await {
@@ -292,6 +322,17 @@ impl Qcow2 {
         }
     }
 
+    /// Bytes that an image needs at least that was just made in a place of `room` bytes.
+    pub(super) fn least_bytes(options: &CreateOptions, room: u64) -> u64 {
+        let (g, size) = (geometry(options), options.size.next_multiple_of(512));
+        match options.preallocation {
+            Preallocation::Off => {
+                Layout::new(&g, size, 0).for_room(&g, size, room).clusters() * g.cluster_size()
+            }
+            _ => Qcow2::measure_image(options, 0).required,
+        }
+    }
+
     pub(super) fn measure_image(options: &CreateOptions, data_clusters: u64) -> Measured {
         let g = geometry(options);
         let size = options.size.next_multiple_of(512);
@@ -309,6 +350,22 @@ impl Qcow2 {
     }
 }
 
+/// Takes the header off what is to hold an image and has a length of its own.
+async fn clear_head(
+    file: &Rc<dyn Driver>,
+    memory: &Memory,
+    layout: &Layout,
+    g: &Geometry,
+) -> Result<(), Fault> {
+    let (needed, room) = (layout.clusters() * g.cluster_size(), file.len());
+    if room < needed {
+        let why = format!("An empty image has {needed} bytes already, and there is room for {room}.");
+        return Err(Fault::Refused(Errno::ENOSPC, why));
+    }
+    write_bytes(file, memory, 0, &[0; 512]).await?;
+    Ok(file.flush().await?)
+}
+
 async fn write_tables(
     file: &Rc<dyn Driver>,
     memory: &Memory,
@@ -318,21 +375,6 @@ async fn write_tables(
 ) -> Result<(), Fault> {
     let size = g.cluster_size();
     let bytes = layout.clusters() * size;
-    // What was there is gone first, so that no old header is taken for that of half a new image.
-    let is_device = match file.set_len(0).await {
-        Ok(()) => false,
-        Err(error) if error.errno == Errno::EOPNOTSUPP => true,
-        Err(error) => return Err(error.into()),
-    };
-    if is_device {
-        if file.len() < bytes {
-            return Err(Fault::Refused(Errno::ENOSPC, "The image does not fit what it is to lie on.".into()));
-        }
-        write_bytes(file, memory, 0, &[0; 512]).await?;
-        file.flush().await?;
-    } else {
-        file.set_len(bytes).await?;
-    }
     let zero = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
     file.write_zeroes(size, bytes - size, zero).await?;
     let blocks_at = (1 + layout.table) * size;

@@ -109,6 +109,11 @@ impl Qcow2 {
         Qcow2::measure_image(options, data_clusters)
     }
 
+    /// Bytes that a new image with these options needs at least of a device or a server's disk that has `room` bytes.
+    pub fn needed_at_least(options: &CreateOptions, room: u64) -> u64 {
+        Qcow2::least_bytes(options, room)
+    }
+
     /// Opens the image in `file`. Other files that it names are opened through `files`.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use super::{Compressor, TargetState};
 use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::base::zero::{is_zero, zero_runs};
-use crate::block::{BlockError, Driver, Extent, WriteFlags, ZeroFlags};
+use crate::block::{BlockError, Driver, Extent, IoResult, WriteFlags, ZeroFlags};
 use crate::graph::node::Use;
 use crate::job::body::Hands;
 use crate::job::compare::Comparer;
@@ -22,6 +22,7 @@ use crate::job::mirror::machine::Copied;
 use crate::job::offload::CopyOffload;
 use crate::job::plan::{What, plan};
 use crate::job::policy::{Failed, IoOperation, find, is_displaced};
+use crate::job::tail::zero_rest_of_sector;
 
 /// What was done by which means, beside the job's [`crate::job::body::Details`].
 #[derive(Debug, Default)]
@@ -92,10 +93,7 @@ impl Parts {
 
     async fn perform(&self, op: Op) -> Outcome {
         match op {
-            Op::Mark => Outcome::Marked(match &self.marker {
-                Some(marker) => marker.mark().await.map_err(Failed::write),
-                None => Ok(()),
-            }),
+            Op::Mark => Outcome::Marked(self.mark().await.map_err(Failed::write)),
             Op::Unmark => Outcome::Unmarked(match &self.marker {
                 Some(marker) => marker.unmark().await.map_err(Failed::write),
                 None => Ok(()),
@@ -126,6 +124,16 @@ impl Parts {
             },
             // In a future of its own: copies must not carry its size.
             Op::Verify => Outcome::Verified(self.ring.boxed(self.verify()).await),
+        }
+    }
+
+    async fn mark(&self) -> IoResult {
+        if let Some(marker) = &self.marker {
+            marker.mark().await?;
+        }
+        match self.target_state {
+            TargetState::Zero => Ok(()),
+            _ => zero_rest_of_sector(self.to(), self.from().len()).await,
         }
     }
 

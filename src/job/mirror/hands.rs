@@ -24,6 +24,7 @@ use crate::job::error::JobFailure;
 use crate::job::offload::CopyOffload;
 use crate::job::policy::{Failed, find, is_displaced};
 use crate::job::progress::Progress;
+use crate::job::tail::zero_rest_of_sector;
 use crate::job::writable::Writable;
 use crate::protocol::mark::TargetMark;
 
@@ -166,10 +167,13 @@ impl Parts {
     }
 
     async fn mark(&self) -> Outcome {
-        Outcome::Marked(match &self.marker {
-            Some(marker) => marker.mark().await.map_err(Failed::write),
-            None => Ok(()),
-        })
+        let mark = async {
+            if let Some(marker) = &self.marker {
+                marker.mark().await?;
+            }
+            zero_rest_of_sector(self.to(), self.from().len()).await
+        };
+        Outcome::Marked(mark.await.map_err(Failed::write))
     }
 
     async fn unmark(&self) -> Outcome {

@@ -38,6 +38,7 @@ use super::lifecycle::{JobOptions, parse_speed};
 use super::offload::{CopyOffload, OffloadPolicy};
 use super::policy::CopyMode;
 use super::runner::{ErrorPolicies, Job};
+use super::tail::tail_of;
 use super::writable::Writable;
 use crate::base::limits;
 use crate::block::{BlockError, Driver};
@@ -385,7 +386,11 @@ async fn begin(
             return Err(MirrorError::Drain(from.name().to_owned()));
         }
     }
-    let sizes_differ = if options.allow_larger_target { to.len() < len } else { to.len() != len };
+    let sizes_differ = if options.allow_larger_target {
+        to.len() < len
+    } else {
+        to.len() < len || tail_of(len, to.len()) > 0
+    };
     let settings = Settings {
         len,
         buf_size,
