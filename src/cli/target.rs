@@ -23,6 +23,7 @@ use crate::engine::create::{Beside, NewImage, data_file_path};
 use crate::engine::open::local_path;
 use crate::engine::remote;
 use crate::engine::{Engine, Format, ImageOptions};
+use crate::format::qcow2::{Gate, Reach};
 use crate::graph::node::{Node, Use, UseKind};
 use crate::protocol::file::{CreateOptions, FileDriver};
 use crate::protocol::mark::{MarkInfo, TargetMark};
@@ -95,6 +96,10 @@ impl Target {
         let mut image = options.image.clone();
         let Admitted { target: standing, data_file, mode, uses } = admitted;
         let Some(standing) = standing else { return Err(Failure::text("There is no target")) };
+        if !matches!(standing, Standing::AsItIs(_)) {
+            // What such an image names was named by the user, and has been looked at: it needs no permission.
+            image.gate = Gate { files: Reach::Anything, servers: true };
+        }
         let beside = Beside { data_file: data_file.as_ref().map(Held::bytes), mode: Some(mode) };
         let (held, made, remade) = match standing {
             Standing::AsItIs(held) => (Some(held), None, false),

@@ -5,6 +5,7 @@ mod common;
 #[path = "../common/nbd_peers.rs"]
 mod nbd_peers;
 
+mod admit;
 mod convert;
 mod lengths;
 mod places;

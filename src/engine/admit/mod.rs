@@ -232,9 +232,7 @@ impl Admission {
             let read = self.read.iter().find(|(read, _)| read.overlaps(ground));
             let relation = read.map(|(_, relation)| relation.clone()).or_else(|| {
                 let twice = self.changed[..n].iter().find(|(other, _)| other.overlaps(ground));
-                twice
-                    .filter(|(_, other)| other != name)
-                    .map(|(_, other)| format!("is the same file as '{other}', which is changed, too"))
+                twice.map(|(_, other)| format!("is to be two things at once, as '{other}' is the same"))
             })?;
             Some(Refusal::Part { changed: name.clone(), relation })
         });

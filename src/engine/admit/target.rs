@@ -245,7 +245,11 @@ impl Admission {
                 continue;
             }
             if let Some(ground) = Ground::of_leaf(&self.ring, &leaf).await {
+                let is_needed = self.is_needed(&ground);
                 self.changed.push((ground, leaf.name().to_owned()));
+                if is_needed {
+                    return Ok(());
+                }
             }
         }
         check_len(wish, image.len())?;
