@@ -3,6 +3,8 @@
 
 #[path = "nbd_node_sim/jobs.rs"]
 mod jobs;
+#[path = "nbd_node_sim/lapses.rs"]
+mod lapses;
 #[path = "nbd_node_sim/late.rs"]
 mod late;
 #[path = "nbd_node_sim/liar.rs"]

@@ -27,6 +27,7 @@ errnos!(
     EIO,
     ENXIO,
     EBADF,
+    EBADFD,
     EAGAIN,
     ENOMEM,
     EACCES,
@@ -63,7 +64,8 @@ errnos!(
     ESTALE,
     ENOTTY,
     ELOOP,
-    ENAMETOOLONG
+    ENAMETOOLONG,
+    ENOTRECOVERABLE
 );
 
 impl Errno {

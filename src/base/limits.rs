@@ -193,6 +193,12 @@ pub const NBD_SILENCE_LOOK_NS_MAX: u64 = 1_000_000_000;
 pub const NBD_SILENCE_LOOK_NS_MIN: u64 = 20_000_000;
 /// What was given up of a silent NBD server is waited for this long, at least, before something newer is written there.
 pub const NBD_LATE_WAIT_NS_MIN: u64 = 1_000_000_000;
+/// Bytes that an NBD server has acknowledged and not flushed which are kept to be written again, when nothing else is said.
+pub const NBD_UNFLUSHED_BYTES: u64 = 64 * MIB;
+/// Of them, so many changes are made again at the same time.
+pub const NBD_AGAIN_CHANGES: usize = 32;
+/// And so many bytes, or a single change.
+pub const NBD_AGAIN_BYTES: u64 = 2 * MIB;
 /// How long extents that an NBD server told of are believed, in nanoseconds: others may write there.
 pub const NBD_STATUS_AGE_NS_MAX: u64 = 1_000_000_000;
 /// Time in which a server has to take a client's farewell, in nanoseconds; then the connection is cut.
@@ -268,6 +274,8 @@ pub const SWEEP_EXTENTS_AHEAD_MAX: usize = 512;
 pub const SWEEP_WISHES_MAX: usize = 64;
 /// Such ranges that are filled at the same time.
 pub const SWEEP_WISHES_IN_FLIGHT: usize = 8;
+/// A server that was lost so often without a flush between that succeeded ends the job that writes to it.
+pub const LAPSES_MAX: u32 = 3;
 /// The first pause of a job that ignores errors; doubled with every further one.
 pub const ERROR_PAUSE_NANOS_MIN: u64 = 10_000_000;
 /// The longest such pause.

@@ -52,6 +52,12 @@ pub enum Bug {
     PrintingWaits,
     /// Printing: what comes after a line that was written in part is joined to it.
     TornLineGoesOn,
+    /// Remote disks: after a server was lost, what it had not flushed is not written again.
+    NotWrittenAgain,
+    /// Remote disks: a flush is taken to cover what was acknowledged after it was sent.
+    FlushCoversLater,
+    /// Remote disks: a durable write is forgotten while older ones are kept that will be written over it.
+    DurableNotKept,
 }
 
 impl Bug {
@@ -73,6 +79,9 @@ impl Bug {
 
     /// Those of printing.
     pub const PRINTING: [Bug; 2] = [Bug::PrintingWaits, Bug::TornLineGoesOn];
+
+    /// Those of remote disks.
+    pub const REMOTE: [Bug; 3] = [Bug::NotWrittenAgain, Bug::FlushCoversLater, Bug::DurableNotKept];
 
     /// Those of qcow2 images.
     pub const QCOW2: [Bug; 5] = [

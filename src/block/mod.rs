@@ -387,6 +387,18 @@ pub trait Driver: std::fmt::Debug {
         None
     }
 
+    /// How often changes that were acknowledged and not flushed may have been lost for good: a server was lost, and they
+    /// could not be written again. Whoever has written and sees this grow has to take his next flush for failed.
+    fn losses_for_good(&self) -> u64 {
+        self.children().iter().map(|child| child.losses_for_good()).sum()
+    }
+
+    /// Has requests fail (`ENOTRECOVERABLE`) once a server was lost so often without a flush between that succeeded;
+    /// `None`: they wait for it.
+    fn set_lapses_max(&self, lapses_max: Option<u32>) {
+        self.children().iter().for_each(|child| child.set_lapses_max(lapses_max));
+    }
+
     /// Makes requests in flight fail where that is possible (a socket can be cut, a kernel file cannot).
     fn fail_in_flight(&self) {}
 

@@ -78,6 +78,10 @@ pub struct ServerArgs {
     /// Send no requests longer than this to an NBD server, but at least one of its blocks [default: what it takes]
     #[arg(long, value_name = "SIZE", value_parser = request_bytes)]
     pub max_request: Option<u32>,
+    /// Bytes that an NBD server has acknowledged and not flushed which are kept in memory, to be written again when its
+    /// connection is lost; from half of that on it is flushed. 0: nothing is, and flushes fail after such a loss
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "64MiB")]
+    pub unflushed: u64,
 }
 
 impl Default for ServerArgs {
@@ -91,6 +95,7 @@ impl Default for ServerArgs {
             guest_timeout: options.patience.guest_ns,
             no_block_status: options.no_block_status,
             max_request: options.request_bytes_max,
+            unflushed: options.unflushed_bytes_max,
         }
     }
 }
@@ -109,6 +114,7 @@ impl ServerArgs {
             },
             no_block_status: self.no_block_status,
             request_bytes_max: self.max_request,
+            unflushed_bytes_max: self.unflushed,
         }
     }
 }

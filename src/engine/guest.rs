@@ -10,6 +10,7 @@ use std::rc::Rc;
 use blockferry_ring::{Buf, Ring};
 
 use crate::block::{BlockError, WriteFlags, ZeroFlags};
+use crate::graph::heard::Heard;
 use crate::graph::node::{Features, Root};
 
 /// The end of a request.
@@ -28,12 +29,13 @@ pub struct Completion {
 pub struct Guest {
     ring: Ring,
     root: Root,
+    heard: Rc<Heard>,
     done: Rc<RefCell<VecDeque<Completion>>>,
 }
 
 impl Guest {
     pub(super) fn new(ring: &Ring, root: Root) -> Guest {
-        Guest { ring: ring.clone(), root, done: Rc::default() }
+        Guest { ring: ring.clone(), heard: Rc::new(Heard::new(&root)), root, done: Rc::default() }
     }
 
     /// What can be relied on for the guest's whole life.
@@ -58,24 +60,27 @@ impl Guest {
     /// Writes `buf` at `offset`. The memory must not change before the completion.
     pub fn write(&self, token: u64, offset: u64, buf: Buf, flags: WriteFlags) {
         let root = self.root.clone();
+        self.heard.writes();
         self.start(token, async move { (None, root.write(offset, buf.freeze(), flags).await) });
     }
 
     /// Makes acknowledged writes durable.
     pub fn flush(&self, token: u64) {
-        let root = self.root.clone();
-        self.start(token, async move { (None, root.flush().await) });
+        let (root, heard) = (self.root.clone(), self.heard.clone());
+        self.start(token, async move { (None, heard.flush(&root).await) });
     }
 
     /// Gives space back.
     pub fn discard(&self, token: u64, offset: u64, len: u64) {
         let root = self.root.clone();
+        self.heard.writes();
         self.start(token, async move { (None, root.discard(offset, len).await) });
     }
 
     /// Makes a range read as zeroes.
     pub fn write_zeroes(&self, token: u64, offset: u64, len: u64, flags: ZeroFlags) {
         let root = self.root.clone();
+        self.heard.writes();
         self.start(token, async move { (None, root.write_zeroes(offset, len, flags).await) });
     }
 

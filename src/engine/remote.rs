@@ -28,6 +28,8 @@ pub struct ServerOptions {
     pub no_block_status: bool,
     /// Bytes of one request at most; `None`: what the server takes.
     pub request_bytes_max: Option<u32>,
+    /// Bytes that a server has acknowledged and not flushed which are kept at most, to be written again when it is lost.
+    pub unflushed_bytes_max: u64,
 }
 
 impl Default for ServerOptions {
@@ -39,6 +41,7 @@ impl Default for ServerOptions {
             patience: Patience::default(),
             no_block_status: false,
             request_bytes_max: None,
+            unflushed_bytes_max: limits::NBD_UNFLUSHED_BYTES,
         }
     }
 }
@@ -52,6 +55,7 @@ impl ServerOptions {
             connections_max: self.connections_max,
             patience: self.patience,
             request_bytes_max: self.request_bytes_max,
+            unflushed_bytes_max: self.unflushed_bytes_max,
             ..RemoteOptions::new(uri)
         };
         if self.no_block_status {

@@ -5,6 +5,7 @@ pub mod chain;
 /// Which parts of a disk still differ.
 pub mod dirty;
 /// How long guests wait.
+pub mod heard;
 pub mod load;
 /// Nodes, roots and drain.
 pub mod node;

@@ -21,6 +21,7 @@
 pub mod error;
 pub mod event;
 pub mod info;
+mod lasting;
 pub mod lifecycle;
 pub mod policy;
 pub mod progress;

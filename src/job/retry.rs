@@ -5,6 +5,7 @@ use blockferry_ring::Nanos;
 
 use super::body::Context;
 use super::error::JobFailure;
+use super::lasting::is_final;
 use super::policy::{ErrorAction, Failed};
 use crate::base::limits::{ERROR_PAUSE_NANOS_MAX, ERROR_PAUSE_NANOS_MIN};
 
@@ -25,6 +26,9 @@ impl Retries {
 
     /// A request failed. What is left of it must be put back: it is tried again unless the job fails.
     pub(super) fn failed<Op>(&mut self, cx: &mut Context<'_, Op>, failed: Failed) {
+        if is_final(&failed) {
+            return self.fatal(failed);
+        }
         if !self.note(&failed) {
             return;
         }

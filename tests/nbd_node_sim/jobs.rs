@@ -16,9 +16,9 @@ use blockferry_ring::{Config, Nanos, Ring};
 
 use super::{MILLI, SECOND, SOCKET, address, in_world, options, serve};
 
-const LEN: usize = 4 << 20;
+pub const LEN: usize = 4 << 20;
 
-fn local(ring: &Ring, world: &World, seed: u64) -> Rc<Node> {
+pub fn local(ring: &Ring, world: &World, seed: u64) -> Rc<Node> {
     world.add_file("/local", FileModel::regular(LEN as u64));
     let mut rand = Rand::new(seed);
     let bytes: Vec<u8> = (0..LEN).map(|_| rand.next_u64() as u8).collect();

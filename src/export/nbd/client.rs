@@ -18,6 +18,7 @@ use super::request::{self, Part, Whole};
 use super::session::{RequestStream, Window, pieces};
 use crate::base::limits;
 use crate::block::BlockError;
+use crate::graph::heard::Heard;
 use crate::graph::node::Root;
 use crate::protocol::nbd::{
     Command, CommandFlags, MetaContext, NbdErrno, Negotiated, ProtocolError, RequestHeader, RequestRules,
@@ -32,6 +33,8 @@ pub(super) struct Client {
     pub(super) id: u64,
     pub(super) stream: File,
     pub(super) root: Root,
+    /// What it knows of losses of the disk.
+    pub(super) heard: Heard,
     pub(super) rules: RequestRules,
     /// The number of `base:allocation`, if it was selected.
     pub(super) allocation_context: Option<u32>,
@@ -103,6 +106,7 @@ impl Client {
             ring: ring.clone(),
             id,
             stream: stream.clone(),
+            heard: Heard::new(&root),
             root,
             rules,
             allocation_context: allocation.map(|(number, _)| *number),

@@ -173,6 +173,7 @@ pub(super) async fn read(client: Rc<Client>, part: Part, buf: Buf) {
 pub(super) async fn write(client: Rc<Client>, part: Part, buf: SharedBuf) {
     let Part { request, offset, ticket, whole } = part;
     let flags = WriteFlags { fua: request.flags.contains(CommandFlags::FUA) };
+    client.heard.writes();
     if let Err(error) = client.root.write(offset, buf, flags).await {
         return end_failed(&client, &request, whole.as_deref(), ticket, &error).await;
     }
@@ -211,15 +212,16 @@ async fn end_failed(
 
 /// Makes all answered writes durable, those of other connections included: they go to the same node.
 pub(super) async fn flush(client: Rc<Client>, request: RequestHeader, ticket: Ticket) {
-    let result = client.root.flush().await;
+    let result = client.heard.flush(&client.root).await;
     answer(&client, &request, result, ticket).await;
 }
 
 /// Gives space back.
 pub(super) async fn trim(client: Rc<Client>, request: RequestHeader, ticket: Ticket) {
+    client.heard.writes();
     let mut result = client.root.discard(request.offset, request.length).await;
     if result.is_ok() && request.flags.contains(CommandFlags::FUA) {
-        result = client.root.flush().await;
+        result = client.heard.flush(&client.root).await;
     }
     answer(&client, &request, result, ticket).await;
 }
@@ -231,6 +233,7 @@ pub(super) async fn write_zeroes(client: Rc<Client>, request: RequestHeader, tic
         may_unmap: !request.flags.contains(CommandFlags::NO_HOLE),
         no_fallback: request.flags.contains(CommandFlags::FAST_ZERO),
     };
+    client.heard.writes();
     let result = client.root.write_zeroes(request.offset, request.length, flags).await;
     answer(&client, &request, result, ticket).await;
 }

@@ -387,6 +387,14 @@ impl Qcow2 {
             }
             return Err(error.into());
         }
+        // Tables that are taken for written may be gone: what hangs on them is not known any more.
+        let losses = self.data_file.as_ref().map_or(0, |data_file| data_file.losses_for_good());
+        if self.file.losses_for_good() + losses > 0 {
+            self.sync.failed.set(Some(Errno::EIO));
+            let why = "The server was lost, and what it had acknowledged and not flushed could not be written again. \
+                       Flushes of this image fail until it is opened anew.";
+            return Err(Fault::Refused(Errno::EIO, why.into()));
+        }
         Ok(())
     }
 

@@ -17,6 +17,7 @@ use crate::job::body::Hands;
 use crate::job::compare::Comparer;
 use crate::job::error::JobFailure;
 use crate::job::grounds::Grounds;
+use crate::job::lasting::Lasting;
 use crate::job::mirror::Marker;
 use crate::job::mirror::machine::Copied;
 use crate::job::offload::CopyOffload;
@@ -43,6 +44,7 @@ pub(super) struct Parts {
     pub ring: Ring,
     pub source: Use,
     pub target: Use,
+    pub lasting: Lasting,
     pub marker: Option<Box<dyn Marker>>,
     pub offload: CopyOffload,
     /// The target's unit of allocation.
@@ -115,7 +117,7 @@ impl Parts {
                 // What cannot be told now is asked again in a while, and at the end.
                 _ => Outcome::Found,
             },
-            Op::Flush => match self.to().flush().await {
+            Op::Flush => match self.lasting.flush().await {
                 Err(error) => Outcome::Flushed(Err(Failed::write(error))),
                 Ok(()) => match self.ring.boxed(find(self.from(), self.to())).await {
                     Err(failed) if is_displaced(&failed) => Outcome::Displaced(failed),

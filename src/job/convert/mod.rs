@@ -20,6 +20,7 @@ use blockferry_ring::Ring;
 
 use super::error::JobError;
 use super::event::JobType;
+use super::lasting::Lasting;
 use super::lifecycle::{JobOptions, parse_speed};
 use super::mirror::Marker;
 use super::offload::{CopyOffload, OffloadPolicy};
@@ -178,6 +179,7 @@ pub async fn start(
         ring: ring.clone(),
         source: source_use,
         target: target_use,
+        lasting: Lasting::new(to, true),
         marker: options.marker,
         offload,
         unit: cluster.clamp(4096, limits::CONVERT_CHUNK_BYTES).max(packed.unwrap_or(0)),

@@ -21,6 +21,7 @@ use crate::graph::peer::Peer;
 use crate::graph::tracker::Tracker;
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
+use crate::job::lasting::Lasting;
 use crate::job::offload::CopyOffload;
 use crate::job::policy::{Failed, find, is_displaced};
 use crate::job::progress::Progress;
@@ -61,6 +62,7 @@ pub(super) struct Parts {
     pub target_node: Rc<Node>,
     pub tracker: Rc<Tracker>,
     pub peer: Rc<Peer>,
+    pub lasting: Lasting,
     /// Copying without reading, for a source at rest.
     pub offload: CopyOffload,
     pub filter: Rc<dyn Filter>,
@@ -104,7 +106,7 @@ impl Hands<Op, Outcome> for MirrorHands {
             }),
             Op::Find(progress) => ring.boxed(async move { parts.find(progress).await }),
             Op::FlushMeanwhile => ring.boxed(async move {
-                Outcome::FlushedMeanwhile(parts.to().flush().await.map_err(Failed::write))
+                Outcome::FlushedMeanwhile(parts.lasting.flush().await.map_err(Failed::write))
             }),
             Op::Drain => ring.boxed(async move { parts.drain().await }),
             Op::Undrain => {
@@ -185,7 +187,7 @@ impl Parts {
 
     /// Flushes the target; what is said after that is about a target that is there, and a source as it was.
     async fn flush(&self) -> Outcome {
-        match self.to().flush().await {
+        match self.lasting.flush().await {
             Err(error) => Outcome::Flushed(Err(Failed::write(error))),
             Ok(()) if is_planted(Bug::TargetNotLookedFor) => Outcome::Flushed(Ok(())),
             Ok(()) => match find(self.from(), self.to()).await {

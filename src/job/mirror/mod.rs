@@ -34,6 +34,7 @@ use blockferry_ring::{Nanos, Ring};
 
 use super::event::JobType;
 use super::governor::GuestFirst;
+use super::lasting::Lasting;
 use super::lifecycle::{JobOptions, parse_speed};
 use super::offload::{CopyOffload, OffloadPolicy};
 use super::policy::CopyMode;
@@ -408,6 +409,7 @@ async fn begin(
         target_node: target.clone(),
         tracker: tracker.clone(),
         peer,
+        lasting: Lasting::new(to, true),
         offload: CopyOffload::new(options.offload),
         filter,
         drained: RefCell::new(None),

@@ -16,6 +16,7 @@ use crate::graph::node::Hearing;
 use crate::graph::peer::Zeroed;
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
+use crate::job::lasting::Lasting;
 use crate::job::mirror::machine::Copied;
 use crate::job::mirror::memory::{Lease, Memory};
 use crate::job::plan::{What, plan};
@@ -24,6 +25,7 @@ use crate::job::policy::{Failed, find, is_displaced};
 pub(super) struct Parts {
     pub ring: Ring,
     pub memory: Memory,
+    pub lasting: Lasting,
     /// The target's unit of allocation.
     pub unit: u64,
     pub len: u64,
@@ -70,7 +72,7 @@ impl Hands<Op, Outcome> for SweepHands {
 
 impl Parts {
     async fn flush(&self) -> Result<(), Failed> {
-        self.direction.target().driver().flush().await.map_err(Failed::write)
+        self.lasting.flush().await.map_err(Failed::write)
     }
 
     async fn perform(&self, op: Op) -> Outcome {

@@ -11,7 +11,8 @@
 //! A flush that fails has lost data that nobody can name: GlusterFS drops it from the client's cache, and some versions
 //! lose the file handle with it. From then on every request of this image fails, until it is opened anew. Flushes go one
 //! at a time, and one flush serves all who asked for it before it began, so nobody is told of success while another flush
-//! fails.
+//! fails. The same holds when the library says that the file's descriptor went bad (`EBADFD`): a brick went down and came
+//! back, what it had not flushed may be gone, and a later flush would not say so.
 //!
 //! # Caches
 //! Nothing of an image is in this machine's page cache, whatever cache mode is said. Whether bricks go past theirs is for
@@ -143,6 +144,11 @@ impl Drop for Cursor<'_> {
 /// Whether the library or the volume does not do this at all.
 fn is_refusal(errno: Errno) -> bool {
     errno.is_unsupported() || errno == Errno::EINVAL
+}
+
+/// Whether the library says that the file's descriptor is of no use any more: a brick came back without it.
+fn is_bad_descriptor(errno: Errno) -> bool {
+    errno == Errno::EBADFD || errno == Errno::EBADF
 }
 
 /// Why opening failed, and what a person may do.
@@ -326,12 +332,16 @@ impl GlusterNode {
     }
 
     fn error(&self, operation: Operation, range: Option<ByteRange>, errno: Errno) -> BlockError {
+        if is_bad_descriptor(errno) && !self.read_only.get() && self.broken.get().is_none() {
+            tracing::error!(image = %self.name, %errno, "the file's descriptor went bad: the image is not used any more");
+            self.broken.set(Some(errno));
+        }
         let place = range.map(|range| (range.start(), range.len()));
         let error = BlockError { place, ..BlockError::new(operation, self.name.clone(), errno) };
         if self.broken.get().is_some() {
             return error.hint(
-                "A flush of this image failed: what was written before it may be lost, and GlusterFS does not say \
-                 what. The image is not used any more; open it anew",
+                "A flush of this image failed, or its descriptor went bad: what was written before may be lost, and \
+                 GlusterFS does not say what. The image is not used any more; open it anew",
             );
         }
         match errno {

@@ -195,7 +195,11 @@ unsafe extern "C" fn pread_async(
             let buf = std::ptr::with_exposed_provenance_mut::<u8>(buf);
             std::ptr::copy_nonoverlapping(bytes[from..from + n].as_ptr(), buf, n);
         }
-        if file.is("read-fails") { fail(libc::ESTALE) } else { n as isize }
+        match file.name.as_str() {
+            "read-fails" => fail(libc::ESTALE),
+            "goes-bad" => fail(libc::EBADFD),
+            _ => n as isize,
+        }
     })
 }
 

@@ -108,6 +108,21 @@ fn after_a_flush_that_failed_nothing_goes_on() {
 }
 
 #[test]
+fn after_a_descriptor_went_bad_no_flush_succeeds() {
+    on_a_ring(|ring| async move {
+        let node = open(&ring, "goes-bad").await;
+        node.write(0, filled(&ring, 4096, 7).await, WriteFlags::default()).await.unwrap();
+        node.flush().await.unwrap();
+        node.write(0, filled(&ring, 4096, 8).await, WriteFlags::default()).await.unwrap();
+        assert_eq!(read(&ring, &node, 0, 4096).await.unwrap_err().errno, Errno::EBADFD);
+        // The library would say that all is well.
+        let error = node.flush().await.unwrap_err();
+        assert!(error.errno == Errno::EIO && error.to_string().contains("open it anew"), "{error}");
+        assert!(node.write(0, filled(&ring, 512, 1).await, WriteFlags::default()).await.is_err());
+    });
+}
+
+#[test]
 fn who_reads_goes_over_to_writing_and_back() {
     on_a_ring(|ring| async move {
         let open = async |path| {

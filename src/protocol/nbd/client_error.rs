@@ -50,6 +50,17 @@ pub enum NbdClientError {
         /// What ended it.
         reason: LostReason,
     },
+    /// The server goes down again and again, and nothing that it is told lasts.
+    #[error(
+        "The server of {uri} was lost {times} times in a row without a flush between that succeeded: nothing that is \
+         written to it lasts."
+    )]
+    LostTooOften {
+        /// The export.
+        uri: Rc<str>,
+        /// How often.
+        times: u32,
+    },
     /// What is found under the name is not the export that was opened.
     #[error(
         "{uri} is not the export that it was when it was opened: its size, its blocks or its permissions differ."
@@ -172,6 +183,7 @@ impl NbdClientError {
             Self::Connect { errno, .. } => *errno,
             Self::Handshake { .. } => Errno::EPROTO,
             Self::ChangedExport { .. } => Errno::ESTALE,
+            Self::LostTooOften { .. } => Errno::ENOTRECOVERABLE,
             Self::Lost { reason, .. } => match reason {
                 LostReason::ClosedByServer | LostReason::HungUp { .. } => Errno::ECONNRESET,
                 LostReason::ClosedHere | LostReason::ShuttingDown => Errno::ESHUTDOWN,

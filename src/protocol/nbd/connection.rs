@@ -29,6 +29,7 @@ use super::dial::{HandshakeEnd, dial};
 use super::errno::NbdErrno;
 use super::handshake_client::{ClientGoal, ClientNegotiated, ConnectRequest};
 use super::in_flight::{Ended, InFlight, Outcome, ReplyStream};
+use super::keeper::Keeper;
 use super::kept::{GATHER_BYTES, Kept, RECEIVE_BYTES};
 use super::meta_context::MetaContext;
 use super::silence::{Patience, Waiting};
@@ -130,8 +131,11 @@ struct Shared {
     patience: Cell<Patience>,
     /// Told when there is something to send, and when the connection is lost.
     queued: Notify,
-    /// Told when the connection is lost, besides `moved`: whoever makes it anew waits there.
-    keeper: RefCell<Option<Notify>>,
+    /// Told when the connection is lost, besides `moved`: whoever makes it anew.
+    keeper: RefCell<Option<Rc<Keeper>>>,
+    /// Its number among its keeper's, and whether the keeper counts it as lost.
+    number: Cell<u64>,
+    counted: Cell<bool>,
     /// Told when a request has ended or something was sent, and when the connection is lost.
     moved: Notify,
 }
@@ -243,6 +247,8 @@ impl Connection {
             patience: Cell::new(Patience { job_ns: 0, guest_ns: 0, flush_ns: 0 }),
             queued: ring.notify(),
             keeper: RefCell::default(),
+            number: Cell::new(0),
+            counted: Cell::new(false),
             moved: ring.notify(),
             negotiated: *negotiated,
         });
@@ -351,7 +357,8 @@ impl Connection {
     }
 
     /// Has `keeper` told when the connection is over.
-    pub(super) fn tell_when_lost(&self, keeper: &Notify) {
+    pub(super) fn tell_when_lost(&self, keeper: &Rc<Keeper>) {
+        self.shared.number.set(keeper.count_made());
         *self.shared.keeper.borrow_mut() = Some(keeper.clone());
     }
 
@@ -681,8 +688,12 @@ impl Shared {
     }
 
     fn tell_keeper(&self) {
-        let keeper = self.keeper.borrow().clone();
-        keeper.iter().for_each(Notify::notify);
+        let Some(keeper) = self.keeper.borrow().clone() else { return };
+        // One that only takes no more counts at once: what it still answers may not outlive its server.
+        if !self.counted.replace(true) {
+            keeper.count_lost(self.number.get());
+        }
+        keeper.changed.notify();
     }
 
     /// The connection is over; the first reason counts.

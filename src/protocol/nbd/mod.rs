@@ -34,6 +34,7 @@ mod exchange;
 pub mod handshake_client;
 pub mod handshake_server;
 mod in_flight;
+mod keeper;
 mod kept;
 mod known;
 mod meta_context;
@@ -44,6 +45,7 @@ mod remote;
 pub mod reply_reader;
 mod silence;
 pub mod transmission;
+mod unstable;
 pub mod uri;
 pub mod wire;
 

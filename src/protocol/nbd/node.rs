@@ -22,8 +22,9 @@ use super::client_error::{LostReason, NbdClientError, NotSentReason};
 use super::connection::Connection;
 use super::constants::{AllocationFlags, Command, CommandFlags, TransmissionFlags};
 use super::known::Known;
-use super::remote::{Facts, Remote, RemoteOptions};
+use super::remote::{Facts, Remote, RemoteOptions, flush};
 use super::transmission::StatusExtent;
+use super::unstable::Change as Sent;
 use crate::base::limits::{COPY_BYTES_REMOTE, DISK_LEN_MAX, NBD_STATUS_AHEAD_BYTES};
 use crate::base::range::ByteRange;
 use crate::base::units::fmt_duration;
@@ -175,7 +176,6 @@ impl NbdNode {
 
     /// After a change, well or badly ended, and before it is acknowledged.
     fn changed(&self, range: ByteRange) {
-        self.remote.note_written();
         self.known.borrow_mut().changed(range);
     }
 
@@ -296,15 +296,13 @@ impl NbdNode {
 
     /// Writes whole blocks, no more than the server takes at once.
     async fn put(&self, offset: u64, buf: SharedBuf, fua: bool) -> NbdResult<()> {
+        let range = ByteRange::at_saturating(offset, buf.len() as u64);
         self.remote
-            .call_changing(
-                ByteRange::at_saturating(offset, buf.len() as u64),
-                async |connection: &Connection| {
-                    let has_fua = connection.flags().contains(TransmissionFlags::SEND_FUA);
-                    connection.write(offset, buf.clone(), fua && has_fua).await?;
-                    if fua && !has_fua { flush(connection).await } else { Ok(()) }
-                },
-            )
+            .change(range, Sent::Data(&buf), fua, async |connection: &Connection| {
+                let has_fua = connection.flags().contains(TransmissionFlags::SEND_FUA);
+                connection.write(offset, buf.clone(), fua && has_fua).await?;
+                if fua && !has_fua { flush(connection).await } else { Ok(()) }
+            })
             .await
     }
 
@@ -359,12 +357,7 @@ impl NbdNode {
     }
 
     async fn flush_all(&self) -> NbdResult<()> {
-        self.remote.note_flush();
-        let result = self.remote.call(async |connection: &Connection| flush(connection).await).await;
-        if result.is_err() {
-            self.remote.note_written();
-        }
-        result
+        self.remote.flush().await
     }
 
     // Zeroes and discards.
@@ -415,7 +408,7 @@ impl NbdNode {
             .set(CommandFlags::NO_HOLE, !flags.may_unmap)
             .set(CommandFlags::FAST_ZERO, flags.no_fallback);
         self.remote
-            .call_changing(range, async |connection: &Connection| {
+            .change(range, Sent::Zeroes(asked), flags.fua, async |connection: &Connection| {
                 if refused {
                     return Err(connection.not_offered(Command::WriteZeroes, range.start(), range.len()));
                 }
@@ -446,7 +439,7 @@ impl NbdNode {
             let len = self.range_bytes_max.get().min(range.end() - at);
             let piece = ByteRange::at_saturating(at, len);
             let trim = async |connection: &Connection| connection.trim(at, len).await;
-            result = self.remote.call_changing(piece, trim).await;
+            result = self.remote.change(piece, Sent::Trim, false, trim).await;
             match &result {
                 Err(error) if is_too_long(error) && self.shorten(len) => result = Ok(()),
                 Err(error) if is_refusal(error) => {
@@ -559,11 +552,6 @@ fn is_too_long(error: &NbdClientError) -> bool {
         NbdClientError::NotSent { reason, .. } => matches!(reason, NotSentReason::TooLong { .. }),
         _ => false,
     }
-}
-
-/// A flush, where there is such a thing.
-async fn flush(connection: &Connection) -> NbdResult<()> {
-    if connection.flags().contains(TransmissionFlags::SEND_FLUSH) { connection.flush().await } else { Ok(()) }
 }
 
 impl Driver for NbdNode {
@@ -692,6 +680,14 @@ impl Driver for NbdNode {
         let error = BlockError::new(Operation::Resize, self.name(), Errno::EOPNOTSUPP);
         self.ring
             .boxed(async move { Err(error.hint("An NBD export has the size that its server gives it.")) })
+    }
+
+    fn losses_for_good(&self) -> u64 {
+        self.remote.losses_for_good()
+    }
+
+    fn set_lapses_max(&self, lapses_max: Option<u32>) {
+        self.remote.set_lapses_max(lapses_max);
     }
 
     fn fail_in_flight(&self) {

@@ -29,8 +29,16 @@
 //! one that was lost: another size, read-only now, coarser blocks. Then the disk stays broken, because nobody knows what
 //! the other disk holds.
 //!
-//! Of writes that were acknowledged and not flushed nobody can tell whether the server kept them, if it was the server
-//! that went down and not the link. QEMU goes on, and so does this, with a warning.
+//! # What was acknowledged and not flushed
+//! Nobody can tell whether the server kept it, if it was the server that went down and not the link. So it is kept here
+//! ([`super::unstable`]). After any connection was lost, of one or of several, nothing else goes out before it was written
+//! again and flushed. What ended meanwhile on another connection counts as lost, too, and is sent again after it. A flush
+//! counts for what was acknowledged before it was sent, if no connection was lost until it succeeded; it goes out on the
+//! oldest connection, because whoever answers there has been there ever since: a newer one may already lead to the
+//! server's successor.
+//!
+//! Where it cannot be written again (nothing was to be kept, the server refuses, it is another disk now) this is counted
+//! ([`Remote::losses_for_good`]), and those who have written have to hear of it with their next flush.
 //!
 //! # Several connections
 //! Where the server promises that connections see each other's writes, and that a flush covers all of them, more are made
@@ -38,17 +46,21 @@
 //! links so slow that more requests have to be under way than a server takes from one connection. An export that does not
 //! promise that gets one connection, ever.
 
+mod again;
+
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use blockferry_ring::sync::{Notify, either};
+use blockferry_ring::sync::{Either, Notify, either};
 use blockferry_ring::{Nanos, Ring};
 
 use super::client_error::{LostReason, NbdClientError};
 use super::connection::{ConnectOptions, Connection};
 use super::constants::TransmissionFlags;
+use super::keeper::Keeper;
 use super::kept::Kept;
 use super::silence::{Patience, Waiting};
+use super::unstable::{Change, Unstable};
 use super::uri::NbdUri;
 use crate::base::limits::{
     NBD_CONNECTIONS_FEW, NBD_CONNECTIONS_MAX, NBD_GROW_DEPTH, NBD_GROW_DEPTH_FULL, NBD_GROW_PAUSE_NS,
@@ -74,6 +86,8 @@ pub struct RemoteOptions {
     pub patience: Patience,
     /// Bytes of one request at most, data or not; `None`: what the server takes.
     pub request_bytes_max: Option<u32>,
+    /// Bytes that were acknowledged and not flushed which are kept at most. 0: none are.
+    pub unflushed_bytes_max: u64,
     /// What to ask of the server, and how long a connection may take to come about.
     pub connect: ConnectOptions,
 }
@@ -88,6 +102,7 @@ impl RemoteOptions {
             open_timeout_ns: 0,
             patience: Patience::default(),
             request_bytes_max: None,
+            unflushed_bytes_max: crate::base::limits::NBD_UNFLUSHED_BYTES,
             connect: ConnectOptions::default(),
         }
     }
@@ -125,6 +140,23 @@ impl Facts {
     }
 }
 
+/// How a request has fared so far.
+#[derive(Debug)]
+struct Attempts {
+    /// Requests of earlier generations are given up.
+    generation: u64,
+    resends: u32,
+    /// Since when the server says that it shuts down, and the pause before the next attempt.
+    refused_since: Option<Nanos>,
+    pause: Nanos,
+}
+
+impl Attempts {
+    fn new(generation: u64) -> Attempts {
+        Attempts { generation, resends: 0, refused_since: None, pause: NBD_RECONNECT_PAUSE_NS_MIN }
+    }
+}
+
 /// See the module's head.
 #[derive(Debug)]
 pub(super) struct Remote {
@@ -150,14 +182,25 @@ pub(super) struct Remote {
     /// Another connection is being made, or should not be tried before this time.
     growing: Cell<bool>,
     grow_after: Cell<Nanos>,
-    /// Writes were acknowledged since the latest flush.
-    unflushed: Cell<bool>,
     /// Calls that have not ended.
     calls: Cell<usize>,
     /// Somebody keeps watch over them.
     watched: Cell<bool>,
+    /// What was acknowledged and not flushed.
+    unstable: Unstable,
+    /// Connections were lost so often when it was last written again.
+    mended: Cell<u64>,
+    /// How often in a row there was something to write again, without a flush between that succeeded; the outages when
+    /// that was counted; and how often is too often.
+    lapses: Cell<u32>,
+    lapsed_at: Cell<u64>,
+    lapses_max: Cell<Option<u32>>,
+    /// How often what was acknowledged could not be written again.
+    losses_for_good: Cell<u64>,
+    /// A flush is under way that nobody asked for.
+    flushing: Cell<bool>,
     /// Told when a connection comes or goes, and at the end.
-    changed: Notify,
+    keeper: Rc<Keeper>,
 }
 
 /// A call that has not ended.
@@ -172,8 +215,9 @@ impl Drop for Call<'_> {
 impl Remote {
     /// Connects; tries again for as long as the options say.
     pub(super) async fn open(ring: &Ring, options: RemoteOptions) -> Result<Rc<Remote>, NbdClientError> {
-        let kept = Kept::new(ring)
-            .map_err(|errno| NbdClientError::Connect { uri: options.uri.to_string().into(), errno })?;
+        let no_memory = |errno| NbdClientError::Connect { uri: options.uri.to_string().into(), errno };
+        let kept = Kept::new(ring).map_err(no_memory)?;
+        let unstable = Unstable::new(ring, options.unflushed_bytes_max).map_err(no_memory)?;
         let (connection, connect) = Remote::first(ring, &options, &kept).await?;
         let options = RemoteOptions { connect, ..options };
         let name: Rc<str> = options.uri.to_string().into();
@@ -193,10 +237,16 @@ impl Remote {
             generation: Cell::new(0),
             growing: Cell::new(false),
             grow_after: Cell::new(0),
-            unflushed: Cell::new(false),
             calls: Cell::new(0),
             watched: Cell::new(false),
-            changed: ring.notify(),
+            unstable,
+            mended: Cell::new(0),
+            lapses: Cell::new(0),
+            lapsed_at: Cell::new(0),
+            lapses_max: Cell::new(None),
+            losses_for_good: Cell::new(0),
+            flushing: Cell::new(false),
+            keeper: Keeper::new(ring),
             options,
         });
         remote.add(connection);
@@ -277,60 +327,59 @@ impl Remote {
         self.connections.borrow().iter().filter(|connection| !connection.is_lost()).count()
     }
 
+    /// A call begins; somebody keeps watch over its server.
+    fn begin(self: &Rc<Remote>) -> Call<'_> {
+        self.calls.set(self.calls.get() + 1);
+        if !self.watched.replace(true) {
+            self.ring.spawn(self.clone().watch());
+        }
+        Call(&self.calls)
+    }
+
     /// Carries a request out, on as many connections after each other as it takes.
     pub(super) async fn call<T>(
         self: &Rc<Remote>,
         mut request: impl AsyncFnMut(&Connection) -> Result<T, NbdClientError>,
     ) -> Result<T, NbdClientError> {
-        self.calls.set(self.calls.get() + 1);
-        let _call = Call(&self.calls);
-        if !self.watched.replace(true) {
-            self.ring.spawn(self.clone().watch());
-        }
-        let generation = self.generation.get();
-        let mut resends = 0;
-        let (mut refused_since, mut pause) = (None, NBD_RECONNECT_PAUSE_NS_MIN);
+        let _call = self.begin();
+        let mut attempts = Attempts::new(self.generation.get());
         loop {
-            let connection = self.connection(generation).await?;
+            let connection = self.connection(attempts.generation).await?;
             let error = match request(&connection).await {
-                Err(error) if error.is_given_up() => {
-                    self.note_lost(&connection, &error);
-                    return Err(error);
-                }
                 Err(error) if error.is_lost() => error,
                 result => return result,
             };
-            self.note_lost(&connection, &error);
-            let is_ours = self.generation.get() == generation && !self.closed.get();
-            if error.is_broken_protocol() || resends == NBD_RESENDS_MAX || !is_ours {
-                return Err(error);
-            }
-            if error.is_shutting_down() {
-                // It did not do it, and whoever comes after it is waited for as for one that was lost.
-                let since = *refused_since.get_or_insert(self.ring.clock());
-                let end = since.saturating_add(self.options.reconnect_delay_ns);
-                if self.ring.clock() >= end {
-                    return Err(error);
-                }
-                self.ring.sleep(pause).await;
-                pause = (pause * 2).min(NBD_RECONNECT_PAUSE_NS_MAX);
-                continue;
-            }
-            resends += 1;
-            tracing::debug!(uri = %self.name, resends, "a request was lost with its connection and goes out again");
+            self.lost_on(&mut attempts, &connection, error).await?;
         }
     }
 
-    /// The same for a request that changes a range. What was given up there comes first, or its connection ends.
-    pub(super) async fn call_changing<T>(
-        self: &Rc<Remote>,
-        range: ByteRange,
-        request: impl AsyncFnMut(&Connection) -> Result<T, NbdClientError>,
-    ) -> Result<T, NbdClientError> {
-        if self.late_at(range).is_some() && !is_planted(Bug::LateWriteNotAwaited) {
-            self.settle(range).await;
+    /// A request was lost with its connection, or its success with another one: returns when it is to go out again.
+    async fn lost_on(
+        &self,
+        attempts: &mut Attempts,
+        connection: &Rc<Connection>,
+        error: NbdClientError,
+    ) -> Result<(), NbdClientError> {
+        self.note_lost(connection, &error);
+        let is_ours = self.generation.get() == attempts.generation && !self.closed.get();
+        let is_over = error.is_broken_protocol() || error.is_given_up() || !is_ours;
+        if is_over || attempts.resends == NBD_RESENDS_MAX {
+            return Err(error);
         }
-        self.call(request).await
+        if error.is_shutting_down() {
+            // It did not do it, and whoever comes after it is waited for as for one that was lost.
+            let since = *attempts.refused_since.get_or_insert(self.ring.clock());
+            let end = since.saturating_add(self.options.reconnect_delay_ns);
+            if self.ring.clock() >= end {
+                return Err(error);
+            }
+            self.ring.sleep(attempts.pause).await;
+            attempts.pause = (attempts.pause * 2).min(NBD_RECONNECT_PAUSE_NS_MAX);
+            return Ok(());
+        }
+        attempts.resends += 1;
+        tracing::debug!(uri = %self.name, attempts.resends, "a request was lost with its connection and goes out again");
+        Ok(())
     }
 
     /// A change in this range that was given up and may still be carried out.
@@ -361,7 +410,8 @@ impl Remote {
                 return;
             }
             let pause = NBD_SILENCE_LOOK_NS_MAX.min(end - self.ring.clock()).max(NBD_SILENCE_LOOK_NS_MIN);
-            either(self.changed.until(|| self.closed.get().then_some(())), self.ring.sleep(pause / 4)).await;
+            either(self.changed().until(|| self.closed.get().then_some(())), self.ring.sleep(pause / 4))
+                .await;
         }
     }
 
@@ -376,7 +426,7 @@ impl Remote {
         let mut tell_at = None;
         let mut down_told = None;
         while !self.closed.get() && self.calls.get() > 0 {
-            either(self.changed.until(|| self.closed.get().then_some(())), self.ring.sleep(look)).await;
+            either(self.changed().until(|| self.closed.get().then_some(())), self.ring.sleep(look)).await;
             let now = self.ring.clock();
             self.tell_of_loss(now, &mut down_told);
             let connections = self.connections.borrow().clone();
@@ -425,14 +475,92 @@ impl Remote {
         }
     }
 
-    /// A write was acknowledged.
-    pub(super) fn note_written(&self) {
-        self.unflushed.set(true);
+    /// Carries a change of a range out. It is kept until it has been flushed, unless it is durable when acknowledged and
+    /// nothing older is kept that would have to be written before it.
+    pub(super) async fn change(
+        self: &Rc<Remote>,
+        range: ByteRange,
+        change: Change<'_>,
+        is_durable: bool,
+        mut request: impl AsyncFnMut(&Connection) -> Result<(), NbdClientError>,
+    ) -> Result<(), NbdClientError> {
+        let _call = self.begin();
+        // What was given up there comes first, or its connection ends.
+        if self.late_at(range).is_some() && !is_planted(Bug::LateWriteNotAwaited) {
+            self.settle(range).await;
+        }
+        let unstable = &self.unstable;
+        let data_bytes = if let Change::Data(buf) = change { buf.len() as u64 } else { 0 };
+        let mut attempts = Attempts::new(self.generation.get());
+        let generation = attempts.generation;
+        loop {
+            let connection = self.connection(generation).await?;
+            let Some(room) = unstable.take_room(data_bytes) else {
+                self.room(generation, data_bytes).await;
+                continue;
+            };
+            let lost = self.keeper.lost.get();
+            let is_same = || self.keeper.lost.get() == lost;
+            let error = match request(&connection).await {
+                // Nothing is to be done about servers that promise no durability.
+                Ok(()) if is_same() && !self.offers(TransmissionFlags::SEND_FLUSH) => return Ok(()),
+                Ok(()) if is_same() && is_durable && needs_no_repeat(unstable) => return Ok(()),
+                Ok(()) if is_same() && (unstable.can_keep(data_bytes) || unstable.keeps_nothing()) => {
+                    if !(is_durable && unstable.keeps_nothing()) {
+                        unstable.keep(room, range, change);
+                        self.flush_soon();
+                    }
+                    return Ok(());
+                }
+                Ok(()) if is_same() => {
+                    self.flush_of(generation).await?;
+                    if is_same() {
+                        return Ok(());
+                    }
+                    self.lost_error()
+                }
+                Ok(()) => self.lost_error(),
+                Err(error) if error.is_lost() => error,
+                result => return result,
+            };
+            drop(room);
+            self.lost_on(&mut attempts, &connection, error).await?;
+        }
     }
 
-    /// What was acknowledged is about to be flushed.
-    pub(super) fn note_flush(&self) {
-        self.unflushed.set(false);
+    /// Makes durable what was acknowledged so far.
+    pub(super) async fn flush(self: &Rc<Remote>) -> Result<(), NbdClientError> {
+        self.flush_of(self.generation.get()).await
+    }
+
+    async fn flush_of(self: &Rc<Remote>, generation: u64) -> Result<(), NbdClientError> {
+        let _call = self.begin();
+        let mut attempts = Attempts::new(generation);
+        loop {
+            let any = self.connection(generation).await?;
+            let connection = self.oldest().unwrap_or(any);
+            let (lost, mark) = (self.keeper.lost.get(), self.unstable.mark());
+            let error = match flush(&connection).await {
+                Ok(()) if self.keeper.lost.get() == lost => {
+                    let later = is_planted(Bug::FlushCoversLater);
+                    self.unstable.flushed(if later { self.unstable.mark() } else { mark });
+                    self.lapses.set(0);
+                    return Ok(());
+                }
+                Ok(()) => self.lost_error(),
+                Err(error) if error.is_lost() => error,
+                result => return result,
+            };
+            self.lost_on(&mut attempts, &connection, error).await?;
+        }
+    }
+
+    fn changed(&self) -> &Notify {
+        &self.keeper.changed
+    }
+
+    fn lost_error(&self) -> NbdClientError {
+        NbdClientError::Lost { uri: self.name.clone(), reason: LostReason::ClosedByServer }
     }
 
     /// Whether there is no connection.
@@ -445,7 +573,7 @@ impl Remote {
         self.generation.set(self.generation.get() + 1);
         let connections = std::mem::take(&mut *self.connections.borrow_mut());
         connections.iter().for_each(|connection| connection.cut());
-        self.changed.notify();
+        self.changed().notify();
     }
 
     /// Whether there has been no connection for longer than requests wait, or will never be one again.
@@ -461,7 +589,7 @@ impl Remote {
     pub(super) async fn disconnect(&self) {
         self.closed.set(true);
         let connections = std::mem::take(&mut *self.connections.borrow_mut());
-        self.changed.notify();
+        self.changed().notify();
         for connection in connections {
             connection.disconnect().await;
         }
@@ -474,7 +602,7 @@ impl Remote {
         for connection in connections {
             self.ring.spawn(async move { connection.disconnect().await });
         }
-        self.changed.notify();
+        self.changed().notify();
     }
 
     /// The connection for the next request, waiting for one if there is none and that is wanted.
@@ -483,24 +611,46 @@ impl Remote {
             if self.closed.get() || self.generation.get() != generation {
                 return Err(NbdClientError::Lost { uri: self.name.clone(), reason: LostReason::ClosedHere });
             }
+            if self.is_lost_too_often() {
+                return Err(NbdClientError::LostTooOften {
+                    uri: self.name.clone(),
+                    times: self.lapses.get(),
+                });
+            }
             if let Some(connection) = self.best() {
-                self.grow(&connection);
-                return Ok(connection);
+                if self.is_whole() {
+                    self.grow(&connection);
+                    return Ok(connection);
+                }
+                // The mender may sleep still, if this is the first to notice.
+                self.changed().notify();
+                let moved = || {
+                    let is_over = self.closed.get() || self.generation.get() != generation;
+                    let is_moved = self.is_whole() || self.connections() == 0 || self.is_lost_too_often();
+                    (is_over || is_moved).then_some(())
+                };
+                self.changed().until(moved).await;
+                continue;
             }
             let since = self.down_since.get().unwrap_or(self.ring.clock());
             self.down_since.set(Some(since));
             // The mender may sleep still, if this is the first to notice.
-            self.changed.notify();
+            self.changed().notify();
             let end = since.saturating_add(self.options.reconnect_delay_ns);
             if self.changed_export.get() || self.ring.clock() >= end {
                 return Err(self.reason.borrow().clone());
             }
-            let moved = self.changed.until(|| {
+            let moved = self.changed().until(|| {
                 let is_over = self.closed.get() || self.changed_export.get();
                 (is_over || self.generation.get() != generation || self.connections() > 0).then_some(())
             });
             either(moved, self.ring.sleep_until(end)).await;
         }
+    }
+
+    /// The one that has been there for longest.
+    fn oldest(&self) -> Option<Rc<Connection>> {
+        self.connections.borrow().iter().find(|connection| !connection.is_lost()).cloned()
     }
 
     /// The one with least to do; among equals the first, so that few requests share one and leave together.
@@ -522,14 +672,14 @@ impl Remote {
         self.growing.set(true);
         let remote = self.clone();
         self.ring.spawn(async move {
-            let closed = remote.changed.until(|| remote.closed.get().then_some(()));
+            let closed = remote.changed().until(|| remote.closed.get().then_some(()));
             let made = either(remote.dial(), closed).await;
             remote.growing.set(false);
             match made {
-                blockferry_ring::sync::Either::First(Ok(connection)) if !remote.closed.get() => {
+                Either::First(Ok(connection)) if !remote.closed.get() => {
                     remote.add(connection);
                 }
-                blockferry_ring::sync::Either::First(Err(error)) => {
+                Either::First(Err(error)) => {
                     // Some servers take one client at a time whatever they say.
                     tracing::debug!(uri = %remote.name, %error, "no further connection");
                     remote.grow_after.set(remote.ring.clock().saturating_add(NBD_GROW_PAUSE_NS));
@@ -554,7 +704,7 @@ impl Remote {
     }
 
     fn add(&self, connection: Rc<Connection>) {
-        connection.tell_when_lost(&self.changed);
+        connection.tell_when_lost(&self.keeper);
         connection.set_patience(self.options.patience);
         self.flags.set(connection.flags());
         self.has_block_status.set(connection.has_block_status());
@@ -563,10 +713,14 @@ impl Remote {
         connections.push(connection);
         drop(connections);
         self.down_since.set(None);
-        self.changed.notify();
+        self.changed().notify();
     }
 
     fn note_lost(&self, connection: &Rc<Connection>, error: &NbdClientError) {
+        if !connection.is_lost() {
+            // What came over it counts as lost because another one was.
+            return;
+        }
         let mut connections = self.connections.borrow_mut();
         // One that only takes no more is kept until what it has in hand has ended.
         connections.retain(|other| !Rc::ptr_eq(other, connection) || !other.is_over());
@@ -580,25 +734,29 @@ impl Remote {
         let closed = || self.closed.get().then_some(());
         loop {
             let is_needed = || {
-                let down = self.connections() == 0 && !self.changed_export.get();
-                (self.closed.get() || down).then_some(())
+                let is_work = self.connections() == 0 || !self.is_whole();
+                (self.closed.get() || is_work && !self.changed_export.get()).then_some(())
             };
-            self.changed.until(is_needed).await;
+            self.changed().until(is_needed).await;
             if self.closed.get() {
                 return;
+            }
+            if self.connections() > 0 {
+                either(self.write_again(), self.changed().until(closed)).await;
+                continue;
             }
             self.forget_lost();
             let mut refusal_told = false;
             let mut pause = NBD_RECONNECT_PAUSE_NS_MIN;
             while self.connections() == 0 {
-                match either(self.dial(), self.changed.until(closed)).await {
-                    blockferry_ring::sync::Either::Second(()) => return,
-                    blockferry_ring::sync::Either::First(Ok(connection)) => {
+                match either(self.dial(), self.changed().until(closed)).await {
+                    Either::Second(()) => return,
+                    Either::First(Ok(connection)) => {
                         tracing::info!(uri = %self.name, "connected again");
                         self.add(connection);
                         break;
                     }
-                    blockferry_ring::sync::Either::First(Err(error)) => {
+                    Either::First(Err(error)) => {
                         tracing::debug!(uri = %self.name, %error, "connecting again failed");
                         // It may not have all its exports yet; but nobody should have to guess what is waited for.
                         if error.is_definite() && !std::mem::replace(&mut refusal_told, true) {
@@ -609,12 +767,13 @@ impl Remote {
                         if is_another {
                             tracing::error!(uri = %self.name, "the export is not the one that it was: given up");
                             self.changed_export.set(true);
-                            self.changed.notify();
+                            self.lose_for_good("the export is another one");
+                            self.changed().notify();
                             break;
                         }
                     }
                 }
-                either(self.ring.sleep(pause), self.changed.until(closed)).await;
+                either(self.ring.sleep(pause), self.changed().until(closed)).await;
                 pause = (pause * 2).min(NBD_RECONNECT_PAUSE_NS_MAX);
             }
         }
@@ -629,15 +788,16 @@ impl Remote {
         let since = self.down_since.get().unwrap_or(self.ring.clock());
         self.down_since.set(Some(since));
         let reason = self.reason.borrow().to_string();
-        if self.unflushed.get() {
-            tracing::warn!(
-                uri = %self.name,
-                reason,
-                "the connection is lost and will be made anew; if the server itself went down, writes that were \
-                 acknowledged and not flushed may be gone"
-            );
-        } else {
-            tracing::info!(uri = %self.name, reason, "the connection is lost and will be made anew");
-        }
+        tracing::info!(uri = %self.name, reason, "the connection is lost and will be made anew");
     }
+}
+
+/// Whether a durable write can be forgotten: nothing older is there that would be written over it.
+fn needs_no_repeat(unstable: &Unstable) -> bool {
+    unstable.is_empty() || is_planted(Bug::DurableNotKept)
+}
+
+/// A flush, where there is such a thing.
+pub(super) async fn flush(connection: &Connection) -> Result<(), NbdClientError> {
+    if connection.flags().contains(TransmissionFlags::SEND_FLUSH) { connection.flush().await } else { Ok(()) }
 }
