@@ -25,11 +25,13 @@ use super::{KIB, MILLI, PART, SOCKET, address, in_world, options, serve};
 const UNKNOWN: u16 = 256;
 
 /// The server's machine loses what was in its caches, and is there again.
-async fn lapse(world: &World, server: &NbdServer) {
+async fn lapse(ring: &Ring, world: &World, server: &NbdServer) {
     server.stop().await;
     let durable = world.read_durable("/disk", 0, LEN);
     world.write_raw("/disk", 0, &durable);
     server.listen(&address(SOCKET)).unwrap();
+    // It listens from its next turn on.
+    ring.sleep(MILLI).await;
 }
 
 async fn remote(ring: &Ring, unflushed_bytes_max: u64) -> Rc<NbdNode> {
@@ -118,14 +120,17 @@ async fn live_through(ring: Ring, world: World, seed: u64, unflushed_bytes_max: 
     let mut rand = Rand::new(seed);
     let mut lapses = 0;
     while left.get() > 0 {
-        ring.sleep((20 + rand.below(100)) * MILLI).await;
-        lapse(&world, &server).await;
+        while node.connections() == 0 && left.get() > 0 {
+            ring.sleep(MILLI).await;
+        }
+        ring.sleep((1 + rand.below(10)) * MILLI).await;
+        lapse(&ring, &world, &server).await;
         lapses += 1;
     }
     ended.until(|| (left.get() == 0).then_some(())).await;
     node.flush().await.unwrap();
     // From here on all of it lasts.
-    lapse(&world, &server).await;
+    lapse(&ring, &world, &server).await;
     for writer in writers {
         let writer = writer.take().await;
         let bytes = world.read_durable("/disk", writer.begin, PART as usize);
@@ -133,7 +138,6 @@ async fn live_through(ring: Ring, world: World, seed: u64, unflushed_bytes_max: 
     }
     assert_eq!(node.losses_for_good(), 0);
     drop(node);
-    server.idle().await;
     server.stop().await;
     (wrong.take(), lapses)
 }
@@ -177,20 +181,19 @@ fn whoever_has_written_hears_once_of_what_could_not_be_kept() {
             heard.writes();
             user.write(8192, buf.freeze(), WriteFlags::default()).await.unwrap();
         }
-        lapse(&world, &server).await;
+        lapse(&ring, &world, &server).await;
         for (index, (user, heard)) in users.iter().zip(&heard).enumerate() {
             let first = heard.flush(user).await.map_err(|error| error.errno);
             assert_eq!(first.err(), (index < 2).then_some(Errno::EIO), "user {index}");
             heard.flush(user).await.unwrap();
         }
         // Nothing is lost that was flushed.
-        lapse(&world, &server).await;
+        lapse(&ring, &world, &server).await;
         for (user, heard) in users.iter().zip(&heard) {
             heard.flush(user).await.unwrap();
         }
         assert_eq!(node.driver().losses_for_good(), 1);
         drop((users, node));
-        server.idle().await;
         server.stop().await;
     });
 }
@@ -211,18 +214,17 @@ fn copies_are_whole_when_their_server_goes_down_meanwhile() {
             };
             for _ in 0..4 {
                 ring.sleep(300 * MILLI + seed * 11 * MILLI).await;
-                lapse(&world, &server).await;
+                lapse(&ring, &world, &server).await;
             }
             if seed % 2 == 0 {
                 job.until_ready().await;
-                lapse(&world, &server).await;
+                lapse(&ring, &world, &server).await;
                 job.cancel(false).unwrap();
             }
             assert_eq!(job.until_over().await, Ending::Completed);
-            lapse(&world, &server).await;
+            lapse(&ring, &world, &server).await;
             assert!(world.read_live("/local", 0, LEN) == world.read_durable("/disk", 0, LEN), "seed {seed}");
             drop((job, source, target));
-            server.idle().await;
             server.stop().await;
         });
     }
@@ -254,7 +256,6 @@ fn copy_to_one_that_never_lasts(unflushed_bytes_max: u64, lapses: u32) -> Ending
         world.heal();
         let ending = job.until_over().await;
         drop((job, source, target, node));
-        server.idle().await;
         server.stop().await;
         ending
     })
