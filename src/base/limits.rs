@@ -199,6 +199,8 @@ pub const NBD_UNFLUSHED_BYTES: u64 = 64 * MIB;
 pub const NBD_AGAIN_CHANGES: usize = 32;
 /// And so many bytes, or a single change.
 pub const NBD_AGAIN_BYTES: u64 = 2 * MIB;
+/// Connections to an NBD server that hangs that are kept though nothing but memory hangs on them.
+pub const NBD_SILENT_KEPT: usize = 4;
 /// How long extents that an NBD server told of are believed, in nanoseconds: others may write there.
 pub const NBD_STATUS_AGE_NS_MAX: u64 = 1_000_000_000;
 /// Time in which a server has to take a client's farewell, in nanoseconds; then the connection is cut.

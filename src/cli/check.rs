@@ -10,6 +10,7 @@ use super::image::{GateArgs, parse_format};
 use super::print::{product, say};
 use super::tool::{OutputArgs, PlanArgs};
 use super::{Global, config};
+use crate::block::patience::for_job;
 use crate::engine::admit::Admission;
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
@@ -68,7 +69,7 @@ pub fn main(global: &Global, args: CheckArgs) -> Result<Exit, Failure> {
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
     let g = global.clone();
-    let (format, report) = match engine.run(async move { check(&g, &e, &a).await })? {
+    let (format, report) = match engine.run(for_job(async move { check(&g, &e, &a).await }))? {
         Checked::Done(format, report) => (format, *report),
         Checked::Planned => return Ok(Exit::Done),
         Checked::NotSupported => {

@@ -15,6 +15,7 @@ use super::signals::{Signal, Signals};
 use super::tool::{OutputArgs, cache, read_options, with_code};
 use super::{Global, config, stats};
 use crate::base::units::fmt_bytes;
+use crate::block::patience::for_job;
 use crate::engine::{Engine, Format};
 use crate::graph::node::{Node, UseKind};
 use crate::job::compare::Comparer;
@@ -101,7 +102,7 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
         let mut progress = Progress::new(&global_options, quiet, e.ring().clock());
         let running = {
             let comparer = comparer.clone();
-            e.ring().spawn_with_result(async move { comparer.run().await })
+            e.ring().spawn_with_result(for_job(async move { comparer.run().await }))
         };
         let result = loop {
             let ended = async { running.take().await };

@@ -16,6 +16,7 @@ use super::{Global, config, snapshot, stats};
 use crate::base::limits::{BACKING_CHAIN_MAX, SECTOR_BYTES};
 use crate::base::process::Fate;
 use crate::block::Driver;
+use crate::block::patience::for_job;
 use crate::engine::marks::Marks;
 use crate::engine::qcow2::{format, qcow2, recorded_format};
 use crate::engine::{Engine, Format, ImageOptions, named};
@@ -62,7 +63,7 @@ pub fn main(global: &Global, args: InfoArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
-    let layers = engine.run(async move { look(&e, &a).await })?;
+    let layers = engine.run(for_job(async move { look(&e, &a).await }))?;
     let values: Vec<Value> = layers.iter().map(to_json).collect();
     let value = match args.backing_chain {
         true => Value::Array(values),

@@ -10,6 +10,7 @@ use super::image::{GateArgs, parse_format, size};
 use super::print::product;
 use super::tool::{OutputArgs, option_pairs, read_options};
 use super::{Global, config};
+use crate::block::patience::for_job;
 use crate::block::{BlockError, Driver};
 use crate::engine::create::NewImage;
 use crate::engine::qcow2::qcow2;
@@ -55,7 +56,7 @@ pub fn main(global: &Global, args: MeasureArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
-    let Sizes { measured, bitmaps } = engine.run(async move { measure(&e, &a).await })?;
+    let Sizes { measured, bitmaps } = engine.run(for_job(async move { measure(&e, &a).await }))?;
     let mut value = json!({"required": measured.required, "fully-allocated": measured.fully_allocated});
     if let (Some(bytes), Some(object)) = (bitmaps, value.as_object_mut()) {
         object.insert("bitmaps".into(), bytes.into());

@@ -80,7 +80,7 @@ fn guests_wait_for_ever() {
         let server = serve(&ring);
         let link = Rc::new(Link::new(&ring, "/link", SOCKET, Harm::Stall(u64::MAX)));
         let node = open(&ring).await;
-        link.hold();
+        link.hold_all();
         let (guest, other, r) = (node.clone(), node.clone(), ring.clone());
         let waits = ring.spawn_with_result(async move { write(&r, &guest, 1).await });
         let r = ring.clone();
@@ -89,10 +89,13 @@ fn guests_wait_for_ever() {
             other.read(0, buf).await.1.map_err(|error| error.errno)
         }));
         assert_eq!(job.take().await, Err(Errno::ETIMEDOUT));
+        // Those who come later find no connection, since the server hangs for all of them; and wait like the others.
+        let (guest, r) = (node.clone(), ring.clone());
+        let later = ring.spawn_with_result(async move { write(&r, &guest, 2).await });
         ring.sleep(3600 * SECOND).await;
-        assert!(!waits.is_given());
+        assert!(!waits.is_given() && !later.is_given());
         link.release();
-        assert_eq!(waits.take().await, Ok(()));
+        assert_eq!((waits.take().await, later.take().await), (Ok(()), Ok(())));
         drop(node);
         link.close();
         server.stop().await;

@@ -83,6 +83,11 @@ impl Link {
         self.0.held.set(self.0.count.get());
     }
 
+    /// Nothing gets through, on those to come neither.
+    pub fn hold_all(&self) {
+        self.0.held.set(u32::MAX);
+    }
+
     /// What was held goes on.
     pub fn release(&self) {
         self.0.held.set(0);

@@ -346,6 +346,20 @@ impl Connection {
         any
     }
 
+    /// The server is silent on other connections, too: nothing more is asked on this one.
+    pub(super) fn take_no_more(&self, silent_ns: Nanos) {
+        if !self.is_lost() {
+            self.shared.given_up.set(Some(silent_ns));
+            self.shared.end_if_done();
+            self.shared.tell_keeper();
+        }
+    }
+
+    /// Requests on it were given up, and it has not ended.
+    pub(super) fn is_silent(&self) -> bool {
+        self.shared.given_up.get().is_some() && !self.shared.is_lost()
+    }
+
     /// The ranges of changes that were given up and that the server may still carry out.
     pub(super) fn late(&self) -> Vec<ByteRange> {
         if self.shared.is_lost() { Vec::new() } else { self.shared.requests.borrow().late().collect() }

@@ -66,10 +66,12 @@ use crate::base::limits::{
     NBD_CONNECTIONS_FEW, NBD_CONNECTIONS_MAX, NBD_GROW_DEPTH, NBD_GROW_DEPTH_FULL, NBD_GROW_PAUSE_NS,
     NBD_LATE_WAIT_NS_MIN, NBD_RECONNECT_PAUSE_NS_MAX, NBD_RECONNECT_PAUSE_NS_MIN, NBD_RESENDS_MAX,
     NBD_SILENCE_AGAIN_NS, NBD_SILENCE_LOOK_NS_MAX, NBD_SILENCE_LOOK_NS_MIN, NBD_SILENCE_TOLD_NS,
+    NBD_SILENT_KEPT,
 };
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::base::units::fmt_duration;
+use crate::block::patience::is_for_job;
 
 /// How a remote disk is reached.
 #[derive(Clone, Debug)]
@@ -443,22 +445,30 @@ impl Remote {
                 tracing::warn!(uri = %self.name, "{}", waiting.tell(now, heard));
                 tell_at = Some(now.saturating_add(NBD_SILENCE_AGAIN_NS));
             }
-            for connection in &connections {
-                let overdue = |since, patience_ns| waiting.is_overdue(now, heard, since, patience_ns);
-                if connection.give_up(now - silent_since.min(now), overdue) && connection.late().is_empty() {
-                    self.spare(connection).await;
-                }
+            let silent_ns = now - silent_since.min(now);
+            let overdue = |since, patience_ns| waiting.is_overdue(now, heard, since, patience_ns);
+            let given_up =
+                connections.iter().filter(|connection| connection.give_up(silent_ns, overdue)).count();
+            if given_up > 0 {
+                // Nothing came over any of them: whoever asks next should not try those that are left.
+                connections.iter().for_each(|connection| connection.take_no_more(silent_ns));
             }
+            self.spare(&connections);
         }
         self.watched.set(false);
     }
 
-    /// Lets those who were given up go, and cuts a connection that nobody waits for any more and that can do no harm.
-    async fn spare(&self, connection: &Rc<Connection>) {
-        self.ring.yield_now().await;
-        if connection.waiting().count == 0 && connection.late().is_empty() {
-            connection.cut();
-        }
+    /// Connections that were given up stay for as long as they may answer; of those that hold nothing but memory, a few.
+    fn spare(&self, connections: &[Rc<Connection>]) {
+        let idle = |c: &&Rc<Connection>| c.is_silent() && c.waiting().count == 0 && c.late().is_empty();
+        let idle: Vec<_> = connections.iter().filter(idle).collect();
+        let surplus = idle.len().saturating_sub(NBD_SILENT_KEPT);
+        idle.iter().take(surplus).for_each(|connection| connection.cut());
+    }
+
+    /// Whether the server hangs on a connection that was given up for others: it is not lost, and who waits for ever does.
+    fn is_silent(&self) -> bool {
+        self.connections.borrow().iter().any(|connection| connection.is_silent())
     }
 
     /// Says what requests wait for while there is no connection.
@@ -607,6 +617,13 @@ impl Remote {
 
     /// The connection for the next request, waiting for one if there is none and that is wanted.
     async fn connection(self: &Rc<Remote>, generation: u64) -> Result<Rc<Connection>, NbdClientError> {
+        // A guest for whom a server that hangs is waited for has lost nothing as long as it hangs.
+        let waits_for_ever = !is_for_job() && self.options.patience.guest_ns == 0;
+        let mut lost_at = 0;
+        let is_moved = |remote: &Remote| {
+            let is_over = remote.closed.get() || remote.changed_export.get();
+            is_over || remote.generation.get() != generation || remote.connections() > 0
+        };
         loop {
             if self.closed.get() || self.generation.get() != generation {
                 return Err(NbdClientError::Lost { uri: self.name.clone(), reason: LostReason::ClosedHere });
@@ -636,14 +653,17 @@ impl Remote {
             self.down_since.set(Some(since));
             // The mender may sleep still, if this is the first to notice.
             self.changed().notify();
-            let end = since.saturating_add(self.options.reconnect_delay_ns);
+            let hangs = waits_for_ever && self.is_silent() && !self.changed_export.get();
+            if hangs {
+                self.changed().until(|| (!self.is_silent() || is_moved(self)).then_some(())).await;
+                lost_at = self.ring.clock();
+                continue;
+            }
+            let end = since.max(lost_at).saturating_add(self.options.reconnect_delay_ns);
             if self.changed_export.get() || self.ring.clock() >= end {
                 return Err(self.reason.borrow().clone());
             }
-            let moved = self.changed().until(|| {
-                let is_over = self.closed.get() || self.changed_export.get();
-                (is_over || self.generation.get() != generation || self.connections() > 0).then_some(())
-            });
+            let moved = self.changed().until(|| is_moved(self).then_some(()));
             either(moved, self.ring.sleep_until(end)).await;
         }
     }
