@@ -243,6 +243,16 @@ pub trait Backend {
     /// Adopts a descriptor that somebody else opened (not in the simulator).
     fn adopt(&mut self, fd: std::os::fd::OwnedFd) -> Result<FileId, Errno>;
 
+    /// The files are the kernel's: control calls on them may be made on other threads.
+    fn is_kernel(&self) -> bool {
+        false
+    }
+
+    /// What such calls need of an open file.
+    fn handle(&self, _file: FileId) -> Option<Arc<std::os::fd::OwnedFd>> {
+        None
+    }
+
     /// Closes a file; operations on it must have ended.
     fn close(&mut self, file: FileId);
 

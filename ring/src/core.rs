@@ -80,6 +80,8 @@ pub(crate) struct Core {
     pub(crate) budget: Budget,
     pub(crate) fixed_allowed: Cell<bool>,
     pub(crate) patience: Cell<Option<Patience>>,
+    /// How many say that somebody is served.
+    pub(crate) serving: Cell<usize>,
     /// Calls handed to the offload pool whose owners still wait; told when one ends.
     pub(crate) offloads: Cell<usize>,
     pub(crate) offload_ended: Notify,

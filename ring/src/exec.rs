@@ -5,6 +5,10 @@
 //! future from elsewhere still works: the waker that it is given marks all tasks for another look
 //! and wakes a sleeping ring. That is correct from any thread, and slow, which is why nothing here
 //! does it on a hot path.
+//!
+//! A task that yields in the midst of long work waits behind all that were woken by something, however often
+//! those wait again; one such task runs in each turn all the same. So a thousand walks over tables, each of which
+//! yields, delay an answer by no more than one of their steps a turn.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -59,6 +63,8 @@ pub struct Exec(Rc<Inner>);
 struct Inner {
     tasks: RefCell<Slab<Task>>,
     ready: RefCell<VecDeque<TaskId>>,
+    /// Those that have yielded.
+    later: RefCell<VecDeque<TaskId>>,
     current: Cell<Option<TaskId>>,
     sequence: Cell<u32>,
     pool: Pool,
@@ -78,6 +84,7 @@ impl Exec {
         Exec(Rc::new(Inner {
             tasks: RefCell::new(Slab::with_capacity(256)),
             ready: RefCell::new(VecDeque::with_capacity(256)),
+            later: RefCell::default(),
             current: Cell::new(None),
             sequence: Cell::new(0),
             pool,
@@ -99,13 +106,22 @@ impl Exec {
 
     /// Marks a task to be run. Unknown and finished tasks are ignored.
     pub fn wake(&self, id: TaskId) {
+        self.queue(id, &self.0.ready);
+    }
+
+    /// The same, behind all that were woken.
+    pub(crate) fn wake_later(&self, id: TaskId) {
+        self.queue(id, &self.0.later);
+    }
+
+    fn queue(&self, id: TaskId, queue: &RefCell<VecDeque<TaskId>>) {
         let mut tasks = self.0.tasks.borrow_mut();
         if let Some(task) = tasks.get_mut(id.index as usize)
             && task.sequence == id.sequence
             && !task.queued
         {
             task.queued = true;
-            self.0.ready.borrow_mut().push_back(id);
+            queue.borrow_mut().push_back(id);
         }
     }
 
@@ -115,6 +131,11 @@ impl Exec {
     }
 
     pub(crate) fn has_ready(&self) -> bool {
+        self.has_woken() || !self.0.later.borrow().is_empty()
+    }
+
+    /// Tasks are ready that were woken, and have not merely yielded.
+    pub(crate) fn has_woken(&self) -> bool {
         !self.0.ready.borrow().is_empty() || self.0.foreign.woken.load(Ordering::Acquire)
     }
 
@@ -123,12 +144,26 @@ impl Exec {
         self.0.tasks.borrow().len()
     }
 
-    /// Runs one ready task to its next wait; false when there was none.
+    /// Runs one ready task to its next wait, those first that were woken; false when there was none.
     pub(crate) fn run_one(&self) -> bool {
         if self.0.foreign.woken.swap(false, Ordering::AcqRel) {
             self.wake_all();
         }
-        let Some(id) = self.0.ready.borrow_mut().pop_front() else { return false };
+        let woken = self.0.ready.borrow_mut().pop_front();
+        match woken {
+            Some(id) => self.run(id),
+            None => return self.run_yielded(),
+        }
+        true
+    }
+
+    /// Runs one of those that have yielded; false when there was none.
+    pub(crate) fn run_yielded(&self) -> bool {
+        let yielded = self.0.later.borrow_mut().pop_front();
+        yielded.map(|id| self.run(id)).is_some()
+    }
+
+    fn run(&self, id: TaskId) {
         let future = {
             let mut tasks = self.0.tasks.borrow_mut();
             match tasks.get_mut(id.index as usize) {
@@ -139,7 +174,7 @@ impl Exec {
                 _ => None,
             }
         };
-        let Some(mut future) = future else { return true };
+        let Some(mut future) = future else { return };
         let before = self.0.current.replace(Some(id));
         let mut cx = Context::from_waker(&self.0.waker);
         let poll = Pin::new(&mut future).poll(&mut cx);
@@ -156,7 +191,6 @@ impl Exec {
                 }
             }
         }
-        true
     }
 
     fn wake_all(&self) {
@@ -180,5 +214,6 @@ impl Exec {
             drop(future);
         }
         self.0.ready.borrow_mut().clear();
+        self.0.later.borrow_mut().clear();
     }
 }

@@ -25,6 +25,7 @@
 
 pub mod alloc;
 pub mod arena;
+mod aside;
 pub mod backend;
 mod config;
 mod control;
@@ -45,6 +46,7 @@ pub mod sync;
 mod timer;
 pub mod uring;
 
+pub use aside::{Aside, FileExtent, Serving};
 pub use backend::{
     Backend, CopyRange, DeviceIdentity, FileInfo, FileKind, LockRange, OpenHow, Place, SocketAddress,
 };

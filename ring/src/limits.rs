@@ -16,6 +16,12 @@ pub const FIXED_BUFFERS: u32 = 64;
 pub const TURN_COMPLETIONS: usize = 256;
 /// Time that one turn spends in tasks before it reports more work.
 pub const TURN_NANOS: u64 = 500_000;
+/// Steps that a loop makes in one go before others run, however short they are.
+pub const STINT_STEPS: u32 = 512;
+/// The same in time.
+pub const STINT_NANOS: u64 = 100_000;
+/// Steps of such a loop from one look at the clock to the next.
+pub const STINT_STEPS_A_LOOK: u32 = 16;
 /// Bytes of reads and writes that one enter submits: some devices do the I/O inside the enter.
 pub const TURN_BYTES: u64 = 8 << 20;
 /// How often one operation is tried again after `EAGAIN` before its owner gets the error.
@@ -30,6 +36,10 @@ pub const SAFETY_BACKSTOP_NANOS: u64 = 1_000_000_000;
 pub const OFFLOAD_THREADS: usize = 4;
 /// Threads of the offload pool at most.
 pub const OFFLOAD_THREADS_MAX: usize = 64;
+/// Extents of a file that one call for the pool looks for.
+pub const EXTENTS_A_CALL: usize = 1024;
+/// It ends after so long, however few it has found.
+pub const EXTENTS_CALL_NANOS: u64 = 1_000_000;
 /// Calls that wait for an offload thread.
 pub const OFFLOAD_QUEUE: usize = 256;
 /// Bounded io-wq workers: devices without RWF_NOWAIT are served by them.

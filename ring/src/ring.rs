@@ -36,7 +36,7 @@ use crate::op::{CloseFile, CopyHow, Fallocate, File, FileId, Held, Op, Pieces};
 use crate::operation::{Kind, Operation, PlainKind, ReadKind, ReadPiecesKind};
 use crate::pool::{Pool, PooledFuture};
 use crate::stats::{Stats, add};
-use crate::sync::{Notify, OneShot, yield_now};
+use crate::sync::{Notify, OneShot, Stint, yield_now};
 use crate::timer::Timers;
 
 /// A handle of the reactor; clones are the same ring. It stays on the thread that made it.
@@ -104,6 +104,7 @@ impl Ring {
             budget: config.budget,
             fixed_allowed: Cell::new(true),
             patience: Cell::new(None),
+            serving: Cell::new(0),
             offloads: Cell::new(0),
             offload_ended,
         });
@@ -256,9 +257,14 @@ impl Ring {
         OneShot::new(self.0.exec.clone())
     }
 
-    /// Lets other ready tasks run first.
+    /// Lets all tasks run first that are ready, and those that they wake.
     pub async fn yield_now(&self) {
         yield_now(&self.0.exec).await;
+    }
+
+    /// A share of the turn for a loop that may be long.
+    pub fn stint(&self) -> Stint {
+        Stint::new(self)
     }
 
     /// Waits until the clock shows `deadline`.
@@ -562,11 +568,17 @@ impl Ring {
         progressed |= core.timers.fire(now, &core.exec);
         let end = now.saturating_add(core.budget.nanos);
         let mut ran = 0u32;
-        while core.exec.run_one() {
+        // One of those that have yielded gets on in each turn, however many were woken.
+        progressed |= core.exec.run_yielded();
+        loop {
+            let is_long = !core.exec.has_woken();
+            if !core.exec.run_one() {
+                break;
+            }
             progressed = true;
             ran += 1;
             // Looking at the clock costs as much as a small task.
-            if ran.is_multiple_of(16) && self.clock() > end {
+            if (is_long || ran.is_multiple_of(16)) && self.clock() > end {
                 break;
             }
         }

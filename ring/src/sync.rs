@@ -8,8 +8,11 @@ use std::future::Future;
 use std::rc::Rc;
 use std::task::Poll;
 
+use crate::Nanos;
 use crate::exec::{Exec, TaskId};
+use crate::limits;
 use crate::pool::PooledFuture;
+use crate::ring::Ring;
 
 /// A list of tasks that wait for some state to change.
 #[derive(Clone, Debug)]
@@ -100,7 +103,7 @@ impl<T> OneShot<T> {
     }
 }
 
-/// Lets other ready tasks run first.
+/// Lets all tasks run first that are ready, and those that they wake.
 pub async fn yield_now(exec: &Exec) {
     let yielded = Cell::new(false);
     std::future::poll_fn(|_| {
@@ -108,11 +111,55 @@ pub async fn yield_now(exec: &Exec) {
             return Poll::Ready(());
         }
         if let Some(task) = exec.current() {
-            exec.wake(task);
+            exec.wake_later(task);
         }
         Poll::Pending
     })
     .await
+}
+
+/// One task's share of a turn. A loop over extents, tables or requests counts its steps here, and lets others run when
+/// it has taken its share: so many steps, or so much time.
+#[derive(Debug)]
+pub struct Stint {
+    ring: Ring,
+    began: Nanos,
+    steps: u32,
+}
+
+impl Stint {
+    pub(crate) fn new(ring: &Ring) -> Stint {
+        Stint { ring: ring.clone(), began: ring.clock(), steps: 0 }
+    }
+
+    /// `steps` more have been made.
+    pub async fn count(&mut self, steps: usize) {
+        let before = self.steps / limits::STINT_STEPS_A_LOOK;
+        self.steps = self.steps.saturating_add(u32::try_from(steps).unwrap_or(u32::MAX));
+        // Looking at the clock costs as much as some steps.
+        if self.steps / limits::STINT_STEPS_A_LOOK == before {
+            return;
+        }
+        if self.steps >= limits::STINT_STEPS || self.ring.clock() >= self.began + limits::STINT_NANOS {
+            self.ring.yield_now().await;
+            self.began = self.ring.clock();
+            self.steps = 0;
+        }
+    }
+
+    /// One more step has been made.
+    pub async fn step(&mut self) {
+        self.count(1).await;
+    }
+}
+
+/// The value of a future that has nothing to wait for; `None` if it waits after all.
+pub fn at_once<T>(future: impl Future<Output = T>) -> Option<T> {
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match std::pin::pin!(future).poll(&mut context) {
+        Poll::Ready(value) => Some(value),
+        Poll::Pending => None,
+    }
 }
 
 /// Runs futures in one task and waits for all.

@@ -19,7 +19,7 @@
 
 mod encode;
 mod offload;
-mod sys;
+pub(crate) mod sys;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -87,7 +87,7 @@ impl Flavour {
 
 /// One open file.
 struct Entry {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     /// In the registered table, under the index of this entry.
     fixed: bool,
     /// Locks were taken through it.
@@ -207,7 +207,7 @@ impl Uring {
 
     fn add_file(&mut self, fd: OwnedFd) -> FileId {
         let raw = fd.as_raw_fd();
-        let index = self.files.insert(Entry { fd, fixed: false, locked: false, peer: None });
+        let index = self.files.insert(Entry { fd: Arc::new(fd), fixed: false, locked: false, peer: None });
         if self.fixed_files
             && (index as u32) < limits::FIXED_FILES
             && self.ring.submitter().register_files_update(index as u32, &[raw]).is_ok()
@@ -218,7 +218,7 @@ impl Uring {
     }
 
     fn fd(&self, file: FileId) -> Result<&OwnedFd, Errno> {
-        self.files.get(file.0 as usize).map(|entry| &entry.fd).ok_or(Errno::EBADF)
+        self.files.get(file.0 as usize).map(|entry| &*entry.fd).ok_or(Errno::EBADF)
     }
 }
 
@@ -506,6 +506,14 @@ impl Backend for Uring {
         Ok(self.add_file(fd))
     }
 
+    fn is_kernel(&self) -> bool {
+        true
+    }
+
+    fn handle(&self, file: FileId) -> Option<Arc<OwnedFd>> {
+        self.files.get(file.0 as usize).map(|entry| entry.fd.clone())
+    }
+
     fn close(&mut self, file: FileId) {
         let Some(entry) = self.files.try_remove(file.0 as usize) else { return };
         // Nothing is in flight on it any more, but the kernel may keep the open file for a while longer: a worker that
@@ -537,12 +545,11 @@ impl Backend for Uring {
     }
 
     fn set_len(&mut self, file: FileId, len: u64) -> Result<(), Errno> {
-        Ok(rustix::fs::ftruncate(self.fd(file)?, len)?)
+        sys::set_len(self.fd(file)?, len)
     }
 
     fn seek(&mut self, file: FileId, offset: u64, data: bool) -> Result<u64, Errno> {
-        let from = if data { rustix::fs::SeekFrom::Data(offset) } else { rustix::fs::SeekFrom::Hole(offset) };
-        Ok(rustix::fs::seek(self.fd(file)?, from)?)
+        sys::seek(self.fd(file)?, offset, data)
     }
 
     fn lock_shared(&mut self, file: FileId, range: LockRange) -> Result<(), Errno> {
@@ -577,7 +584,7 @@ impl Backend for Uring {
     }
 
     fn unlink(&mut self, path: &Path) -> Result<(), Errno> {
-        Ok(rustix::fs::unlink(path)?)
+        sys::unlink(path)
     }
 
     fn rename(&mut self, from: &Path, to: &Path, replace: bool) -> Result<(), Errno> {

@@ -5,16 +5,17 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use crate::aside::{FileExtent, look};
 use crate::backend::{
     CopyRange, DeviceIdentity, FileInfo, FileKind, LockRange, OpenHow, Place, SocketAddress,
 };
 use crate::errno::Errno;
-use crate::limits::{KEEPALIVE_IDLE_SECS, KEEPALIVE_INTERVAL_SECS, KEEPALIVE_PROBES};
+use crate::limits::{EXTENTS_CALL_NANOS, KEEPALIVE_IDLE_SECS, KEEPALIVE_INTERVAL_SECS, KEEPALIVE_PROBES};
 use crate::op::CopyHow;
 
 /// Connections that may wait to be accepted.
@@ -22,30 +23,30 @@ const BACKLOG: i32 = 128;
 /// Bytes that one call of `copy_file_range` is asked for: the kernel takes no more than 2 GiB.
 const COPY_CALL_BYTES_MAX: usize = 1 << 30;
 /// The call that makes a ring, as [`why_forbidden`] names it.
-pub(super) const SETUP_CALL: &str = "io_uring_setup";
+pub(crate) const SETUP_CALL: &str = "io_uring_setup";
 
-pub(super) fn eventfd() -> Result<OwnedFd, Errno> {
+pub(crate) fn eventfd() -> Result<OwnedFd, Errno> {
     use rustix::event::EventfdFlags;
     Ok(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
 }
 
-pub(super) fn ring_eventfd(fd: &OwnedFd) {
+pub(crate) fn ring_eventfd(fd: &OwnedFd) {
     // EAGAIN means that the counter is full: it is readable, which is all that matters.
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
 }
 
-pub(super) fn drain_eventfd(fd: &OwnedFd) {
+pub(crate) fn drain_eventfd(fd: &OwnedFd) {
     let mut counter = [0u8; 8];
     let _ = rustix::io::read(fd, &mut counter);
 }
 
 /// Takes ownership of a descriptor that the kernel has just returned.
-pub(super) fn own(fd: i32) -> OwnedFd {
+pub(crate) fn own(fd: i32) -> OwnedFd {
     // SAFETY: the kernel made this descriptor for the accept that just completed; nobody else has it.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-pub(super) fn random() -> u64 {
+pub(crate) fn random() -> u64 {
     let mut bytes = [0u8; 8];
     // SAFETY: the buffer is eight writable bytes.
     let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
@@ -57,7 +58,7 @@ pub(super) fn random() -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-pub(super) fn why_forbidden(call: &str, error: &std::io::Error) -> (String, String) {
+pub(crate) fn why_forbidden(call: &str, error: &std::io::Error) -> (String, String) {
     let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
     match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) if call == SETUP_CALL && matches!(sysctl.trim(), "1" | "2") => (
@@ -82,7 +83,7 @@ pub(super) fn why_forbidden(call: &str, error: &std::io::Error) -> (String, Stri
     }
 }
 
-pub(super) fn open(path: &Path, how: &OpenHow) -> Result<OwnedFd, Errno> {
+pub(crate) fn open(path: &Path, how: &OpenHow) -> Result<OwnedFd, Errno> {
     let mut flags = OFlags::CLOEXEC | if how.write { OFlags::RDWR } else { OFlags::RDONLY };
     if how.direct {
         flags |= OFlags::DIRECT;
@@ -110,7 +111,7 @@ fn is_read_only_device(fd: &OwnedFd) -> bool {
     std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro")).is_ok_and(|ro| ro.trim() == "1")
 }
 
-pub(super) fn rename(from: &Path, to: &Path, replace: bool) -> Result<(), Errno> {
+pub(crate) fn rename(from: &Path, to: &Path, replace: bool) -> Result<(), Errno> {
     use rustix::fs::{CWD, RenameFlags, link, renameat_with, unlink};
     if replace {
         return Ok(rustix::fs::rename(from, to)?);
@@ -125,7 +126,7 @@ pub(super) fn rename(from: &Path, to: &Path, replace: bool) -> Result<(), Errno>
     }
 }
 
-pub(super) fn info(fd: &OwnedFd) -> Result<FileInfo, Errno> {
+pub(crate) fn info(fd: &OwnedFd) -> Result<FileInfo, Errno> {
     let want = StatxFlags::BASIC_STATS | StatxFlags::DIOALIGN;
     let stat = rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, want)?;
     let kind = match FileType::from_raw_mode(u32::from(stat.stx_mode)) {
@@ -172,7 +173,7 @@ pub(super) fn info(fd: &OwnedFd) -> Result<FileInfo, Errno> {
     })
 }
 
-pub(super) fn place(fd: &OwnedFd, path: &Path) -> Result<Place, Errno> {
+pub(crate) fn place(fd: &OwnedFd, path: &Path) -> Result<Place, Errno> {
     let named = match rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::BASIC_STATS) {
         Ok(stat) => Some((u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor), stat.stx_ino)),
         Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => None,
@@ -182,7 +183,7 @@ pub(super) fn place(fd: &OwnedFd, path: &Path) -> Result<Place, Errno> {
 }
 
 /// What sysfs tells of a block device. A partition has no number of its own; its disk's are taken.
-pub(super) fn device_identity((major, minor): (u32, u32)) -> DeviceIdentity {
+pub(crate) fn device_identity((major, minor): (u32, u32)) -> DeviceIdentity {
     let own = std::path::PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
     let read = |path: std::path::PathBuf| {
         let text = std::fs::read_to_string(path).ok()?;
@@ -219,12 +220,31 @@ fn is_local(filesystem: rustix::fs::FsWord) -> bool {
     matches!(filesystem, EXT | XFS | BTRFS | BCACHEFS | F2FS | ZFS | TMPFS)
 }
 
-pub(super) fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
+pub(crate) fn set_len(fd: &OwnedFd, len: u64) -> Result<(), Errno> {
+    Ok(rustix::fs::ftruncate(fd, len)?)
+}
+
+pub(crate) fn seek(fd: &OwnedFd, offset: u64, data: bool) -> Result<u64, Errno> {
+    let from = if data { rustix::fs::SeekFrom::Data(offset) } else { rustix::fs::SeekFrom::Hole(offset) };
+    Ok(rustix::fs::seek(fd, from)?)
+}
+
+/// Blocks, but not for long, unless a single look at the disk takes long.
+pub(crate) fn extents(fd: &OwnedFd, from: u64, to: u64, max: usize) -> Result<Vec<FileExtent>, Errno> {
+    let end = Instant::now() + Duration::from_nanos(EXTENTS_CALL_NANOS);
+    look(from, to, max, |at, data| seek(fd, at, data), || Instant::now() >= end)
+}
+
+pub(crate) fn unlink(path: &Path) -> Result<(), Errno> {
+    Ok(rustix::fs::unlink(path)?)
+}
+
+pub(crate) fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
     Ok(rustix::io::fcntl_dupfd_cloexec(fd, 0)?)
 }
 
 /// Blocks. A reflink is done whole or not at all; an offloaded copy may end early, where the file that is read ends.
-pub(super) fn copy_range(from: &OwnedFd, to: &OwnedFd, range: CopyRange, how: CopyHow) -> Result<u64, Errno> {
+pub(crate) fn copy_range(from: &OwnedFd, to: &OwnedFd, range: CopyRange, how: CopyHow) -> Result<u64, Errno> {
     match how {
         CopyHow::Reflink => {
             let clone = libc::file_clone_range {
@@ -270,14 +290,14 @@ fn flock(range: LockRange, kind: libc::c_int) -> libc::flock {
     lock
 }
 
-pub(super) fn lock(fd: BorrowedFd<'_>, range: LockRange, kind: libc::c_int) -> Result<(), Errno> {
+pub(crate) fn lock(fd: BorrowedFd<'_>, range: LockRange, kind: libc::c_int) -> Result<(), Errno> {
     let lock = flock(range, kind);
     // SAFETY: the descriptor is open, and the structure is read only.
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &lock) };
     if result < 0 { Err(Errno::from_io(&std::io::Error::last_os_error())) } else { Ok(()) }
 }
 
-pub(super) fn lock_conflict(fd: BorrowedFd<'_>, range: LockRange) -> Result<bool, Errno> {
+pub(crate) fn lock_conflict(fd: BorrowedFd<'_>, range: LockRange) -> Result<bool, Errno> {
     let mut lock = flock(range, libc::F_WRLCK);
     // SAFETY: the descriptor is open, and the kernel writes one `flock` to a valid place.
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) };
@@ -289,7 +309,7 @@ pub(super) fn lock_conflict(fd: BorrowedFd<'_>, range: LockRange) -> Result<bool
 
 /// Looks through /proc/PID/fdinfo: /proc/locks itself shows no pid for open file description locks. Processes that were
 /// killed do not count, nor does the descriptor `besides` of this one.
-pub(super) fn lock_holders(identity: (u64, u64), range: LockRange, besides: RawFd) -> Vec<(u32, String)> {
+pub(crate) fn lock_holders(identity: (u64, u64), range: LockRange, besides: RawFd) -> Vec<(u32, String)> {
     let (own, besides) = (std::process::id(), besides.to_string());
     let mut holders = Vec::new();
     let Ok(processes) = std::fs::read_dir("/proc") else { return holders };
@@ -357,7 +377,7 @@ fn attribute_name(name: &str) -> Result<CString, Errno> {
     CString::new(name).map_err(|_| Errno::EINVAL)
 }
 
-pub(super) fn get_attribute(fd: &OwnedFd, name: &str) -> Result<Option<Vec<u8>>, Errno> {
+pub(crate) fn get_attribute(fd: &OwnedFd, name: &str) -> Result<Option<Vec<u8>>, Errno> {
     let name = attribute_name(name)?;
     let mut value = vec![0u8; 4096];
     match rustix::fs::fgetxattr(fd, name, value.as_mut_slice()) {
@@ -370,7 +390,7 @@ pub(super) fn get_attribute(fd: &OwnedFd, name: &str) -> Result<Option<Vec<u8>>,
     }
 }
 
-pub(super) fn set_attribute(fd: &OwnedFd, name: &str, value: Option<&[u8]>) -> Result<(), Errno> {
+pub(crate) fn set_attribute(fd: &OwnedFd, name: &str, value: Option<&[u8]>) -> Result<(), Errno> {
     let name = attribute_name(name)?;
     let result = match value {
         Some(value) => rustix::fs::fsetxattr(fd, name, value, rustix::fs::XattrFlags::empty()),
@@ -382,12 +402,12 @@ pub(super) fn set_attribute(fd: &OwnedFd, name: &str, value: Option<&[u8]>) -> R
     }
 }
 
-pub(super) fn sync_directory(path: &Path) -> Result<(), Errno> {
+pub(crate) fn sync_directory(path: &Path) -> Result<(), Errno> {
     let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     Ok(rustix::fs::fsync(fd)?)
 }
 
-pub(super) fn lookup(path: &Path) -> Result<Option<FileKind>, Errno> {
+pub(crate) fn lookup(path: &Path) -> Result<Option<FileKind>, Errno> {
     match rustix::fs::stat(path) {
         Ok(stat) => Ok(Some(match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => FileKind::Regular,
@@ -401,7 +421,7 @@ pub(super) fn lookup(path: &Path) -> Result<Option<FileKind>, Errno> {
 }
 
 /// What every connection gets. Unix sockets refuse it: they have no such delay, and their peers do not vanish unseen.
-pub(super) fn set_stream_options(fd: &OwnedFd) {
+pub(crate) fn set_stream_options(fd: &OwnedFd) {
     use rustix::net::sockopt;
     if sockopt::set_tcp_nodelay(fd, true).is_err() {
         return;
@@ -429,7 +449,7 @@ fn unix_address(path: &Path) -> Result<rustix::net::SocketAddrUnix, Errno> {
     Ok(rustix::net::SocketAddrUnix::new(path)?)
 }
 
-pub(super) fn listen(address: &SocketAddress) -> Result<(OwnedFd, SocketAddress), Errno> {
+pub(crate) fn listen(address: &SocketAddress) -> Result<(OwnedFd, SocketAddress), Errno> {
     let (fd, address) = match address {
         SocketAddress::Unix(path) => {
             let fd = socket(AddressFamily::UNIX)?;
@@ -469,14 +489,14 @@ fn listen_unix(fd: &OwnedFd, path: &Path) -> Result<(), Errno> {
 }
 
 /// A socket, and the address that it is to be connected to.
-pub(super) fn socket_for(address: &SocketAddress) -> Result<(OwnedFd, rustix::net::SocketAddrAny), Errno> {
+pub(crate) fn socket_for(address: &SocketAddress) -> Result<(OwnedFd, rustix::net::SocketAddrAny), Errno> {
     match address {
         SocketAddress::Unix(path) => Ok((socket(AddressFamily::UNIX)?, unix_address(path)?.into())),
         SocketAddress::Tcp(tcp) => Ok((socket(family(tcp))?, (*tcp).into())),
     }
 }
 
-pub(super) fn connect(address: &SocketAddress) -> Result<OwnedFd, Errno> {
+pub(crate) fn connect(address: &SocketAddress) -> Result<OwnedFd, Errno> {
     match address {
         SocketAddress::Unix(path) => {
             let fd = socket(AddressFamily::UNIX)?;
