@@ -282,6 +282,7 @@ impl Qcow2 {
             }
         }
         for cluster in clusters {
+            self.let_others(1).await;
             self.change_refcount(cluster, -1).await?;
         }
         Ok(())
@@ -289,6 +290,7 @@ impl Qcow2 {
 
     /// The refcount of a cluster of the file.
     pub(super) async fn refcount_of(&self, cluster: u64) -> Result<u64, Fault> {
+        self.let_others(1).await;
         loop {
             let known = self.meta.borrow_mut().refcount(cluster)?;
             match known {

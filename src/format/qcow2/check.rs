@@ -134,6 +134,7 @@ impl Qcow2 {
         let step = self.g.l2_entry_bytes() as usize;
         let mut seen = BTreeSet::new();
         for (index, entry) in entries.iter().enumerate() {
+            self.let_others(1).await;
             let host = entry & OFFSET_MASK;
             if host == 0 || !host.is_multiple_of(size) || host >= self.file_len() || !seen.insert(host) {
                 continue;
@@ -142,6 +143,7 @@ impl Qcow2 {
             let mut bytes = if hole { Vec::new() } else { self.read_bytes(host, size).await? };
             let before = bytes.clone();
             for slot in bytes.chunks_exact_mut(step) {
+                self.let_others(1).await;
                 let bitmap = if step == 16 { get_be64(slot, 1) } else { 0 };
                 let raw = Raw { entry: get_be64(slot, 0), bitmap };
                 let Ok(cluster) = raw.decode(&self.g, self.data_file.is_some()) else { continue };
@@ -261,11 +263,11 @@ impl<'a> Check<'a> {
             (meta.l1.offset, meta.l1.entries.len() as u64 * 8, used)
         };
         self.refer_alone(l1_at, l1_len, "the L1 table");
-        self.look_at_l1(&l1);
+        self.look_at_l1(&l1).await;
         self.look_at_snapshots().await?;
         self.look_at_tables(&l1).await?;
         self.look_at_bitmaps().await?;
-        self.look_at_refcount_tables();
+        self.look_at_refcount_tables().await;
         if self.report.check_errors > 0 {
             // Not all is counted: nothing can be compared.
             return Ok(());
@@ -274,9 +276,10 @@ impl<'a> Check<'a> {
         self.look_at_copied(&l1).await
     }
 
-    fn look_at_l1(&mut self, l1: &[(usize, u64)]) {
+    async fn look_at_l1(&mut self, l1: &[(usize, u64)]) {
         let size = self.image.g.cluster_size();
         for (index, entry) in l1 {
+            self.image.let_others(1).await;
             let host = entry & OFFSET_MASK;
             if entry & L1_RESERVED != 0 {
                 self.corrupt(format!("L1 entry {index} has reserved bits set ({entry:#018x})"));
@@ -301,6 +304,7 @@ impl<'a> Check<'a> {
         for (_, entry) in l1 {
             let cluster = (entry & OFFSET_MASK) >> bits;
             let times = tables.take(cluster);
+            self.image.let_others(1).await;
             self.look_at_table(cluster << bits, times, true).await?;
         }
         for (cluster, times) in tables.iter() {
@@ -313,17 +317,18 @@ impl<'a> Check<'a> {
         let size = self.image.g.cluster_size();
         if times > 0 && self.report.check_errors == 0 && !self.image.is_hole(at, size).await? {
             let table = self.image.read_bytes(at, size).await?;
-            self.look_at_l2(&table, at, times, active);
+            self.look_at_l2(&table, at, times, active).await;
         }
         Ok(())
     }
 
     /// An L2 table to which `times` L1 entries lead.
-    fn look_at_l2(&mut self, table: &[u8], at: u64, times: u64, active: bool) {
+    async fn look_at_l2(&mut self, table: &[u8], at: u64, times: u64, active: bool) {
         let image = self.image;
         let g = &image.g;
         let step = g.l2_entry_bytes() as usize;
         for (index, slot) in table.chunks_exact(step).enumerate() {
+            image.let_others(1).await;
             let bitmap = if step == 16 { get_be64(slot, 1) } else { 0 };
             let raw = Raw { entry: get_be64(slot, 0), bitmap };
             if raw == Raw::UNALLOCATED {
@@ -383,7 +388,7 @@ impl<'a> Check<'a> {
             let (at, len) = (snapshot.l1_offset, u64::from(snapshot.l1_size) * 8);
             if self.refer_alone(at, len, "the L1 table of a snapshot") {
                 let l1 = self.entries(at, len).await?;
-                self.look_at_l1(&l1);
+                self.look_at_l1(&l1).await;
             }
         }
         Ok(())
@@ -423,7 +428,7 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    fn look_at_refcount_tables(&mut self) {
+    async fn look_at_refcount_tables(&mut self) {
         let size = self.image.g.cluster_size();
         let (at, entries) = {
             let meta = self.image.meta.borrow();
@@ -432,6 +437,7 @@ impl<'a> Check<'a> {
         self.has_reftable = self.refer_alone(at, entries.len() as u64 * 8, "the refcount table");
         self.rebuild |= !self.has_reftable;
         for (index, entry) in entries.iter().enumerate().filter(|(_, entry)| **entry != 0) {
+            self.image.let_others(1).await;
             let host = entry & !0x1ff;
             if entry & 0x1ff != 0 || !host.is_multiple_of(size) || host >= 1 << 56 {
                 self.corrupt(format!(
@@ -461,6 +467,7 @@ impl<'a> Check<'a> {
             let found = self.block_counts(block).await?;
             let clusters = block * per_block..((block + 1) * per_block).min(end);
             for first in clusters.clone().step_by(CHUNK as usize) {
+                image.let_others(CHUNK).await;
                 let counts = self.counts.chunk(first);
                 for (cluster, wanted) in (first..clusters.end).zip(counts) {
                     let is = found.as_ref().map_or(0, |f| {
@@ -501,6 +508,7 @@ impl<'a> Check<'a> {
     async fn refcounts_too_low(&self) -> Result<bool, Fault> {
         let per_block = self.image.g.refblock_entries();
         for block in self.counts.blocks(per_block) {
+            self.image.let_others(per_block).await;
             let found = self.block_counts(block).await?;
             for index in 0..per_block {
                 let is = found
@@ -521,6 +529,7 @@ impl<'a> Check<'a> {
         for (block, host) in self.blocks.clone() {
             let Some(mut bytes) = self.block_counts(block).await? else { continue };
             let before = bytes.clone();
+            image.let_others(per_block).await;
             for index in 0..per_block {
                 let wanted = self.counts.get(block * per_block + index);
                 if get_refcount(&bytes, order, index as usize) > wanted {
@@ -582,6 +591,7 @@ impl<'a> Check<'a> {
         for (number, block) in blocks.iter().enumerate() {
             let host = (start + table_clusters + number as u64) * size;
             let mut bytes = vec![0; size as usize];
+            image.let_others(per_block).await;
             for index in 0..per_block {
                 let count = self.counts.get(block * per_block + index);
                 if count > image.g.refcount_max() {
@@ -631,6 +641,7 @@ impl<'a> Check<'a> {
             }
             let table = image.read_bytes(host, size).await?;
             for slot in table.chunks_exact(step) {
+                image.let_others(1).await;
                 let bitmap = if step == 16 { get_be64(slot, 1) } else { 0 };
                 let raw = Raw { entry: get_be64(slot, 0), bitmap };
                 let Ok(cluster) = raw.decode(&image.g, image.data_file.is_some()) else { continue };

@@ -162,7 +162,7 @@ pub struct Qcow2 {
     pub(super) permissions: Cell<crate::block::Permissions>,
     pub(super) packing: Packing,
     /// Changes of mappings, counted round and round.
-    pub(super) changes: Cell<u32>,
+    pub(super) changes: Cell<u64>,
     /// Where the slice begins that comes after the one that was loaded last.
     pub(super) load_next: Cell<u64>,
     pub(super) counters: Counters,

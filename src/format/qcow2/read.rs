@@ -127,6 +127,7 @@ impl Qcow2 {
     pub(super) async fn reads_as_zero(&self, from: u64, to: u64) -> Result<bool, Fault> {
         let mut at = from;
         while at < to {
+            self.let_others(1).await;
             let extent = self.status(at, to - at).await?;
             if !extent.zero {
                 return Ok(false);

@@ -268,6 +268,7 @@ impl Qcow2 {
             }
             let table = self.read_bytes(host, size).await?;
             for slot in table.chunks_exact(step) {
+                self.let_others(1).await;
                 let bitmap = if step == 16 { get_be64(slot, 1) } else { 0 };
                 let raw = Raw { entry: get_be64(slot, 0), bitmap };
                 let cluster = self.decode(Some(raw), 0)?;
@@ -315,11 +316,10 @@ impl Qcow2 {
 
     /// Drops all of these once nothing durable refers to them, and waits until that is done.
     async fn drop_references(&self, counts: &Counts) -> Result<(), Fault> {
-        {
+        for (cluster, count) in counts.iter() {
+            self.let_others(count).await;
             let mut meta = self.meta.borrow_mut();
-            for (cluster, count) in counts.iter() {
-                (0..count).for_each(|_| meta.free(Freed { first: cluster, count: 1, discard: false }));
-            }
+            (0..count).for_each(|_| meta.free(Freed { first: cluster, count: 1, discard: false }));
         }
         self.write_back().await?;
         while !self.meta.borrow().releasing.is_empty() {
@@ -404,6 +404,7 @@ impl Qcow2 {
                 self.g.l2_entries()
             };
             for number in 0..entries {
+                self.let_others(1).await;
                 let at = start + (number << self.g.cluster_bits);
                 let Some(raw) = self.load_entry(at).await? else { break };
                 if raw.entry & COPIED != 0 {

@@ -17,8 +17,8 @@ use crate::base::planted::{Bug, is_planted};
 /// So many freed runs wait at most before they are worth a write-back.
 const FREED_MAX: usize = 1024;
 
-/// After so many changes others have their turn.
-const CHANGES_A_TURN: u32 = 256;
+/// After so many changes, or looks at entries of tables, others have their turn.
+const CHANGES_A_TURN: u64 = 256;
 
 /// Pages of mappings, as they were at one instant.
 struct Mappings {
@@ -38,16 +38,23 @@ impl Qcow2 {
     /// Writes tables back when there is so much to write that it must not become more. Called after every
     /// change, it also lets others have their turn now and then: a change of a terabyte may need no I/O.
     pub(super) async fn write_back_if_crowded(&self) -> Result<(), Fault> {
-        let changes = self.changes.get().wrapping_add(1);
-        self.changes.set(changes);
-        if changes.is_multiple_of(CHANGES_A_TURN) {
-            self.ring.yield_now().await;
-        }
+        self.let_others(1).await;
         let crowded = {
             let meta = self.meta.borrow();
             meta.l2.is_crowded() || meta.refs.is_crowded() || meta.freed.len() > FREED_MAX
         };
         if crowded { self.write_back().await } else { Ok(()) }
+    }
+
+    /// So many entries of tables have been changed or looked at, and none of that needed the disk: now and then others
+    /// have their turn. Nothing may be borrowed, and what was read before may have changed.
+    pub(super) async fn let_others(&self, steps: u64) {
+        let before = self.changes.get();
+        let now = before.wrapping_add(steps);
+        self.changes.set(now);
+        if now / CHANGES_A_TURN != before / CHANGES_A_TURN {
+            self.ring.yield_now().await;
+        }
     }
 
     /// The steps above, for all who ask meanwhile.
