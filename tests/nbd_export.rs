@@ -1,5 +1,7 @@
 //! The NBD export under real clients: libnbd's tools, QEMU's, fio, and clients that misbehave.
 
+#[path = "nbd_export/crowd.rs"]
+mod crowd;
 #[path = "nbd_export/disk.rs"]
 mod disk;
 #[path = "nbd_export/lab.rs"]

@@ -1,6 +1,8 @@
 //! The NBD export in the simulated world: streams that are cut anywhere, short sends, resets, and memory too small for
 //! all that is asked at once. The clients are this project's own.
 
+#[path = "nbd_export_sim/flood.rs"]
+mod flood;
 #[path = "nbd_export_sim/hostile.rs"]
 mod hostile;
 #[path = "nbd_export/script.rs"]

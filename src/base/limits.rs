@@ -91,6 +91,13 @@ pub const BURST_BYTES_MAX: u64 = 64 * MIB;
 /// Jobs under one shared rate limit.
 pub const BUCKET_GROUP_MEMBERS_MAX: usize = 256;
 
+/// Extents of a local file that one look at its filesystem finds, and that are remembered of it.
+pub const ALLOCATION_LOOK: usize = 1024;
+/// The same for a look that does not go on where the latest one ended.
+pub const ALLOCATION_LOOK_FIRST: usize = 8;
+/// Changes that may end while a filesystem is looked at; with more its answer is not remembered.
+pub const ALLOCATION_CHANGES: usize = 256;
+
 // ---- NBD ----
 
 /// Largest payload of one NBD read or write, in bytes. The specification's default; larger ones end the connection.
@@ -111,10 +118,13 @@ pub const NBD_META_CONTEXTS_MAX: usize = 16;
 pub const NBD_EXTENTS_PER_REPLY: usize = 2040;
 /// Questions that one NBD block status request asks of the disk before it is answered with what is known by then.
 pub const NBD_STATUS_QUESTIONS_PER_REQUEST: usize = 4096;
+/// Block status requests of one NBD client that are worked on at the same time. Further ones stay unread in its socket:
+/// each may walk over thousands of extents.
+pub const NBD_WALKS_PER_CLIENT: usize = 2;
 /// Exports of one NBD server.
 pub const NBD_EXPORTS_PER_SERVER: usize = 1024;
 /// Clients connected to one NBD server, those in the handshake included. Further ones wait to be accepted.
-pub const NBD_CLIENTS_PER_SERVER: usize = 128;
+pub const NBD_CLIENTS_PER_SERVER: usize = 256;
 /// The same, as many as a user may allow: silent ones hold 8 KiB of memory each, a third of it together.
 pub const NBD_CLIENTS_PER_SERVER_MAX: usize = 1024;
 /// Requests in flight of one NBD client, until their replies are sent. Further ones stay unread in its socket.

@@ -58,6 +58,8 @@ pub enum Bug {
     FlushCoversLater,
     /// Remote disks: a durable write is forgotten while older ones are kept that will be written over it.
     DurableNotKept,
+    /// NBD export: a walk over a disk's allocation keeps its turn to the end, and goes on when nobody listens any more.
+    StatusWalkKeepsTurn,
 }
 
 impl Bug {

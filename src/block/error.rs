@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use blockferry_ring::Errno;
+use blockferry_ring::{Errno, File, LockRange};
 
 use crate::base::secret::without_secrets;
 
@@ -72,6 +72,19 @@ pub struct BlockError {
     /// A lock stands in the way that no process is seen to hold: whoever had it was killed, perhaps, and the kernel is
     /// about to end what it had in flight.
     pub is_orphaned: bool,
+    /// A lock stands in the way, and who holds it has yet to be asked.
+    pub conflict: Option<Box<LockConflict>>,
+}
+
+/// A lock that somebody else holds.
+#[derive(Clone, Debug)]
+pub struct LockConflict {
+    /// On this file.
+    pub file: File,
+    /// There.
+    pub range: LockRange,
+    /// What it denies, in words.
+    pub what: String,
 }
 
 impl std::fmt::Display for BlockError {
@@ -91,7 +104,15 @@ impl std::fmt::Display for BlockError {
 impl BlockError {
     /// An error of a whole image.
     pub fn new(operation: Operation, name: impl Into<Rc<str>>, errno: Errno) -> BlockError {
-        BlockError { operation, name: name.into(), place: None, errno, hint: None, is_orphaned: false }
+        BlockError {
+            operation,
+            name: name.into(),
+            place: None,
+            errno,
+            hint: None,
+            is_orphaned: false,
+            conflict: None,
+        }
     }
 
     /// An error at a place.

@@ -301,6 +301,18 @@ pub trait Driver: std::fmt::Debug {
     /// What is known from `offset` on, for at most `len` bytes (above 0).
     fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>>;
 
+    /// The same for many extents, at most `extents_max`, that follow each other from `offset` on; they are added to
+    /// `out`, at least one. `None`: there is no cheaper way than one question for each.
+    fn extents<'a>(
+        &'a self,
+        _offset: u64,
+        _len: u64,
+        _extents_max: usize,
+        _out: &'a mut Vec<Extent>,
+    ) -> Option<IoFuture<'a, IoResult>> {
+        None
+    }
+
     /// Copies bytes of a file to `offset` of this disk by the means of the kernel or the filesystem; nothing passes
     /// through this program. Where the bytes of a range of another disk lie is told by its [`Driver::resolve`]; nobody
     /// may write them meanwhile. `None`: this driver has no such means. An error of [`cannot_copy_range`] says that it

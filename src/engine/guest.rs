@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-use blockferry_ring::{Buf, Ring};
+use blockferry_ring::{Buf, Ring, Serving};
 
 use crate::block::{BlockError, WriteFlags, ZeroFlags};
 use crate::graph::heard::Heard;
@@ -31,11 +31,13 @@ pub struct Guest {
     root: Root,
     heard: Rc<Heard>,
     done: Rc<RefCell<VecDeque<Completion>>>,
+    _serving: Rc<Serving>,
 }
 
 impl Guest {
     pub(super) fn new(ring: &Ring, root: Root) -> Guest {
-        Guest { ring: ring.clone(), heard: Rc::new(Heard::new(&root)), root, done: Rc::default() }
+        let heard = Rc::new(Heard::new(&root));
+        Guest { ring: ring.clone(), heard, root, done: Rc::default(), _serving: Rc::new(ring.serve()) }
     }
 
     /// What can be relied on for the guest's whole life.

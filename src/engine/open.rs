@@ -150,7 +150,10 @@ pub(super) async fn open_child(
 ) -> Result<(Rc<dyn Driver>, Option<Format>), BlockError> {
     match is_remote(name) {
         true => super::remote::open(ring, name, options).await,
-        false => Ok((open_protocol(ring, name, options)?, None)),
+        false => match local_path(name) {
+            Some(path) => Ok((open_path_aside(ring, &path, options).await?, None)),
+            None => Ok((open_protocol(ring, name, options)?, None)),
+        },
     }
 }
 
@@ -273,7 +276,7 @@ impl Files {
                 let (child, format) = super::remote::open(&self.ring, &name, &options).await?;
                 (child, format.map(|format| format.to_string()))
             }
-            Named::File(file) => (open_path(&self.ring, &file.path, &options)?, file.format),
+            Named::File(file) => (open_path_aside(&self.ring, &file.path, &options).await?, file.format),
         };
         if child.identity().is_some() && self.above.contains(&child.identity()) {
             return Err(refuse(format!("The chain of images leads back to '{shown}'.")));
@@ -357,8 +360,20 @@ fn open_protocol(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<d
     }
 }
 
+fn leaf_options(options: &ImageOptions) -> OpenOptions {
+    OpenOptions { read_only: options.read_only, cache: options.cache, lock: options.lock }
+}
+
 fn open_path(ring: &Ring, path: &Path, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
-    let open = OpenOptions { read_only: options.read_only, cache: options.cache, lock: options.lock };
     // The path becomes the image's name, and names in it are relative to what that says.
-    crate::protocol::open::open(ring, Path::new(&name_of(path)), &open)
+    crate::protocol::open::open(ring, Path::new(&name_of(path)), &leaf_options(options))
+}
+
+/// The same, without keeping whoever is served waiting.
+async fn open_path_aside(
+    ring: &Ring,
+    path: &Path,
+    options: &ImageOptions,
+) -> Result<Rc<dyn Driver>, BlockError> {
+    crate::protocol::open::open_aside(ring, Path::new(&name_of(path)), &leaf_options(options)).await
 }

@@ -113,6 +113,16 @@ impl Driver for RawDriver {
         self.child.block_status(self.offset + offset, len)
     }
 
+    fn extents<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        extents_max: usize,
+        out: &'a mut Vec<Extent>,
+    ) -> Option<IoFuture<'a, IoResult>> {
+        self.child.extents(self.offset + offset, len, extents_max, out)
+    }
+
     fn copy_range(&self, from: CopyFrom, offset: u64) -> Option<IoFuture<'_, IoResult>> {
         if let Some(error) = self.beyond(Operation::Write, offset, from.len) {
             return Some(self.ring.boxed(async { Err(error) }));

@@ -855,6 +855,24 @@ impl Root {
         inside.node.driver.flush().await
     }
 
+    /// What is known of the range from `offset` on: extents that follow each other, at most `extents_max`, added to `out`.
+    pub async fn extents(
+        &self,
+        offset: u64,
+        len: u64,
+        extents_max: usize,
+        out: &mut Vec<Extent>,
+    ) -> IoResult {
+        self.check(Operation::BlockStatus, offset, len)?;
+        let inside = self.enter().await;
+        let driver = &inside.node.driver;
+        if let Some(found) = driver.extents(offset, len, extents_max, out) {
+            return found.await;
+        }
+        out.push(driver.block_status(offset, len).await?);
+        Ok(())
+    }
+
     /// What is known of the range from `offset` on.
     pub async fn block_status(&self, offset: u64, len: u64) -> Result<Extent, BlockError> {
         self.check(Operation::BlockStatus, offset, len)?;

@@ -83,6 +83,16 @@ impl Driver for DelayDriver {
         self.child.block_status(offset, len)
     }
 
+    fn extents<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        extents_max: usize,
+        out: &'a mut Vec<Extent>,
+    ) -> Option<IoFuture<'a, IoResult>> {
+        self.child.extents(offset, len, extents_max, out)
+    }
+
     fn children(&self) -> Vec<Rc<dyn Driver>> {
         vec![self.child.clone()]
     }

@@ -1,17 +1,16 @@
 //! A regular file on this machine.
 //!
 //! # Holes
-//! What the filesystem keeps as a hole reads as zeroes; SEEK_DATA and SEEK_HOLE tell. The latest extent
-//! is remembered, so that a scan costs one pair of calls an extent. A remembered hole is forgotten when a
-//! change that touches it ends, before the change is acknowledged: whoever asks after that sees data. A
-//! hole is remembered only while nobody else may write the file, because others' writes are not seen here. What a
-//! filesystem on another machine, or in a program, calls a hole is no more than a claim.
+//! What the filesystem keeps as a hole reads as zeroes; SEEK_DATA and SEEK_HOLE tell. One look tells of many
+//! extents, which are remembered ([`super::allocation`]). A hole is remembered only while nobody else may write the
+//! file, because others' writes are not seen here; whoever asks for many extents at once still gets them from one look.
+//! What a filesystem on another machine, or in a program, calls a hole is no more than a claim.
 
 use std::cell::Cell;
 use std::path::Path;
 
 use blockferry_ring::backend::OpenHow;
-use blockferry_ring::{Buf, Errno, File, FileKind, Ring, SharedBuf};
+use blockferry_ring::{Aside, Buf, Errno, File, FileKind, Ring, SharedBuf};
 
 use super::leaf::Leaf;
 use super::lock::{self, Locks};
@@ -20,7 +19,7 @@ use super::place;
 use crate::base::range::ByteRange;
 use crate::block::{
     BlockError, Capabilities, CopyFrom, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission,
-    Permissions, Resolved, Word, WriteFlags, ZeroFlags,
+    Permissions, Resolved, WriteFlags, ZeroFlags,
 };
 
 /// A regular file.
@@ -47,11 +46,20 @@ pub struct CreateOptions {
 impl FileDriver {
     /// Opens an existing file.
     pub fn open(ring: &Ring, path: &Path, options: &OpenOptions) -> Result<FileDriver, BlockError> {
-        if open::kind(ring, path)? != FileKind::Regular {
+        open::in_place(path, FileDriver::open_by(ring, &ring.in_place(), path, options))
+    }
+
+    pub(super) async fn open_by(
+        ring: &Ring,
+        aside: &Aside,
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<FileDriver, BlockError> {
+        if open::kind(aside, path).await? != FileKind::Regular {
             return Err(open::fail(Operation::Open, path, Errno::EINVAL)
                 .hint("It is a block device: open it with the driver 'host_device'."));
         }
-        let leaf = open::open_leaf(ring, path, options, FileKind::Regular)?;
+        let leaf = open::open_leaf(ring, aside, path, options, FileKind::Regular).await?;
         let locks = options.lock.then(|| Locks::new(ring, &leaf.file(), leaf.name().clone()));
         Ok(FileDriver { leaf, locks, alone: Cell::new(false) })
     }
@@ -65,11 +73,12 @@ impl FileDriver {
     ) -> Result<(), BlockError> {
         let fail = |errno| open::fail(Operation::Create, path, errno);
         let how = OpenHow { write: true, create_new: true, mode: options.mode, ..OpenHow::default() };
-        let (file, is_new) = match ring.open(path, &how) {
+        let aside = ring.aside();
+        let (file, is_new) = match aside.open(path, &how).await {
             Ok(file) => (file, true),
             Err(Errno::EEXIST) if options.overwrite => {
                 let how = OpenHow { write: true, ..OpenHow::default() };
-                let file = ring.open(path, &how).map_err(fail)?;
+                let file = aside.open(path, &how).await.map_err(fail)?;
                 if !options.no_lock {
                     // What somebody uses is not emptied under them. The lock ends with the file.
                     let locks = Locks::new(ring, &file, path.display().to_string().into());
@@ -86,69 +95,23 @@ impl FileDriver {
         let result = Self::fill(ring, path, &file, len, is_new).await;
         if result.is_err() && is_new {
             // Half a file is worse than none. That it cannot be removed changes nothing about the error.
-            let _ = ring.unlink(path);
+            let _ = aside.unlink(path).await;
         }
         result.map_err(fail)
     }
 
     async fn fill(ring: &Ring, path: &Path, file: &File, len: u64, is_new: bool) -> Result<(), Errno> {
-        if ring.info(file)?.kind != FileKind::Regular {
+        let aside = ring.aside();
+        if aside.info(file).await?.kind != FileKind::Regular {
             return Err(Errno::EINVAL);
         }
         if !is_new {
-            ring.set_len(file, 0)?;
+            aside.set_len(file, 0).await?;
         }
-        ring.set_len(file, len)?;
+        aside.set_len(file, len).await?;
         ring.sync(file, false).await?;
         let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        ring.sync_directory(parent)
-    }
-
-    /// Looks at the allocation from `offset` on: the extent, with its true borders.
-    fn look(&self, offset: u64) -> Result<(ByteRange, Extent), Errno> {
-        let (ring, file, end) = (self.leaf.ring(), self.leaf.file(), self.leaf.len());
-        let data = match ring.seek(&file, offset, true) {
-            Ok(data) => data.min(end),
-            // Nothing but a hole up to the end.
-            Err(Errno::ENXIO) => end,
-            Err(errno) => return Err(errno),
-        };
-        if data > offset {
-            let range = ByteRange::at_saturating(offset, data - offset);
-            let word = if self.leaf.info().is_local { Word::Filesystem } else { Word::Claim };
-            return Ok((range, Extent::hole(range.len()).on(word)));
-        }
-        let hole = ring.seek(&file, offset, false)?.min(end);
-        if data < offset || hole <= offset {
-            // It changed between the two calls, or the filesystem makes no sense.
-            return Err(Errno::EAGAIN);
-        }
-        let range = ByteRange::at_saturating(offset, hole - offset);
-        Ok((range, Extent::data(range.len())))
-    }
-
-    fn status(&self, offset: u64, len: u64) -> Extent {
-        if !self.leaf.capabilities().status {
-            return Extent::data(len);
-        }
-        let found = match self.leaf.known(offset) {
-            Some(known) => known,
-            None => match self.look(offset) {
-                Ok((range, extent)) => {
-                    let keep = !extent.zero || self.alone.get();
-                    self.leaf.set_known(keep.then_some((range, extent)));
-                    (range, extent)
-                }
-                Err(errno) => {
-                    if errno.is_unsupported() || errno == Errno::EINVAL {
-                        self.leaf.lose("telling holes from data", |c| c.status = false);
-                    }
-                    return Extent::data(len);
-                }
-            },
-        };
-        let (range, extent) = found;
-        Extent { len: (range.end() - offset).min(len), ..extent }
+        aside.sync_directory(parent).await
     }
 }
 
@@ -198,7 +161,27 @@ impl Driver for FileDriver {
     }
 
     fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
-        self.leaf.ring().boxed(async move { Ok(self.status(offset, len)) })
+        self.leaf.ring().boxed(async move {
+            let mut found = Vec::with_capacity(1);
+            self.leaf
+                .extents(ByteRange::at_saturating(offset, len), 1, || self.alone.get(), &mut found)
+                .await;
+            Ok(found.first().copied().unwrap_or(Extent::data(len)))
+        })
+    }
+
+    fn extents<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        extents_max: usize,
+        out: &'a mut Vec<Extent>,
+    ) -> Option<IoFuture<'a, IoResult>> {
+        Some(self.leaf.ring().boxed(async move {
+            let range = ByteRange::at_saturating(offset, len);
+            self.leaf.extents(range, extents_max, || self.alone.get(), out).await;
+            Ok(())
+        }))
     }
 
     fn copy_range(&self, from: CopyFrom, offset: u64) -> Option<IoFuture<'_, IoResult>> {
@@ -215,16 +198,17 @@ impl Driver for FileDriver {
             self.alone.set(!permissions.shares(Permission::Write));
         }
         // A hole that is known from a time when others could write is no longer believed.
-        self.leaf.set_known(None);
+        self.leaf.forget_all();
         Ok(())
     }
 
     fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
         Some(self.leaf.ring().boxed(async move {
-            self.leaf.reopen(read_only, |file| match &self.locks {
+            let moved = |file: &File| match &self.locks {
                 Some(locks) => locks.move_to(file),
                 None => Ok(()),
-            })
+            };
+            self.leaf.reopen(read_only, moved).await
         }))
     }
 

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use blockferry_ring::{Buf, Errno, File, FileKind, Ring, SharedBuf};
+use blockferry_ring::{Aside, Buf, Errno, File, FileKind, Ring, SharedBuf};
 
 use super::leaf::Leaf;
 use super::lock::Locks;
@@ -31,11 +31,20 @@ pub struct HostDevice {
 impl HostDevice {
     /// Opens a block device; for writing only when nobody has it mounted or otherwise in use.
     pub fn open(ring: &Ring, path: &Path, options: &OpenOptions) -> Result<HostDevice, BlockError> {
-        if open::kind(ring, path)? != FileKind::Block {
+        open::in_place(path, HostDevice::open_by(ring, &ring.in_place(), path, options))
+    }
+
+    pub(super) async fn open_by(
+        ring: &Ring,
+        aside: &Aside,
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<HostDevice, BlockError> {
+        if open::kind(aside, path).await? != FileKind::Block {
             return Err(open::fail(Operation::Open, path, Errno::EINVAL)
                 .hint("It is no block device: open it with the driver 'file'."));
         }
-        let leaf = open::open_leaf(ring, path, options, FileKind::Block)?;
+        let leaf = open::open_leaf(ring, aside, path, options, FileKind::Block).await?;
         let locks = options.lock.then(|| Locks::new(ring, &leaf.file(), leaf.name().clone()));
         Ok(HostDevice { leaf, locks })
     }
@@ -103,10 +112,11 @@ impl Driver for HostDevice {
 
     fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
         Some(self.leaf.ring().boxed(async move {
-            self.leaf.reopen(read_only, |file| match &self.locks {
+            let moved = |file: &File| match &self.locks {
                 Some(locks) => locks.move_to(file),
                 None => Ok(()),
-            })
+            };
+            self.leaf.reopen(read_only, moved).await
         }))
     }
 

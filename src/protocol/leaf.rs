@@ -33,17 +33,19 @@ use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::backend::OpenHow;
 use blockferry_ring::op::Fallocate;
 use blockferry_ring::sync::{Notify, join};
-use blockferry_ring::{Buf, CopyRange, Errno, File, FileInfo, FileKind, Ring, SharedBuf};
+use blockferry_ring::{Aside, Buf, CopyRange, Errno, File, FileExtent, FileInfo, FileKind, Ring, SharedBuf};
 
 use super::align::{Change, Changes};
+use super::allocation::Allocation;
 use super::bounce::{Bounce, RESERVE_BYTES, zero_from};
 use super::length::Length;
 use super::open;
+use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Capabilities, CopyFrom, Extent, IoFuture, IoResult, Limits, Operation, Resolved, WriteFlags,
-    ZeroFlags,
+    BlockError, Capabilities, CopyFrom, Extent, IoFuture, IoResult, Limits, Operation, Resolved, Word,
+    WriteFlags, ZeroFlags,
 };
 
 /// Pages are this large or smaller on every machine: the tail of a file starts at a multiple of it.
@@ -81,8 +83,11 @@ pub(super) struct Leaf {
     tellers: RefCell<Vec<u64>>,
     teller_next: Cell<u64>,
     teller_ended: Notify,
-    /// The extent of the latest look at the file's allocation.
-    known: Cell<Option<(ByteRange, Extent)>>,
+    /// What is known of holes and data.
+    allocation: RefCell<Allocation>,
+    /// Somebody looks; told when that ends.
+    looking: Cell<bool>,
+    looked: Notify,
 }
 
 /// One side of the border to the tail.
@@ -90,6 +95,16 @@ struct Side {
     file: File,
     align: u64,
     mem_align: usize,
+}
+
+/// Nobody else does the same while this lives.
+struct Held<'a>(&'a Cell<bool>, &'a Notify);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.set(false);
+        self.1.notify();
+    }
 }
 
 /// What is to be written.
@@ -117,8 +132,9 @@ fn is_refusal(errno: Errno) -> bool {
 
 impl Leaf {
     /// Wraps an open file. Its block must not be larger than [`ALIGN_MAX`].
-    pub(super) fn new(
+    pub(super) async fn new(
         ring: &Ring,
+        aside: &Aside,
         path: PathBuf,
         file: File,
         info: FileInfo,
@@ -145,9 +161,12 @@ impl Leaf {
             tellers: RefCell::default(),
             teller_next: Cell::new(0),
             teller_ended: ring.notify(),
-            known: Cell::new(None),
+            allocation: RefCell::default(),
+            looking: Cell::new(false),
+            looked: ring.notify(),
         };
-        leaf.open_tail(info.len)
+        leaf.open_tail(aside, info.len)
+            .await
             .map_err(|errno| BlockError::new(Operation::Open, leaf.name.clone(), errno))?;
         Ok(leaf)
     }
@@ -185,7 +204,7 @@ impl Leaf {
     ///
     /// # Errors
     /// What opening says; `ESTALE` if the path leads to another file by now. Nothing has changed then.
-    pub(super) fn reopen(
+    pub(super) async fn reopen(
         &self,
         read_only: bool,
         ready: impl FnOnce(&File) -> Result<(), BlockError>,
@@ -197,15 +216,17 @@ impl Leaf {
         let old = self.how.borrow().clone();
         let how = OpenHow { write: !read_only, exclusive_device: is_device && !read_only, ..old };
         let fail = |errno| open::fail(Operation::Open, &self.path, errno);
-        let file = self.ring.open(&self.path, &how).map_err(fail)?;
-        let info = self.ring.info(&file).map_err(fail)?;
+        let aside = self.ring.aside();
+        let file = aside.open(&self.path, &how).await.map_err(fail)?;
+        let info = aside.info(&file).await.map_err(fail)?;
         if info.identity != self.info.identity {
             return Err(fail(Errno::ESTALE).hint(
                 "Another file has taken the place of the one that is open. Move it back, or open the image anew.",
             ));
         }
-        let tail = match self.tail.borrow().is_some() || !info.len.is_multiple_of(self.align()) {
-            true => Some(self.tail_handle(!read_only).map_err(fail)?),
+        let has_tail = self.tail.borrow().is_some();
+        let tail = match has_tail || !info.len.is_multiple_of(self.align()) {
+            true => Some(self.tail_handle(&aside, !read_only).await.map_err(fail)?),
             false => None,
         };
         ready(&file)?;
@@ -214,7 +235,7 @@ impl Leaf {
         self.tail.replace(tail);
         self.capabilities.set(capabilities(&how, &self.info));
         self.how.replace(how);
-        self.known.set(None);
+        self.forget_all();
         Ok(())
     }
 
@@ -251,20 +272,67 @@ impl Leaf {
         BlockError::at(operation, self.name.clone(), range.start(), range.len(), errno)
     }
 
-    /// The extent known from the latest look, where it covers `offset`.
-    pub(super) fn known(&self, offset: u64) -> Option<(ByteRange, Extent)> {
-        self.known.get().filter(|(range, _)| range.contains(offset))
+    /// Holes and data of the file from `range`'s start on, at least one extent and at most `extents_max`, to `out`.
+    /// `is_alone`: nobody else writes the file, so that holes may be remembered.
+    pub(super) async fn extents(
+        &self,
+        range: ByteRange,
+        extents_max: usize,
+        is_alone: impl Fn() -> bool,
+        out: &mut Vec<Extent>,
+    ) {
+        let word = if self.info.is_local { Word::Filesystem } else { Word::Claim };
+        let mut tell = |found: &mut dyn Iterator<Item = FileExtent>| {
+            let extent = |e: FileExtent| match e.is_hole {
+                true => Extent::hole(e.end - e.start).on(word),
+                false => Extent::data(e.end - e.start),
+            };
+            let before = out.len();
+            out.extend(found.take(extents_max.max(1)).map(extent));
+            out.len() > before
+        };
+        if !self.capabilities.get().status {
+            out.push(Extent::data(range.len()));
+            return;
+        }
+        if tell(&mut self.allocation.borrow().from(range.start(), range.end())) {
+            return;
+        }
+        // One look at a file at a time: whoever comes meanwhile mostly finds the answer, and however many ask, others
+        // have the rest of the pool.
+        self.looked.until(|| (!self.looking.replace(true)).then_some(())).await;
+        let _looking = Held(&self.looking, &self.looked);
+        if tell(&mut self.allocation.borrow().from(range.start(), range.end())) {
+            return;
+        }
+        // Who asks for one extent after the other is answered from one look, who asks here and there does not pay for it.
+        let goes_on = self.allocation.borrow().ends_at(range.start());
+        let end = if is_alone() { self.len() } else { range.end().min(self.len()) };
+        let count =
+            if goes_on { limits::ALLOCATION_LOOK } else { limits::ALLOCATION_LOOK_FIRST.max(extents_max) };
+        self.allocation.borrow_mut().begin();
+        let found = self.ring.aside().extents(&self.file(), range.start(), end, count).await;
+        self.allocation.borrow_mut().end(found.as_deref().unwrap_or_default(), is_alone());
+        if let Err(errno) = found
+            && is_refusal(errno)
+        {
+            self.lose("telling holes from data", |c| c.status = false);
+        }
+        let inside = |e: &FileExtent| e.start < range.end();
+        let cut = |e: FileExtent| FileExtent { end: e.end.min(range.end()), ..e };
+        if !tell(&mut found.unwrap_or_default().into_iter().take_while(inside).map(cut)) {
+            out.push(Extent::data(range.len()));
+        }
     }
 
-    pub(super) fn set_known(&self, known: Option<(ByteRange, Extent)>) {
-        self.known.set(known);
+    /// What is known of holes and data may no longer be believed.
+    pub(super) fn forget_all(&self) {
+        self.allocation.borrow_mut().clear();
     }
 
     /// After a change, well or badly ended, and before it is acknowledged: what was known there is not any more.
     fn forget(&self, range: ByteRange) {
-        if self.known.get().is_some_and(|(known, _)| known.overlaps(range)) {
-            self.known.set(None);
-        }
+        self.allocation.borrow_mut().changed(range);
     }
 
     fn is_device(&self) -> bool {
@@ -283,18 +351,18 @@ impl Leaf {
         if len.is_multiple_of(self.align()) { u64::MAX } else { len - len % TAIL_BYTES }
     }
 
-    fn open_tail(&self, len: u64) -> Result<(), Errno> {
+    async fn open_tail(&self, aside: &Aside, len: u64) -> Result<(), Errno> {
         if len.is_multiple_of(self.align()) || self.tail.borrow().is_some() {
             return Ok(());
         }
-        let tail = self.tail_handle(!self.is_read_only())?;
+        let tail = self.tail_handle(aside, !self.is_read_only()).await?;
         self.tail.replace(Some(tail));
         Ok(())
     }
 
-    fn tail_handle(&self, write: bool) -> Result<File, Errno> {
-        let tail = self.ring.open(&self.path, &OpenHow { write, ..OpenHow::default() })?;
-        if self.ring.info(&tail)?.identity != self.info.identity {
+    async fn tail_handle(&self, aside: &Aside, write: bool) -> Result<File, Errno> {
+        let tail = aside.open(&self.path, &OpenHow { write, ..OpenHow::default() }).await?;
+        if aside.info(&tail).await?.identity != self.info.identity {
             // Somebody has put another file in its place.
             return Err(Errno::ENOENT);
         }
@@ -751,10 +819,11 @@ impl Leaf {
             changing.set(self.ring.info(&self.file()).map_err(fail)?.len);
             return Err(fail(Errno::EOPNOTSUPP).hint("A block device has the length that it has."));
         }
-        self.open_tail(len).map_err(fail)?;
-        self.ring.set_len(&self.file(), len).map_err(fail)?;
+        let aside = self.ring.aside();
+        self.open_tail(&aside, len).await.map_err(fail)?;
+        aside.set_len(&self.file(), len).await.map_err(fail)?;
         changing.set(len);
-        self.known.set(None);
+        self.forget_all();
         Ok(())
     }
 
@@ -772,12 +841,13 @@ impl Leaf {
         }
         let fail = |errno| self.error(operation, range, errno);
         // What others have made longer is not cut off.
-        let found = self.ring.info(&self.file()).map_err(fail)?.len;
+        let aside = self.ring.aside();
+        let found = aside.info(&self.file()).await.map_err(fail)?.len;
         if range.end() <= found {
             tracing::info!(image = %self.name, known, found, "it has been made longer");
-            self.open_tail(found).map_err(fail)?;
+            self.open_tail(&aside, found).await.map_err(fail)?;
             changing.set(found);
-            self.known.set(None);
+            self.forget_all();
             return Ok(());
         }
         if self.is_device() {
@@ -787,9 +857,9 @@ impl Leaf {
         else {
             return Err(fail(Errno::EFBIG));
         };
-        self.ring.set_len(&self.file(), len).map_err(fail)?;
+        aside.set_len(&self.file(), len).await.map_err(fail)?;
         changing.set(len);
-        self.known.set(None);
+        self.forget_all();
         Ok(())
     }
 }

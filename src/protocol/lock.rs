@@ -22,6 +22,7 @@ use std::rc::Rc;
 use blockferry_ring::{Errno, File, LockRange, Ring};
 
 use crate::base::limits;
+use crate::block::error::LockConflict;
 use crate::block::{BlockError, IoResult, Operation, Permission, Permissions};
 
 const USED: u64 = 100;
@@ -43,14 +44,41 @@ pub async fn in_time<T>(
 ) -> Result<T, BlockError> {
     let latest = ring.now().saturating_add(limits::ORPHANED_LOCK_NANOS_MAX);
     loop {
-        match attempt() {
-            Err(error) if error.is_orphaned && ring.now() < latest => {
-                tracing::debug!(%error, "waiting for a lock that nobody seems to hold");
-                ring.sleep(limits::ORPHANED_LOCK_PAUSE_NANOS).await;
-            }
-            result => return result,
+        let mut error = match attempt() {
+            Err(error) => error,
+            Ok(done) => return Ok(done),
+        };
+        if let Some(conflict) = error.conflict.take() {
+            let holders = ring.aside().lock_holders(&conflict.file, conflict.range).await;
+            error = refusal(error.name, &conflict.what, &holders);
         }
+        if !error.is_orphaned || ring.now() >= latest {
+            return Err(error);
+        }
+        tracing::debug!(%error, "waiting for a lock that nobody seems to hold");
+        ring.sleep(limits::ORPHANED_LOCK_PAUSE_NANOS).await;
     }
+}
+
+/// What a lock refuses, and by whom it is held.
+fn refusal(name: Rc<str>, what: &str, holders: &[(u32, String)]) -> BlockError {
+    let is_orphaned = holders.is_empty();
+    let who = if is_orphaned {
+        "a program that cannot be named (another user's, one in a container or on another machine, or one that \
+         was killed and whose writes the kernel has not ended yet)"
+            .to_owned()
+    } else {
+        let name = |(pid, name): &(u32, String)| match *pid == std::process::id() {
+            true => "this program itself".to_owned(),
+            false => format!("{name} (pid {pid})"),
+        };
+        holders.iter().map(name).collect::<Vec<_>>().join(", ")
+    };
+    let error = BlockError::new(Operation::Lock, name, Errno::EBUSY).hint(format!(
+        "The image is in use: {what} by {who}. Stop using it there first. If you know that no harm can \
+         come of it, go on without locks (--no-lock)."
+    ));
+    BlockError { is_orphaned, ..error }
 }
 
 fn byte(start: u64) -> LockRange {
@@ -154,25 +182,22 @@ impl Locks {
         self.ring.lock_conflict(&self.file.borrow(), byte(start)).map_err(|errno| self.failed(errno))
     }
 
+    /// Looking through all processes for whoever holds the lock takes a while. Where somebody is served, that is left to
+    /// [`in_time`], which does not keep them waiting.
     fn refused(&self, start: u64, what: &str) -> BlockError {
-        let holders = self.ring.lock_holders(&self.file.borrow(), byte(start));
-        let is_orphaned = holders.is_empty();
-        let who = if is_orphaned {
-            "a program that cannot be named (another user's, one in a container or on another machine, or one that \
-             was killed and whose writes the kernel has not ended yet)"
-                .to_owned()
-        } else {
-            let name = |(pid, name): &(u32, String)| match *pid == std::process::id() {
-                true => "this program itself".to_owned(),
-                false => format!("{name} (pid {pid})"),
-            };
-            holders.iter().map(name).collect::<Vec<_>>().join(", ")
-        };
+        let file = self.file.borrow().clone();
+        if !self.ring.is_serving() {
+            let holders = self.ring.lock_holders(&file, byte(start));
+            return refusal(self.name.clone(), what, &holders);
+        }
         let error = BlockError::new(Operation::Lock, self.name.clone(), Errno::EBUSY).hint(format!(
-            "The image is in use: {what} by {who}. Stop using it there first. If you know that no harm can \
-             come of it, go on without locks (--no-lock)."
+            "The image is in use: {what} by another program, or by this one. Stop using it there first. If you know that \
+             no harm can come of it, go on without locks (--no-lock)."
         ));
-        BlockError { is_orphaned, ..error }
+        BlockError {
+            conflict: Some(Box::new(LockConflict { file, range: byte(start), what: what.to_owned() })),
+            ..error
+        }
     }
 
     fn failed(&self, errno: Errno) -> BlockError {

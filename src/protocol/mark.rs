@@ -27,7 +27,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use blockferry_ring::{Errno, File, FileKind, OpenHow, Ring};
+use blockferry_ring::sync::at_once;
+use blockferry_ring::{Aside, Errno, File, FileKind, OpenHow, Ring};
 
 use crate::block::{BlockError, Driver, IoResult, Operation};
 use info::cut;
@@ -83,7 +84,7 @@ enum Carrier {
     Note(String, Option<MarkedDevice>),
 }
 
-fn carrier(ring: &Ring, driver: &Rc<dyn Driver>) -> Result<Carrier, Errno> {
+async fn carrier(ring: &Ring, aside: &Aside, driver: &Rc<dyn Driver>) -> Result<Carrier, Errno> {
     let mut bottom = driver.clone();
     while let Some(child) = bottom.children().first().cloned() {
         bottom = child;
@@ -93,7 +94,7 @@ fn carrier(ring: &Ring, driver: &Rc<dyn Driver>) -> Result<Carrier, Errno> {
     }
     let by_name = || Carrier::Note(note_name(bottom.kind(), bottom.name().as_bytes()), None);
     let Some(file) = driver.local_file() else { return Ok(by_name()) };
-    let info = ring.info(&file)?;
+    let info = aside.info(&file).await?;
     match (info.kind, info.device) {
         (FileKind::Regular, _) => {
             let (device, inode) = info.identity;
@@ -110,7 +111,7 @@ fn carrier(ring: &Ring, driver: &Rc<dyn Driver>) -> Result<Carrier, Errno> {
 
 /// Which disk that is, whatever it is called, as far as this machine can tell.
 pub fn identity_of(ring: &Ring, driver: &Rc<dyn Driver>) -> Option<String> {
-    match carrier(ring, driver).ok()? {
+    match at_once(carrier(ring, &ring.in_place(), driver))?.ok()? {
         Carrier::Nothing => None,
         Carrier::File(file, _) => {
             let (device, inode) = ring.info(&file).ok()?.identity;
@@ -164,7 +165,7 @@ impl TargetMark {
 
     /// Whether the mark of this target has to go to a state directory.
     pub fn needs_state_dir(ring: &Ring, driver: &Rc<dyn Driver>) -> bool {
-        match carrier(ring, driver) {
+        match at_once(carrier(ring, &ring.in_place(), driver)).unwrap_or(Err(Errno::EAGAIN)) {
             Ok(Carrier::Nothing) => false,
             Ok(Carrier::File(file, _)) => ring.get_attribute(&file, ATTRIBUTE).is_err_and(is_no_attribute),
             Ok(Carrier::Note(..)) | Err(_) => true,
@@ -209,10 +210,13 @@ impl TargetMark {
         let fail = |errno| self.fail(errno, "The mark of an unfinished target could not be set");
         let mut info = info.clone();
         info.done = self.done.get().or(info.done);
-        let (name, device) = match carrier(&self.ring, &self.driver).map_err(fail)? {
+        let (name, device) = match carrier(&self.ring, &self.ring.aside(), &self.driver)
+            .await
+            .map_err(fail)?
+        {
             Carrier::Nothing => return Ok(()),
             Carrier::File(file, name) => {
-                match self.ring.set_attribute(&file, ATTRIBUTE, Some(&info.to_bytes())) {
+                match self.ring.aside().set_attribute(&file, ATTRIBUTE, Some(&info.to_bytes())).await {
                     Ok(()) if durably => return self.ring.sync(&file, false).await.map(drop).map_err(fail),
                     Ok(()) => return Ok(()),
                     Err(errno) if is_no_attribute(errno) => (name, None),
@@ -244,19 +248,19 @@ impl TargetMark {
 
     async fn write_note(&self, dir: &Path, name: &str, bytes: &[u8]) -> Result<(), Errno> {
         let (path, new) = (dir.join(name), dir.join(format!("{name}.new")));
-        match self.ring.unlink(&new) {
+        match self.ring.aside().unlink(&new).await {
             Ok(()) | Err(Errno::ENOENT) => {}
             Err(errno) => return Err(errno),
         }
         let how = OpenHow { write: true, create_new: true, ..OpenHow::default() };
-        let file = self.ring.open(&new, &how)?;
+        let file = self.ring.aside().open(&new, &how).await?;
         let bytes = &bytes[..bytes.len().min(MARK_BYTES_MAX)];
         let mut buf = self.ring.alloc(bytes.len().max(1)).await;
         buf.copy_from(0, bytes);
         self.ring.write(&file, 0, buf.freeze(), false).await?;
         self.ring.sync(&file, false).await?;
-        self.ring.rename(&new, &path)?;
-        self.ring.sync_directory(dir)
+        self.ring.aside().rename(&new, &path).await?;
+        self.ring.aside().sync_directory(dir).await
     }
 
     /// Takes the mark away, wherever it is. That is durable when this returns. No mark is no error.
@@ -264,21 +268,24 @@ impl TargetMark {
         let fail = |errno| {
             self.fail(errno, "The mark could not be taken away: the target still counts as unfinished")
         };
-        let (name, carries) = match carrier(&self.ring, &self.driver).map_err(fail)? {
-            Carrier::Nothing => return Ok(()),
-            Carrier::File(file, name) => match self.ring.set_attribute(&file, ATTRIBUTE, None) {
-                Ok(()) => {
-                    self.ring.sync(&file, false).await.map_err(fail)?;
-                    (name, true)
+        let (name, carries) =
+            match carrier(&self.ring, &self.ring.aside(), &self.driver).await.map_err(fail)? {
+                Carrier::Nothing => return Ok(()),
+                Carrier::File(file, name) => {
+                    match self.ring.aside().set_attribute(&file, ATTRIBUTE, None).await {
+                        Ok(()) => {
+                            self.ring.sync(&file, false).await.map_err(fail)?;
+                            (name, true)
+                        }
+                        Err(errno) if is_no_attribute(errno) => (name, false),
+                        Err(errno) => return Err(fail(errno)),
+                    }
                 }
-                Err(errno) if is_no_attribute(errno) => (name, false),
-                Err(errno) => return Err(fail(errno)),
-            },
-            Carrier::Note(name, _) => (name, false),
-        };
+                Carrier::Note(name, _) => (name, false),
+            };
         let Some(dir) = &self.state_dir else { return Ok(()) };
-        match self.ring.unlink(&dir.join(name)) {
-            Ok(()) => self.ring.sync_directory(dir).map_err(fail),
+        match self.ring.aside().unlink(&dir.join(name)).await {
+            Ok(()) => self.ring.aside().sync_directory(dir).await.map_err(fail),
             Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(()),
             Err(errno) if carries && is_no_entry(errno) => Ok(()),
             Err(errno) => Err(fail(errno)),
@@ -307,9 +314,9 @@ impl TargetMark {
             BlockError::new(Operation::Read, driver.name(), errno)
                 .hint("Whether it is marked as unfinished cannot be told.")
         };
-        let (name, about, carries) = match carrier(ring, driver).map_err(fail)? {
+        let (name, about, carries) = match carrier(ring, &ring.aside(), driver).await.map_err(fail)? {
             Carrier::Nothing => return Ok(None),
-            Carrier::File(file, name) => match ring.get_attribute(&file, ATTRIBUTE) {
+            Carrier::File(file, name) => match ring.aside().get_attribute(&file, ATTRIBUTE).await {
                 Ok(Some(bytes)) => return Ok(Some(MarkInfo::from_bytes(&bytes))),
                 // There is one, and it is none of ours.
                 Err(Errno::ERANGE) => return Ok(Some(MarkInfo::from_bytes(b""))),
@@ -321,7 +328,7 @@ impl TargetMark {
             Carrier::Note(name, None) => (name, About::Name, false),
         };
         let Some(dir) = state_dir else { return Ok(None) };
-        let file = match ring.open(&dir.join(name), &OpenHow::default()) {
+        let file = match ring.aside().open(&dir.join(name), &OpenHow::default()).await {
             Ok(file) => file,
             Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(None),
             Err(errno) if carries && is_no_entry(errno) => return Ok(None),

@@ -3,6 +3,7 @@
 //! See docs/architecture.md. [`open()`] takes a path of this machine and finds out which driver it needs.
 
 mod align;
+mod allocation;
 mod bounce;
 pub mod delay;
 pub mod file;

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::rc::Rc;
 
 use blockferry_ring::backend::OpenHow;
-use blockferry_ring::{Errno, FileKind, Ring};
+use blockferry_ring::sync::at_once;
+use blockferry_ring::{Aside, Errno, FileKind, Ring};
 
 use super::file::FileDriver;
 use super::host_device::HostDevice;
@@ -39,12 +40,38 @@ impl Default for OpenOptions {
     }
 }
 
-/// Opens a regular file or a block device.
+/// Opens a regular file or a block device, in place: for those who serve nobody yet.
 pub fn open(ring: &Ring, path: &Path, options: &OpenOptions) -> Result<Rc<dyn Driver>, BlockError> {
-    Ok(match kind(ring, path)? {
-        FileKind::Block => Rc::new(HostDevice::open(ring, path, options)?),
-        _ => Rc::new(FileDriver::open(ring, path, options)?),
+    in_place(path, open_by(ring, &ring.in_place(), path, options))
+}
+
+/// Opens a regular file or a block device; whoever is served meanwhile does not wait for it.
+pub async fn open_aside(
+    ring: &Ring,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Rc<dyn Driver>, BlockError> {
+    open_by(ring, &ring.aside(), path, options).await
+}
+
+async fn open_by(
+    ring: &Ring,
+    aside: &Aside,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Rc<dyn Driver>, BlockError> {
+    Ok(match kind(aside, path).await? {
+        FileKind::Block => Rc::new(HostDevice::open_by(ring, aside, path, options).await?),
+        _ => Rc::new(FileDriver::open_by(ring, aside, path, options).await?),
     })
+}
+
+/// What comes of opening by calls that are made in place, and so never wait.
+pub(super) fn in_place<T>(
+    path: &Path,
+    opening: impl Future<Output = Result<T, BlockError>>,
+) -> Result<T, BlockError> {
+    at_once(opening).unwrap_or_else(|| Err(fail(Operation::Open, path, Errno::EAGAIN)))
 }
 
 pub(super) fn fail(operation: Operation, path: &Path, errno: Errno) -> BlockError {
@@ -60,8 +87,8 @@ pub(super) fn fail(operation: Operation, path: &Path, errno: Errno) -> BlockErro
 }
 
 /// What the path leads to: a regular file or a block device, or an error.
-pub(super) fn kind(ring: &Ring, path: &Path) -> Result<FileKind, BlockError> {
-    match ring.lookup(path).map_err(|errno| fail(Operation::Open, path, errno))? {
+pub(super) async fn kind(aside: &Aside, path: &Path) -> Result<FileKind, BlockError> {
+    match aside.lookup(path).await.map_err(|errno| fail(Operation::Open, path, errno))? {
         None => Err(fail(Operation::Open, path, Errno::ENOENT)),
         Some(FileKind::Other) => Err(fail(Operation::Open, path, Errno::EINVAL).hint(
             "It is neither a regular file nor a block device (but a directory, a character device, a pipe \
@@ -72,8 +99,9 @@ pub(super) fn kind(ring: &Ring, path: &Path) -> Result<FileKind, BlockError> {
 }
 
 /// Opens `path`, which has to be of the `wanted` kind.
-pub(super) fn open_leaf(
+pub(super) async fn open_leaf(
     ring: &Ring,
+    aside: &Aside,
     path: &Path,
     options: &OpenOptions,
     wanted: FileKind,
@@ -100,16 +128,16 @@ pub(super) fn open_leaf(
         ),
         errno => fail(Operation::Open, path, errno),
     };
-    let opened = match ring.open(path, &how) {
+    let opened = match aside.open(path, &how).await {
         Err(Errno::EINVAL) if how.direct => {
             tracing::warn!(path = %path.display(), "O_DIRECT is refused here; the page cache is used");
             how.direct = false;
-            ring.open(path, &how)
+            aside.open(path, &how).await
         }
         opened => opened,
     };
     let mut file = opened.map_err(failed)?;
-    let mut info = ring.info(&file).map_err(failed)?;
+    let mut info = aside.info(&file).await.map_err(failed)?;
     if info.kind != wanted {
         return Err(fail(Operation::Open, path, Errno::EAGAIN)
             .hint("What the path leads to changed meanwhile: try again."));
@@ -123,8 +151,8 @@ pub(super) fn open_leaf(
         how.direct = false;
         // An exclusive device cannot be opened a second time while the first handle is there.
         drop(file);
-        file = ring.open(path, &how).map_err(failed)?;
-        info = ring.info(&file).map_err(failed)?;
+        file = aside.open(path, &how).await.map_err(failed)?;
+        info = aside.info(&file).await.map_err(failed)?;
     }
-    Leaf::new(ring, path.to_owned(), file, info, how)
+    Leaf::new(ring, aside, path.to_owned(), file, info, how).await
 }

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::limits::ARENA_BYTES;
 use blockferry_ring::sync::{Either, either};
-use blockferry_ring::{Config, Nanos};
+use blockferry_ring::{Config, Nanos, Ring};
 
 use super::create::open_new_backing;
 use super::exit::{Exit, Failure};
@@ -150,12 +150,7 @@ impl Run {
             }
         }
         drop(source);
-        for driver in &drivers {
-            if let Some(asked) = driver.ask_allocated() {
-                asked.await;
-            }
-        }
-        let allocated = [drivers[0].allocated_bytes(), drivers[1].allocated_bytes()];
+        let allocated = [occupied(&ring, &drivers[0]).await, occupied(&ring, &drivers[1]).await];
         let source_incomplete = at_end.is_some_and(|mark| mark.source_incomplete);
         let result =
             Outcome { ending: &ending, elapsed_ns, tail, allocated, source_incomplete, drivers: &drivers };
@@ -427,5 +422,18 @@ fn whole_name(name: &str) -> Result<String, Failure> {
             .map(|path| path.display().to_string())
             .map_err(|error| Failure::text(format!("The file '{name}': {error}"))),
         None => Ok(name.to_owned()),
+    }
+}
+
+/// Bytes that an image occupies, where that can be told; clients do not wait for it.
+async fn occupied(ring: &Ring, disk: &Rc<dyn Driver>) -> Option<u64> {
+    match disk.local_file() {
+        Some(file) => ring.aside().info(&file).await.ok().map(|info| info.allocated),
+        None => {
+            if let Some(asked) = disk.ask_allocated() {
+                asked.await;
+            }
+            disk.allocated_bytes()
+        }
     }
 }

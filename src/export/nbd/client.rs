@@ -48,6 +48,8 @@ pub(super) struct Client {
     failures: Cell<u64>,
     /// Since when the rest of a payload is waited for.
     payload_since: Cell<Option<Nanos>>,
+    /// It has been shown the door.
+    hung_up: Cell<bool>,
 }
 
 /// Why a session ended.
@@ -61,6 +63,8 @@ pub(super) enum End {
     Protocol(ProtocolError),
     /// The stream failed.
     Stream(Errno),
+    /// Nobody takes its replies any more, or it was shown the door: what it had asked for is dropped.
+    Gone,
 }
 
 impl std::fmt::Display for End {
@@ -71,6 +75,7 @@ impl std::fmt::Display for End {
             End::Vanished { mid_request: false } => f.write_str("it vanished"),
             End::Protocol(error) => error.fmt(f),
             End::Stream(errno) => errno.fmt(f),
+            End::Gone => f.write_str("it is gone"),
         }
     }
 }
@@ -116,13 +121,19 @@ impl Client {
             spare_extents: RefCell::default(),
             failures: Cell::new(0),
             payload_since: Cell::new(None),
+            hung_up: Cell::new(false),
         })
     }
 
     /// Serves the client until its end; `early` has been received already.
     pub(super) async fn serve(self: &Rc<Client>, early: &[u8]) -> End {
         let writer = self.clone();
-        let written = self.ring.spawn_with_result(async move { writer.output.send_all().await });
+        let written = self.ring.spawn_with_result(async move {
+            let sent = writer.output.send_all().await;
+            // The reader must not wait for the client's turn any more.
+            writer.pace.iter().filter(|_| sent.is_err()).for_each(Pace::end);
+            sent
+        });
         let mut reader = Reader {
             client: self.clone(),
             requests: RequestStream::new(self.rules.style),
@@ -140,15 +151,21 @@ impl Client {
         self.output.finish();
         match (written.take().await, end) {
             // The reader saw only the consequence.
-            (Err(errno), End::Vanished { .. } | End::Stream(_)) => End::Stream(errno),
+            (Err(errno), End::Vanished { .. } | End::Stream(_) | End::Gone) => End::Stream(errno),
             (_, end) => end,
         }
     }
 
     /// Shows the client the door: both directions of its stream end, and with them its session.
     pub(super) fn hang_up(&self) {
+        self.hung_up.set(true);
         self.pace.iter().for_each(Pace::end);
         self.ring.shutdown_stream(&self.stream);
+    }
+
+    /// Nobody waits for its replies: what it has asked for and is not begun need not be done, and a walk may stop.
+    pub(super) fn is_gone(&self) -> bool {
+        self.hung_up.get() || self.output.is_broken()
     }
 
     /// Since when the client has kept the server waiting while it holds memory.
@@ -246,6 +263,9 @@ impl Reader {
             let is_data = matches!(request.command, Command::Read | Command::Write);
             pace.admit(if is_data { request.length } else { 0 }).await;
         }
+        if client.is_gone() {
+            return Err(End::Gone);
+        }
         match request.command {
             Command::Read if request.length > 0 => self.start_read(request).await,
             Command::Write if request.length > 0 => return self.start_write(request, rest).await,
@@ -330,9 +350,10 @@ impl Reader {
     async fn start_status(&mut self, request: RequestHeader) {
         let client = &self.client;
         let mut ticket = client.quota.request().await;
+        let walk = client.quota.walk().await;
         ticket.absorb(client.quota.bytes(request::STATUS_BYTES_MAX).await);
         let buf = client.ring.alloc(request::STATUS_BYTES_MAX).await;
-        client.ring.spawn(request::block_status(client.clone(), request, buf, ticket));
+        client.ring.spawn(request::block_status(client.clone(), request, buf, ticket, walk));
     }
 
     /// Fills `buf` with what comes next: from `input`, then from the stream. Gives what was taken from `input`.

@@ -268,6 +268,11 @@ impl Output {
         }
     }
 
+    /// Nobody reads any more.
+    pub(super) fn is_broken(&self) -> bool {
+        self.state.borrow().broken
+    }
+
     /// When the send under way began.
     pub(super) fn sending_since(&self) -> Option<Nanos> {
         self.sending_since.get()

@@ -11,6 +11,8 @@ use blockferry_ring::sync::Notify;
 
 use super::pace::PaceLimits;
 use super::session::may_hold;
+use crate::base::limits::NBD_WALKS_PER_CLIENT;
+use crate::base::planted::{Bug, is_planted};
 
 /// What a client may hold at once.
 #[derive(Clone, Copy, Debug)]
@@ -28,13 +30,21 @@ pub(super) struct Quota {
     limits: QuotaLimits,
     requests: Cell<usize>,
     bytes: Cell<u64>,
+    /// Walks over the disk's allocation.
+    walks: Cell<usize>,
     released: Notify,
 }
 
 impl Quota {
     pub(super) fn new(ring: &Ring, limits: QuotaLimits) -> Rc<Quota> {
-        let (requests, bytes) = (Cell::new(0), Cell::new(0));
-        Rc::new(Quota { ring: ring.clone(), limits, requests, bytes, released: ring.notify() })
+        Rc::new(Quota {
+            ring: ring.clone(),
+            limits,
+            requests: Cell::new(0),
+            bytes: Cell::new(0),
+            walks: Cell::new(0),
+            released: ring.notify(),
+        })
     }
 
     /// Waits until the client may have one more request in flight.
@@ -58,6 +68,15 @@ impl Quota {
         Ticket { quota: self.clone(), requests: 0, bytes }
     }
 
+    /// Waits until the client may have one more walk over the disk's allocation under way.
+    pub(super) async fn walk(self: &Rc<Quota>) -> Walk {
+        let is_free = || self.walks.get() < NBD_WALKS_PER_CLIENT || is_planted(Bug::StatusWalkKeepsTurn);
+        let fits = || is_free().then_some(());
+        self.released.until(fits).await;
+        self.walks.set(self.walks.get() + 1);
+        Walk(self.clone())
+    }
+
     /// A share of nothing, for what is part of something that has its share.
     pub(super) fn nothing(self: &Rc<Quota>) -> Ticket {
         Ticket { quota: self.clone(), requests: 0, bytes: 0 }
@@ -66,6 +85,17 @@ impl Quota {
     /// Waits until the client holds nothing.
     pub(super) async fn empty(&self) {
         self.released.until(|| (self.requests.get() == 0 && self.bytes.get() == 0).then_some(())).await;
+    }
+}
+
+/// A walk of a client is under way while this lives.
+#[derive(Debug)]
+pub(super) struct Walk(Rc<Quota>);
+
+impl Drop for Walk {
+    fn drop(&mut self) {
+        self.0.walks.set(self.0.walks.get() - 1);
+        self.0.released.notify();
     }
 }
 

@@ -9,12 +9,14 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
+use blockferry_ring::limits::STINT_STEPS_A_LOOK;
 use blockferry_ring::{Buf, SharedBuf};
 
 use super::client::Client;
-use super::quota::Ticket;
+use super::quota::{Ticket, Walk};
 use super::session::{Extents, pieces};
 use crate::base::limits;
+use crate::base::planted::{Bug, is_planted};
 use crate::block::{BlockError, WriteFlags, ZeroFlags};
 use crate::protocol::nbd::{Command, CommandFlags, NbdErrno, RequestHeader};
 
@@ -238,22 +240,48 @@ pub(super) async fn write_zeroes(client: Rc<Client>, request: RequestHeader, tic
     answer(&client, &request, result, ticket).await;
 }
 
-/// Tells data from holes and zeroes. `buf` has room for the longest answer.
-pub(super) async fn block_status(client: Rc<Client>, request: RequestHeader, mut buf: Buf, ticket: Ticket) {
+/// Tells data from holes and zeroes. `buf` has room for the longest answer. Others get their turn meanwhile, and when
+/// nobody waits for the answer any more, it is not given.
+pub(super) async fn block_status(
+    client: Rc<Client>,
+    request: RequestHeader,
+    mut buf: Buf,
+    ticket: Ticket,
+    walk: Walk,
+) {
     let is_one = request.flags.contains(CommandFlags::REQ_ONE);
     let list_max = if is_one { 1 } else { limits::NBD_EXTENTS_PER_REPLY };
     let mut extents = Extents::new(client.spare_extents.take(), list_max);
     let mut failure = None;
-    for _ in 0..limits::NBD_STATUS_QUESTIONS_PER_REQUEST {
+    let mut found = Vec::new();
+    let (mut questions, mut complete) = (0, false);
+    let mut stint = client.ring.stint();
+    while !complete && questions < limits::NBD_STATUS_QUESTIONS_PER_REQUEST {
         let left = request.length - extents.covered();
         if left == 0 {
             break;
         }
-        match client.root.block_status(request.offset + extents.covered(), left).await {
-            Ok(mut extent) => {
-                extent.len = extent.len.clamp(1, left);
-                if !extents.add(extent) {
-                    break;
+        if client.is_gone() && !is_planted(Bug::StatusWalkKeepsTurn) {
+            return;
+        }
+        found.clear();
+        let room = list_max + 1 - extents.list().len();
+        match client.root.extents(request.offset + extents.covered(), left, room, &mut found).await {
+            Ok(()) => {
+                questions += found.len().max(1);
+                for extent in found.drain(..) {
+                    if !extents.add_within(extent, request.length) {
+                        complete = true;
+                        break;
+                    }
+                    if is_planted(Bug::StatusWalkKeepsTurn) {
+                        // It takes the same time.
+                        if extents.list().len().is_multiple_of(STINT_STEPS_A_LOOK as usize) {
+                            client.ring.clock();
+                        }
+                    } else {
+                        stint.step().await;
+                    }
                 }
             }
             // What is known so far is an answer; the client comes back for the rest and meets the error then.
@@ -264,6 +292,7 @@ pub(super) async fn block_status(client: Rc<Client>, request: RequestHeader, mut
             }
         }
     }
+    drop(walk);
     let mut bytes = Vec::with_capacity(64 + 16 * extents.list().len());
     let reply = request.reply(client.rules.style);
     let context = client.allocation_context.unwrap_or_default();

@@ -5,13 +5,13 @@
 //! keeps every session's stream, so that it can end all of them, or those of one export: streams are shut down,
 //! requests in flight end by themselves, and only then is the session gone.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use blockferry_ring::sync::{Either, Notify, either};
-use blockferry_ring::{Errno, File, FileKind, Nanos, Ring, SocketAddress};
+use blockferry_ring::{Errno, File, FileKind, Nanos, Ring, Serving, SocketAddress};
 
 use super::client::Client;
 use super::handshake::{Chosen, negotiate, send};
@@ -183,6 +183,8 @@ struct Inner {
     stopping: Cell<bool>,
     /// The task that looks after the memory is there.
     watching: Cell<bool>,
+    /// From when clients may come on, no call on this thread may wait for a disk.
+    serving: OnceCell<Serving>,
     /// Told when a session comes or goes, a listener goes, or the server stops.
     changed: Notify,
 }
@@ -209,6 +211,7 @@ impl NbdServer {
             generation: Cell::new(0),
             stopping: Cell::new(false),
             watching: Cell::new(false),
+            serving: OnceCell::new(),
             changed,
         }))
     }
@@ -286,14 +289,19 @@ impl NbdServer {
     pub fn listen(&self, address: &SocketAddress) -> Result<SocketAddress, ServerError> {
         let (listener, address) = listen(&self.0.ring, address)
             .map_err(|errno| ServerError::Listen { address: address.clone(), errno })?;
+        self.0.serving.get_or_init(|| self.0.ring.serve());
         self.0.listeners.set(self.0.listeners.get() + 1);
         let inner = self.0.clone();
-        let name = SocketName { ring: self.0.ring.clone(), address: address.clone() };
+        let path = match &address {
+            SocketAddress::Unix(path) => Some(path.clone()),
+            SocketAddress::Tcp(_) => None,
+        };
+        let name = SocketName { ring: self.0.ring.clone(), path };
         self.0.ring.spawn(async move {
             let generation = inner.generation.get();
             inner.accept_all(&listener, generation).await;
             // The name first: whoever finds it can connect.
-            drop(name);
+            name.remove().await;
             drop(listener);
             inner.listeners.set(inner.listeners.get() - 1);
             inner.changed.notify();
@@ -303,6 +311,7 @@ impl NbdServer {
 
     /// Serves one connection that somebody else accepted.
     pub fn serve(&self, stream: File) {
+        self.0.serving.get_or_init(|| self.0.ring.serve());
         self.0.clone().start(stream);
     }
 
@@ -355,15 +364,29 @@ impl NbdServer {
 /// The name of a socket on which somebody listens; it goes with this, however the listening ends.
 struct SocketName {
     ring: Ring,
-    address: SocketAddress,
+    /// Until it is removed.
+    path: Option<PathBuf>,
+}
+
+impl SocketName {
+    /// Removes it without keeping clients waiting.
+    async fn remove(mut self) {
+        if let Some(path) = self.path.take() {
+            self.removed(&path, self.ring.aside().unlink(&path).await);
+        }
+    }
+
+    fn removed(&self, path: &Path, result: Result<(), Errno>) {
+        if let Err(errno) = result {
+            tracing::debug!(path = %path.display(), %errno, "the socket file could not be removed");
+        }
+    }
 }
 
 impl Drop for SocketName {
     fn drop(&mut self) {
-        if let SocketAddress::Unix(path) = &self.address
-            && let Err(errno) = self.ring.unlink(path)
-        {
-            tracing::debug!(address = %self.address, %errno, "the socket file could not be removed");
+        if let Some(path) = self.path.take() {
+            self.removed(&path, self.ring.unlink(&path));
         }
     }
 }

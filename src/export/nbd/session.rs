@@ -139,6 +139,12 @@ impl Extents {
         true
     }
 
+    /// The same for an extent that may be as long as it likes, where `length` bytes are described in all.
+    pub(super) fn add_within(&mut self, extent: Extent, length: u64) -> bool {
+        let left = length - self.covered;
+        left > 0 && self.add(Extent { len: extent.len.clamp(1, left), ..extent })
+    }
+
     pub(super) fn list(&self) -> &[StatusExtent] {
         &self.list
     }
