@@ -135,7 +135,10 @@ impl Hands<Op, Outcome> for MirrorHands {
         let drained = self.0.drained.borrow_mut().take();
         let old_marker = self.0.old_marker.borrow_mut().take().filter(|_| self.0.pivoted.get());
         if let Some(marker) = old_marker {
-            self.0.ring.spawn(mark_as_old(marker, drained));
+            // While nobody who has left it can write elsewhere; the door is open when the job is over.
+            let is_set = marker.set_at_once();
+            drop(drained);
+            self.0.ring.spawn(mark_as_old(marker, is_set));
         }
         // A base is read by the guests of the source.
         if forced && self.0.base.is_none() {
@@ -144,12 +147,10 @@ impl Hands<Op, Outcome> for MirrorHands {
     }
 }
 
-/// Says on the source that it is old, before those who have left it can write elsewhere. A power cut at this moment may take
-/// that away again; nothing else does. The job's uses are not kept for that.
-async fn mark_as_old(marker: TargetMark, drained: Option<Drained>) {
-    let result = marker.set_soon().await;
-    drop(drained);
-    // By now another job may be at work on it, with its own mark.
+/// Says on the source that it is old, durably. By now another job may be at work on it, with its own mark: what is said
+/// already is not said again. The job's uses are not kept for that.
+async fn mark_as_old(marker: TargetMark, is_set: bool) {
+    let result = if is_set { Ok(()) } else { marker.set_soon().await };
     let result = match result {
         Ok(()) => marker.settle().await,
         error => error,
