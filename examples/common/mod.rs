@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use blockferry::block::{BlockError, WriteFlags};
-use blockferry::engine::create::NewImage;
+use blockferry::engine::create::{Beside, NewImage};
 use blockferry::engine::guest::Guest;
 use blockferry::engine::open::open;
 use blockferry::engine::{Engine, ImageOptions};
@@ -129,7 +129,7 @@ impl Loop {
         let making = self.engine.ring().spawn_with_result(async move {
             FileDriver::create(&ring, &path, 0, FileOptions::default()).await?;
             let file = open(&ring, &format!("file:{}", path.display()), &ImageOptions::raw()).await?;
-            NewImage::Qcow2(Box::new(options)).write(&ring, &file, &path).await
+            NewImage::Qcow2(Box::new(options)).write(&ring, &file, &path, &Beside::default()).await
         });
         self.wait::<(), BlockError>(&making)
     }
