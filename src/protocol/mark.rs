@@ -182,13 +182,6 @@ impl TargetMark {
         self.put(&self.info, false).await
     }
 
-    /// Sets the mark without waiting for anything, where a file carries it itself: whether that was done. A power cut may
-    /// still take it away.
-    pub fn set_at_once(&self) -> bool {
-        let Ok(Carrier::File(file, _)) = carrier(&self.ring, &self.driver) else { return false };
-        self.ring.set_attribute(&file, ATTRIBUTE, Some(&self.info.to_bytes())).is_ok()
-    }
-
     /// Makes durable what [`TargetMark::set_soon`] did, and does not set it again.
     pub async fn settle(&self) -> IoResult {
         let Some(file) = self.driver.local_file() else { return Ok(()) };

@@ -134,11 +134,9 @@ impl Hands<Op, Outcome> for MirrorHands {
         self.0.over.set(true);
         let drained = self.0.drained.borrow_mut().take();
         let old_marker = self.0.old_marker.borrow_mut().take().filter(|_| self.0.pivoted.get());
+        drop(drained);
         if let Some(marker) = old_marker {
-            // While nobody who has left it can write elsewhere; the door is open when the job is over.
-            let is_set = marker.set_at_once();
-            drop(drained);
-            self.0.ring.spawn(mark_as_old(marker, is_set));
+            self.0.ring.spawn(mark_as_old(marker, self.0.clone()));
         }
         // A base is read by the guests of the source.
         if forced && self.0.base.is_none() {
@@ -147,10 +145,11 @@ impl Hands<Op, Outcome> for MirrorHands {
     }
 }
 
-/// Says on the source that it is old, durably. By now another job may be at work on it, with its own mark: what is said
-/// already is not said again. The job's uses are not kept for that.
-async fn mark_as_old(marker: TargetMark, is_set: bool) {
-    let result = if is_set { Ok(()) } else { marker.set_soon().await };
+/// Says on the source that it is old, as soon as clients have left it. The job's use of the source is kept until that can be
+/// seen, so that no other job comes between with a mark of its own; it is made durable after that.
+async fn mark_as_old(marker: TargetMark, parts: Rc<Parts>) {
+    let result = marker.set_soon().await;
+    drop(parts);
     let result = match result {
         Ok(()) => marker.settle().await,
         error => error,
