@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use blockferry_ring::{Buf, Ring, Serving};
 
+use crate::base::process::Process;
 use crate::block::{BlockError, WriteFlags, ZeroFlags};
 use crate::graph::heard::Heard;
 use crate::graph::node::{Features, Root};
@@ -36,6 +37,8 @@ pub struct Guest {
 
 impl Guest {
     pub(super) fn new(ring: &Ring, root: Root) -> Guest {
+        // What /proc tells is asked for before requests come.
+        Process::own();
         let heard = Rc::new(Heard::new(&root));
         Guest { ring: ring.clone(), heard, root, done: Rc::default(), _serving: Rc::new(ring.serve()) }
     }

@@ -206,9 +206,10 @@ fn the_reactor_makes_no_call_that_waits_for_a_disk_while_it_serves() {
     let path = locked.clone();
     let refused = perform(&lab, move |ring, _| lock_and_reopen(ring, path));
     assert!(refused.contains("this program itself"), "{refused}");
-    let calls = trace.end();
-    let (wanted, forbidden): (Vec<_>, Vec<_>) =
-        calls.into_iter().partition(|line| line.contains("/no/such/place"));
+    // The C library's memory allocator looks there once, when it first gives memory of a thread back.
+    let is_ours = |line: &String| !line.contains("/proc/sys/vm/overcommit_memory");
+    let calls = trace.end().into_iter().filter(is_ours);
+    let (wanted, forbidden): (Vec<_>, Vec<_>) = calls.partition(|line| line.contains("/no/such/place"));
     assert_eq!(wanted.len(), 1, "{wanted:?}");
     assert_eq!(forbidden, Vec::<String>::new());
     drop(other);

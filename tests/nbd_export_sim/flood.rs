@@ -1,15 +1,155 @@
-//! Walks over an image's tables let others have their turn.
+//! Clients that ask for the status of a disk in thousands of pieces, thousands of times, and leave; beside them an honest
+//! client that must never wait, many who are silent, and one who comes late. And walks over an image's tables, which let
+//! others have their turn.
 
 use std::cell::Cell;
 use std::path::Path;
 use std::rc::Rc;
 
+use blockferry::base::planted::{Bug, plant};
 use blockferry::engine::ImageOptions;
 use blockferry::engine::open::open_qcow2;
+use blockferry::export::nbd::ServerConfig;
 use blockferry::format::qcow2::{CreateOptions, Preallocation, Qcow2, Repair};
+use blockferry::protocol::nbd::{ConnectOptions, Connection, NbdUri};
 use blockferry::protocol::open::{OpenOptions, open};
-use blockferry_ring::sim::{FileModel, World, WorldConfig};
-use blockferry_ring::{Config, Ring};
+use blockferry_ring::mem::Region;
+use blockferry_ring::sim::{FileModel, Latency, StreamModel, World, WorldConfig};
+use blockferry_ring::sync::either;
+use blockferry_ring::{Config, Nanos, Ring, SocketAddress};
+
+use super::hostile::{MILLI, SOCKET, check_clean, memory, serve};
+use super::script::Script;
+
+/// The longest that an honest client may wait, whoever else is there.
+const GAP: Nanos = 50 * MILLI;
+const DISK: u64 = 24 << 20;
+const ATTACKERS: usize = 16;
+const IDLE: usize = 128;
+/// Block status requests of one attacker.
+const QUESTIONS: usize = 2000;
+
+/// What came of it.
+#[derive(Debug)]
+struct Outcome {
+    /// The honest client's longest wait.
+    longest: Nanos,
+    /// How long it took until those were forgotten who had left.
+    forgotten: Nanos,
+    /// How long the one who came in the midst of it had to wait.
+    let_in: Nanos,
+}
+
+impl Outcome {
+    fn is_good(&self) -> bool {
+        self.longest < GAP && self.forgotten < GAP && self.let_in < 1_000 * MILLI
+    }
+}
+
+fn world(seed: u64) -> (World, Ring) {
+    let stream = StreamModel { latency: Latency::fixed(20_000), ..StreamModel::default() };
+    let world = World::new(WorldConfig { stream, offload: Latency::fixed(60_000), ..WorldConfig::new(seed) });
+    world.add_file("/disk", FileModel { latency: Latency::fixed(60_000), ..FileModel::regular(DISK) });
+    for at in (0..DISK).step_by(8192) {
+        world.write_raw("/disk", at, &[7; 4096]);
+    }
+    let config = Config { arena_bytes: 24 << 20, ..Config::default() };
+    let ring = Ring::with_backend(world.backend(), &config).unwrap();
+    (world, ring)
+}
+
+/// Asks all at once, reads nothing of what it is told, and leaves after a while.
+async fn attack(ring: Ring, region: Region, script_bytes: usize) {
+    let Ok(stream) = ring.connect(&SocketAddress::Unix(SOCKET.into())) else { return };
+    let all = region.buf(0, script_bytes).unwrap().freeze();
+    let talk = ring.send(&stream, all);
+    either(talk, ring.sleep(20 * MILLI)).await;
+    ring.sleep(20 * MILLI).await;
+}
+
+async fn connect(ring: &Ring) -> Rc<Connection> {
+    let uri: NbdUri = format!("nbd+unix:///disk?socket={SOCKET}").parse().unwrap();
+    Connection::connect(ring, &uri, &ConnectOptions::default()).await.unwrap()
+}
+
+/// The honest client reads until `over`; gives its longest wait.
+async fn read(ring: Ring, connection: Rc<Connection>, over: Rc<Cell<bool>>) -> Nanos {
+    let mut longest = 0;
+    while !over.get() {
+        let began = ring.clock();
+        let (buf, result) = connection.read(8192, ring.alloc(4096).await).await;
+        result.unwrap();
+        assert!(buf.as_slice().iter().all(|byte| *byte == 7));
+        longest = longest.max(ring.clock() - began);
+        ring.sleep(MILLI / 2).await;
+    }
+    longest
+}
+
+async fn flood(ring: Ring) -> Outcome {
+    let (node, server) = serve(&ring, ServerConfig::default());
+    let over = Rc::new(Cell::new(false));
+    let honest = connect(&ring).await;
+    let waits = ring.spawn_with_result(read(ring.clone(), honest.clone(), over.clone()));
+    let mut script = Script::new();
+    script.bytes.truncate(script.handshake_bytes);
+    for _ in 0..QUESTIONS {
+        script.request(7, 0, (DISK - (4 << 20)) as u32);
+    }
+    let region = memory(&script);
+    let mut idle = Vec::new();
+    for _ in 0..IDLE {
+        let stream = ring.connect(&SocketAddress::Unix(SOCKET.into())).unwrap();
+        let handshake = region.buf(0, script.handshake_bytes).unwrap().freeze();
+        ring.send(&stream, handshake).await.unwrap();
+        idle.push(stream);
+    }
+    let attack = || ring.spawn_with_result(attack(ring.clone(), region.clone(), script.bytes.len()));
+    let attacks: Vec<_> = (0..ATTACKERS).map(|_| attack()).collect();
+    ring.sleep(MILLI).await;
+    let began = ring.clock();
+    let newcomer = connect(&ring).await;
+    let let_in = ring.clock() - began;
+    newcomer.disconnect().await;
+    for attack in attacks {
+        attack.take().await;
+    }
+    let began = ring.clock();
+    while server.clients() > IDLE + 1 {
+        ring.sleep(MILLI / 10).await;
+    }
+    let forgotten = ring.clock() - began;
+    over.set(true);
+    let longest = waits.take().await;
+    honest.disconnect().await;
+    drop(idle);
+    server.stop().await;
+    assert_eq!((server.clients(), node.in_flight()), (0, 0));
+    Outcome { longest, forgotten, let_in }
+}
+
+fn outcome(seed: u64) -> Outcome {
+    let (world, ring) = world(seed);
+    let outcome = ring.block_on(flood(ring.clone()));
+    check_clean(&world, &ring);
+    outcome
+}
+
+#[test]
+fn a_flood_of_questions_holds_up_nobody() {
+    for seed in 0..2 {
+        let outcome = outcome(seed);
+        assert!(outcome.is_good(), "seed {seed}: {outcome:?}");
+    }
+}
+
+#[test]
+fn a_walk_that_never_yields_is_found() {
+    plant(Some(Bug::StatusWalkKeepsTurn));
+    let outcome = outcome(0);
+    plant(None);
+    assert!(!outcome.is_good(), "{outcome:?}");
+}
 
 /// Clusters of an image whose tables are walked: all of them in one table of 2 MiB.
 const CLUSTERS: u64 = 20_000;
@@ -69,5 +209,5 @@ fn walks_over_the_tables_of_an_image_let_others_have_their_turn() {
         deleted.unwrap();
         assert!(turns >= 3 * TURNS_MIN, "{turns} turns during the end of a snapshot");
     });
-    assert_eq!(ring.shutdown(1_000_000_000).leaked, 0);
+    assert_eq!(ring.shutdown(1_000 * MILLI).leaked, 0);
 }

@@ -21,7 +21,7 @@ use blockferry_ring::{Config, File, Nanos, Ring, SharedBuf, SocketAddress};
 use super::script::Script;
 use super::{PART, Worker};
 
-const MILLI: Nanos = 1_000_000;
+pub const MILLI: Nanos = 1_000_000;
 const KIB: usize = 1 << 10;
 /// The server's patience with handshakes, and with clients that hold memory while it is short.
 const HANDSHAKE: Nanos = 1_000 * MILLI;
@@ -34,7 +34,7 @@ const DRIP: Nanos = 50 * MILLI;
 const PATIENCE: Nanos = 2_000 * MILLI;
 /// Hostile clients at once.
 const MANY: usize = 12;
-const SOCKET: &str = "/sock";
+pub const SOCKET: &str = "/sock";
 const LISTENERS: [&str; 2] = [SOCKET, "/other"];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -127,7 +127,7 @@ impl Attacker {
     }
 }
 
-fn memory(script: &Script) -> Region {
+pub fn memory(script: &Script) -> Region {
     let bytes = script.bytes.len().next_multiple_of(4096) + 256 * KIB;
     let file = rustix::fs::memfd_create("hostile", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, bytes as u64).unwrap();
@@ -137,7 +137,7 @@ fn memory(script: &Script) -> Region {
     region
 }
 
-fn serve(ring: &Ring, config: ServerConfig) -> (Rc<Node>, NbdServer) {
+pub fn serve(ring: &Ring, config: ServerConfig) -> (Rc<Node>, NbdServer) {
     let driver = open(ring, Path::new("/disk"), &OpenOptions::default()).unwrap();
     let node = Node::new(ring, "disk", driver);
     let server = NbdServer::new(ring, config);
@@ -169,7 +169,7 @@ fn world(seed: u64, arena_bytes: usize) -> (World, Ring) {
 }
 
 /// Nothing is left of all this.
-fn check_clean(world: &World, ring: &Ring) {
+pub fn check_clean(world: &World, ring: &Ring) {
     for _ in 0..10_000 {
         if ring.task_count() == 0 {
             break;

@@ -19,6 +19,7 @@ use super::output::Output;
 use super::pace::PaceLimits;
 use super::quota::QuotaLimits;
 use crate::base::limits;
+use crate::base::process::Process;
 use crate::graph::node::Root;
 use crate::protocol::nbd::{
     BlockSizes, ExportDirectory, ExportInfo, ExportListing, MetaContext, STRING_BYTES_MAX, ServerPolicy,
@@ -196,6 +197,8 @@ pub struct NbdServer(Rc<Inner>);
 impl NbdServer {
     /// A server without exports that listens nowhere.
     pub fn new(ring: &Ring, config: ServerConfig) -> NbdServer {
+        // What /proc tells is asked for now, once: when clients are there, nothing that waits is.
+        Process::own();
         NbdServer::telling(ring, config, ring.notify())
     }
 
