@@ -345,7 +345,7 @@ fn what_makes_no_sense_is_refused_with_a_sentence() {
     let peer = Peer::nbdkit(&["--readonly", "memory", "1M"]);
     let alone = Peer::nbdkit(&["--filter=multi-conn", "memory", "1M", "multi-conn-mode=disable"]);
     for (arguments, code, words) in [
-        (vec!["-n", "1", &peer.uri()], FAILED, "read-only"),
+        (vec!["-n", "1", &peer.uri()], FAILED, "lets nobody write"),
         (vec!["-n", "1", "--range", "1M+4K", text(&image)], FAILED, "does not lie on"),
         (vec!["-n", "1", "-c", "2", "--verify", &alone.uri()], FAILED, "multi-conn"),
         (vec!["-n", "1", "-c", "2", text(&image)], FAILED, "one connection"),

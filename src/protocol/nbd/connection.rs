@@ -18,8 +18,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::task::Poll;
 
-use blockferry_ring::limits::SEND_PIECES_MAX;
-use blockferry_ring::sync::{Either, Notify, either};
+use blockferry_ring::sync::{Notify, either};
 use blockferry_ring::{Buf, File, Nanos, Ring, SharedBuf};
 
 use super::client_error::{LostReason, NbdClientError, NotSentReason};
@@ -28,7 +27,7 @@ use super::cursor::Head;
 use super::dial::{HandshakeEnd, dial};
 use super::errno::NbdErrno;
 use super::handshake_client::{ClientGoal, ClientNegotiated, ConnectRequest};
-use super::in_flight::{Ended, InFlight, Outcome, ReplyStream};
+use super::in_flight::{Ended, InFlight, Outcome};
 use super::keeper::Keeper;
 use super::kept::{GATHER_BYTES, Kept, RECEIVE_BYTES};
 use super::meta_context::MetaContext;
@@ -36,18 +35,11 @@ use super::silence::{Patience, Waiting};
 use super::transmission::{RequestHeader, StatusExtent};
 use super::uri::NbdUri;
 use super::wire::{BlockSizes, ExportListing};
-use crate::base::limits::{
-    NBD_FAREWELL_NS_MAX, NBD_HANDSHAKE_NS_MAX, NBD_REPLY_COPY_BYTES, NBD_REQUESTS_IN_FLIGHT_MAX,
-};
+use crate::base::limits::{NBD_FAREWELL_NS_MAX, NBD_HANDSHAKE_NS_MAX, NBD_REQUESTS_IN_FLIGHT_MAX};
 use crate::base::range::ByteRange;
 use crate::block::patience::is_for_job;
 
-/// From this many bytes on the rest of an answer is received straight into its buffer instead of being copied.
-const DIRECT_BYTES_MIN: usize = 32 << 10;
-/// Up to this length a payload is copied behind its header: a piece of a vectored send costs more than the copy.
-const COPY_BYTES_MAX: usize = NBD_REPLY_COPY_BYTES;
-// One request always fits.
-const _: () = assert!(COPY_BYTES_MAX + 64 <= GATHER_BYTES);
+mod traffic;
 
 /// How to connect.
 #[derive(Clone, Debug)]
@@ -252,8 +244,8 @@ impl Connection {
             moved: ring.notify(),
             negotiated: *negotiated,
         });
-        ring.spawn(send(shared.clone(), gathered_in, kept.clone()));
-        ring.spawn(receive(shared.clone(), rest, received_into, kept.clone()));
+        ring.spawn(traffic::send(shared.clone(), gathered_in, kept.clone()));
+        ring.spawn(traffic::receive(shared.clone(), rest, received_into, kept.clone()));
         Ok(Rc::new(Connection { shared }))
     }
 
@@ -741,166 +733,5 @@ impl Shared {
         self.end_if_done();
         // Abandoned requests leave room, too, and nobody else tells.
         self.moved.notify();
-    }
-}
-
-/// Sends what is queued, as long as the connection lasts.
-async fn send(shared: Rc<Shared>, memory: Buf, kept: Kept) {
-    let mut spare = Some(memory);
-    let mut plan = Vec::with_capacity(SEND_PIECES_MAX);
-    loop {
-        let ready = || (shared.is_lost() || !shared.outbox.borrow().is_empty()).then_some(());
-        shared.queued.until(ready).await;
-        if shared.is_lost() {
-            shared.sent_count.set(u64::MAX);
-            shared.moved.notify();
-            return spare.into_iter().for_each(|memory| kept.give(&shared.ring, memory));
-        }
-        let memory = match spare.take() {
-            Some(memory) => memory,
-            // Those who hold all memory may be waiting for this task to see that the connection is lost.
-            None => {
-                let lost = shared.queued.until(|| shared.is_lost().then_some(()));
-                match either(kept.take(&shared.ring, GATHER_BYTES), lost).await {
-                    Either::First(memory) => memory,
-                    Either::Second(()) => continue,
-                }
-            }
-        };
-        shared.sending.set(true);
-        let before = shared.outbox.borrow().len();
-        let memory = gather(memory, &mut shared.outbox.borrow_mut(), &mut plan);
-        let taken = before - shared.outbox.borrow().len();
-        let piece = |piece: Piece| match piece {
-            Piece::Gathered { from, to } => memory.slice(from, to - from),
-            Piece::Payload(payload) => payload,
-        };
-        let sent = match plan.len() {
-            // The common case takes no list.
-            1 => match plan.pop().map(piece) {
-                Some(piece) => shared.ring.send(&shared.stream, piece).await,
-                None => Ok(0),
-            },
-            _ => {
-                let pieces = plan.drain(..).map(piece).collect();
-                shared.ring.send_pieces(&shared.stream, pieces).await
-            }
-        };
-        shared.sending.set(false);
-        shared.sent_count.set(shared.sent_count.get() + taken as u64);
-        plan.clear();
-        spare = memory.try_thaw().ok();
-        if let Err(errno) = sent {
-            shared.lose(LostReason::Transport(errno));
-        }
-        shared.moved.notify();
-    }
-}
-
-/// A part of what is sent at once.
-enum Piece {
-    /// Headers and short payloads, in the memory in which they were gathered.
-    Gathered { from: usize, to: usize },
-    /// A long payload, where it lies.
-    Payload(SharedBuf),
-}
-
-/// Takes as much off the queue as one call can send: `plan` says what goes out, in order; the memory holds a part of it.
-fn gather(mut memory: Buf, outbox: &mut VecDeque<Outgoing>, plan: &mut Vec<Piece>) -> SharedBuf {
-    let mut used = 0;
-    while let Some(next) = outbox.front() {
-        let copied = next.payload.as_ref().map_or(0, SharedBuf::len);
-        let copied = if copied <= COPY_BYTES_MAX { copied } else { 0 };
-        let end = used + next.head.len() + copied;
-        // One piece for what is gathered at worst, one for the payload.
-        if plan.len() + 2 > SEND_PIECES_MAX || end > memory.len() {
-            break;
-        }
-        let Some(Outgoing { head, payload }) = outbox.pop_front() else { break };
-        memory.copy_from(used, &head);
-        let payload = payload.filter(|payload| {
-            if copied > 0 {
-                payload.copy_to(0, &mut memory.as_mut_slice()[used + head.len()..end]);
-            }
-            copied == 0
-        });
-        match plan.last_mut() {
-            Some(Piece::Gathered { to, .. }) => *to = end,
-            _ => plan.push(Piece::Gathered { from: used, to: end }),
-        }
-        used = end;
-        plan.extend(payload.map(Piece::Payload));
-    }
-    memory.freeze()
-}
-
-/// Receives answers, as long as the connection lasts. `rest` came with the handshake.
-async fn receive(shared: Rc<Shared>, rest: Vec<u8>, buf: Buf, kept: Kept) {
-    let ring = shared.ring.clone();
-    kept.give(&ring, receive_all(shared, rest, buf).await);
-}
-
-/// Gives the memory back in the end.
-async fn receive_all(shared: Rc<Shared>, rest: Vec<u8>, mut buf: Buf) -> Buf {
-    let mut replies = ReplyStream::new(shared.style(), shared.negotiated.payload_bytes_max());
-    let mut fed = replies.feed(&rest, &mut shared.requests.borrow_mut());
-    loop {
-        shared.wake();
-        if let Err(reason) = fed {
-            shared.lose(reason);
-            return buf;
-        }
-        if shared.is_lost() {
-            // It was lost while data still came: requests have ended, and their buffers go back to who waits.
-            return buf;
-        }
-        let direct = replies.take_buf(DIRECT_BYTES_MIN, &mut shared.requests.borrow_mut());
-        let received = if let Some((ahead, target)) = direct {
-            let (target, received) = receive_into(&shared, target, ahead.at, ahead.left).await;
-            let got = received.unwrap_or(0) as usize;
-            fed = replies.give_back(ahead, target, got, &mut shared.requests.borrow_mut());
-            // Fewer bytes than asked for are the end of the stream.
-            received.map(|_| if got < ahead.left { 0 } else { got })
-        } else {
-            let received;
-            (buf, received) = shared.ring.recv(&shared.stream, buf).await;
-            let got = received.unwrap_or(0) as usize;
-            fed = replies.feed(&buf.as_slice()[..got], &mut shared.requests.borrow_mut());
-            received.map(|_| got)
-        };
-        if received.is_ok_and(|bytes| bytes > 0) {
-            shared.heard.set(shared.ring.now());
-        }
-        match received {
-            Ok(0) => {
-                shared.lose(LostReason::ClosedByServer);
-                shared.wake();
-                return buf;
-            }
-            Ok(_) => {}
-            Err(errno) => {
-                shared.lose(LostReason::Transport(errno));
-                shared.wake();
-                return buf;
-            }
-        }
-    }
-}
-
-/// Receives `bytes` bytes into the part of `target` from `at` on.
-async fn receive_into(
-    shared: &Shared,
-    target: Buf,
-    at: usize,
-    bytes: usize,
-) -> (Buf, Result<u32, blockferry_ring::Errno>) {
-    let (front, rest) = target.split_at(at);
-    let (middle, back) = rest.split_at(bytes);
-    let (middle, received) = shared.ring.recv_all(&shared.stream, middle).await;
-    let whole = front.unsplit(middle).and_then(|front| front.unsplit(back));
-    match whole {
-        Ok(whole) => (whole, received),
-        // They were cut from one buffer a moment ago.
-        Err((part, _)) => (part, Err(blockferry_ring::Errno::EIO)),
     }
 }

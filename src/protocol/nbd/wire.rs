@@ -548,12 +548,18 @@ mod tests {
 
     #[test]
     fn block_sizes_have_rules() {
-        let sizes = |minimum_bytes, preferred_bytes, maximum_bytes| {
-            BlockSizes { minimum_bytes, preferred_bytes, maximum_bytes }.check().is_ok()
+        // The preferred size as this side uses it, where these sizes can be worked with.
+        let preferred = |minimum_bytes, preferred_bytes, maximum_bytes| {
+            let sizes = BlockSizes { minimum_bytes, preferred_bytes, maximum_bytes }.check();
+            sizes.ok().map(|sizes| sizes.preferred_bytes)
         };
         assert!(BlockSizes::default().check().is_ok());
-        assert!(sizes(1, 1, 1) && sizes(65536, 65536, u32::MAX) && sizes(512, 4096, 1_000_001));
-        assert!(!sizes(0, 4096, 8192) && !sizes(3, 4096, 8192) && !sizes(131072, 131072, 1 << 25));
-        assert!(!sizes(512, 256, 8192) && !sizes(512, 5000, 8192) && !sizes(512, 4096, 512));
+        assert_eq!(preferred(1, 1, 1), Some(1));
+        assert_eq!(preferred(1 << 20, 1 << 20, u32::MAX), Some(1 << 20));
+        assert_eq!(preferred(512, 4096, 1_000_001), Some(4096));
+        assert_eq!([preferred(512, 256, 8192), preferred(512, 4096, 512)], [Some(512); 2]);
+        let refused = [preferred(0, 4096, 8192), preferred(3, 4096, 8192), preferred(512, 512, 256)];
+        assert_eq!(refused, [None; 3]);
+        assert_eq!(preferred(2 * MINIMUM_BLOCK_BYTES_MAX, 1 << 22, u32::MAX), None);
     }
 }
