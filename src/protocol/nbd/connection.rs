@@ -715,6 +715,9 @@ impl Shared {
         self.requests.borrow_mut().lose_all();
         self.wake();
         self.queued.notify();
+        if let Some(keeper) = &*self.keeper.borrow() {
+            keeper.ended_at.set(self.ring.clock());
+        }
         self.tell_keeper();
         self.ring.shutdown_stream(&self.stream);
     }

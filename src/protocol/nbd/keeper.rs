@@ -5,8 +5,8 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use blockferry_ring::Ring;
 use blockferry_ring::sync::Notify;
+use blockferry_ring::{Nanos, Ring};
 
 /// What becomes of the connections of one disk.
 #[derive(Debug)]
@@ -17,6 +17,8 @@ pub(super) struct Keeper {
     made: Cell<u64>,
     /// How many were lost.
     pub(super) lost: Cell<u64>,
+    /// When the latest end was: one that is given up counts as lost at once, and ends when its server does or answers.
+    pub(super) ended_at: Cell<Nanos>,
     /// How often one was lost that had not been there when the one before was: each time the server may have gone down.
     pub(super) outages: Cell<u64>,
     /// The newest connection at the time of the latest of these.
@@ -29,6 +31,7 @@ impl Keeper {
             changed: ring.notify(),
             made: Cell::new(0),
             lost: Cell::new(0),
+            ended_at: Cell::new(0),
             outages: Cell::new(0),
             outage_of: Cell::new(0),
         })

@@ -619,7 +619,6 @@ impl Remote {
     async fn connection(self: &Rc<Remote>, generation: u64) -> Result<Rc<Connection>, NbdClientError> {
         // A guest for whom a server that hangs is waited for has lost nothing as long as it hangs.
         let waits_for_ever = !is_for_job() && self.options.patience.guest_ns == 0;
-        let mut lost_at = 0;
         let is_moved = |remote: &Remote| {
             let is_over = remote.closed.get() || remote.changed_export.get();
             is_over || remote.generation.get() != generation || remote.connections() > 0
@@ -656,10 +655,11 @@ impl Remote {
             let hangs = waits_for_ever && self.is_silent() && !self.changed_export.get();
             if hangs {
                 self.changed().until(|| (!self.is_silent() || is_moved(self)).then_some(())).await;
-                lost_at = self.ring.clock();
                 continue;
             }
-            let end = since.max(lost_at).saturating_add(self.options.reconnect_delay_ns);
+            // And then lost it only when the last of its connections ended, however long ago that was given up.
+            let lost_at = if waits_for_ever { since.max(self.keeper.ended_at.get()) } else { since };
+            let end = lost_at.saturating_add(self.options.reconnect_delay_ns);
             if self.changed_export.get() || self.ring.clock() >= end {
                 return Err(self.reason.borrow().clone());
             }
