@@ -311,6 +311,8 @@ pub const ORPHANED_LOCK_NANOS_MAX: u64 = 5_000_000_000;
 pub const ORPHANED_LOCK_PAUSE_NANOS: u64 = 100_000_000;
 /// How long guests at a shut door wait for the flush of the disk that they are about to leave.
 pub const OLD_DISK_FLUSH_NANOS_MAX: u64 = 200_000_000;
+/// How long the end of a job waits, when the door is open again, until a mark on that disk says that it is old.
+pub const OLD_DISK_MARK_NANOS_MAX: u64 = 200_000_000;
 /// The largest range that one zeroing operation of a mirror covers while guests' writes have to wait for it.
 pub const MIRROR_ZERO_BYTES_MAX_BLOCKING: u64 = 32 << 20;
 /// Bytes of one copy of a mirror while source and target share blocks: nothing is read or written.

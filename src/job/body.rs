@@ -157,6 +157,12 @@ pub trait Hands<Op, Outcome> {
     /// happens entirely or not at all.
     fn commit(&self, pivot: bool) -> Result<(), JobFailure>;
 
+    /// That point is behind it, and nobody can take it back: lets guests go on, and gives what the end of the job waits for
+    /// besides, if anything. It has a bound of its own; a force-cancel does not wait for it.
+    fn committed(&self) -> Option<PooledFuture<'static, ()>> {
+        None
+    }
+
     /// The job is over: everything that it made is undone (filters, uses, drains).
     fn clean_up(&self, forced: bool);
 }

@@ -381,10 +381,14 @@ where
         }
         shared.in_flight.set(body.in_flight());
         *shared.details.borrow_mut() = body.details();
-        if let Some(report) = report
-            && tell(&shared, &*hands, report)
-        {
-            break;
+        if let Some(report) = report {
+            let report = match report {
+                Report::Prepared(Ok(())) => Report::Prepared(commit(&shared, &*hands).await),
+                report => report,
+            };
+            if tell(&shared, report) {
+                break;
+            }
         }
         pause_point(&shared, &body);
     }
@@ -495,7 +499,7 @@ fn start<Op: 'static, O: 'static, H: Hands<Op, O> + 'static>(
 }
 
 /// Passes a report to the life cycle; true when the job is over.
-fn tell<Op, O, H: Hands<Op, O>>(shared: &Shared, hands: &H, report: Report) -> bool {
+fn tell(shared: &Shared, report: Report) -> bool {
     let progress = shared.progress.get();
     let next = match report {
         Report::Ready => {
@@ -504,10 +508,7 @@ fn tell<Op, O, H: Hands<Op, O>>(shared: &Shared, hands: &H, report: Report) -> b
             return false;
         }
         Report::Returned(result) => shared.life.borrow_mut().run_returned(result),
-        Report::Prepared(result) => {
-            let result = result.and_then(|()| commit(shared, hands));
-            shared.life.borrow_mut().prepared(result, progress)
-        }
+        Report::Prepared(result) => shared.life.borrow_mut().prepared(result, progress),
         Report::FailedPending(failure) => shared.life.borrow_mut().fail_pending(failure),
     };
     shared.obey(next);
@@ -519,10 +520,18 @@ fn tell<Op, O, H: Hands<Op, O>>(shared: &Shared, hands: &H, report: Report) -> b
     }
 }
 
-fn commit<Op, O, H: Hands<Op, O>>(shared: &Shared, hands: &H) -> Result<(), JobFailure> {
+/// The last point of a job, and what its end waits for after that.
+async fn commit<Op, O, H: Hands<Op, O>>(shared: &Shared, hands: &H) -> Result<(), JobFailure> {
     let pivot = {
         let life = shared.life.borrow();
         life.complete_requested() && !life.cancel_requested()
     };
-    hands.commit(pivot)
+    hands.commit(pivot)?;
+    // Whoever waits for a pivot, and not for the end, sees it before guests go on.
+    shared.publish();
+    if let Some(rest) = hands.committed() {
+        let given_up = shared.wake.until(|| shared.life.borrow().is_force_cancelled().then_some(()));
+        either(rest, given_up).await;
+    }
+    Ok(())
 }

@@ -125,37 +125,18 @@ impl Hands<Op, Outcome> for MirrorHands {
         Ok(())
     }
 
+    fn committed(&self) -> Option<PooledFuture<'static, ()>> {
+        self.0.leave();
+        let marker = self.0.old_marker.borrow_mut().take().filter(|_| self.0.pivoted.get())?;
+        Some(self.0.ring.boxed(self.0.clone().mark_as_old(marker)))
+    }
+
     fn clean_up(&self, forced: bool) {
-        self.0.tracker.end();
-        self.0.source.node().remove_filter(&self.0.filter);
-        if let Some(verifier) = &self.0.verifier {
-            self.0.source.node().remove_filter(&verifier.filter());
-        }
-        self.0.over.set(true);
-        let drained = self.0.drained.borrow_mut().take();
-        let old_marker = self.0.old_marker.borrow_mut().take().filter(|_| self.0.pivoted.get());
-        drop(drained);
-        if let Some(marker) = old_marker {
-            self.0.ring.spawn(mark_as_old(marker, self.0.clone()));
-        }
-        // A base is read by the guests of the source.
-        if forced && self.0.base.is_none() {
+        self.0.leave();
+        // A base is read by the guests of the source; after a pivot, which no cancel takes back, they are on the target.
+        if forced && self.0.base.is_none() && !self.0.pivoted.get() {
             self.0.target_node.driver().fail_in_flight();
         }
-    }
-}
-
-/// Says on the source that it is old, as soon as clients have left it. The job's use of the source is kept until that can be
-/// seen, so that no other job comes between with a mark of its own; it is made durable after that.
-async fn mark_as_old(marker: TargetMark, parts: Rc<Parts>) {
-    let result = marker.set_soon().await;
-    drop(parts);
-    let result = match result {
-        Ok(()) => marker.settle().await,
-        error => error,
-    };
-    if let Err(error) = result {
-        tracing::warn!(%error, "the old disk could not be marked: nothing on it says that clients have left it");
     }
 }
 
@@ -237,6 +218,44 @@ impl Parts {
         let enough = ring.sleep(limits::OLD_DISK_FLUSH_NANOS_MAX);
         if let Either::Second(()) = either(flushed.take(), enough).await {
             tracing::info!("the flush of the disk that is left behind takes long; nobody waits for it");
+        }
+    }
+
+    /// Guests of the source, or of the target after a pivot, go on without the job. Done twice, it is done once.
+    fn leave(&self) {
+        self.tracker.end();
+        self.source.node().remove_filter(&self.filter);
+        if let Some(verifier) = &self.verifier {
+            self.source.node().remove_filter(&verifier.filter());
+        }
+        self.over.set(true);
+        let drained = self.drained.borrow_mut().take();
+        drop(drained);
+    }
+
+    /// Says on the source, which clients have left, that it is old. The job's use of the source is kept until that can be
+    /// seen, so that no other job comes between with a mark of its own; it is made durable after that, by itself. What
+    /// hangs is not waited for: it keeps the use.
+    async fn mark_as_old(self: Rc<Parts>, marker: TargetMark) {
+        let ring = self.ring.clone();
+        let seen = ring.one_shot();
+        let end = seen.clone();
+        ring.spawn(async move {
+            let result = marker.set_soon().await;
+            drop(self);
+            end.give(());
+            let result = match result {
+                Ok(()) => marker.settle().await,
+                error => error,
+            };
+            if let Err(error) = result {
+                tracing::warn!(%error, "the old disk could not be marked: nothing on it says that clients have left it");
+            }
+        });
+        if let Either::Second(()) = either(seen.take(), ring.sleep(limits::OLD_DISK_MARK_NANOS_MAX)).await {
+            tracing::warn!(
+                "to mark the disk that is left behind takes long; it counts as used until that is done"
+            );
         }
     }
 
