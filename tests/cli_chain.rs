@@ -167,15 +167,20 @@ fn streams_at_rest() {
             &["--bottom", "l1.qcow2"],
             &["l0.qcow2", "base.raw"],
             &[1, 4],
-            "is the backing file of 'l3.qcow2' now",
+            ") has 'l0.qcow2' as its backing file now",
         ),
         (
             &["-t", "l2.qcow2", "-b", "base.raw"],
             &["l2.qcow2", "base.raw"],
             &[3, 4],
-            "the backing file of 'l2.qcow2'",
+            "'l2.qcow2' (qcow2, 8 MiB) has 'base.raw' as its backing file now",
         ),
-        (&["-t", "l2.qcow2"], &["l2.qcow2"], &[3, 4], "'l2.qcow2' needs no backing file"),
+        (
+            &["-t", "l2.qcow2"],
+            &["l2.qcow2"],
+            &[3, 4],
+            "'l2.qcow2' (qcow2, 8 MiB) needs no backing file any more",
+        ),
     ];
     for (options, left, sound, said) in cases {
         for layers in [PLAIN, MIXED] {

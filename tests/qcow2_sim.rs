@@ -472,7 +472,7 @@ fn a_power_cut_at_every_event_of_what_else_changes_an_image() {
 fn reads_of_many_places_come_whole_through_short_transfers_and_failures() {
     let (mut gathered, mut shorts, mut struck) = (0, 0, 0);
     for seed in 200..212 {
-        let story = Story { backed: true, ..Story::draw(seed, 25) };
+        let story = Story { backed: true, ends_early: false, ..Story::draw(seed, 25) };
         let (world, ring) = world(&story);
         let model = Rc::new(RefCell::new(Model::over_base(story.create.size, true)));
         let (r, s, m) = (ring.clone(), story.clone(), model.clone());
@@ -503,7 +503,7 @@ fn reads_of_many_places_come_whole_through_short_transfers_and_failures() {
 
 #[test]
 fn the_gate_is_not_asked_for_what_is_given() {
-    let story = Story { backed: true, ..Story::draw(3, 0) };
+    let story = Story { backed: true, ends_early: false, ..Story::draw(3, 0) };
     let (world, ring) = world(&story);
     let r = ring.clone();
     let bytes = ring.block_on(async move {

@@ -189,14 +189,15 @@ impl Life {
         let Some(aim) = Aim::take(&self.front, plan) else { return };
         let shape = |life: &Life| life.front.chain().iter().map(Rc::as_ptr).collect::<Vec<_>>();
         let before = shape(&self);
+        let in_use = || aim.nodes.iter().any(|node| node.attach(UseKind::JobSource("probe")).is_err());
         let view = match aim.nodes.first() {
-            // Layers below the front do not change.
-            Some(top) if !Rc::ptr_eq(top, &self.front) => {
+            // Layers below the front do not change, unless another job that has not ended yet is merging into one of them.
+            Some(top) if !Rc::ptr_eq(top, &self.front) && !in_use() => {
                 bytes_of(&self.ring, top.driver(), u64::MAX).await.ok()
             }
             _ => None,
         };
-        let busy = aim.nodes.iter().any(|node| node.attach(UseKind::JobSource("probe")).is_err());
+        let busy = in_use();
         let started = aim.start(&self.ring, &self.front, &plan, &id).await;
         let job = match started {
             Ok(job) => job,

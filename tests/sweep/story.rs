@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use blockferry_ring::Ring;
 
-use super::common::image::{Dice, Scratch};
+use super::common::image::Dice;
 use super::image::{Image, Layout, any_len};
 use super::{guest, steps};
 
@@ -26,7 +26,7 @@ pub struct Story {
     /// What decides.
     pub dice: Dice,
     /// The folder of the images.
-    pub scratch: Scratch,
+    pub scratch: Folder,
     /// The layers, the lowest first.
     pub chain: Vec<Image>,
     /// What was done, as command lines.
@@ -39,6 +39,27 @@ pub struct Story {
     pub without: Vec<String>,
     ring: Option<Ring>,
     names: u64,
+}
+
+/// A folder, removed at the end. In memory, where that can be had: thousands of programs run here, and each flushes.
+pub struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Folder {
+        let folder =
+            tempfile::Builder::new().prefix("bf.").tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+        Folder(folder.expect("a folder"))
+    }
+
+    /// Where it is.
+    pub fn dir(&self) -> &std::path::Path {
+        self.0.path()
+    }
+
+    /// The path of a name in it.
+    pub fn path(&self, name: &str) -> String {
+        self.dir().join(name).to_str().expect("a path in UTF-8").to_owned()
+    }
 }
 
 /// How a program ended.
@@ -56,7 +77,7 @@ impl Story {
         let large = dice.below(20) == 0;
         Story {
             dice,
-            scratch: Scratch::new(),
+            scratch: Folder::new(),
             chain: Vec::new(),
             log: Vec::new(),
             tally: BTreeMap::new(),
