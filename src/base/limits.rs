@@ -67,7 +67,7 @@ pub const FILES_MIN: u64 = 32;
 pub const FILES_KEPT_BACK: u64 = 48;
 /// Address space, beside what the program takes when it starts, without which nothing is begun, in bytes: memory for I/O,
 /// tables of a few images, stacks of threads.
-pub const ADDRESS_BYTES_MIN: u64 = 256 * MIB;
+pub const ADDRESS_BYTES_MIN: u64 = 192 * MIB;
 
 // ---- Printing ----
 
