@@ -305,32 +305,6 @@ impl GlusterNode {
         })
     }
 
-    /// Looks whether the image is on its volume still, and not cut. Others' lengthening is seen late on a volume, and does
-    /// no harm.
-    async fn find(&self, by_name: bool) -> IoResult {
-        let (how, api) = (OpenHow { read_only: true, create: false, ..self.how.clone() }, self.api);
-        let before = self.len.get();
-        let found = self.ring.offload(move || open_blocking(&how, api).map_err(|failed| failed.errno)).await;
-        let fail = |errno, hint: &str| Err(self.error(Operation::Find, None, errno).hint(hint));
-        match found.and_then(|found| found) {
-            // A source may lose its name.
-            Err(_) if !by_name => Ok(()),
-            Err(errno) => {
-                fail(errno, "It was there when it was opened: somebody may have removed it meanwhile.")
-            }
-            Ok(found) if found.facts.identity != self.identity => match by_name {
-                true => {
-                    fail(Errno::ESTALE, "Somebody has put another file in its place while it was in use.")
-                }
-                false => Ok(()),
-            },
-            Ok(found) if found.len < before.min(self.len.get()) => {
-                fail(Errno::ESTALE, "Somebody has cut it while it was in use.")
-            }
-            Ok(_) => Ok(()),
-        }
-    }
-
     fn error(&self, operation: Operation, range: Option<ByteRange>, errno: Errno) -> BlockError {
         if is_bad_descriptor(errno) && !self.read_only.get() && self.broken.get().is_none() {
             tracing::error!(image = %self.name, %errno, "the file's descriptor went bad: the image is not used any more");
@@ -842,10 +816,6 @@ impl Driver for GlusterNode {
         // Devices of this machine have no such numbers.
         let (volume, inode) = self.identity;
         Some((volume | 1 << 63, inode))
-    }
-
-    fn check_place(&self, by_name: bool, _exact: bool) -> Option<IoFuture<'_, IoResult>> {
-        Some(self.ring.boxed(self.find(by_name)))
     }
 
     fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {
