@@ -425,13 +425,16 @@ fn whole_name(name: &str) -> Result<String, Failure> {
     }
 }
 
-/// Bytes that an image occupies, where that can be told; clients do not wait for it.
+/// How long a server is asked what an image occupies; what was known before is told then.
+const OCCUPIED_NANOS_MAX: u64 = 2_000_000_000;
+
+/// Bytes that an image occupies, where that can be told; clients do not wait for it, and nobody for a server that hangs.
 async fn occupied(ring: &Ring, disk: &Rc<dyn Driver>) -> Option<u64> {
     match disk.local_file() {
         Some(file) => ring.aside().info(&file).await.ok().map(|info| info.allocated),
         None => {
             if let Some(asked) = disk.ask_allocated() {
-                asked.await;
+                either(asked, ring.sleep(OCCUPIED_NANOS_MAX)).await;
             }
             disk.allocated_bytes()
         }
