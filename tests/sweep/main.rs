@@ -6,7 +6,7 @@
 //! show; after every step QEMU compares the uppermost with it byte by byte and checks what was changed, and after every few
 //! the whole chain. What has to be refused is tried, too, and then not a byte may have changed.
 //!
-//! `SWEEP_STORIES` stories (300) are told from `SWEEP_SEED` (1) on; a failure prints the seed and the whole story as
+//! `SWEEP_STORIES` stories (100) are told from `SWEEP_SEED` (1) on; a failure prints the seed and the whole story as
 //! command lines: `SWEEP_SEED=1234 SWEEP_STORIES=1 cargo test --test sweep`. `SWEEP_BINARY` is another build of
 //! the command, and `SWEEP_WITHOUT=rebase,refuse` leaves out kinds of steps, to see what else goes wrong.
 
@@ -34,7 +34,7 @@ fn setting(name: &str, default: u64) -> u64 {
 
 #[test]
 fn chains_show_what_the_model_shows_whoever_changes_them() {
-    let (first, count) = (setting("SWEEP_SEED", 1), setting("SWEEP_STORIES", 300));
+    let (first, count) = (setting("SWEEP_SEED", 1), setting("SWEEP_STORIES", 100));
     let next = AtomicU64::new(first);
     let (faults, tally) = (Mutex::new(Vec::new()), Mutex::new(BTreeMap::new()));
     // Processes are what takes the time, so threads beyond the processors gain little.

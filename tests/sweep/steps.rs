@@ -115,9 +115,11 @@ fn resize(story: &mut Story, teller: Teller) -> Told<()> {
         arguments.push("--shrink".into());
     }
     arguments.extend([image.name.clone(), len.to_string()]);
-    // What lies below would show in the part that is added. Version 2 has no zeroes to hide it with.
+    // What lies below would show in the part that is added. Version 2 has no zeroes to hide it with, and QEMU cannot
+    // zero parts of clusters with subclusters.
     let shows = story.chain.iter().rev().skip(1).any(|below| below.view.len() > image.view.len());
-    if image.layout.options().is_some_and(|o| !o.v3) && shows && len > image.view.len() {
+    let cannot_hide = |o: &Options| !o.v3 || (o.extended_l2 && teller == Teller::Qemu);
+    if image.layout.options().is_some_and(cannot_hide) && shows && len > image.view.len() {
         if !story.may(teller, &arguments) {
             return Ok(());
         }
@@ -134,6 +136,8 @@ fn resize(story: &mut Story, teller: Teller) -> Told<()> {
 /// Another backing file for the uppermost layer: none, one further down, or one that has nothing to do with it.
 fn rebase(story: &mut Story, teller: Teller) -> Told<()> {
     let last = story.chain.len() - 1;
+    // QEMU's tool loses zeroes of an image that had no backing file before.
+    let teller = if last == 0 { Teller::Us } else { teller };
     let name = story.top().name.clone();
     let mut arguments = words(&["rebase", "-q", "-f", "qcow2"]);
     let keep = match story.dice.below(3) {
