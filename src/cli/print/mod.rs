@@ -157,12 +157,13 @@ impl Shared {
     /// Tells what became of a piece, and people of an error.
     fn done(&self, piece: &Piece, result: Result<(), (usize, io::Error)>) {
         let error = self.queue().done(piece, result);
-        self.changed.notify_all();
         if let Some(error) = error
             && piece.stream == Stream::Out
         {
             say!("blockferry: Writing to standard output failed: {error}");
         }
+        self.queue().told();
+        self.changed.notify_all();
     }
 }
 

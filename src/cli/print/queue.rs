@@ -87,6 +87,8 @@ pub struct Queue {
     bytes: usize,
     /// A piece is being written; whether it is a product.
     in_hand: Option<bool>,
+    /// An error was handed out, and is not yet among what waits somewhere.
+    is_telling: bool,
     /// The status line as it should be, and as it stands on the terminal.
     wanted: Option<String>,
     shown: Option<String>,
@@ -190,7 +192,7 @@ impl Queue {
     }
 
     /// All of the piece was written, or some bytes of it and then there was an error. An error that a person should know
-    /// of comes back, once a stream.
+    /// of comes back, once a stream: nothing is settled until [`Queue::told`] says that it was passed on.
     pub fn done(&mut self, piece: &Piece, result: Result<(), (usize, Error)>) -> Option<Error> {
         self.in_hand = None;
         let stream = piece.stream;
@@ -215,7 +217,13 @@ impl Queue {
             // What stands on the terminal, if there is one, is not known.
             (self.wanted, self.shown) = (self.wanted.take().filter(|_| !is_gone), None);
         }
+        self.is_telling |= is_new;
         is_new.then_some(error)
+    }
+
+    /// The error that came back waits to be printed now, here or in another queue.
+    pub fn told(&mut self) {
+        self.is_telling = false;
     }
 
     fn forget(&mut self, stream: Stream, which: impl Fn(&Chunk) -> bool) {
@@ -226,7 +234,7 @@ impl Queue {
     /// Nothing waits, and nothing is being written.
     pub fn is_settled(&self) -> bool {
         let nothing_waits = self.chunks.is_empty() && self.out.lost == 0 && self.err.lost == 0;
-        nothing_waits && self.in_hand.is_none() && self.wanted == self.shown
+        nothing_waits && self.in_hand.is_none() && !self.is_telling && self.wanted == self.shown
     }
 
     /// Some of a product is not written yet.
@@ -289,7 +297,10 @@ mod tests {
                     Ok(())
                 }
             };
-            Some(queue.done(&piece, result).is_some())
+            let is_told = queue.done(&piece, result).is_some();
+            assert!(!is_told || !queue.is_settled(), "whoever waits for the end must hear of the error");
+            queue.told();
+            Some(is_told)
         }
     }
 
