@@ -146,6 +146,10 @@ pub fn any_len(dice: &mut Dice, large: bool) -> u64 {
         1 => (1 + dice.below(16)) * 512,
         2 => (1 + dice.below(128)) * 65_536 + dice.below(3),
         3 => 1 + dice.below(MIB),
-        _ => 1 + dice.below(8 * MIB),
+        // As many small ones as large ones: each shows something else.
+        _ => {
+            let most = 8 * MIB >> dice.below(10);
+            1 + dice.below(most)
+        }
     }
 }

@@ -1,12 +1,16 @@
 //! A story: its folder, its chain, its log, and the judgement after each step.
 
 use std::collections::BTreeMap;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 use blockferry_ring::Ring;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::common::image::Dice;
 use super::image::{Image, Layout, any_len};
+use super::view::View;
 use super::{guest, steps};
 
 /// How a step goes wrong: what was seen.
@@ -39,6 +43,8 @@ pub struct Story {
     pub without: Vec<String>,
     ring: Option<Ring>,
     names: u64,
+    /// What stands in the file of the model.
+    saved: View,
 }
 
 /// A folder, removed at the end. In memory, where that can be had: thousands of programs run here, and each flushes.
@@ -89,6 +95,7 @@ impl Story {
                 .collect(),
             ring: None,
             names: 0,
+            saved: View::default(),
         }
     }
 
@@ -180,15 +187,9 @@ impl Story {
             }
             other => other.to_owned(),
         };
-        // A hang is a failure with a text.
-        let output = Command::new("timeout")
-            .args(["--kill-after=5", "60", &path])
-            .args(arguments)
-            .current_dir(self.scratch.dir())
-            .env_remove("BLOCKFERRY_LOG")
-            .stdin(Stdio::null())
-            .output()
-            .expect("a program that starts");
+        let mut command = Command::new(path);
+        command.args(arguments).current_dir(self.scratch.dir()).env_remove("BLOCKFERRY_LOG");
+        let output = in_time(command.stdin(Stdio::null()), Duration::from_secs(60));
         let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         let outcome = Outcome { ok: output.status.success(), text: text.trim().to_owned() };
         if !outcome.ok {
@@ -271,7 +272,7 @@ impl Story {
         if stored != image.view.len() {
             return Err(format!("{} has {stored} bytes, the model {}", image.name, image.view.len()));
         }
-        image.view.save(&self.scratch.path("model"));
+        image.view.save(&self.scratch.path("model"), &mut self.saved);
         let (name, format) = (image.name.clone(), image.layout.format());
         self.qemu("qemu-img", &["compare", "-f", "raw", "-F", format, "model", &name])?;
         Ok(())
@@ -283,6 +284,24 @@ impl Story {
             std::fs::remove_file(self.scratch.path(&file)).expect("a file that was there");
         }
     }
+}
+
+/// Runs a program to its end, which has to come in time: a hang is a failure with a text.
+fn in_time(command: &mut Command, most: Duration) -> Output {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a program that starts");
+    let pid = Pid::from_child(&child);
+    let handle = pidfd_open(pid, PidfdFlags::empty()).expect("a handle of the process");
+    let (ended, end) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if end.recv_timeout(most) == Err(RecvTimeoutError::Timeout) {
+                let _ = pidfd_send_signal(&handle, Signal::KILL);
+            }
+        });
+        let output = child.wait_with_output().expect("the end of a program");
+        drop(ended);
+        output
+    })
 }
 
 /// The program by which a teller works on images.

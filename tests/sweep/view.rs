@@ -90,14 +90,26 @@ impl View {
         merged
     }
 
-    /// Writes it to a file, with holes.
-    pub fn save(&self, path: &str) {
-        let file = File::create(path).expect("a file for the model");
-        file.set_len(self.len).expect("its length");
-        for (number, page) in &self.pages {
+    /// Writes it to a file, with holes, that holds `saved` so far: pages that both share are there.
+    pub fn save(&self, path: &str, saved: &mut View) {
+        let file = File::options().create(true).write(true).truncate(false).open(path).expect("a file");
+        // What lies behind a shorter end is gone.
+        file.set_len(saved.len.min(self.len)).and_then(|()| file.set_len(self.len)).expect("its length");
+        let write = |number: u64, page: &[u8]| {
             let n = PAGE.min(self.len - number * PAGE) as usize;
             file.write_all_at(&page[..n], number * PAGE).expect("a write");
+        };
+        for (number, page) in &self.pages {
+            if saved.pages.get(number).is_none_or(|there| !Rc::ptr_eq(there, page)) {
+                write(*number, &page[..]);
+            }
         }
+        for number in saved.pages.keys().filter(|number| *number * PAGE < self.len) {
+            if !self.pages.contains_key(number) {
+                write(*number, &[0; PAGE as usize]);
+            }
+        }
+        *saved = self.clone();
     }
 
     fn pieces(
