@@ -325,6 +325,9 @@ pub const VERIFY_LEFT_BYTES: u64 = 32 << 20;
 
 // ---- GlusterFS ----
 
+/// How long a look for an image on its volume is waited for; a brick that hangs keeps it for 42 s.
+pub const GLUSTER_LOOK_NS_MAX: u64 = 5_000_000_000;
+
 /// Servers that one image on GlusterFS names: a volume of a large cluster has more, and its list comes from any of them.
 pub const GLUSTER_SERVERS_MAX: usize = 64;
 /// Calls of libgfapi in flight for one image. Its own threads carry them out; further ones wait here.

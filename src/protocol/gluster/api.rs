@@ -73,6 +73,7 @@ api! {
     creat: c"glfs_creat" @ c"GFAPI_3.4.0", fn(*mut Fs, *const c_char, c_int, libc::mode_t) -> *mut Fd;
     unlink: c"glfs_unlink" @ c"GFAPI_3.4.0", fn(*mut Fs, *const c_char) -> c_int;
     close: c"glfs_close" @ c"GFAPI_3.4.0", fn(*mut Fd) -> c_int;
+    stat: c"glfs_stat" @ c"GFAPI_3.4.0", fn(*mut Fs, *const c_char, *mut libc::stat) -> c_int;
     fstat: c"glfs_fstat" @ c"GFAPI_3.4.0", fn(*mut Fd, *mut libc::stat) -> c_int;
     lseek: c"glfs_lseek" @ c"GFAPI_3.4.0", fn(*mut Fd, libc::off_t, c_int) -> libc::off_t;
     ftruncate: c"glfs_ftruncate" @ c"GFAPI_6.0", fn(*mut Fd, libc::off_t, Attributes, Attributes) -> c_int;

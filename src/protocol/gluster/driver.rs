@@ -41,8 +41,8 @@ use super::file::{FileFacts, OpenFile, unlink};
 use super::options::Logging;
 use super::uri::Image;
 use crate::base::limits::{
-    COPY_BYTES_REMOTE, DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_OPEN_NS_MAX, GLUSTER_OPEN_TOLD_NS,
-    GLUSTER_RANGE_BYTES_MAX, GLUSTER_STATUS_AGE_NS_MAX,
+    COPY_BYTES_REMOTE, DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_LOOK_NS_MAX, GLUSTER_OPEN_NS_MAX,
+    GLUSTER_OPEN_TOLD_NS, GLUSTER_RANGE_BYTES_MAX, GLUSTER_STATUS_AGE_NS_MAX,
 };
 use crate::base::range::ByteRange;
 use crate::base::units::fmt_duration;
@@ -109,6 +109,8 @@ pub struct GlusterNode {
     known: Cell<Option<(ByteRange, bool, Nanos)>>,
     /// Telling holes from data has failed.
     status_failed: Cell<bool>,
+    /// Somebody looks for the image by its name.
+    looking: Rc<Cell<bool>>,
     /// Changes that began, to see whether one came between a question and its answer.
     changes: Cell<u64>,
 }
@@ -287,6 +289,7 @@ impl GlusterNode {
             unsynced: RefCell::default(),
             known: Cell::new(None),
             status_failed: Cell::new(false),
+            looking: Rc::default(),
             changes: Cell::new(0),
         }))
     }
@@ -303,6 +306,40 @@ impl GlusterNode {
         result.map_err(|errno| {
             BlockError::new(Operation::Create, name, errno).hint("It could not be removed again")
         })
+    }
+
+    /// Looks whether the image is on its volume still, and not cut. Others' lengthening is seen late on a volume, and does
+    /// no harm. What hangs or is not reachable has not changed as far as anybody knows; requests will tell.
+    async fn find(&self, by_name: bool) -> IoResult {
+        if self.looking.replace(true) {
+            return Ok(());
+        }
+        let (before, file, path) = (self.len.get(), self.file(), self.how.image.path.clone());
+        let (ring, looking, found) = (self.ring.clone(), self.looking.clone(), self.ring.one_shot());
+        let told = found.clone();
+        self.ring.spawn(async move {
+            let look = ring.offload(move || if by_name { file.facts_by_name(&path) } else { file.facts() });
+            let facts = look.await.and_then(|facts| facts);
+            looking.set(false);
+            told.give(facts);
+        });
+        let facts = match either(found.take(), self.ring.sleep(GLUSTER_LOOK_NS_MAX)).await {
+            Either::First(facts) => facts,
+            Either::Second(()) => return Ok(()),
+        };
+        let fail = |errno, hint: &str| Err(self.error(Operation::Find, None, errno).hint(hint));
+        match facts {
+            Err(Errno::ENOENT) if by_name => {
+                fail(Errno::ENOENT, "Somebody has removed it while it was in use.")
+            }
+            Ok(facts) if facts.identity != self.identity => {
+                fail(Errno::ESTALE, "Somebody has put another file in its place while it was in use.")
+            }
+            Ok(facts) if facts.len < before.min(self.len.get()) => {
+                fail(Errno::ESTALE, "Somebody has cut it while it was in use.")
+            }
+            _ => Ok(()),
+        }
     }
 
     fn error(&self, operation: Operation, range: Option<ByteRange>, errno: Errno) -> BlockError {
@@ -563,12 +600,9 @@ impl GlusterNode {
         if !self.capabilities.get().status {
             return Ok(Extent::data(range.len()));
         }
-        let mut until = range.end();
-        for written in [&self.unsynced, &self.flushing] {
-            match written.borrow().at(range.start()) {
-                Place::Written(end) => return Ok(Extent::data(end.min(range.end()) - range.start())),
-                Place::Untouched(end) => until = until.min(end),
-            }
+        // No look is needed, and no turn of the cursor.
+        if let Place::Written(end) = self.unsynced_at(range.start()) {
+            return Ok(Extent::data(end.min(range.end()) - range.start()));
         }
         let (found, is_data) = match self.known_at(range.start()) {
             Some(known) => known,
@@ -583,8 +617,16 @@ impl GlusterNode {
                 }
             },
         };
-        let len = found.end().min(until) - range.start();
+        let len = found.end().min(range.end()) - range.start();
         Ok(if is_data { Extent::data(len) } else { Extent::hole(len).on(Word::Claim) })
+    }
+
+    /// What was done here to the place since the latest flush, and how far on that holds.
+    fn unsynced_at(&self, offset: u64) -> Place {
+        match (self.unsynced.borrow().at(offset), self.flushing.borrow().at(offset)) {
+            (Place::Untouched(one), Place::Untouched(other)) => Place::Untouched(one.min(other)),
+            (Place::Written(end), _) | (_, Place::Written(end)) => Place::Written(end),
+        }
     }
 
     fn known_at(&self, offset: u64) -> Option<(ByteRange, bool)> {
@@ -593,7 +635,8 @@ impl GlusterNode {
         (is_fresh && range.contains(offset)).then_some((range, is_data))
     }
 
-    /// Asks for the extent at `offset`, which nobody here has written since the latest flush.
+    /// The extent at `offset`: data where it was written here since the latest flush, else what the bricks say, up to the
+    /// next such place. What they say of places behind that is not kept either: it would be believed when the flush is over.
     async fn seek(&self, offset: u64) -> Result<(ByteRange, bool), Errno> {
         self.changed.until(|| (!self.seeking.get()).then_some(())).await;
         self.seeking.set(true);
@@ -601,6 +644,10 @@ impl GlusterNode {
         if let Some(known) = self.known_at(offset) {
             return Ok(known);
         }
+        let until = match self.unsynced_at(offset) {
+            Place::Written(end) => return Ok((ByteRange::at_saturating(offset, end - offset), true)),
+            Place::Untouched(end) => end,
+        };
         let (changes, end, file) = (self.changes.get(), self.len.get(), self.file());
         let found = self
             .ring
@@ -611,6 +658,7 @@ impl GlusterNode {
             .await?;
         let unknown = (ByteRange::at_saturating(offset, end - offset), true);
         let Some((range, is_data)) = found else { return Ok(unknown) };
+        let range = ByteRange::at_saturating(offset, range.end().min(until) - offset);
         if self.changes.get() == changes {
             self.known.set(Some((range, is_data, self.ring.now())));
         }
@@ -816,6 +864,10 @@ impl Driver for GlusterNode {
         // Devices of this machine have no such numbers.
         let (volume, inode) = self.identity;
         Some((volume | 1 << 63, inode))
+    }
+
+    fn check_place(&self, by_name: bool, _exact: bool) -> Option<IoFuture<'_, IoResult>> {
+        Some(self.ring.boxed(self.find(by_name)))
     }
 
     fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {

@@ -22,6 +22,9 @@ struct File {
     number: u64,
     bytes: Mutex<Vec<u8>>,
     syncs: AtomicU32,
+    /// Where the latest write began, and the latest that the bricks have.
+    written: AtomicU64,
+    stored: AtomicU64,
 }
 
 impl File {
@@ -111,6 +114,8 @@ unsafe extern "C" fn open(_: *mut Fs, path: *const c_char, flags: c_int) -> *mut
         number: OPENED.fetch_add(1, Ordering::SeqCst),
         bytes: Mutex::new(vec![0xaa; LEN]),
         syncs: AtomicU32::new(0),
+        written: AtomicU64::new(u64::MAX),
+        stored: AtomicU64::new(u64::MAX),
     };
     Box::into_raw(Box::new(file)).cast()
 }
@@ -139,6 +144,24 @@ unsafe extern "C" fn fstat(fd: *mut Fd, stat: *mut libc::stat) -> c_int {
     0
 }
 
+unsafe extern "C" fn stat(_: *mut Fs, path: *const c_char, stat: *mut libc::stat) -> c_int {
+    // SAFETY: the caller's C string.
+    let name = unsafe { CStr::from_ptr(path) };
+    if name == c"removed" {
+        return fail(libc::ENOENT) as c_int;
+    }
+    if name == c"unreachable" {
+        return fail(libc::ENOTCONN) as c_int;
+    }
+    // SAFETY: room for the answer.
+    unsafe {
+        (*stat).st_ino = if name == c"exchanged" { 2 } else { 1 };
+        (*stat).st_mode = libc::S_IFREG | 0o600;
+        (*stat).st_size = if name == c"cut" { 4096 } else { LEN as i64 };
+    }
+    0
+}
+
 unsafe extern "C" fn lseek(fd: *mut Fd, offset: libc::off_t, whence: c_int) -> libc::off_t {
     // SAFETY: an open file.
     let file = unsafe { file(fd) };
@@ -148,6 +171,10 @@ unsafe extern "C" fn lseek(fd: *mut Fd, offset: libc::off_t, whence: c_int) -> l
         libc::SEEK_DATA if at_end && file.is("seek-unknown") => offset,
         libc::SEEK_DATA if at_end => fail(libc::ENXIO) as i64,
         libc::SEEK_DATA if file.is("all-hole") => fail(libc::ENXIO) as i64,
+        libc::SEEK_DATA if file.is("behind") => match file.stored.load(Ordering::SeqCst) {
+            stored if stored < LEN as u64 && stored as i64 >= offset => stored as i64,
+            _ => fail(libc::ENXIO) as i64,
+        },
         libc::SEEK_DATA if file.is("seek-backwards") => offset - 1,
         libc::SEEK_DATA => offset,
         _ if file.is("seek-nowhere") => offset,
@@ -227,6 +254,7 @@ unsafe extern "C" fn pwrite_async(
         };
         let at = offset as usize;
         file.bytes.lock().unwrap()[at..at + n].copy_from_slice(&from[..n]);
+        file.written.store(at as u64, Ordering::SeqCst);
         n as isize
     })
 }
@@ -237,6 +265,7 @@ unsafe extern "C" fn fsync_async(fd: *mut Fd, callback: Callback, data: *mut c_v
     end(fd, callback, data, move || {
         // It fails once, and then claims that all is well.
         let is_first = file.syncs.fetch_add(1, Ordering::SeqCst) == 0;
+        file.stored.store(file.written.load(Ordering::SeqCst), Ordering::SeqCst);
         if file.is("flush-fails") && is_first { fail(libc::EIO) } else { 0 }
     })
 }
@@ -285,6 +314,7 @@ pub(super) static FAKE: Api = Api {
     creat,
     unlink,
     close,
+    stat,
     fstat,
     lseek,
     ftruncate,

@@ -38,6 +38,22 @@ pub(super) struct FileFacts {
     /// The volume's number and the file's on it.
     pub(super) identity: (u64, u64),
     pub(super) is_regular: bool,
+    pub(super) len: u64,
+}
+
+impl FileFacts {
+    fn ask(call: impl FnOnce(*mut libc::stat) -> c_int) -> Result<FileFacts, Errno> {
+        let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+        check(call(stat.as_mut_ptr()))?;
+        // SAFETY: all zeroes are a valid `stat`, and the call has filled it.
+        let stat = unsafe { stat.assume_init() };
+        Ok(FileFacts {
+            allocated: u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512),
+            identity: (stat.st_dev, stat.st_ino),
+            is_regular: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
+            len: u64::try_from(stat.st_size).unwrap_or(0),
+        })
+    }
 }
 
 // What blocks.
@@ -72,16 +88,16 @@ impl OpenFile {
     }
 
     pub(super) fn facts(&self) -> Result<FileFacts, Errno> {
-        let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
         // SAFETY: the file is open, and there is room for the answer.
-        check(unsafe { (self.connection.api.fstat)(self.fd.as_ptr(), stat.as_mut_ptr()) })?;
-        // SAFETY: all zeroes are a valid `stat`, and the call has filled it.
-        let stat = unsafe { stat.assume_init() };
-        Ok(FileFacts {
-            allocated: u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512),
-            identity: (stat.st_dev, stat.st_ino),
-            is_regular: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
-        })
+        FileFacts::ask(|stat| unsafe { (self.connection.api.fstat)(self.fd.as_ptr(), stat) })
+    }
+
+    /// Facts about whatever has this name now, which need not be this file. It is not opened for that: closing it would take
+    /// away the error of a write that failed behind the writer's back, so that the next flush would not tell of it.
+    pub(super) fn facts_by_name(&self, path: &str) -> Result<FileFacts, Errno> {
+        let (connection, path) = (&self.connection, c_string(path)?);
+        // SAFETY: the connection lives, the path is a C string, and there is room for the answer.
+        FileFacts::ask(|stat| unsafe { (connection.api.stat)(connection.fs(), path.as_ptr(), stat) })
     }
 
     /// Moves the file's one cursor: not by two at once.

@@ -181,6 +181,38 @@ fn nonsense_about_holes_is_data() {
     });
 }
 
+/// Bricks that get a write with the flush after it say until then that there is a hole; what they said is not believed later.
+#[test]
+fn a_hole_ends_where_something_was_written_that_the_bricks_have_not_seen() {
+    on_a_ring(|ring| async move {
+        let (image, len) = (open(&ring, "behind").await, LEN as u64);
+        image.write(8192, filled(&ring, 4096, 7).await, WriteFlags::default()).await.unwrap();
+        assert_eq!(image.block_status(0, len).await.unwrap(), Extent::hole(8192).on(Word::Claim));
+        image.flush().await.unwrap();
+        assert_eq!(image.block_status(0, len).await.unwrap(), Extent::hole(8192).on(Word::Claim));
+        assert_eq!(image.block_status(8192, 4096).await.unwrap(), Extent::data(4096));
+    });
+}
+
+#[test]
+fn an_image_that_is_not_there_any_more_is_noticed() {
+    on_a_ring(|ring| async move {
+        for (path, wanted) in [
+            ("removed", Err(Errno::ENOENT)),
+            ("exchanged", Err(Errno::ESTALE)),
+            ("cut", Err(Errno::ESTALE)),
+            ("unreachable", Ok(())),
+            ("good", Ok(())),
+        ] {
+            let image = open(&ring, path).await;
+            let by_name = image.check_place(true, true).expect("a look").await;
+            assert_eq!(by_name.map_err(|error| error.errno), wanted, "{path}");
+            // The open file is what it was.
+            assert!(image.check_place(false, true).expect("a look").await.is_ok(), "{path}");
+        }
+    });
+}
+
 #[test]
 fn zeroes_are_written_where_the_library_cannot_zero() {
     on_a_ring(|ring| async move {
