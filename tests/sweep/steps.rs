@@ -105,10 +105,13 @@ fn resize(story: &mut Story, teller: Teller) -> Told<()> {
         len = story.top().view.len() + story.dice.below(1 << 20);
     }
     let image = story.top().clone();
+    // QEMU leaves what lies behind the end in the last cluster (of a disk that was longer, or copied from what lay below),
+    // and shows it when the disk grows.
+    let cluster = image.layout.options().map_or(512, |o| o.cluster_size);
+    let grows = len > image.view.len();
+    let teller = if grows && image.view.len() % cluster != 0 { Teller::Us } else { teller };
     if teller == Teller::Qemu {
-        // It leaves what lies behind the new end in the last cluster, and shows it when the disk grows again.
-        let cluster = image.layout.options().map_or(512, |o| o.cluster_size);
-        len = len.next_multiple_of(if len < image.view.len() { cluster } else { 512 });
+        len = len.next_multiple_of(if grows { 512 } else { cluster });
     }
     let mut arguments = words(&["resize", "-q", "-f", image.layout.format()]);
     if len < image.view.len() {
@@ -213,8 +216,27 @@ fn commit(story: &mut Story, teller: Teller) -> Told<Vec<usize>> {
     } else {
         story.must(teller, &arguments)?;
     }
-    let merged = story.chain[top].view.over(&story.chain[base].view);
+    let mut merged = story.chain[top].view.over(&story.chain[base].view);
+    let end = story.chain[top].view.len();
+    if let Some(above) = story.chain.get(top + 1) {
+        // Where a short layer hid what lies below it, the one above goes on to show zeroes.
+        let shown = above.view.len().min(merged.len());
+        merged.zero(end.min(shown), shown.saturating_sub(end));
+    }
     story.chain[base].view = merged;
+    let stored = story.stored_len(&story.chain[base]);
+    let in_sectors = stored.next_multiple_of(512);
+    if teller == Teller::Qemu
+        && stored < story.chain[base].view.len()
+        && in_sectors >= story.chain[base].view.len()
+    {
+        // For QEMU a raw file is of whole sectors already. It does not grow for zeroes.
+        let lost = story.chain[base].view.read(stored, story.chain[base].view.len() - stored);
+        if lost.iter().any(|byte| *byte != 0) {
+            return Err("the end of the last sector is lost".into());
+        }
+        story.chain[base].view.resize(stored);
+    }
     if top < last {
         drop_below(story, top + 1, base + 1);
         return Ok(vec![base, base + 1]);
@@ -280,7 +302,8 @@ fn convert(story: &mut Story, teller: Teller) -> Told<()> {
         options.preallocated = false;
         arguments.push("-c".into());
     }
-    if story.dice.below(4) == 0 {
+    // All of a disk of gigabytes is too much to write.
+    if story.dice.below(4) == 0 && !story.large {
         arguments.extend(words(&["-S", ["0", "4k", "64k"][story.dice.below(3) as usize]]));
     }
     arguments.extend(layout.arguments());
