@@ -192,7 +192,7 @@ impl Life {
         let in_use = || aim.nodes.iter().any(|node| node.attach(UseKind::JobSource("probe")).is_err());
         let view = match aim.nodes.first() {
             // Layers below the front do not change, unless another job that has not ended yet is merging into one of them.
-            Some(top) if !Rc::ptr_eq(top, &self.front) && !in_use() => {
+            Some(top) if !Rc::ptr_eq(top, &self.front) => {
                 bytes_of(&self.ring, top.driver(), u64::MAX).await.ok()
             }
             _ => None,

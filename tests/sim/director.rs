@@ -293,7 +293,7 @@ async fn hang_and_cancel(rig: &Rc<Rig>, job: &Job, target: &Disk) {
     }
     let wait = log_range(&mut rig.fork_rng(), 1_000, SECOND / 20);
     rig.ring.sleep(wait).await;
-    let given_up = act(rig, job, Verb::ForceCancel);
+    act(rig, job, Verb::ForceCancel);
     if rig.within(FORCE_BOUND, job.until_over()).await.is_none() {
         rig.fail(format!("a job with a dead target does not end when it is given up: {}", state(job)));
     }
@@ -309,7 +309,7 @@ async fn hang_and_cancel(rig: &Rc<Rig>, job: &Job, target: &Disk) {
         }
     }
     // One that had failed by itself a moment before leaves what is in flight to the patience of its requests.
-    if given_up && stream.is_some() && !on_target && rig.within(BOUND, is_free(rig, target)).await.is_none() {
+    if stream.is_some() && !on_target && rig.within(BOUND, is_free(rig, target)).await.is_none() {
         // A kernel file holds what is in flight; a connection is cut.
         rig.fail("a dead server holds the target of a job that was given up");
     }
