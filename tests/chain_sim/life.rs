@@ -16,6 +16,7 @@ use blockferry::job::stream::Floor;
 use blockferry::job::sweep::{ChainError, SweepOptions};
 use blockferry::job::{commit, stream};
 use blockferry_ring::sim::{Fault, FaultRule, FileModel, OpKind, World, WorldConfig};
+use blockferry_ring::sync::OneShot;
 use blockferry_ring::{Config, Errno, Ring};
 
 use crate::counts::Counts;
@@ -189,15 +190,7 @@ impl Life {
         let Some(aim) = Aim::take(&self.front, plan) else { return };
         let shape = |life: &Life| life.front.chain().iter().map(Rc::as_ptr).collect::<Vec<_>>();
         let before = shape(&self);
-        let in_use = || aim.nodes.iter().any(|node| node.attach(UseKind::JobSource("probe")).is_err());
-        let view = match aim.nodes.first() {
-            // Layers below the front do not change, unless another job that has not ended yet is merging into one of them.
-            Some(top) if !Rc::ptr_eq(top, &self.front) => {
-                bytes_of(&self.ring, top.driver(), u64::MAX).await.ok()
-            }
-            _ => None,
-        };
-        let busy = in_use();
+        let busy = aim.nodes.iter().any(|node| node.attach(UseKind::JobSource("probe")).is_err());
         let started = aim.start(&self.ring, &self.front, &plan, &id).await;
         let job = match started {
             Ok(job) => job,
@@ -219,6 +212,10 @@ impl Life {
             self.wrong(format!("{id} was started on a layer in use"));
         }
         self.count(aim.name);
+        // From here on nobody else changes these layers, and no job changes what its uppermost shows. (Before, another one
+        // may be merging into one of them.)
+        let top = aim.nodes.first().filter(|top| !Rc::ptr_eq(top, &self.front));
+        let view = top.map(|top| self.view_of(top));
         let commits = self.commits();
         self.users(&job, &plan, aim.active).await;
         let ending = job.until_over().await;
@@ -236,7 +233,17 @@ impl Life {
                 break;
             }
         }
+        let view = match view {
+            Some(view) => view.take().await,
+            None => None,
+        };
         self.judge(&aim, &plan, &job, ending, (view, commits), &before).await;
+    }
+
+    /// What a layer shows, as far as it can be read, while other things happen.
+    fn view_of(&self, node: &Rc<Node>) -> OneShot<Option<Vec<u8>>> {
+        let (ring, driver) = (self.ring.clone(), node.driver().clone());
+        self.ring.spawn_with_result(async move { bytes_of(&ring, &driver, u64::MAX).await.ok() })
     }
 
     /// Commits that were started so far.
@@ -308,21 +315,14 @@ impl Life {
                     self.wrong(format!("{id} completed and left layers in the chain"));
                 }
                 self.changed.set(self.changed.get() || !aim.active || pivoted);
-                // Another commit may have changed the base since.
-                let settled = aim.active || self.commits() == commits;
-                if let (Kind::Commit, true, Some(view), Some(base)) =
-                    (plan.kind, settled, view, aim.nodes.last())
-                {
-                    match bytes_of(&self.ring, base.driver(), view.len() as u64).await {
-                        Ok(bytes) if bytes != view => {
-                            self.wrong(format!("{id}: the base does not hold the top"))
-                        }
-                        _ => {}
-                    }
-                }
             }
             Ending::Cancelled => self.count("endings: cancelled"),
             Ending::Failed(_) => self.count("endings: failed"),
+        }
+        if let Some(view) = view {
+            let completed_commit = ending == Ending::Completed && plan.kind == Kind::Commit;
+            let base = aim.base.as_ref().filter(|_| completed_commit);
+            self.judge_view(&aim.top, base, &format!("{id} ({ending:?})"), &view, commits).await;
         }
         let now: Vec<_> = chain.iter().map(Rc::as_ptr).collect();
         let alone = self.counts.borrow().get("two jobs at once") == 0;
@@ -340,6 +340,28 @@ impl Life {
             }
             if alone && node.attach(UseKind::JobSource("probe")).is_err() {
                 self.wrong(format!("{id} ({ending:?}) still uses {}", node.name()));
+            }
+        }
+    }
+
+    /// What the uppermost layer of a job showed when it began, it shows now; and so does the base of a commit that completed.
+    async fn judge_view(&self, top: &Rc<Node>, base: Option<&Rc<Node>>, id: &str, view: &[u8], commits: u64) {
+        let shown = self.view_of(top).take().await;
+        let merged = match base {
+            Some(base) => bytes_of(&self.ring, base.driver(), view.len() as u64).await.ok(),
+            None => None,
+        };
+        if self.commits() != commits {
+            // Another commit may have changed the base since.
+            return self.count("views that another commit may have changed");
+        }
+        if shown.is_some_and(|shown| shown != view) {
+            self.wrong(format!("{id}: its uppermost layer shows something else"));
+        }
+        if let Some(merged) = merged {
+            self.count("bases compared with what was merged");
+            if merged != view {
+                self.wrong(format!("{id}: the base does not hold the top"));
             }
         }
     }

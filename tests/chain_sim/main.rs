@@ -34,6 +34,7 @@ const THREADS: u64 = 2;
 
 /// What every run of the whole must have met at least once.
 const EXPECTED: &[&str] = &[
+    "bases compared with what was merged",
     "commits, active",
     "commits, intermediate",
     "streams, part",
