@@ -16,6 +16,7 @@ use blockferry::job::policy::ErrorAction;
 use blockferry::job::runner::{ErrorPolicies, Job};
 use blockferry::job::status::Status;
 use blockferry::protocol::mark::{MarkInfo, TargetMark};
+use blockferry::protocol::nbd::NbdDriver;
 
 use super::disk::{Disk, STATE_DIR, SimMarker};
 use super::guest;
@@ -293,7 +294,7 @@ async fn hang_and_cancel(rig: &Rc<Rig>, job: &Job, target: &Disk) {
     }
     let wait = log_range(&mut rig.fork_rng(), 1_000, SECOND / 20);
     rig.ring.sleep(wait).await;
-    act(rig, job, Verb::ForceCancel);
+    let given_up = act(rig, job, Verb::ForceCancel);
     if rig.within(FORCE_BOUND, job.until_over()).await.is_none() {
         rig.fail(format!("a job with a dead target does not end when it is given up: {}", state(job)));
     }
@@ -308,12 +309,44 @@ async fn hang_and_cancel(rig: &Rc<Rig>, job: &Job, target: &Disk) {
             rig.fail("guests wait for a job that was given up");
         }
     }
-    // One that had failed by itself a moment before leaves what is in flight to the patience of its requests.
-    if stream.is_some() && !on_target && rig.within(BOUND, is_free(rig, target)).await.is_none() {
-        // A kernel file holds what is in flight; a connection is cut.
-        rig.fail("a dead server holds the target of a job that was given up");
+    let Some((_, driver)) = target.remote.as_ref().filter(|_| !on_target) else {
+        // A kernel file holds what is in flight.
+        return rig.world.release("");
+    };
+    if given_up {
+        // A connection is cut.
+        if rig.within(BOUND, is_free(rig, target)).await.is_none() {
+            rig.fail("a dead server holds the target of a job that was given up");
+        }
+    } else {
+        hold_while_in_flight(rig, target, driver).await;
     }
     rig.world.release("");
+}
+
+/// A job that failed by itself, a moment before its server died, was not given up by anybody: what guests had sent to
+/// both sides goes on, may land late, and keeps the target from the next job for exactly as long as it is in flight. (For how
+/// long that is, `tests/nbd_node_sim` tells: these connections have no time-out.)
+async fn hold_while_in_flight(rig: &Rc<Rig>, target: &Disk, driver: &NbdDriver) {
+    let (began, mut was_held) = (rig.ring.clock(), false);
+    while rig.ring.clock() < began + BOUND {
+        // What has ended lets go in the same turn, or the next one.
+        let was_in_flight = driver.connection().in_flight();
+        rig.ring.sleep(SECOND / 10).await;
+        let held = target.node.attach(UseKind::JobTarget("probe")).is_err();
+        let in_flight = driver.connection().in_flight();
+        if held && was_in_flight == 0 {
+            return rig.fail("nothing is in flight, and the target of a job that failed is still in use");
+        }
+        if !held && in_flight > 0 {
+            return rig
+                .fail(format!("{in_flight} requests of a job that failed go on, and its target is free"));
+        }
+        if held && !was_held {
+            rig.count("dead servers that held the target of a job that failed");
+        }
+        was_held |= held;
+    }
 }
 
 /// Waits until nobody uses the disk.
