@@ -291,6 +291,60 @@ fn what_a_guest_reads_is_filled_first() {
     chain.check(&chain.top(), &chain.model, &[4]);
 }
 
+/// Reads somewhere that the layer below the uppermost has something and the uppermost nothing: whether the uppermost gets it.
+async fn is_filled(
+    ring: &Ring,
+    root: &Root,
+    layers: &[Rc<Node>],
+    clusters: &mut impl Iterator<Item = u64>,
+) -> bool {
+    let held = async |layer: usize, at| {
+        let layer = layers[layer].driver().as_layer().expect("a layer");
+        layer.holds(at, 65_536).await.expect("what it holds").what
+    };
+    for at in clusters {
+        if held(0, at).await != Holds::Nothing || held(1, at).await != Holds::Data {
+            continue;
+        }
+        let (_, result) = root.read(at + 512, ring.alloc(512).await).await;
+        result.expect("a read");
+        // Ten thousand times what it takes.
+        for _ in 0..10_000 {
+            if held(0, at).await != Holds::Nothing {
+                return true;
+            }
+            ring.sleep(1_000_000).await;
+        }
+        return false;
+    }
+    panic!("the chain has no such place left");
+}
+
+/// Of two streams under one root each hears what guests read, also after the other one has ended.
+#[test]
+fn a_stream_goes_on_to_hear_of_reads_when_another_one_has_ended() {
+    let chain = Chain::new(16, &PLAIN);
+    let engine = engine();
+    let (ring, top) = (engine.ring().clone(), chain.top());
+    engine.run(async move {
+        let node = opened(&ring, &top).await;
+        let (root, layers) = (Root::new(&node, false).unwrap(), node.chain());
+        let slow = SweepOptions { speed: 1, ..sweep("one") };
+        let one = stream::start(&ring, &node, None, Floor::Base(layers[2].clone()), slow).await.unwrap();
+        let mut clusters = (0..LEN / 65_536).rev().map(|cluster| cluster * 65_536);
+        assert!(is_filled(&ring, &root, &layers, &mut clusters).await, "beside nobody");
+        let below = Floor::Base(layers[4].clone());
+        let two = stream::start(&ring, &node, Some(&layers[2]), below, sweep("two")).await.unwrap();
+        assert_eq!(two.until_over().await, Ending::Completed);
+        assert!(is_filled(&ring, &root, &layers, &mut clusters).await, "after the other one has ended");
+        one.cancel(true).unwrap();
+        assert_eq!(one.until_over().await, Ending::Cancelled);
+        root.flush().await.unwrap();
+    });
+    drop(engine);
+    chain.check(&chain.top(), &chain.model, &[2, 4]);
+}
+
 /// A base that is shorter than the top grows, and one that is longer does not shrink; a layer that ends early hides what
 /// is below it. Each time the disk is what it was.
 #[test]

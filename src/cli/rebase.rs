@@ -22,6 +22,7 @@ use crate::block::Driver;
 use crate::engine::admit::Admission;
 use crate::engine::qcow2::{open_backing, qcow2};
 use crate::engine::rebase::Rebase;
+use crate::engine::remote::is_remote;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::UseKind;
 
@@ -119,6 +120,13 @@ async fn rebase(
         "" => None,
         name if args.name_only => {
             admission.keeps(&args.file, name).await;
+            // It need not be there; what can be said of it without asking a server is said.
+            if !is_remote(name) {
+                let format = args.backing_format;
+                if let Err(error) = open_backing(engine.ring(), &args.file, name, format, &options).await {
+                    tracing::debug!(%error, "the new backing file was not looked at");
+                }
+            }
             None
         }
         name => {
