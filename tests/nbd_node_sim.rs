@@ -42,10 +42,14 @@ fn options(path: &str) -> RemoteOptions {
 }
 
 fn serve(ring: &Ring) -> NbdServer {
-    let driver = open(ring, Path::new("/disk"), &OpenOptions::default()).unwrap();
+    serve_file(ring, "/disk", true)
+}
+
+fn serve_file(ring: &Ring, path: &str, writable: bool) -> NbdServer {
+    let driver = open(ring, Path::new(path), &OpenOptions::default()).unwrap();
     let server = NbdServer::new(ring, ServerConfig::default());
     let root = Root::new(&Node::new(ring, "disk", driver), false).unwrap();
-    let export = Export { root, description: String::new(), writable: true, default: true };
+    let export = Export { root, description: String::new(), writable, default: true };
     server.add_export("disk", export).unwrap();
     server.listen(&address(SOCKET)).unwrap();
     server

@@ -405,6 +405,12 @@ pub trait Driver: std::fmt::Debug {
         self.children().iter().map(|child| child.losses_for_good()).sum()
     }
 
+    /// A job writes to it from now on, or (once for each) has ended: what it has written must not get lost with a server,
+    /// whatever was said about clients' changes.
+    fn set_writing_job(&self, is_there: bool) {
+        self.children().iter().for_each(|child| child.set_writing_job(is_there));
+    }
+
     /// Has requests fail (`ENOTRECOVERABLE`) once a server was lost so often without a flush between that succeeded;
     /// `None`: they wait for it.
     fn set_lapses_max(&self, lapses_max: Option<u32>) {

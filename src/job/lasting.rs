@@ -1,9 +1,9 @@
 //! Whether what a job writes lasts, where its target is on a server.
 //!
-//! The driver writes again what the server may have lost with a connection ([`Driver::losses_for_good`] says what it could
-//! not). A server that is lost again and again without a flush between that succeeds will never hold the copy, and a job
-//! whose target has lost changes for good has no copy either, whatever the flushes that follow say: both end the job,
-//! whatever its error policy is.
+//! The driver writes again what the server may have lost with a connection: all of it, for a job, whatever the user said of
+//! clients' changes ([`Driver::set_writing_job`]). [`Driver::losses_for_good`] says what it could not. A server that is lost
+//! again and again without a flush between that succeeds will never hold the copy, and a job whose target has lost changes
+//! for good has no copy either, whatever the flushes that follow say: both end the job, whatever its error policy is.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -26,6 +26,7 @@ pub(super) struct Lasting {
 impl Lasting {
     /// Watches over a target from now on. Where others use it, too, their requests are not to fail because the job's do.
     pub(super) fn new(target: &Rc<dyn Driver>, alone: bool) -> Lasting {
+        target.set_writing_job(true);
         if alone {
             target.set_lapses_max(Some(LAPSES_MAX));
         }
@@ -35,6 +36,11 @@ impl Lasting {
     /// Flushes the target: on success all that the job wrote before is durable.
     pub(super) async fn flush(&self) -> Result<(), BlockError> {
         self.target.flush().await?;
+        self.check()
+    }
+
+    /// Whether all that the job wrote is still there, or is written again: no flush is needed to know that it is not.
+    pub(super) fn check(&self) -> Result<(), BlockError> {
         if self.target.losses_for_good() == self.losses.get() {
             return Ok(());
         }
@@ -47,13 +53,15 @@ impl Lasting {
 
 impl Drop for Lasting {
     fn drop(&mut self) {
+        self.target.set_writing_job(false);
         if self.alone {
             self.target.set_lapses_max(None);
         }
     }
 }
 
-/// Whether a failure is one of those that no error policy forgives.
+/// Whether a failure is one of those that no error policy forgives: what was written is lost, or what is found under the
+/// name now is another disk. Neither gets better by another attempt.
 pub(super) fn is_final(failed: &Failed) -> bool {
-    failed.errno == Errno::ENOTRECOVERABLE.0
+    [Errno::ENOTRECOVERABLE.0, Errno::ESTALE.0].contains(&failed.errno)
 }

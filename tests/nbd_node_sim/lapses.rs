@@ -11,15 +11,15 @@ use blockferry::graph::heard::Heard;
 use blockferry::graph::node::{Node, Root};
 use blockferry::job::convert::{self, ConvertOptions};
 use blockferry::job::mirror::{self, MirrorOptions};
-use blockferry::job::policy::OnError;
+use blockferry::job::policy::{CopyMode, OnError};
 use blockferry::job::runner::{Ending, ErrorPolicies};
 use blockferry::protocol::nbd::{NbdNode, RemoteOptions};
 use blockferry_ring::rand::Rand;
-use blockferry_ring::sim::World;
+use blockferry_ring::sim::{FileModel, OpKind, World};
 use blockferry_ring::{Errno, Ring};
 
 use super::jobs::{LEN, local};
-use super::{KIB, MILLI, PART, SOCKET, address, in_world, options, serve};
+use super::{KIB, MILLI, PART, SECOND, SOCKET, address, in_world, options, serve, serve_file};
 
 /// Nobody knows what a byte is after a discard.
 const UNKNOWN: u16 = 256;
@@ -198,36 +198,70 @@ fn whoever_has_written_hears_once_of_what_could_not_be_kept() {
     });
 }
 
+/// A copy to a server that loses its caches again and again meanwhile: how it ended, and whether what has lasted there is
+/// what it was to be. The seed says what kind of copy it is, and what of clients' changes is kept.
+fn copy_meanwhile(seed: u64) -> (Ending, bool) {
+    in_world(seed, move |ring, world| async move {
+        let server = serve(&ring);
+        let source = local(&ring, &world, seed);
+        let unflushed = [64 << 20, 0][seed as usize / 4 % 2];
+        let target = Node::new(&ring, "remote", remote(&ring, unflushed).await);
+        let guest = Root::new(&source, false).unwrap();
+        let (converts, pivots, blocks) = (seed % 4 == 1, seed % 4 == 2, seed % 4 == 3);
+        let job = if converts {
+            let options = ConvertOptions { speed: 2 << 20, ..ConvertOptions::new("convert") };
+            convert::start(&ring, &source, &target, options).await.unwrap().0
+        } else {
+            let copy_mode = if blocks { CopyMode::WriteBlocking } else { CopyMode::Background };
+            let options = MirrorOptions { speed: 2 << 20, copy_mode, ..MirrorOptions::new("mirror") };
+            mirror::start(&ring, &source, &target, options).await.unwrap()
+        };
+        let write = async |round: u64| {
+            let mut buf = ring.alloc(9000).await;
+            buf.as_mut_slice().fill(round as u8 + 1);
+            guest.write(round * 600_000 + 77, buf.freeze(), WriteFlags::default()).await.unwrap();
+        };
+        for round in 0..4 {
+            ring.sleep(300 * MILLI + seed * 11 * MILLI).await;
+            if !converts {
+                write(round).await;
+            }
+            let pauses = !converts && round == 1;
+            if pauses {
+                job.pause().unwrap();
+                ring.sleep(50 * MILLI).await;
+            }
+            lapse(&ring, &world, &server).await;
+            if pauses {
+                ring.sleep(500 * MILLI).await;
+                job.resume().unwrap();
+            }
+        }
+        if !converts {
+            job.until_ready().await;
+            write(4).await;
+            lapse(&ring, &world, &server).await;
+            if pivots { job.complete().unwrap() } else { job.cancel(false).unwrap() }
+        }
+        let ending = job.until_over().await;
+        lapse(&ring, &world, &server).await;
+        let is_same = world.read_live("/local", 0, LEN) == world.read_durable("/disk", 0, LEN);
+        drop((job, guest, source, target));
+        server.stop().await;
+        (ending, is_same)
+    })
+    .0
+}
+
 #[test]
 fn copies_are_whole_when_their_server_goes_down_meanwhile() {
-    for seed in 0..4u64 {
-        in_world(seed, move |ring, world| async move {
-            let server = serve(&ring);
-            let source = local(&ring, &world, seed);
-            let target = Node::new(&ring, "remote", remote(&ring, 64 << 20).await);
-            let job = if seed % 2 == 0 {
-                let options = MirrorOptions { speed: 2 << 20, ..MirrorOptions::new("mirror") };
-                mirror::start(&ring, &source, &target, options).await.unwrap()
-            } else {
-                let options = ConvertOptions { speed: 2 << 20, ..ConvertOptions::new("convert") };
-                convert::start(&ring, &source, &target, options).await.unwrap().0
-            };
-            for _ in 0..4 {
-                ring.sleep(300 * MILLI + seed * 11 * MILLI).await;
-                lapse(&ring, &world, &server).await;
-            }
-            if seed % 2 == 0 {
-                job.until_ready().await;
-                lapse(&ring, &world, &server).await;
-                job.cancel(false).unwrap();
-            }
-            assert_eq!(job.until_over().await, Ending::Completed);
-            lapse(&ring, &world, &server).await;
-            assert!(world.read_live("/local", 0, LEN) == world.read_durable("/disk", 0, LEN), "seed {seed}");
-            drop((job, source, target));
-            server.stop().await;
-        });
+    for seed in 0..8 {
+        assert_eq!(copy_meanwhile(seed), (Ending::Completed, true), "seed {seed}");
     }
+    plant(Some(Bug::NotWrittenAgain));
+    let found: Vec<_> = (0..8).map(|seed| !copy_meanwhile(seed).1).collect();
+    plant(None);
+    assert!(found.iter().filter(|found| **found).count() >= 4, "{found:?}");
 }
 
 /// A copy to a server that goes down before it has flushed what is written to it again; `then` says how often.
@@ -264,10 +298,75 @@ fn copy_to_one_that_never_lasts(unflushed_bytes_max: u64, lapses: u32) -> Ending
 
 #[test]
 fn a_server_that_keeps_nothing_ends_a_job_whatever_its_policy() {
-    assert_eq!(copy_to_one_that_never_lasts(64 << 20, 2), Ending::Completed);
-    let Ending::Failed(text) = copy_to_one_that_never_lasts(64 << 20, 3) else { panic!("it did not fail") };
-    assert!(text.contains("3 times in a row"), "{text}");
-    // Where nothing is kept, once is enough.
-    let Ending::Failed(text) = copy_to_one_that_never_lasts(0, 1) else { panic!("it did not fail") };
-    assert!(text.contains("not complete"), "{text}");
+    // What is kept of clients' changes makes no difference.
+    for unflushed in [64 << 20, 0] {
+        assert_eq!(copy_to_one_that_never_lasts(unflushed, 2), Ending::Completed);
+        let ending = copy_to_one_that_never_lasts(unflushed, 3);
+        let Ending::Failed(text) = ending else { panic!("it did not fail") };
+        assert!(text.contains("3 times in a row"), "{text}");
+    }
+}
+
+/// A copy to a disk whose place is taken by another while nobody listens: what its end says, whatever its policy is.
+fn copy_to_one_that_becomes(another: fn(&Ring, &World) -> NbdServer, copies: bool) -> Ending {
+    in_world(6, move |ring, world| async move {
+        let server = serve(&ring);
+        let source = local(&ring, &world, 6);
+        let target = Node::new(&ring, "remote", remote(&ring, 0).await);
+        let policies = ErrorPolicies { source: OnError::Ignore, target: OnError::Ignore };
+        let speed = if copies { 2 << 20 } else { 0 };
+        let options = MirrorOptions { speed, policies, ..MirrorOptions::new("mirror") };
+        let job = mirror::start(&ring, &source, &target, options).await.unwrap();
+        if copies {
+            ring.sleep(400 * MILLI).await;
+        } else {
+            job.until_ready().await;
+        }
+        server.stop().await;
+        let other = another(&ring, &world);
+        ring.sleep(SECOND).await;
+        if !copies {
+            job.complete().unwrap();
+        }
+        let ending = job.until_over().await;
+        drop((job, source, target));
+        other.stop().await;
+        ending
+    })
+    .0
+}
+
+fn longer(ring: &Ring, world: &World) -> NbdServer {
+    world.add_file("/longer", FileModel::regular(8 << 20));
+    serve_file(ring, "/longer", true)
+}
+
+fn read_only(ring: &Ring, world: &World) -> NbdServer {
+    world.add_file("/other", FileModel::regular(LEN as u64));
+    serve_file(ring, "/other", false)
+}
+
+/// The same disk, and there is no room.
+fn full(ring: &Ring, world: &World) -> NbdServer {
+    world.add_file("/full", FileModel::regular(LEN as u64));
+    for nth in 1..1000 {
+        world.fail_nth(OpKind::Write, "/full", nth, Errno::ENOSPC);
+    }
+    serve_file(ring, "/full", true)
+}
+
+#[test]
+fn a_job_whose_target_becomes_another_disk_says_so() {
+    for (another, word) in
+        [(longer as fn(&Ring, &World) -> NbdServer, "not the export"), (read_only, "not the export")]
+    {
+        for copies in [true, false] {
+            let Ending::Failed(text) = copy_to_one_that_becomes(another, copies) else {
+                panic!("it did not fail")
+            };
+            assert!(text.contains(word), "{text}");
+        }
+    }
+    let Ending::Failed(text) = copy_to_one_that_becomes(full, true) else { panic!("it did not fail") };
+    assert!(text.contains("could not be written again"), "{text}");
 }

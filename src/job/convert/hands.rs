@@ -112,10 +112,13 @@ impl Parts {
                 let failed = self.make_zero(range, &mut done).await.err();
                 Outcome::Piece(range, What::Zero, done, failed.map(|failed| (range.start(), failed)))
             }
-            Op::Find => match self.ring.boxed(find(self.from(), self.to())).await {
-                Err(failed) if is_displaced(&failed) => Outcome::Displaced(failed),
-                // What cannot be told now is asked again in a while, and at the end.
-                _ => Outcome::Found,
+            Op::Find => match self.lasting.check() {
+                Err(error) => Outcome::Displaced(Failed::write(error)),
+                Ok(()) => match self.ring.boxed(find(self.from(), self.to())).await {
+                    Err(failed) if is_displaced(&failed) => Outcome::Displaced(failed),
+                    // What cannot be told now is asked again in a while, and at the end.
+                    _ => Outcome::Found,
+                },
             },
             Op::Flush => match self.lasting.flush().await {
                 Err(error) => Outcome::Flushed(Err(Failed::write(error))),

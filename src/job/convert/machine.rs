@@ -64,7 +64,8 @@ pub enum Outcome {
     Flushed(Result<(), Failed>),
     /// Both sides are where they were.
     Found,
-    /// It was flushed, or looked for, and somebody has removed, replaced or cut it or the source.
+    /// It was flushed, or looked for, and somebody has removed, replaced or cut it or the source, or its server has lost
+    /// what was written.
     Displaced(Failed),
     /// Source and target were compared.
     Verified(Result<(), Failed>),

@@ -179,6 +179,9 @@ impl Parts {
     }
 
     async fn find(&self, progress: Option<Progress>) -> Outcome {
+        if let Err(error) = self.lasting.check() {
+            return Outcome::Displaced(Failed::write(error));
+        }
         if let (Some(marker), Some(progress)) = (&self.marker, progress)
             && let Err(error) = marker.note(progress.offset(), progress.len()).await
         {

@@ -109,7 +109,7 @@ pub enum Outcome {
     FlushedMeanwhile(Result<(), Failed>),
     /// Both sides are where they were.
     Found,
-    /// Somebody has removed, replaced or cut one of the two.
+    /// Somebody has removed, replaced or cut one of the two, or the target's server has lost what was written.
     Displaced(Failed),
     /// The source is drained, or could not be.
     Drained(bool),

@@ -686,6 +686,10 @@ impl Driver for NbdNode {
         self.remote.losses_for_good()
     }
 
+    fn set_writing_job(&self, is_there: bool) {
+        self.remote.set_writing_job(is_there);
+    }
+
     fn set_lapses_max(&self, lapses_max: Option<u32>) {
         self.remote.set_lapses_max(lapses_max);
     }

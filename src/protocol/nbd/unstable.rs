@@ -17,7 +17,9 @@
 //! flushed ([`Unstable::is_much`]); whoever finds it full waits. What is larger than all of it cannot be kept at all and is
 //! flushed at once by its writer.
 //!
-//! Where nothing is to be kept (a bound of 0), the range of what was changed is noted, to be named when it may be lost.
+//! Where nothing is to be kept (a bound of 0), the range of what was changed is noted, to be named when it may be lost. A
+//! job's copy would be worth nothing after that, though, so while a job writes, and until what it has written is flushed, as
+//! much is kept as usual.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -28,7 +30,7 @@ use blockferry_ring::{Errno, Ring, SharedBuf};
 use super::client_error::NbdClientError;
 use super::connection::Connection;
 use super::constants::{CommandFlags, TransmissionFlags};
-use crate::base::limits::{NBD_AGAIN_BYTES, NBD_AGAIN_CHANGES};
+use crate::base::limits::{NBD_AGAIN_BYTES, NBD_AGAIN_CHANGES, NBD_UNFLUSHED_BYTES};
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::protocol::bounce::Bounce;
@@ -70,7 +72,10 @@ enum What {
 /// See the module's head.
 #[derive(Debug)]
 pub(super) struct Unstable {
-    bytes_max: u64,
+    /// What the user said.
+    bytes_said: u64,
+    /// Jobs that write.
+    jobs: Cell<usize>,
     log: RefCell<Log>,
     /// Bytes that were promised to changes under way.
     promised: Cell<u64>,
@@ -115,7 +120,8 @@ impl Unstable {
     /// Keeps changes up to `bytes_max`. `ENOMEM` when the arena has no memory to make them again.
     pub(super) fn new(ring: &Ring, bytes_max: u64) -> Result<Unstable, Errno> {
         Ok(Unstable {
-            bytes_max,
+            bytes_said: bytes_max,
+            jobs: Cell::new(0),
             log: RefCell::default(),
             promised: Cell::new(0),
             room: ring.notify(),
@@ -123,21 +129,42 @@ impl Unstable {
         })
     }
 
-    /// Whether a change of so many bytes of data can be kept at all.
-    pub(super) fn can_keep(&self, data_bytes: u64) -> bool {
-        data_bytes.saturating_add(CHANGE_BYTES) <= self.bytes_max
+    /// A job begins to write.
+    pub(super) fn job_begins(&self) {
+        self.jobs.set(self.jobs.get() + 1);
     }
 
-    /// Nothing is ever kept.
+    /// It has ended.
+    pub(super) fn job_ends(&self) {
+        self.jobs.set(self.jobs.get().saturating_sub(1));
+    }
+
+    /// Bytes that are kept at most.
+    fn bytes_max(&self) -> u64 {
+        let is_for_job = self.jobs.get() > 0 || !self.log.borrow().entries.is_empty();
+        if self.bytes_said == 0 && is_for_job { NBD_UNFLUSHED_BYTES } else { self.bytes_said }
+    }
+
+    /// Whether a change of so many bytes of data can be kept at all.
+    pub(super) fn can_keep(&self, data_bytes: u64) -> bool {
+        data_bytes.saturating_add(CHANGE_BYTES) <= self.bytes_max()
+    }
+
+    /// Nothing is kept.
     pub(super) fn keeps_nothing(&self) -> bool {
-        self.bytes_max == 0
+        self.bytes_max() == 0
+    }
+
+    /// Something was changed and not kept.
+    pub(super) fn has_unkept(&self) -> bool {
+        self.log.borrow().changed.is_some()
     }
 
     /// Room for a change of so many bytes of data, if there is some now.
     pub(super) fn take_room(&self, data_bytes: u64) -> Option<Room<'_>> {
         let bytes = if self.can_keep(data_bytes) { data_bytes + CHANGE_BYTES } else { 0 };
         let taken = self.promised.get() + self.log.borrow().bytes;
-        (bytes == 0 || taken + bytes <= self.bytes_max).then(|| {
+        (bytes == 0 || taken + bytes <= self.bytes_max()).then(|| {
             self.promised.set(self.promised.get() + bytes);
             Room { unstable: self, bytes }
         })
@@ -146,7 +173,7 @@ impl Unstable {
     /// So much is kept that the server is to be flushed.
     pub(super) fn is_much(&self) -> bool {
         let bytes = self.log.borrow().bytes;
-        bytes > 0 && bytes >= self.bytes_max / 2
+        bytes > 0 && bytes >= self.bytes_max() / 2
     }
 
     /// Nothing may be lost.
@@ -442,5 +469,23 @@ mod tests {
         unstable.flushed(mark);
         assert_eq!(unstable.forget(), Some(range(100, 4508)));
         assert!(unstable.is_empty() && unstable.forget().is_none());
+    }
+
+    #[test]
+    fn for_a_job_as_much_is_kept_as_usual() {
+        let ring = ring();
+        let unstable = Unstable::new(&ring, 0).expect("memory");
+        keep(&ring, &unstable, 0, 512, 1);
+        unstable.job_begins();
+        keep(&ring, &unstable, 512, 512, 2);
+        assert!(unstable.has_unkept(), "what was there before the job is not there again");
+        unstable.flushed(1);
+        assert!(!unstable.has_unkept() && all(&unstable) == [(512, 2)]);
+        // What it leaves behind would be written over newer changes that were not kept.
+        unstable.job_ends();
+        keep(&ring, &unstable, 512, 512, 3);
+        assert_eq!(all(&unstable), [(512, 2), (512, 3)]);
+        unstable.flushed(unstable.mark());
+        assert!(unstable.is_empty() && unstable.keeps_nothing());
     }
 }

@@ -58,6 +58,11 @@ impl Remote {
         self.changed().notify();
     }
 
+    /// A job writes to the disk from now on, or has ended.
+    pub(in crate::protocol::nbd) fn set_writing_job(&self, is_there: bool) {
+        if is_there { self.unstable.job_begins() } else { self.unstable.job_ends() }
+    }
+
     pub(super) fn is_lost_too_often(&self) -> bool {
         self.lapses_max.get().is_some_and(|max| self.lapses.get() >= max)
     }
@@ -66,7 +71,7 @@ impl Remote {
     pub(super) fn is_whole(&self) -> bool {
         let lost = self.keeper.lost.get();
         if self.mended.get() != lost {
-            if self.unstable.keeps_nothing() && !self.unstable.is_empty() {
+            if self.unstable.has_unkept() {
                 self.lose_for_good("nothing is kept to be written again");
             }
             if self.unstable.is_empty() {
