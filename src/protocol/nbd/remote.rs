@@ -807,8 +807,13 @@ impl Remote {
         self.connections.borrow_mut().retain(|connection| !connection.is_over());
         let since = self.down_since.get().unwrap_or(self.ring.clock());
         self.down_since.set(Some(since));
-        let reason = self.reason.borrow().to_string();
-        tracing::info!(uri = %self.name, reason, "the connection is lost and will be made anew");
+        let error = self.reason.borrow().clone();
+        let what = match error.is_given_up() {
+            true => "the server hangs: its connections are asked nothing more",
+            false => "there is no connection any more",
+        };
+        // Whoever gave up may have been the last one who used it.
+        tracing::info!(uri = %self.name, reason = %error, "{what}; for as long as the disk is in use, another one is tried");
     }
 }
 
