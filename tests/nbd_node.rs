@@ -4,6 +4,8 @@
 mod common;
 #[path = "nbd_node/faulty.rs"]
 mod faulty;
+#[path = "nbd_node/lapses.rs"]
+mod lapses;
 #[path = "common/nbd_peers.rs"]
 mod nbd_peers;
 #[path = "nbd_node/proxy.rs"]

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{CacheMode, GateArgs, parse_format};
+use super::image::{CacheMode, GateArgs, ServerArgs, parse_format};
 use super::print::{product, say};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::service::at_once;
@@ -55,6 +55,8 @@ pub struct CompareArgs {
     #[arg(short, long)]
     quiet: bool,
     #[command(flatten)]
+    server: ServerArgs,
+    #[command(flatten)]
     gate: GateArgs,
     #[command(flatten)]
     output: OutputArgs,
@@ -75,8 +77,8 @@ pub fn main(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
 fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
     let signals = Signals::new(engine.ring())?;
-    let first = read_options(args.first_format, args.cache, args.force_share, &args.gate);
-    let second = read_options(args.second_format, args.cache, args.force_share, &args.gate);
+    let first = read_options(args.first_format, args.cache, args.force_share, &args.server, &args.gate);
+    let second = read_options(args.second_format, args.cache, args.force_share, &args.server, &args.gate);
     let names = (args.first.clone(), args.second.clone());
     let (strict, quiet, global_options) = (args.strict, args.quiet, global.clone());
     let trust = args.trust_holes;

@@ -13,7 +13,9 @@ use serde_json::json;
 
 use super::create::{add_backing, open_new_backing};
 use super::exit::{Exit, Failure};
-use super::image::{CacheMode, GateArgs, OpenArgs, Reflink, parse_format, size, speed, state_dir};
+use super::image::{
+    CacheMode, GateArgs, OpenArgs, Reflink, ServerArgs, parse_format, size, speed, state_dir,
+};
 use super::job::{copy_rate, disk, left_behind};
 use super::print::{self, say};
 use super::progress::{INTERVAL_NANOS, Progress};
@@ -137,6 +139,8 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
     #[command(flatten)]
+    server: ServerArgs,
+    #[command(flatten)]
     gate: GateArgs,
     #[command(flatten)]
     plan: PlanArgs,
@@ -167,11 +171,12 @@ impl Run {
         let (args, engine, ring) = (&self.args, &*self.engine, self.engine.ring());
         let options = ImageOptions {
             marks: args.gate.marks(),
-            ..read_options(args.source_format, args.source_cache, args.force_share, &args.gate)
+            ..read_options(args.source_format, args.source_cache, args.force_share, &args.server, &args.gate)
         };
         let source = engine.open(&args.source, &options).await?;
         let open = OpenArgs {
             cache: args.target_cache.unwrap_or_default(),
+            server: args.server.clone(),
             gate: args.gate.clone(),
             ..OpenArgs::default()
         };

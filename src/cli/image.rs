@@ -79,7 +79,8 @@ pub struct ServerArgs {
     #[arg(long, value_name = "SIZE", value_parser = request_bytes)]
     pub max_request: Option<u32>,
     /// Bytes that an NBD server has acknowledged and not flushed which are kept in memory, to be written again when its
-    /// connection is lost; from half of that on it is flushed. 0: nothing is, and flushes fail after such a loss
+    /// connection is lost; from half of that on it is flushed. 0: nothing of clients' is, and their flushes fail after such a
+    /// loss (what a job writes is kept all the same)
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "64MiB")]
     pub unflushed: u64,
 }

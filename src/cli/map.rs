@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, parse_format, size};
+use super::image::{GateArgs, ServerArgs, parse_format, size};
 use super::print::product;
 use super::tool::{OutputArgs, read_options};
 use super::{Global, config};
@@ -33,6 +33,8 @@ pub struct MapArgs {
     /// Open the image though others may be writing it (tools that only look never take locks)
     #[arg(short = 'U', long)]
     force_share: bool,
+    #[command(flatten)]
+    server: ServerArgs,
     #[command(flatten)]
     gate: GateArgs,
     #[command(flatten)]
@@ -85,7 +87,7 @@ pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
     let lines = engine.run(async move {
-        let options = read_options(a.format, None, true, &a.gate);
+        let options = read_options(a.format, None, true, &a.server, &a.gate);
         let node = e.open(&a.file, &options).await?;
         Ok::<_, Failure>(map(node.driver(), &a.file, a.start_offset, a.max_length).await?)
     })?;

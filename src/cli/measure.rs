@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, parse_format, size};
+use super::image::{GateArgs, ServerArgs, parse_format, size};
 use super::print::product;
 use super::tool::{OutputArgs, option_pairs, read_options};
 use super::{Global, config};
@@ -38,6 +38,8 @@ pub struct MeasureArgs {
     /// Open the image though others may be writing it (tools that only look never take locks)
     #[arg(short = 'U', long)]
     force_share: bool,
+    #[command(flatten)]
+    server: ServerArgs,
     #[command(flatten)]
     gate: GateArgs,
     #[command(flatten)]
@@ -74,7 +76,7 @@ pub fn main(global: &Global, args: MeasureArgs) -> Result<Exit, Failure> {
 async fn measure(engine: &Engine, args: &MeasureArgs) -> Result<Sizes, Failure> {
     let source = match &args.file {
         Some(file) => {
-            let options = read_options(args.format, None, true, &args.gate);
+            let options = read_options(args.format, None, true, &args.server, &args.gate);
             Some(engine.open(file, &options).await?)
         }
         None => None,

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::Global;
 use super::exit::{Exit, Failure};
-use super::image::{CacheMode, GateArgs};
+use super::image::{CacheMode, GateArgs, ServerArgs};
 use super::print::{self, note, product};
 use crate::engine::admit::Plan;
 use crate::engine::{Format, ImageOptions};
@@ -95,6 +95,7 @@ pub fn read_options(
     format: Option<Format>,
     cache: Option<CacheMode>,
     force_share: bool,
+    server: &ServerArgs,
     gate: &GateArgs,
 ) -> ImageOptions {
     ImageOptions {
@@ -104,6 +105,7 @@ pub fn read_options(
         marks: gate.marks().warned(),
         cache: cache.unwrap_or_default().into(),
         lock: !force_share,
+        server: server.options(),
         ..ImageOptions::read_only()
     }
 }

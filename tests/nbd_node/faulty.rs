@@ -1,6 +1,6 @@
 //! An NBD server of few words with faults that no real one has on demand: it says that it shuts down, refuses for the moment
-//! or for good, hangs up at options, fails block status, or has very large blocks. Its disk is memory that its successors on
-//! the same socket keep.
+//! or for good, hangs up at options, fails block status, has very large blocks, or loses what it has not flushed and comes
+//! back, as another disk if need be. Its disk is memory that its successors on the same socket keep.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -25,13 +25,25 @@ pub struct Faults {
     pub shutdown: Option<(u64, u64)>,
     /// Block status fails with this.
     pub status_errno: u32,
+    /// Instead of answering these writes (counted over all connections) its machine goes down with what was not flushed.
+    pub lapses: Vec<u64>,
+    /// Size and flags of what is there after that.
+    pub then: Option<(u64, u16)>,
 }
+
+/// There are flags; flush, FUA, trim, zeroes.
+pub const FLAGS: u16 = 109;
+pub const READ_ONLY: u16 = 2;
 
 struct State {
     faults: Faults,
     disk: Vec<u8>,
+    /// What of it was flushed.
+    durable: Vec<u8>,
+    flags: u16,
     connections: u64,
     requests: u64,
+    writes: u64,
     /// Lengths of reads and writes.
     longest: u32,
     status_asked: u64,
@@ -45,7 +57,17 @@ pub struct Faulty {
 impl Faulty {
     pub fn new(disk: Vec<u8>, faults: Faults) -> Faulty {
         let folder = tempfile::tempdir().unwrap();
-        let state = State { faults, disk, connections: 0, requests: 0, longest: 0, status_asked: 0 };
+        let state = State {
+            faults,
+            durable: disk.clone(),
+            disk,
+            flags: FLAGS,
+            connections: 0,
+            requests: 0,
+            writes: 0,
+            longest: 0,
+            status_asked: 0,
+        };
         let state = Arc::new(Mutex::new(state));
         let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
         let shared = state.clone();
@@ -80,6 +102,26 @@ impl Faulty {
     pub fn disk(&self) -> Vec<u8> {
         self.state.lock().unwrap().disk.clone()
     }
+
+    pub fn durable(&self) -> Vec<u8> {
+        self.state.lock().unwrap().durable.clone()
+    }
+}
+
+impl State {
+    /// Whether this request is its end.
+    fn goes_down(&mut self, kind: u64) -> bool {
+        self.writes += u64::from(kind == 1);
+        let goes_down = kind == 1 && self.faults.lapses.contains(&self.writes);
+        if goes_down {
+            self.disk = self.durable.clone();
+            if let Some((size, flags)) = self.faults.then {
+                self.disk.resize(size as usize, 0);
+                self.flags = flags;
+            }
+        }
+        goes_down
+    }
 }
 
 pub fn uri(socket: &Path) -> String {
@@ -110,10 +152,10 @@ fn shake_hands(stream: &mut UnixStream, state: &Mutex<State>) -> std::io::Result
     stream.write_all(b"NBDMAGICIHAVEOPT\x00\x03")?;
     let flags = number(&take::<4>(stream)?);
     let mut structured = false;
-    let (faults, size) = {
+    let (faults, size, export_flags) = {
         let mut state = state.lock().unwrap();
         state.connections += 1;
-        (state.faults.clone(), state.disk.len() as u64)
+        (state.faults.clone(), state.disk.len() as u64, state.flags)
     };
     loop {
         let head: [u8; 16] = take(stream)?;
@@ -122,8 +164,7 @@ fn shake_hands(stream: &mut UnixStream, state: &Mutex<State>) -> std::io::Result
         if faults.hangs_up_at.contains(&option) {
             return Ok(None);
         }
-        // Flags: there are some; flush, FUA, trim, zeroes.
-        let export = [&size.to_be_bytes()[..], &109u16.to_be_bytes()].concat();
+        let export = [&size.to_be_bytes()[..], &export_flags.to_be_bytes()].concat();
         match option {
             1 => {
                 stream.write_all(&export)?;
@@ -172,6 +213,9 @@ fn talk(mut stream: UnixStream, state: &Mutex<State>) -> std::io::Result<()> {
         let (errno, chunk, payload) = {
             let mut state = state.lock().unwrap();
             state.requests += 1;
+            if state.goes_down(kind) {
+                return stream.shutdown(Shutdown::Both);
+            }
             let (range, least) = (offset as usize..offset as usize + length as usize, state.faults.blocks);
             let goes = state
                 .faults
@@ -186,13 +230,19 @@ fn talk(mut stream: UnixStream, state: &Mutex<State>) -> std::io::Result<()> {
             } else if kind <= 1 {
                 state.longest = state.longest.max(length);
                 if kind == 1 {
-                    state.disk[range].copy_from_slice(&data);
+                    state.disk[range.clone()].copy_from_slice(&data);
+                    if head[5] & 1 != 0 {
+                        state.durable[range].copy_from_slice(&data);
+                    }
                     (0, 0, Vec::new())
                 } else {
                     (0, 1, [&offset.to_be_bytes()[..], &state.disk[range]].concat())
                 }
             } else if kind == 6 {
                 state.disk[range].fill(0);
+                (0, 0, Vec::new())
+            } else if kind == 3 {
+                state.durable = state.disk.clone();
                 (0, 0, Vec::new())
             } else if kind == 7 {
                 state.status_asked += 1;
