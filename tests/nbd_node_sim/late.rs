@@ -1,16 +1,23 @@
 //! A stalled write that lands last: one connection hangs with changes on it, they are given up, newer ones go over
 //! another, and then the old ones are carried out after all.
 
+use std::path::Path;
 use std::rc::Rc;
 
 use blockferry::base::planted::{Bug, plant};
 use blockferry::block::patience::for_job;
-use blockferry::block::{Driver, WriteFlags};
+use blockferry::block::{Driver, WriteFlags, ZeroFlags};
+use blockferry::graph::node::{Node, Root, UseKind};
+use blockferry::job::mirror::{self, MirrorOptions};
+use blockferry::job::policy::CopyMode;
+use blockferry::job::runner::Ending;
 use blockferry::protocol::nbd::{NbdNode, Patience, RemoteOptions};
+use blockferry::protocol::open::{self as files, OpenOptions};
+use blockferry_ring::sim::{Fault, FaultRule, FileModel, OpKind, World};
 use blockferry_ring::{Errno, Nanos, Ring};
 
 use super::link::{Harm, Link};
-use super::{SECOND, SOCKET, in_world, options, serve};
+use super::{MILLI, SECOND, SOCKET, in_world, in_world_of, options, serve};
 
 /// Until a job's request is given up, and until a newer one no longer waits for it.
 const SILENCE: Nanos = 2 * SECOND;
@@ -100,4 +107,93 @@ fn guests_wait_for_ever() {
         link.close();
         server.stop().await;
     });
+}
+
+const MIB: u64 = 1 << 20;
+
+/// A job fails by itself, and the server of its target hangs with what a guest has sent to both sides: how long that keeps
+/// the target from the next job, and whether that job makes a copy while the old change lands.
+async fn held_by_a_change_of_a_guest(ring: Ring, world: World, zeroes: bool) -> (Nanos, bool) {
+    // Zeroes of so much may take a server long.
+    let len = if zeroes { 40 * MIB } else { 4 * MIB };
+    for (path, byte) in [("/disk", 1), ("/source", 2)] {
+        world.add_file(path, FileModel::regular(len));
+        world.write_raw(path, 0, &vec![byte; len as usize]);
+    }
+    let server = serve(&ring);
+    let link = Rc::new(Link::new(&ring, "/link", SOCKET, Harm::Stall(u64::MAX)));
+    let file = files::open(&ring, Path::new("/source"), &OpenOptions::default()).unwrap();
+    let source = Node::new(&ring, "source", file);
+    let target = Node::new(&ring, "target", NbdNode::open(&ring, options("/link"), false).await.unwrap());
+    let guest = Root::new(&source, false).unwrap();
+    let how =
+        |speed| MirrorOptions { copy_mode: CopyMode::WriteBlocking, speed, ..MirrorOptions::new("job") };
+    let job = mirror::start(&ring, &source, &target, how(64 << 10)).await.unwrap();
+    ring.sleep(10 * SECOND).await;
+    // The job waits for its turn: what is under way is the guest's alone. A write is held before the server has it; zeroes,
+    // for which the server is asked this and that before, in a server that takes a while.
+    if zeroes {
+        let slow = Fault::Delay { nanos_min: SECOND, nanos_max: SECOND };
+        let kinds = OpKind::Write | OpKind::PunchHole | OpKind::ZeroRange;
+        world.add_fault(FaultRule::new(kinds, "/disk", 65_536, slow));
+    } else {
+        link.hold();
+    }
+    world.fail_nth(OpKind::Read, "/source", 1, Errno::EIO);
+    let change = |byte| {
+        let (ring, guest) = (ring.clone(), guest.client());
+        async move {
+            if zeroes {
+                return guest.write_zeroes(MIB, len - MIB, ZeroFlags::default()).await;
+            }
+            let mut buf = ring.alloc(64 << 10).await;
+            buf.as_mut_slice().fill(byte);
+            guest.write(len - (64 << 10), buf.freeze(), WriteFlags::default()).await
+        }
+    };
+    let asked = ring.spawn_with_result(change(3));
+    ring.sleep(100 * MILLI).await;
+    link.hold();
+    let begin = ring.clock();
+    let Ending::Failed(why) = job.until_over().await else { panic!("{:?}", job.ending()) };
+    assert!(why.contains("/source") && ring.clock() - begin < 10 * SECOND, "{why}");
+    asked.take().await.expect("a guest does not notice");
+    assert!(ring.clock() - begin < 10 * SECOND, "a guest waits for a job that has failed");
+    world.heal();
+    change(4).await.unwrap();
+    while let Err(busy) = target.attach(UseKind::JobTarget("next")) {
+        let refused = mirror::start(&ring, &source, &target, how(0)).await.unwrap_err();
+        assert!(refused.to_string().contains(&busy.to_string()), "{refused}");
+        ring.sleep(SECOND / 10).await;
+    }
+    let held = ring.clock() - begin;
+    release_after(&ring, &link, 3 * SECOND);
+    let next = mirror::start(&ring, &source, &target, how(0)).await.unwrap();
+    next.until_ready().await;
+    ring.sleep(5 * SECOND).await;
+    next.cancel(false).unwrap();
+    assert_eq!(next.until_over().await, Ending::Completed);
+    let (from, to) = (world.read_live("/source", 0, len as usize), world.read_live("/disk", 0, len as usize));
+    drop((job, next, guest, source, target));
+    link.close();
+    server.stop().await;
+    (held, from == to)
+}
+
+/// Not shorter, or the next job would meet what may still land; and not longer than a server may be silent.
+#[test]
+fn the_target_of_a_job_that_failed_is_held_until_its_requests_are_given_up() {
+    for (seed, zeroes) in [(31, false), (32, true)] {
+        let patience = Patience::default();
+        let most = if zeroes { patience.flush_ns } else { patience.job_ns };
+        let life = |ring, world| held_by_a_change_of_a_guest(ring, world, zeroes);
+        let ((held, is_copy), _) = in_world_of(32 << 20, seed, life);
+        assert!((most - 2 * SECOND..most + 2 * SECOND).contains(&held), "zeroes {zeroes}: {held}");
+        assert!(is_copy, "zeroes {zeroes}: what landed late is on the copy");
+    }
+    plant(Some(Bug::LateWriteNotAwaited));
+    let life = |ring, world| held_by_a_change_of_a_guest(ring, world, false);
+    let ((_, is_copy), _) = in_world_of(32 << 20, 31, life);
+    plant(None);
+    assert!(!is_copy, "the planted bug is not found");
 }
