@@ -60,7 +60,7 @@ pub struct ChainArgs {
     #[arg(long, value_name = "HOW", value_parser = guest_first, default_value = "auto")]
     guest_first: GuestFirst,
     /// Bytes in flight at most [default: 16MiB]
-    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0")]
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0", hide_default_value = true)]
     buf_size: u64,
     /// No progress
     #[arg(short, long)]

@@ -16,7 +16,7 @@ use super::exit::{Exit, Failure};
 use super::image::{
     CacheMode, GateArgs, OpenArgs, Reflink, ServerArgs, parse_format, size, speed, state_dir,
 };
-use super::job::{copy_rate, disk, left_behind};
+use super::job::{copy_rate, disk, keeps_nothing, left_behind};
 use super::print::{self, say};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::service::at_once;
@@ -425,6 +425,9 @@ impl Run {
                 }
                 let (source, target) = (disk(&args.source, from), disk(&args.target, to));
                 match lost {
+                    _ if keeps_nothing(to) => {
+                        say!("{target} was sent what {source} holds, and keeps nothing");
+                    }
                     0 if source_incomplete => {
                         say!("{target} equals {source}, which is incomplete itself, and is marked so, too");
                     }

@@ -105,6 +105,11 @@ pub fn disk(name: &str, driver: &Rc<dyn Driver>) -> String {
     format!("'{}' ({}, {})", without_secrets(name), format(driver), fmt_bytes(driver.len()))
 }
 
+/// Whether what is written to a disk is thrown away: nothing can be said of what it holds.
+pub fn keeps_nothing(driver: &Rc<dyn Driver>) -> bool {
+    driver.kind() == "null" || driver.children().iter().any(keeps_nothing)
+}
+
 /// What a job that failed has left of its target, which is called so.
 pub fn left_behind(target: &str, is_there: bool, is_marked: bool) -> String {
     match is_marked {

@@ -56,7 +56,8 @@ Exit codes:
   0  done as promised
   1  failed; the message names what, where, and what to do
   2  the command line makes no sense
-  3  cancelled before the target was complete, which is marked so, or the chain was changed
+  3  cancelled before the target was complete, which is marked so; or before a chain was
+     changed, which is as it was
   4  source and target (or data and pattern) differ
 
 Try `blockferry demo` to see it work, `blockferry doctor` to see what this machine allows.";

@@ -162,7 +162,10 @@ impl Service<'_> {
                 (Some(_), _) => "until the last has left; again to end".to_owned(),
                 (None, Persistence::WithClients) => "until the last has left".to_owned(),
                 (None, Persistence::WithVisitors) => {
-                    "goes on until clients have left, or a signal".to_owned()
+                    format!(
+                        "waits for one, and ends when the last has been away for {}, or at a signal",
+                        fmt_duration(SERVICE_LINGER_NANOS)
+                    )
                 }
                 (None, Persistence::Forever) => "goes on until a signal".to_owned(),
             };

@@ -76,7 +76,7 @@ fn refusal(name: Rc<str>, what: &str, holders: &[(u32, String)]) -> BlockError {
     };
     let error = BlockError::new(Operation::Lock, name, Errno::EBUSY).hint(format!(
         "The image is in use: {what} by {who}. Stop using it there first. If you know that no harm can \
-         come of it, go on without locks (--no-lock)."
+         come of it: commands that serve or copy a disk have --no-lock, and those that only look at one -U."
     ));
     BlockError { is_orphaned, ..error }
 }
@@ -192,7 +192,7 @@ impl Locks {
         }
         let error = BlockError::new(Operation::Lock, self.name.clone(), Errno::EBUSY).hint(format!(
             "The image is in use: {what} by another program, or by this one. Stop using it there first. If you know that \
-             no harm can come of it, go on without locks (--no-lock)."
+             no harm can come of it: commands that serve or copy a disk have --no-lock, and those that only look at one -U."
         ));
         BlockError {
             conflict: Some(Box::new(LockConflict { file, range: byte(start), what: what.to_owned() })),

@@ -179,6 +179,16 @@ fn new_writes_alone_make_no_copy() {
     assert!(!std::fs::exists(&target).unwrap());
     let ended = run(&[&none[..], &[&source, &target]].concat());
     assert!(ended.code == Some(0) && !ended.err.contains("equals"), "{ended}");
+    // A target that keeps nothing equals nothing.
+    for command in ["mirror", "convert"] {
+        let ended = run(&[
+            &[command, "-f", "raw"][..],
+            &["-n"][..usize::from(command == "convert")],
+            &[&source, "null:4M"],
+        ]
+        .concat());
+        assert!(ended.code == Some(0) && last_line(&ended).ends_with("and keeps nothing"), "{ended}");
+    }
     assert!(last_line(&ended).contains("is no copy of it, and is marked so"), "{ended}");
     assert_eq!(info(&target)["state"], "partial");
     refused(&["convert", &target, &scratch.path("copy")], &["holds only what was written"]);

@@ -109,9 +109,11 @@ fn resize(story: &mut Story, teller: Teller) -> Told<()> {
     // and shows it when the disk grows.
     let cluster = image.layout.options().map_or(512, |o| o.cluster_size);
     let grows = len > image.view.len();
-    let teller = if grows && image.view.len() % cluster != 0 { Teller::Us } else { teller };
+    let whole = len.next_multiple_of(if grows { 512 } else { cluster });
+    let shows_rest = if grows { image.view.len() % cluster != 0 } else { whole > image.view.len() };
+    let teller = if shows_rest { Teller::Us } else { teller };
     if teller == Teller::Qemu {
-        len = len.next_multiple_of(if grows { 512 } else { cluster });
+        len = whole;
     }
     let mut arguments = words(&["resize", "-q", "-f", image.layout.format()]);
     if len < image.view.len() {

@@ -36,7 +36,7 @@ pub struct Mismatch {
 
 impl std::fmt::Display for Mismatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "At offset {} lies {}; expected {}.", self.offset, self.found, self.expected)
+        write!(f, "At offset {}: {}; expected {}.", self.offset, self.found, self.expected)
     }
 }
 

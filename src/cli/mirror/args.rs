@@ -25,10 +25,12 @@ Examples:
       blockferry mirror --verify old.img new.img
 
   Serve a disk and copy it while clients write to it; then let them go on, on the copy:
-      blockferry mirror -f raw old.img new.img --export 'nbd+unix:///disk?socket=/run/disk.sock' --pivot
+      blockferry mirror -f raw old.img new.img --pivot \\
+          --export 'nbd+unix:///disk?socket=/run/disk.sock'
 
-  Keep a copy in step until told to stop (Ctrl-C finishes it: the copy is then complete):
-      blockferry mirror -f raw disk.img copy.img --export nbd://127.0.0.1/disk --follow --speed 200MiB
+  Keep a copy in step until told to stop (Ctrl-C completes it once it is ready, and cancels it before):
+      blockferry mirror -f raw disk.img copy.img --follow --speed 200MiB \\
+          --export nbd://127.0.0.1/disk
 
 While the job runs the target carries a mark that says so; `blockferry info` shows it. The mark is gone
 when, and only when, the target equals the source and is flushed. Exit code 3 means that the job was
@@ -109,7 +111,7 @@ pub struct MirrorArgs {
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(super) granularity: Option<u64>,
     /// Bytes in flight at most [default: 16MiB]
-    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0")]
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0", hide_default_value = true)]
     pub(super) buf_size: u64,
     /// Keep zeroes in the source's data out of the target
     #[arg(long, value_enum, default_value_t = DetectZeroes::Unmap)]

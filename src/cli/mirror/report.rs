@@ -9,7 +9,7 @@ use super::args::Settings;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::block::Driver;
 use crate::cli::exit::{Exit, Failure};
-use crate::cli::job::{copy_rate, disk, ending_name, exit_code, left_behind};
+use crate::cli::job::{copy_rate, disk, ending_name, exit_code, keeps_nothing, left_behind};
 use crate::cli::print::{self, say};
 use crate::job::mirror::SyncMode;
 use crate::job::mirror::verify::{Report, Verifier};
@@ -115,7 +115,12 @@ impl Run {
         say!(
             "{} {}{}",
             disk(&settings.target, target),
-            whats_true(settings.sync, outcome.source_incomplete, &disk(&settings.source, source)),
+            match keeps_nothing(target) {
+                true => format!("was sent what {} holds, and keeps nothing", disk(&settings.source, source)),
+                false => {
+                    whats_true(settings.sync, outcome.source_incomplete, &disk(&settings.source, source))
+                }
+            },
             if settings.pivot { ", and is in use now" } else { "" },
         );
     }
