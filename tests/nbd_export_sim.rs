@@ -18,6 +18,7 @@ use blockferry::protocol::nbd::{CommandFlags, ConnectOptions, Connection, NbdCli
 use blockferry::protocol::open::{OpenOptions, open};
 use blockferry_ring::rand::Rand;
 use blockferry_ring::sim::{FileModel, World, WorldConfig};
+use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Config, Ring, SocketAddress};
 
 const KIB: u64 = 1 << 10;
@@ -237,4 +238,23 @@ fn a_history_repeats() {
     for ending in [Ending::Done, Ending::Resets, Ending::Stop] {
         assert_eq!(history(7, ending), history(7, ending));
     }
+}
+
+/// A listener that has had no turn yet is stopped like one that accepts; and the server may listen again, at once.
+#[test]
+fn a_server_is_stopped_at_once_and_listens_again() {
+    let world = World::new(WorldConfig::new(1));
+    let ring = Ring::with_backend(world.backend(), &Config::default()).unwrap();
+    let r = ring.clone();
+    ring.block_on(async move {
+        let server = NbdServer::new(&r, ServerConfig::default());
+        let address = SocketAddress::Unix(SOCKETS[0].into());
+        for _ in 0..3 {
+            server.listen(&address).unwrap();
+            let stopped = either(server.stop(), r.sleep(1_000_000_000)).await;
+            assert!(matches!(stopped, Either::First(())), "it goes on listening");
+            assert!(!server.is_listening() && r.connect(&address).is_err());
+        }
+    });
+    assert_eq!((ring.task_count(), ring.arena().bytes_used()), (0, 0));
 }

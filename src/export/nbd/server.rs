@@ -300,8 +300,9 @@ impl NbdServer {
             SocketAddress::Tcp(_) => None,
         };
         let name = SocketName { ring: self.0.ring.clone(), path };
+        // Of now: who stops listening before the task has its first turn means this listener, too.
+        let generation = inner.generation.get();
         self.0.ring.spawn(async move {
-            let generation = inner.generation.get();
             inner.accept_all(&listener, generation).await;
             // The name first: whoever finds it can connect.
             name.remove().await;
