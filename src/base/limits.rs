@@ -322,6 +322,8 @@ pub const MIRROR_CLOSING_BYTES_MAX: u64 = 8 << 20;
 /// So much may be left to compare when a verifying pass beside the guests is content: the rest is compared
 /// while they wait.
 pub const VERIFY_LEFT_BYTES: u64 = 32 << 20;
+/// Ranges of changes that failed and may still land which are remembered one by one; of more, all that lies between.
+pub const DOUBTS_MAX: usize = 64;
 
 // ---- GlusterFS ----
 

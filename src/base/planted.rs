@@ -36,6 +36,8 @@ pub enum Bug {
     Qcow2FreedTooEarly,
     /// NBD: what was given up on a connection that hangs is not waited for before something newer is written there.
     LateWriteNotAwaited,
+    /// Verifying: where a change was given up, what was compared before it may have landed is not compared again.
+    LateWriteNotCompared,
     /// Commit and stream: the target is not flushed before the chain changes.
     SweepFlushSkipped,
     /// Commit and stream: zeroes that a layer holds are taken for nothing.

@@ -102,6 +102,22 @@ impl std::fmt::Display for BlockError {
 }
 
 impl BlockError {
+    /// Whether nobody has said that the change was not made: its server was lost, or hung and was given up, and may still
+    /// make it, after newer ones.
+    pub fn may_land_late(&self) -> bool {
+        let unanswered = [
+            Errno::ETIMEDOUT,
+            Errno::ECONNRESET,
+            Errno::ECONNREFUSED,
+            Errno::ESHUTDOWN,
+            Errno::ENOTCONN,
+            Errno::EPIPE,
+            Errno::EPROTO,
+            Errno::ENOTRECOVERABLE,
+        ];
+        unanswered.contains(&self.errno)
+    }
+
     /// An error of a whole image.
     pub fn new(operation: Operation, name: impl Into<Rc<str>>, errno: Errno) -> BlockError {
         BlockError {

@@ -3,7 +3,9 @@
 //! It remembers what of the target is known to be zero, so that nothing is zeroed twice: a target that began
 //! as zeroes, what the job zeroed, what the target itself says is a hole. And it remembers whether a change
 //! of the target has ever failed. What a failed change left can be seen there and yet be durable or not,
-//! whatever flush follows: from then on nothing is taken for zero because it reads as zero.
+//! whatever flush follows: from then on nothing is taken for zero because it reads as zero. And one that a server has not
+//! answered may still be made, after newer ones: where that can happen has to be looked at in the very end
+//! ([`Peer::doubts`]).
 //!
 //! Two operations on the same bytes exclude each other before they come here
 //! ([`super::tracker`]); that is what makes the map true.
@@ -15,6 +17,7 @@ use std::rc::Rc;
 use blockferry_ring::SharedBuf;
 
 use super::dirty::{DirtyMap, DirtyMapError};
+use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::block::patience::for_job;
 use crate::block::{BlockError, Driver, IoResult, WriteFlags, ZeroFlags};
@@ -51,6 +54,8 @@ pub struct Peer {
     nonzero: RefCell<DirtyMap>,
     may_unmap: bool,
     has_failed: Cell<bool>,
+    /// Where changes that failed may still land.
+    doubts: RefCell<Vec<ByteRange>>,
 }
 
 impl std::fmt::Debug for Peer {
@@ -80,6 +85,7 @@ impl Peer {
             nonzero: RefCell::new(nonzero),
             may_unmap: options.may_unmap,
             has_failed: Cell::new(false),
+            doubts: RefCell::default(),
         })
     }
 
@@ -90,8 +96,9 @@ impl Peer {
 
     /// Writes all of `buf` at `offset`.
     pub async fn write(&self, offset: u64, buf: SharedBuf) -> IoResult {
-        self.nonzero.borrow_mut().set(ByteRange::at_saturating(offset, buf.len() as u64));
-        self.changed(for_job(self.driver.write(offset, buf, WriteFlags::default())).await)
+        let range = ByteRange::at_saturating(offset, buf.len() as u64);
+        self.nonzero.borrow_mut().set(range);
+        self.changed(range, for_job(self.driver.write(offset, buf, WriteFlags::default())).await)
     }
 
     /// The range is about to be changed by other means.
@@ -99,12 +106,48 @@ impl Peer {
         self.nonzero.borrow_mut().set(range);
     }
 
-    /// Notes whether a change went well.
-    pub fn changed<T>(&self, result: Result<T, BlockError>) -> Result<T, BlockError> {
-        if result.is_err() {
+    /// Notes whether a change of the range went well.
+    pub fn changed<T>(&self, range: ByteRange, result: Result<T, BlockError>) -> Result<T, BlockError> {
+        if let Err(error) = &result {
             self.has_failed.set(true);
+            if error.may_land_late() {
+                self.doubt(range);
+            }
         }
         result
+    }
+
+    /// Notes whether a flush went well: it may have written tables.
+    pub fn flushed(&self, result: Result<(), BlockError>) -> Result<(), BlockError> {
+        if self.has_tables() && result.as_ref().is_err_and(BlockError::may_land_late) {
+            self.doubt(ByteRange::at_saturating(0, self.driver.len()));
+        }
+        result
+    }
+
+    /// Where changes that failed may still land, after newer ones.
+    pub fn doubts(&self) -> Vec<ByteRange> {
+        self.doubts.borrow().clone()
+    }
+
+    /// What fails may be a change of a table, which says where other data is.
+    fn has_tables(&self) -> bool {
+        self.driver.as_layer().is_some()
+    }
+
+    fn doubt(&self, range: ByteRange) {
+        let range = if self.has_tables() { ByteRange::at_saturating(0, self.driver.len()) } else { range };
+        let mut doubts = self.doubts.borrow_mut();
+        let is_known = |known: &ByteRange| known.start() <= range.start() && range.end() <= known.end();
+        if doubts.iter().any(is_known) {
+            return;
+        }
+        doubts.push(range);
+        if doubts.len() > limits::DOUBTS_MAX {
+            let start = doubts.iter().map(|range| range.start()).min().unwrap_or(0);
+            let end = doubts.iter().map(|range| range.end()).max().unwrap_or(0);
+            *doubts = ByteRange::new(start, end).into_iter().collect();
+        }
     }
 
     /// Makes a range zero, where it is not known to be so; with `may_unmap` space may be given back, if the user allows
@@ -140,7 +183,8 @@ impl Peer {
             done.skipped += len;
         } else {
             let flags = ZeroFlags { may_unmap: may_unmap && self.may_unmap, ..ZeroFlags::default() };
-            self.changed(for_job(self.driver.write_zeroes(at, len, flags)).await)?;
+            let range = ByteRange::at_saturating(at, len);
+            self.changed(range, for_job(self.driver.write_zeroes(at, len, flags)).await)?;
             done.zeroed += len;
         }
         self.nonzero.borrow_mut().clear(ByteRange::at_saturating(at, len));

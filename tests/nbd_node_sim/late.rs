@@ -4,13 +4,15 @@
 use std::path::Path;
 use std::rc::Rc;
 
+use blockferry::base::limits::VERIFY_LEFT_BYTES;
 use blockferry::base::planted::{Bug, plant};
 use blockferry::block::patience::for_job;
 use blockferry::block::{Driver, WriteFlags, ZeroFlags};
 use blockferry::graph::node::{Node, Root, UseKind};
+use blockferry::job::mirror::verify::Verifier;
 use blockferry::job::mirror::{self, MirrorOptions};
-use blockferry::job::policy::CopyMode;
-use blockferry::job::runner::Ending;
+use blockferry::job::policy::{CopyMode, OnError};
+use blockferry::job::runner::{Ending, ErrorPolicies};
 use blockferry::protocol::nbd::{NbdNode, Patience, RemoteOptions};
 use blockferry::protocol::open::{self as files, OpenOptions};
 use blockferry_ring::sim::{Fault, FaultRule, FileModel, OpKind, World};
@@ -196,4 +198,65 @@ fn the_target_of_a_job_that_failed_is_held_until_its_requests_are_given_up() {
     let ((_, is_copy), _) = in_world_of(32 << 20, 31, life);
     plant(None);
     assert!(!is_copy, "the planted bug is not found");
+}
+
+/// A piece of a mirror stalls on its way and is given up; a guest has changed the source when it is sent again, over another
+/// connection. All is compared ahead of the end, and then the old one lands.
+async fn verified_before_it_lands(ring: Ring, world: World) -> Ending {
+    // Longer than what is left to the end, where everything lies still.
+    let len = VERIFY_LEFT_BYTES + 4 * MIB;
+    for path in ["/disk", "/source"] {
+        world.add_file(path, FileModel::regular(len));
+    }
+    world.write_raw("/source", 0, &vec![2; len as usize]);
+    let server = serve(&ring);
+    let link = Rc::new(Link::new(&ring, "/link", SOCKET, Harm::Stall(u64::MAX)));
+    let file = files::open(&ring, Path::new("/source"), &OpenOptions::default()).unwrap();
+    let source = Node::new(&ring, "source", file);
+    let target = Node::new(&ring, "target", open(&ring).await);
+    let guest = Root::new(&source, false).unwrap();
+    let verifier = Verifier::new(&ring, source.driver(), target.driver()).unwrap();
+    let how = MirrorOptions {
+        speed: 64 << 10,
+        verifier: Some(verifier.clone()),
+        policies: ErrorPolicies { source: OnError::Report, target: OnError::Ignore },
+        ..MirrorOptions::new("job")
+    };
+    let job = mirror::start(&ring, &source, &target, how).await.unwrap();
+    ring.sleep(10 * SECOND).await;
+    let at = job.progress().offset();
+    link.hold();
+    let failed = || (job.details().errors > 0).then_some(());
+    while failed().is_none() {
+        ring.sleep(SECOND / 10).await;
+    }
+    let mut buf = ring.alloc(4096).await;
+    buf.as_mut_slice().fill(3);
+    guest.write(at, buf.freeze(), WriteFlags::default()).await.unwrap();
+    job.set_speed(0).unwrap();
+    job.until_ready().await;
+    verifier.pass().await.unwrap();
+    assert_eq!(world.read_live("/disk", at, 1), [3]);
+    link.release();
+    ring.sleep(SECOND).await;
+    assert_eq!(world.read_live("/disk", at, 1), [2], "it has landed late");
+    job.cancel(false).unwrap();
+    let ending = job.until_over().await;
+    drop((job, guest, verifier, source, target));
+    link.close();
+    server.stop().await;
+    ending
+}
+
+#[test]
+fn verifying_finds_a_write_that_lands_after_all_was_compared() {
+    let ending = |bug| {
+        plant(bug);
+        let (ending, _) = in_world_of(32 << 20, 41, verified_before_it_lands);
+        plant(None);
+        ending
+    };
+    let found = ending(None);
+    assert!(matches!(&found, Ending::Failed(why) if why.contains("Verifying failed")), "{found:?}");
+    assert_eq!(ending(Some(Bug::LateWriteNotCompared)), Ending::Completed, "the planted bug is not found");
 }

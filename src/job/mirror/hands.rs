@@ -106,7 +106,8 @@ impl Hands<Op, Outcome> for MirrorHands {
             }),
             Op::Find(progress) => ring.boxed(async move { parts.find(progress).await }),
             Op::FlushMeanwhile => ring.boxed(async move {
-                Outcome::FlushedMeanwhile(parts.lasting.flush().await.map_err(Failed::write))
+                let flushed = parts.peer.flushed(parts.lasting.flush().await);
+                Outcome::FlushedMeanwhile(flushed.map_err(Failed::write))
             }),
             Op::Drain => ring.boxed(async move { parts.drain().await }),
             Op::Undrain => {
@@ -168,7 +169,7 @@ impl Parts {
 
     /// Flushes the target; what is said after that is about a target that is there, and a source as it was.
     async fn flush(&self) -> Outcome {
-        match self.lasting.flush().await {
+        match self.peer.flushed(self.lasting.flush().await) {
             Err(error) => Outcome::Flushed(Err(Failed::write(error))),
             Ok(()) if is_planted(Bug::TargetNotLookedFor) => Outcome::Flushed(Ok(())),
             Ok(()) => match find(self.from(), self.to()).await {
@@ -264,7 +265,10 @@ impl Parts {
 
     async fn verify(&self) -> Outcome {
         Outcome::Verified(match &self.verifier {
-            Some(verifier) => verifier.finish().await,
+            Some(verifier) => {
+                verifier.doubt(&self.peer.doubts());
+                verifier.finish().await
+            }
             None => Ok(()),
         })
     }
@@ -296,7 +300,7 @@ impl Parts {
         if self.source.node().root_count() == 0 && self.offload.is_worth_trying() {
             self.peer.will_change(range);
             let result = self.offload.copy(self.from(), self.to(), range).await;
-            match self.peer.changed(result) {
+            match self.peer.changed(range, result) {
                 Ok(len) => {
                     done.shared = len;
                     at += len;

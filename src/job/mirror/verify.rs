@@ -4,7 +4,8 @@
 //! guests write is due again. [`Verifier::pass`] compares while guests go on: a difference found then
 //! means nothing yet (the write may be on one disk and on its way to the other), the piece is due again.
 //! At the end of the job, drained and flushed, what is still due is compared, and there a difference is
-//! one. So the verdict holds at one instant, that of the drain, for every byte.
+//! one. With it comes what was compared and may have changed since on the target alone: where changes were given up,
+//! because its server hung, that may have been made after all. So the verdict holds at one instant, that of the drain, for every byte.
 //!
 //! The checksum is the BLAKE3 of the BLAKE3 of each MiB, so that a piece that was compared again changes
 //! it without reading the rest.
@@ -17,6 +18,7 @@ use blockferry_ring::{Buf, Nanos, Ring};
 
 use super::memory::Memory;
 use crate::base::limits;
+use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::block::{BlockError, Driver, Extent};
 use crate::graph::dirty::DirtyMapError;
@@ -126,6 +128,15 @@ impl Verifier {
         let most = 2 * self.source.len() + limits::VERIFY_LEFT_BYTES;
         let stop = || self.due.dirty_bytes() <= limits::VERIFY_LEFT_BYTES || self.compared() >= most;
         self.workers(&stop, false).await
+    }
+
+    /// There a change that was given up may have landed after all, whenever these ranges were compared.
+    pub(super) fn doubt(&self, ranges: &[ByteRange]) {
+        if !is_planted(Bug::LateWriteNotCompared) {
+            let len = self.source.len();
+            let within = |range: &ByteRange| range.intersect(ByteRange::at_saturating(0, len));
+            ranges.iter().filter_map(within).for_each(|range| self.due.set(range));
+        }
     }
 
     /// Compares what is still due. The source is drained and the target flushed.
