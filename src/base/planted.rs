@@ -1,7 +1,8 @@
 //! Deliberate bugs, for showing that the tests would find them.
 //!
 //! Without the feature `planted-bugs` every question is answered with a constant `false` and the
-//! bugs are not in the program. With it, a test plants one bug in its own thread.
+//! bugs are not in the program. With it, a test plants one bug in its own thread, or names one in the environment of a
+//! command that it runs.
 
 /// A bug that the simulator must find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +61,8 @@ pub enum Bug {
     FlushCoversLater,
     /// Remote disks: a durable write is forgotten while older ones are kept that will be written over it.
     DurableNotKept,
+    /// Admission: nobody looks whether what is to be changed is what is read, by another name.
+    SameImageNotLookedFor,
     /// NBD export: a walk over a disk's allocation keeps its turn to the end, and goes on when nobody listens any more.
     StatusWalkKeepsTurn,
 }
@@ -81,6 +84,9 @@ impl Bug {
     pub const CHAINS: [Bug; 4] =
         [Bug::SweepFlushSkipped, Bug::SweepZeroesSkipped, Bug::ShortLayerShows, Bug::PopulateOverwrites];
 
+    /// Those that a command is given by [`VARIABLE`].
+    pub const COMMANDS: [Bug; 1] = [Bug::SameImageNotLookedFor];
+
     /// Those of printing.
     pub const PRINTING: [Bug; 2] = [Bug::PrintingWaits, Bug::TornLineGoesOn];
 
@@ -97,13 +103,21 @@ impl Bug {
     ];
 }
 
+/// Names one of [`Bug::COMMANDS`] to a command that is built with the feature.
+pub const VARIABLE: &str = "BLOCKFERRY_PLANTED";
+
 #[cfg(feature = "planted-bugs")]
 mod in_this_thread {
-    use super::Bug;
+    use super::{Bug, VARIABLE};
     use std::cell::Cell;
 
     thread_local! {
-        static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
+        static PLANTED: Cell<Option<Bug>> = Cell::new(named());
+    }
+
+    fn named() -> Option<Bug> {
+        let name = std::env::var(VARIABLE).ok()?;
+        Bug::COMMANDS.into_iter().find(|bug| format!("{bug:?}") == name)
     }
 
     /// Plants one bug in this thread, or none.

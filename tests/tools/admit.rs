@@ -4,8 +4,10 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 
+use blockferry::base::planted::{Bug, VARIABLE};
+
 use super::common::image::{KIB, MIB, Scratch, assert_equal, content, scribble};
-use super::common::{LoopDevice, Process, is_root, run};
+use super::common::{LoopDevice, Process, blockferry, is_root};
 use super::{our_json, ours, qemu};
 
 /// Every file of a folder: its name, its bytes, its permission bits.
@@ -40,31 +42,44 @@ fn chain() -> Scratch {
 /// Runs a command that has to be refused, once dry and once for good: nothing changes.
 #[track_caller]
 fn refused(scratch: &Scratch, line: &str) -> String {
+    judge(scratch, line, None).unwrap_or_else(|why| panic!("{line}: {why}"))
+}
+
+/// What a command says that is refused as it should be, with a bug planted in it or none; or what is wrong with that.
+fn judge(scratch: &Scratch, line: &str, bug: Option<Bug>) -> Result<String, String> {
     let path = |word: &str| word.replace("D/", &format!("{}/", scratch.dir().display()));
     let words: Vec<String> = line.split(' ').map(path).collect();
-    let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
     let before = all(scratch);
     let mut said = String::new();
     for dry in [true, false] {
+        let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
         if dry {
             words.push("--dry-run");
-        } else {
-            words.pop();
         }
-        let ended = run(&words);
-        assert_eq!(ended.code, Some(1), "{line} (dry: {dry}): {ended}");
+        let mut command = blockferry(&words);
+        command.envs(bug.map(|bug| (VARIABLE, format!("{bug:?}"))));
+        let ended = Process::spawn(command).end();
+        if ended.code != Some(1) {
+            return Err(format!("not refused (dry: {dry}): {ended}"));
+        }
         let after = all(scratch);
         let changed = before.iter().find(|(name, was)| after.get(*name) != Some(was)).map(|(name, _)| name);
-        assert!(changed.is_none(), "{line} (dry: {dry}) changed {changed:?}: {ended}");
-        assert_eq!(before.len(), after.len(), "{line} (dry: {dry}) left something behind: {ended}");
+        if let Some(changed) = changed {
+            return Err(format!("{changed} was changed (dry: {dry}): {ended}"));
+        }
+        if before.len() != after.len() {
+            return Err(format!("something is left behind (dry: {dry}): {ended}"));
+        }
         if !dry {
             // Room comes and goes meanwhile.
             let words = |text: &str| text.replace(|c: char| c.is_ascii_digit(), "");
-            assert_eq!(words(&said), words(&ended.err), "{line}: a dry run says the same");
+            if words(&said) != words(&ended.err) {
+                return Err(format!("a dry run does not say the same, but {said}: {ended}"));
+            }
         }
         said = ended.err;
     }
-    said
+    Ok(said)
 }
 
 #[test]
@@ -109,6 +124,19 @@ fn the_same_image_by_any_name_is_left_alone() {
         "bench -q -n 1 -f raw --read-percent 100 --histogram D/soft D/base.raw",
     ] {
         refused(&scratch, line);
+    }
+}
+
+/// Locks alone would not do: what an image only names is not locked.
+#[test]
+fn an_image_that_is_not_compared_by_identity_is_found() {
+    for (line, found) in [
+        ("create -q --force -f qcow2 -b base.raw -F raw D/hard", true),
+        ("convert -q --force -f raw -O qcow2 -o data_file=D/new.qcow2 D/other.raw D/new.qcow2", true),
+        ("convert -q -f raw -O raw D/other.raw D/precious.raw", false),
+    ] {
+        let judged = judge(&chain(), line, Some(Bug::SameImageNotLookedFor));
+        assert_eq!(judged.is_err(), found, "{line}: {judged:?}");
     }
 }
 

@@ -20,6 +20,7 @@ use std::rc::Rc;
 use blockferry_ring::{Errno, Ring};
 
 use super::named;
+use crate::base::planted::{Bug, is_planted};
 use crate::block::{BlockError, Driver, Operation};
 use crate::graph::node::{Node, Use, UseKind};
 pub use access::FILE_MODE;
@@ -229,6 +230,9 @@ impl Admission {
     /// The judgement: the plan, and what goes on from here if nothing speaks against it.
     pub fn judge(mut self) -> (Plan, Admitted) {
         let parts = self.changed.iter().enumerate().filter_map(|(n, (ground, name))| {
+            if is_planted(Bug::SameImageNotLookedFor) {
+                return None;
+            }
             let read = self.read.iter().find(|(read, _)| read.overlaps(ground));
             let relation = read.map(|(_, relation)| relation.clone()).or_else(|| {
                 let twice = self.changed[..n].iter().find(|(other, _)| other.overlaps(ground));
