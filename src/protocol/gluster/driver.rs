@@ -34,18 +34,16 @@ use blockferry_ring::{
     Buf, Completer, Errno, Keep, Nanos, Operation as RingOperation, PlainKind, Ring, SharedBuf,
 };
 
-use super::allocation::{Place, Unsynced, can_tell, extent_at};
+use super::allocation::{Place, Unsynced, extent_at};
 use super::api::Api;
 use super::connection::Connection;
-use super::file::{FileFacts, OpenFile, unlink};
-use super::options::Logging;
-use super::uri::Image;
+use super::file::{OpenFile, unlink};
+use super::opening::{OpenHow, open_in_time};
 use crate::base::limits::{
-    COPY_BYTES_REMOTE, DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_LOOK_NS_MAX, GLUSTER_OPEN_NS_MAX,
-    GLUSTER_OPEN_TOLD_NS, GLUSTER_RANGE_BYTES_MAX, GLUSTER_STATUS_AGE_NS_MAX,
+    COPY_BYTES_REMOTE, DISK_LEN_MAX, GLUSTER_IN_FLIGHT_MAX, GLUSTER_LOOK_NS_MAX, GLUSTER_RANGE_BYTES_MAX,
+    GLUSTER_STATUS_AGE_NS_MAX,
 };
 use crate::base::range::ByteRange;
-use crate::base::units::fmt_duration;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, Word,
     WriteFlags, ZeroFlags,
@@ -57,27 +55,6 @@ use crate::protocol::length::{Changing, Length};
 const BLOCK_BYTES: u32 = 4096;
 /// Zeroes to write where the library does not know how: one piece.
 const ZERO_PIECE_BYTES: usize = 64 << 10;
-
-/// How to open an image.
-#[derive(Clone, Debug)]
-pub struct OpenHow {
-    /// The image.
-    pub image: Image,
-    /// libgfapi's log.
-    pub logging: Logging,
-    /// Nothing will be written.
-    pub read_only: bool,
-    /// Make the file, which must not exist.
-    pub create: bool,
-}
-
-/// What was found by opening.
-struct Opened {
-    file: OpenFile,
-    facts: FileFacts,
-    len: u64,
-    can_tell: bool,
-}
 
 /// An image on a volume.
 #[derive(Debug)]
@@ -151,99 +128,6 @@ fn is_refusal(errno: Errno) -> bool {
 /// Whether the library says that the file's descriptor is of no use any more: a brick came back without it.
 fn is_bad_descriptor(errno: Errno) -> bool {
     errno == Errno::EBADFD || errno == Errno::EBADF
-}
-
-/// Why opening failed, and what a person may do.
-fn open_hint(image: &Image, errno: Errno, connecting: bool) -> String {
-    let servers: Vec<_> = image.servers.iter().map(|server| format!("failed on {server}")).collect();
-    let (volume, path) = (&image.volume, &image.path);
-    if connecting {
-        let why = servers.join("; ");
-        return format!(
-            "The connection for volume '{volume}' (path '{path}') could not be made: {why}. Is there a started volume of \
-             this name, and does it let this machine in (auth.allow, server.allow-insecure)? libgfapi's log says more"
-        );
-    }
-    match errno {
-        Errno::ENOENT => format!("There is no '{path}' on the volume '{volume}'"),
-        Errno::EEXIST => format!("There is a '{path}' on the volume '{volume}' already"),
-        Errno::EACCES | Errno::EPERM => format!("The volume '{volume}' does not let this user open '{path}'"),
-        Errno::EROFS => format!("The volume '{volume}' is read-only; open the image read-only too"),
-        _ => format!("It is '{path}' on the volume '{volume}' that was to be opened"),
-    }
-}
-
-// Opening. Blocks, on the offload pool.
-
-/// What failed: an errno, a sentence, and whether that was at making the connection.
-struct Failed {
-    errno: Errno,
-    hint: String,
-}
-
-fn open_blocking(how: &OpenHow, api: Option<&'static Api>) -> Result<Opened, Failed> {
-    let no_library = |hint: &str| Failed { errno: Errno::ENOSYS, hint: hint.to_owned() };
-    let api = match api {
-        Some(api) => api,
-        None => Api::get().map_err(no_library)?,
-    };
-    let failed = |errno, connecting| Failed { errno, hint: open_hint(&how.image, errno, connecting) };
-    let connection =
-        Connection::shared(api, &how.image, &how.logging).map_err(|errno| failed(errno, true))?;
-    let path = &how.image.path;
-    let file = match how.create {
-        true => OpenFile::create(&connection, path),
-        false => OpenFile::open(&connection, path, !how.read_only),
-    };
-    let opened = file.and_then(look).map_err(|errno| failed(errno, false))?;
-    if !opened.facts.is_regular {
-        return Err(Failed { errno: Errno::EINVAL, hint: format!("'{path}' is no regular file") });
-    }
-    if opened.len > DISK_LEN_MAX {
-        return Err(Failed { errno: Errno::EFBIG, hint: format!("It has {} bytes", opened.len) });
-    }
-    Ok(opened)
-}
-
-/// Looks at an open file. The client opens a file on the bricks as late as it can: what a brick says to that comes here.
-fn look(file: OpenFile) -> Result<Opened, Errno> {
-    let facts = file.facts()?;
-    // A directory has no cursor to move, and is refused by whoever called.
-    let len = if facts.is_regular { file.seek(0, libc::SEEK_END)? } else { 0 };
-    let can_tell = facts.is_regular && can_tell(file.seek(len, libc::SEEK_DATA));
-    Ok(Opened { file, facts, len, can_tell })
-}
-
-/// Opens, for so long as anybody would wait.
-async fn open_in_time(
-    ring: &Ring,
-    name: &Rc<str>,
-    how: &OpenHow,
-    api: Option<&'static Api>,
-) -> Result<Opened, BlockError> {
-    let operation = if how.create { Operation::Create } else { Operation::Open };
-    let fail = |errno, hint: String| BlockError::new(operation, name.clone(), errno).hint(hint);
-    let there = how.clone();
-    let mut opening = std::pin::pin!(ring.offload(move || open_blocking(&there, api)));
-    let told = async {
-        ring.sleep(GLUSTER_OPEN_TOLD_NS).await;
-        tracing::warn!(
-            image = %name,
-            "GlusterFS has not let this client in so far. Its bricks may be down, or reject the client: look at the volume's \
-             auth.allow, auth.reject and TLS, and at the library's log. It is waited for, for {}",
-            fmt_duration(GLUSTER_OPEN_NS_MAX)
-        );
-        ring.sleep(GLUSTER_OPEN_NS_MAX - GLUSTER_OPEN_TOLD_NS).await;
-    };
-    let opened = match either(opening.as_mut(), told).await {
-        Either::First(Ok(opened)) => opened,
-        Either::First(Err(errno)) => return Err(fail(errno, "The offload pool failed".into())),
-        // The call itself goes on; what it opens is closed again when its result is dropped.
-        Either::Second(()) => {
-            return Err(fail(Errno::ETIMEDOUT, open_hint(&how.image, Errno::ETIMEDOUT, true)));
-        }
-    };
-    opened.map_err(|failed| fail(failed.errno, format!("{}.", failed.hint)))
 }
 
 fn capabilities(read_only: bool, can_tell: bool) -> Capabilities {

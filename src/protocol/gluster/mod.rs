@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   driver.rs       the driver of the block layer: straight-line async
+//!     │  opening.rs   how its image is opened, in bounded time
 //!     │
 //!   allocation.rs   what may be believed of holes and data (pure)
 //!     │
@@ -23,11 +24,13 @@ mod driver;
 #[cfg(test)]
 mod fake;
 mod file;
+mod opening;
 pub mod options;
 #[cfg(test)]
 mod tests;
 pub mod uri;
 
-pub use driver::{GlusterNode, OpenHow};
+pub use driver::GlusterNode;
+pub use opening::OpenHow;
 pub use options::{Logging, Structured};
 pub use uri::{GlusterUri, Image, Server, UriError};
