@@ -66,7 +66,7 @@ pub struct ChainArgs {
     #[arg(short, long)]
     quiet: bool,
     #[command(flatten)]
-    open: OpenArgs,
+    pub(super) open: OpenArgs,
     #[command(flatten)]
     service: ServiceArgs,
     #[command(flatten)]
@@ -117,7 +117,7 @@ pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
 
 /// What is merged from a disk that is not whole (which has to be allowed) makes what it goes to incomplete, too. The mark,
 /// if one was set; it is taken back if the job does not start.
-async fn pass_on_mark(
+pub async fn pass_on_mark(
     engine: &Engine,
     front: &Rc<Node>,
     to: &Rc<Node>,

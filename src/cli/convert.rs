@@ -35,6 +35,7 @@ use crate::engine::{Engine, Format, ImageOptions};
 use crate::graph::node::Node;
 use crate::job::convert::{ConvertOptions, Tally, TargetState};
 use crate::job::event::JobEvent;
+use crate::job::mirror::layers::are_one;
 use crate::job::offload::OffloadPolicy;
 use crate::job::runner::{Ending, Job};
 use crate::job::tail::tail_of;
@@ -245,9 +246,9 @@ impl Run {
         let image = open.image(Some(args.target_format), false).overwriting();
         let mut admission = Admission::new(ring, "convert").counting(args.plan.dry_run);
         admission.source(source).await;
-        if let Some(backing) = open_new_backing(&self.engine, &args.target, &pairs, args.gate.marks()).await?
-        {
-            admission.reads("new backing file", &backing).await;
+        let new_backing = open_new_backing(&self.engine, &args.target, &pairs, args.gate.marks()).await?;
+        if let Some(backing) = &new_backing {
+            admission.reads("new backing file", backing).await;
         }
         let state_dir = state_dir(args.state_dir.as_deref());
         let is_own = is_left_by(&self.engine, &args.target, &mark, state_dir.as_deref()).await;
@@ -283,7 +284,10 @@ impl Run {
             () if args.target_is_zero => TargetState::Zero,
             () if args.no_create => TargetState::Unknown,
             () if new.has_backing() => match qcow2(source.driver()).and_then(|image| image.backing()) {
-                Some(backing) => TargetState::Backed { source_backing_len: backing.len() },
+                Some(backing) => TargetState::Backed {
+                    source_backing_len: backing.len(),
+                    is_same: new_backing.is_some_and(|new| are_one(&new, &backing)),
+                },
                 None => TargetState::Unknown,
             },
             () if target.is_fresh() => TargetState::Zero,

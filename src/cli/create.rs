@@ -20,6 +20,7 @@ use crate::engine::open::local_path;
 use crate::engine::qcow2::{open_backing, recorded_format};
 use crate::engine::remote::can_create;
 use crate::engine::{Engine, Format, ImageOptions};
+use crate::protocol::mark::{MarkInfo, TargetMark};
 
 /// Make a new image
 #[derive(Debug, Args)]
@@ -158,6 +159,9 @@ async fn create(
             empty(held.bytes()).await?;
             let path = path.as_deref().unwrap_or(Path::new(""));
             new.write(engine.ring(), held.bytes(), path, &beside).await?;
+            // What a mark said of the image that was here is not true of this one.
+            let no_mark = MarkInfo::incomplete("create", &args.file);
+            TargetMark::new(engine.ring(), held.bytes().clone(), state_dir(None), no_mark).clear().await?;
         }
         (_, Some(path)) => make_file(engine, path, &new, &beside, async |_| Ok(())).await?,
         (_, None) => make_remote(engine, &args.file, &new).await?,

@@ -8,9 +8,11 @@
 
 use std::rc::Rc;
 
+use blockferry_ring::Errno;
 use clap::Args;
 use serde_json::json;
 
+use super::chain::pass_on_mark;
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, parse_format};
 use super::print::{note, say};
@@ -18,8 +20,9 @@ use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::{Signal, Signals};
 use super::tool::{OutputArgs, PlanArgs, cache};
 use super::{Global, config};
-use crate::block::Driver;
+use crate::block::{BlockError, Driver, Operation};
 use crate::engine::admit::Admission;
+use crate::engine::marks::unfinished;
 use crate::engine::qcow2::{open_backing, qcow2};
 use crate::engine::rebase::Rebase;
 use crate::engine::remote::is_remote;
@@ -116,6 +119,17 @@ async fn rebase(
     }
     let mut admission = Admission::new(engine.ring(), "rebase");
     admission.changes("image", &node, UseKind::JobTarget("rebase")).await;
+    // What is copied of a backing file that is no whole disk makes a disk that is none.
+    if let Some(below) = image.backing().filter(|_| !args.name_only)
+        && !args.gate.marks().allow_incomplete
+        && let Some(mark) = unfinished(engine.ring(), &below, &options.marks).await
+    {
+        admission.refuse(BlockError::new(Operation::Open, below.name(), Errno::EPERM).hint(format!(
+            "It is no whole disk: {mark}. Run that job again, which takes it over; or, if '{}' is to get what it shows all \
+             the same, say --allow-incomplete: it is marked, too, then.",
+            args.file
+        )));
+    }
     let new = match args.backing.as_str() {
         "" => None,
         name if args.name_only => {
@@ -123,8 +137,9 @@ async fn rebase(
             // It need not be there; what can be said of it without asking a server is said.
             if !is_remote(name) {
                 let format = args.backing_format;
-                if let Err(error) = open_backing(engine.ring(), &args.file, name, format, &options).await {
-                    tracing::debug!(%error, "the new backing file was not looked at");
+                match open_backing(engine.ring(), &args.file, name, format, &options).await {
+                    Ok(new) => admission.stays_whole(&new, "is a part of its own new backing chain").await,
+                    Err(error) => tracing::debug!(%error, "the new backing file was not looked at"),
                 }
             }
             None
@@ -142,6 +157,7 @@ async fn rebase(
     let lock = node.attach_in_time(UseKind::JobTarget("rebase")).await?;
     let mut written = 0;
     if !args.name_only {
+        pass_on_mark(engine, &node, &node, "rebase").await?;
         let work = Rebase::new(engine.ring(), node.driver().clone(), new);
         let mut progress = Progress::new(global, args.quiet, engine.ring().clock());
         let mut shown_at = 0;

@@ -59,6 +59,12 @@ fn what_was_left_incomplete_is_used_by_nobody_and_taken_over_by_its_own() {
     let make = ["create", "-f", "qcow2", "-b", &half, "-F", "raw"];
     run_json(&[&make[..], &["--allow-incomplete", &overlay]].concat());
     refused(&["convert", &overlay, &copy], &["no whole disk"]);
+    // What a rebase copies out of it is no more whole.
+    refused(&["rebase", "-b", "", &overlay], &["no whole disk", "--allow-incomplete"]);
+    refused(&["rebase", "-b", &source, "-F", "raw", &overlay], &["no whole disk"]);
+    run_json(&["rebase", "--allow-incomplete", "-b", "", &overlay]);
+    assert!(is_marked(&overlay));
+    refused(&["convert", &overlay, &copy], &["no whole disk"]);
     // It is told since when, by whom, how far, and what to do.
     let told = info(&half);
     let mark = &told["mark"];
@@ -126,6 +132,17 @@ fn a_disk_that_clients_have_left_says_so() {
     server.wait_event("listening");
     server.interrupt();
     assert_eq!(server.end().code, Some(0));
+    // A commit writes to its base.
+    let top = scratch.path("top.qcow2");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &old, "-F", "raw", &top]);
+    refused(&["commit", &top], &["superseded by", "--allow-superseded"]);
+    run_json(&["commit", "--allow-superseded", &top]);
+    // A new image in its place is none that somebody has left.
+    let other = scratch.path("other");
+    tool("cp", &["--preserve=xattr", &old, &other]);
+    assert!(is_marked(&other));
+    run_json(&["create", "--force", "-f", "raw", &other, "1M"]);
+    assert!(!is_marked(&other));
     // What is copied over it is new.
     run_json(&["mirror", "--force", "-F", "raw", &new, &old]);
     assert!(!is_marked(&old));

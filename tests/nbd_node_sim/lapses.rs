@@ -16,6 +16,7 @@ use blockferry::job::runner::{Ending, ErrorPolicies};
 use blockferry::protocol::nbd::{NbdNode, RemoteOptions};
 use blockferry_ring::rand::Rand;
 use blockferry_ring::sim::{FileModel, OpKind, World};
+use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Errno, Ring};
 
 use super::jobs::{LEN, local};
@@ -262,6 +263,26 @@ fn copies_are_whole_when_their_server_goes_down_meanwhile() {
     let found: Vec<_> = (0..8).map(|seed| !copy_meanwhile(seed).1).collect();
     plant(None);
     assert!(found.iter().filter(|found| **found).count() >= 4, "{found:?}");
+}
+
+/// The server is well, and little is kept: who finds no room beside that has it flushed.
+#[test]
+fn a_writer_without_room_does_not_wait_for_others() {
+    in_world(7, |ring, _| async move {
+        let server = serve(&ring);
+        let node = remote(&ring, 100 * KIB).await;
+        for (byte, kib) in [(1, 30), (2, 90), (3, 45), (4, 99), (5, 100), (6, 49)] {
+            let mut buf = ring.alloc(kib << 10).await;
+            buf.as_mut_slice().fill(byte);
+            let write = node.write(0, buf.freeze(), WriteFlags::default());
+            match either(write, ring.sleep(SECOND)).await {
+                Either::First(result) => result.unwrap(),
+                Either::Second(()) => panic!("{kib} KiB were not written"),
+            }
+        }
+        drop(node);
+        server.stop().await;
+    });
 }
 
 /// A copy to a server that goes down before it has flushed what is written to it again; `then` says how often.

@@ -140,6 +140,16 @@ fn an_image_that_is_not_compared_by_identity_is_found() {
     }
 }
 
+/// Also where only the name is recorded: a chain that leads back to itself opens no more.
+#[test]
+fn no_image_lies_below_itself() {
+    let scratch = chain();
+    let said = refused(&scratch, "rebase -u -b D/top.qcow2 -F qcow2 D/mid.qcow2");
+    assert!(said.contains("own new backing"), "{said}");
+    refused(&scratch, "rebase -b D/top.qcow2 -F qcow2 D/mid.qcow2");
+    refused(&scratch, "rebase -u -b D/mid.qcow2 -F qcow2 D/mid.qcow2");
+}
+
 #[test]
 fn a_request_that_makes_no_sense_is_refused_before_the_target_is_emptied() {
     let scratch = chain();

@@ -1,7 +1,7 @@
 //! `convert` from raw to raw: thin copies, marks, limits, what it refuses.
 
 use super::common::image::{KIB, MIB, Scratch, allocated, assert_equal, content, is_all_hole, scribble};
-use super::common::{LoopDevice, Process, is_marked, is_root, run, run_json};
+use super::common::{LoopDevice, Process, is_marked, is_root, run, run_json, tool};
 use super::{our_json, ours, qemu};
 
 #[test]
@@ -131,4 +131,50 @@ fn nothing_becomes_nothing() {
     ours(&["convert", "-q", "--verify", &a, &b]);
     assert!(is_all_hole(&b));
     assert_eq!(std::fs::metadata(&b).expect("a file").len(), 1 << 40);
+}
+
+/// A backing file that is not the source's need not hold what the source's holds: where it does not, that is copied.
+#[test]
+fn a_copy_over_another_backing_file_shows_the_same() {
+    let scratch = Scratch::new();
+    let base = scratch.full("base", MIB);
+    let (top, third) = (scratch.path("top"), scratch.path("third"));
+    qemu(&["create", "-q", "-f", "qcow2", "-b", &base, "-F", "raw", &top]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 4 64k 64k", "-c", "write -z 256k 64k", &top]);
+    qemu(&["create", "-q", "-f", "qcow2", "-b", &top, "-F", "qcow2", &third]);
+    let (other, short, twin) = (scratch.path("other"), scratch.path("short"), scratch.path("twin"));
+    std::fs::write(&other, vec![9; MIB as usize]).unwrap();
+    std::fs::write(&short, &content(&base)[..500 << 10]).unwrap();
+    std::fs::copy(&base, &twin).unwrap();
+    let copy = scratch.path("copy");
+    for (source, below, format) in [
+        (&top, &other, "raw"),
+        (&top, &short, "raw"),
+        (&top, &twin, "raw"),
+        (&top, &base, "raw"),
+        // The same file, seen otherwise.
+        (&third, &top, "raw"),
+        (&third, &base, "raw"),
+        (&third, &top, "qcow2"),
+    ] {
+        for compress in [&[][..], &["-c"]] {
+            ours(
+                &[
+                    &["convert", "-f", "qcow2", "-O", "qcow2"],
+                    compress,
+                    &["-B", below, "-F", format, source, &copy],
+                ]
+                .concat(),
+            );
+            qemu(&["compare", "-q", "-f", "qcow2", "-F", "qcow2", source, &copy]);
+            qemu(&["check", "-q", "-f", "qcow2", &copy]);
+            let size = allocated(&copy);
+            let is_thin = [&twin, &base].contains(&below) && source == &top || format == "qcow2";
+            assert!(
+                !is_thin || size < 512 << 10,
+                "{source} over {below}: {size} bytes, though most is below"
+            );
+            std::fs::remove_file(&copy).unwrap();
+        }
+    }
 }

@@ -75,6 +75,11 @@ impl Admission {
         }
     }
 
+    /// The ring that its commands use.
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
     /// The plan so far.
     pub fn plan(&mut self) -> &mut Plan {
         &mut self.plan
@@ -111,6 +116,15 @@ impl Admission {
             let below = driver.as_layer().and_then(|layer| layer.backing());
             let role = if role.starts_with("new") { "new backing chain" } else { "backing file" };
             layer = below.map(|below| (role, below));
+        }
+    }
+
+    /// The files of an image, and of all below it, must not be changed by anything else; see [`Admission::stays`].
+    pub async fn stays_whole(&mut self, disk: &Rc<dyn Driver>, relation: &str) {
+        let mut layer = Some(disk.clone());
+        while let Some(driver) = layer {
+            self.stays(&driver, relation).await;
+            layer = driver.as_layer().and_then(|layer| layer.backing());
         }
     }
 

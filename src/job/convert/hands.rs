@@ -156,11 +156,20 @@ impl Parts {
             };
             let mut len = extent.len.clamp(1, left);
             let what = match self.target_state {
-                TargetState::Backed { source_backing_len }
+                TargetState::Backed { source_backing_len, is_same }
                     if !extent.allocated && at < source_backing_len =>
                 {
                     len = len.min(source_backing_len - at);
-                    What::Skip
+                    if !is_same {
+                        len = len.min(BLOCK_MAX as u64);
+                    }
+                    if is_same || self.shows_same(at, len).await? {
+                        What::Skip
+                    } else if extent.zero {
+                        What::Zero
+                    } else {
+                        What::Data
+                    }
                 }
                 _ if extent.zero => What::Zero,
                 _ => What::Data,
@@ -175,6 +184,19 @@ impl Parts {
             }
         }
         Ok(plan(&extents, self.unit, range.end()))
+    }
+
+    /// Whether the target shows what the source shows already.
+    async fn shows_same(&self, offset: u64, len: u64) -> Result<bool, BlockError> {
+        let (one, result) = self.from().read(offset, self.ring.alloc(len as usize).await).await;
+        match result {
+            Ok(()) => {}
+            Err(_) if self.salvage => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        let (other, result) = self.to().read(offset, self.ring.alloc(len as usize).await).await;
+        result?;
+        Ok(one.as_slice() == other.as_slice())
     }
 
     async fn share(&self, range: ByteRange) -> Result<u64, Failed> {

@@ -44,10 +44,12 @@ pub enum TargetState {
     Unknown,
     /// It reads as zeroes everywhere: it is new, or the user says so.
     Zero,
-    /// It is new, and reads as its backing file does, which holds what the source's backing file holds.
+    /// It is new, and reads as its backing file does.
     Backed {
         /// Bytes of the source's backing file. Beyond them what the source does not hold is zero.
         source_backing_len: u64,
+        /// Both have the same backing file. Where not, what the source does not hold is compared, and copied if it differs.
+        is_same: bool,
     },
 }
 

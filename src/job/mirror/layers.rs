@@ -12,7 +12,7 @@ pub fn below(driver: &Rc<dyn Driver>) -> Option<Rc<dyn Driver>> {
 }
 
 /// Whether both are one image, seen in one way.
-fn are_one(one: &Rc<dyn Driver>, other: &Rc<dyn Driver>) -> bool {
+pub fn are_one(one: &Rc<dyn Driver>, other: &Rc<dyn Driver>) -> bool {
     let is_same_file = match (one.identity(), other.identity()) {
         (Some(one), Some(other)) => one == other,
         (None, None) => one.name() == other.name() && !matches!(one.kind(), "mem" | "null"),

@@ -14,7 +14,7 @@
 //! # Bounds
 //! The bytes are copies in memory of their own, taken in the order in which they are given back, so that neither the arena
 //! nor the allocator sees them come and go. There are at most so many as was said. From half of that on the server is to be
-//! flushed ([`Unstable::is_much`]); whoever finds it full waits. What is larger than all of it cannot be kept at all and is
+//! flushed ([`Unstable::is_much`]), and earlier for a change that has no room beside what is kept, which waits. What is larger than all of it cannot be kept at all and is
 //! flushed at once by its writer.
 //!
 //! Where nothing is to be kept (a bound of 0), the range of what was changed is noted, to be named when it may be lost. A
@@ -79,6 +79,8 @@ pub(super) struct Unstable {
     log: RefCell<Log>,
     /// Bytes that were promised to changes under way.
     promised: Cell<u64>,
+    /// Changes that wait for room.
+    waiting: Cell<usize>,
     /// Told when there is more room.
     pub(super) room: Notify,
     bounce: Bounce,
@@ -116,6 +118,16 @@ impl Drop for Room<'_> {
     }
 }
 
+/// A change that waits for room.
+#[derive(Debug)]
+pub(super) struct Waiting<'a>(&'a Unstable);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.set(self.0.waiting.get() - 1);
+    }
+}
+
 impl Unstable {
     /// Keeps changes up to `bytes_max`. `ENOMEM` when the arena has no memory to make them again.
     pub(super) fn new(ring: &Ring, bytes_max: u64) -> Result<Unstable, Errno> {
@@ -124,6 +136,7 @@ impl Unstable {
             jobs: Cell::new(0),
             log: RefCell::default(),
             promised: Cell::new(0),
+            waiting: Cell::new(0),
             room: ring.notify(),
             bounce: Bounce::new(ring)?,
         })
@@ -170,10 +183,16 @@ impl Unstable {
         })
     }
 
-    /// So much is kept that the server is to be flushed.
+    /// So much is kept that the server is to be flushed: half of what may be, or too much for a change that waits.
     pub(super) fn is_much(&self) -> bool {
         let bytes = self.log.borrow().bytes;
-        bytes > 0 && bytes >= self.bytes_max() / 2
+        bytes > 0 && (self.waiting.get() > 0 || bytes >= self.bytes_max() / 2)
+    }
+
+    /// A change waits for room, as long as this is kept.
+    pub(super) fn wait(&self) -> Waiting<'_> {
+        self.waiting.set(self.waiting.get() + 1);
+        Waiting(self)
     }
 
     /// Nothing may be lost.
@@ -450,6 +469,10 @@ mod tests {
         let under_way = unstable.take_room(40_000).expect("room");
         keep(&ring, &unstable, 0, 40_000, 1);
         assert!(!unstable.is_much() && unstable.take_room(40_000).is_none());
+        let waiting = unstable.wait();
+        assert!(unstable.is_much(), "nobody else would make room for it");
+        drop(waiting);
+        assert!(!unstable.is_much());
         drop(under_way);
         keep(&ring, &unstable, 0, 40_000, 2);
         assert!(unstable.is_much() && unstable.take_room(40_000).is_none());

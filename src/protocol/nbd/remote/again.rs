@@ -33,6 +33,7 @@ impl Remote {
 
     /// Waits until there may be room for a change, or something has happened that it has to look at.
     pub(super) async fn room(self: &Rc<Remote>, generation: u64, data_bytes: u64) {
+        let _waiting = self.unstable.wait();
         self.flush_soon();
         let lost = self.keeper.lost.get();
         let unstable = &self.unstable;
