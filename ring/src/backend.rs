@@ -316,4 +316,7 @@ pub trait Backend {
 
     /// Ends both directions of a stream: operations in flight on it complete.
     fn shutdown_stream(&mut self, file: FileId);
+
+    /// Whether it is known that the other side of a stream has gone: it neither sends nor reads any more.
+    fn is_peer_gone(&self, file: FileId) -> bool;
 }

@@ -123,4 +123,10 @@ impl Ring {
     pub fn shutdown_stream(&self, stream: &File) {
         self.0.backend.borrow_mut().shutdown_stream(stream.id());
     }
+
+    /// Whether it is known that the other side of a stream has gone. One that merely sends nothing any more may still
+    /// read; over TCP these are told apart only when something is sent.
+    pub fn is_peer_gone(&self, stream: &File) -> bool {
+        self.0.backend.borrow().is_peer_gone(stream.id())
+    }
 }

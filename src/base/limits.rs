@@ -121,6 +121,23 @@ pub const NBD_STATUS_QUESTIONS_PER_REQUEST: usize = 4096;
 /// Block status requests of one NBD client that are worked on at the same time. Further ones stay unread in its socket:
 /// each may walk over thousands of extents.
 pub const NBD_WALKS_PER_CLIENT: usize = 2;
+/// Discards and zeroings of one NBD client that are worked on at the same time, of those that are long. Each may change
+/// the entries of thousands of clusters; further ones wait, and are dropped when their client goes.
+pub const NBD_LONG_CHANGES_PER_CLIENT: usize = 4;
+/// The same of all clients of one export: who reads from the disk may have to wait for all of them.
+pub const NBD_LONG_CHANGES_PER_EXPORT: usize = 16;
+/// Those count as long that cover more of the disk's units (a qcow2 cluster, a block of a filesystem) than this.
+pub const NBD_SHORT_CHANGE_UNITS: u64 = 64;
+/// No change is long that is not longer than this, in bytes.
+pub const NBD_SHORT_CHANGE_BYTES: u64 = 64 * KIB;
+/// A long change is made in pieces of so many units at first, and at least.
+pub const NBD_CHANGE_PIECE_UNITS: u64 = 1024;
+/// No such piece is shorter than this, in bytes.
+pub const NBD_CHANGE_PIECE_BYTES_MIN: u64 = MIB;
+/// Pieces that are made in no time grow, to so many times of what they were at first.
+pub const NBD_CHANGE_PIECE_GROWTH_MAX: u64 = 64;
+/// A piece that took less was made in no time, in nanoseconds; one that took twice as long was too large.
+pub const NBD_CHANGE_PIECE_NANOS: u64 = 2_000_000;
 /// Exports of one NBD server.
 pub const NBD_EXPORTS_PER_SERVER: usize = 1024;
 /// Clients connected to one NBD server, those in the handshake included. Further ones wait to be accepted.

@@ -489,4 +489,9 @@ impl Backend for SimBackend {
             inner.shutdown(target);
         }
     }
+
+    fn is_peer_gone(&self, file: FileId) -> bool {
+        let inner = self.world.0.borrow();
+        inner.files.get(&file.0).is_none_or(|open| inner.is_peer_gone(open.target))
+    }
 }

@@ -461,6 +461,16 @@ impl Inner {
         }
     }
 
+    /// What is sent is read by nobody any more.
+    pub(super) fn is_peer_gone(&self, target: Target) -> bool {
+        match target {
+            Target::Stream(number, side) => {
+                self.net.connections.get(&number).is_none_or(|connection| connection.directions[side].unread)
+            }
+            _ => false,
+        }
+    }
+
     pub(super) fn shutdown(&mut self, target: Target) {
         match target {
             Target::Stream(number, side) => {

@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use slab::Slab;
 
 use crate::Nanos;
@@ -624,5 +625,13 @@ impl Backend for Uring {
         if let Ok(fd) = self.fd(file) {
             let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
         }
+    }
+
+    fn is_peer_gone(&self, file: FileId) -> bool {
+        let Ok(fd) = self.fd(file) else { return true };
+        // Both are told without being asked for.
+        let mut stream = [PollFd::new(&fd, PollFlags::empty())];
+        let _ = poll(&mut stream, Some(&Timespec::default()));
+        stream[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
     }
 }

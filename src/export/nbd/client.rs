@@ -11,6 +11,7 @@ use std::rc::Rc;
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::{Buf, Errno, File, Nanos, Ring};
 
+use super::change;
 use super::output::Output;
 use super::pace::Pace;
 use super::quota::{Quota, QuotaLimits};
@@ -115,8 +116,8 @@ impl Client {
             root,
             rules,
             allocation_context: allocation.map(|(number, _)| *number),
-            quota: Quota::new(ring, quota),
             pace: Pace::new(ring, quota.pace),
+            quota: Quota::new(ring, quota),
             output: Output::new(ring, stream, reserve),
             spare_extents: RefCell::default(),
             failures: Cell::new(0),
@@ -166,6 +167,11 @@ impl Client {
     /// Nobody waits for its replies: what it has asked for and is not begun need not be done, and a walk may stop.
     pub(super) fn is_gone(&self) -> bool {
         self.hung_up.get() || self.output.is_broken()
+    }
+
+    /// The same, looked at more closely: a client that has closed its end may be told before anything is sent to it.
+    pub(super) fn has_left(&self) -> bool {
+        self.is_gone() || self.ring.is_peer_gone(&self.stream)
     }
 
     /// Since when the client has kept the server waiting while it holds memory.
@@ -276,11 +282,11 @@ impl Reader {
             }
             Command::Trim => {
                 let ticket = client.quota.request().await;
-                client.ring.spawn(request::trim(client.clone(), request, ticket));
+                client.ring.spawn(change::trim(client.clone(), request, ticket));
             }
             Command::WriteZeroes => {
                 let ticket = client.quota.request().await;
-                client.ring.spawn(request::write_zeroes(client.clone(), request, ticket));
+                client.ring.spawn(change::write_zeroes(client.clone(), request, ticket));
             }
             // A hint that is taken note of, and transfers of nothing.
             _ => {

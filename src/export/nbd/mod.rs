@@ -5,6 +5,7 @@
 //!     │ handshake.rs   the codec's handshake on a stream
 //!     │ client.rs      one client: its reader cuts requests out of what it receives
 //!     │   request.rs     one request: a task from the disk to its reply
+//!     │   change.rs      discards and zeroings, in pieces
 //!     │   output.rs      replies on their way out, sent together
 //!     │   quota.rs       what a client holds
 //!     │   pace.rs        how fast it may ask
@@ -18,6 +19,7 @@
 //! Harm is bounded: a client can hold no more than its quota of memory and requests; one that stalls keeps only that,
 //! one that sends rubbish loses its own connection. See `limits` for the numbers.
 
+mod change;
 mod client;
 mod handshake;
 mod output;

@@ -11,28 +11,32 @@ use blockferry_ring::sync::Notify;
 
 use super::pace::PaceLimits;
 use super::session::may_hold;
-use crate::base::limits::NBD_WALKS_PER_CLIENT;
+use crate::base::limits::{NBD_LONG_CHANGES_PER_CLIENT, NBD_WALKS_PER_CLIENT};
 use crate::base::planted::{Bug, is_planted};
 
 /// What a client may hold at once.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct QuotaLimits {
     pub(super) requests_max: usize,
     pub(super) bytes_max: u64,
     /// And how fast it may ask for more.
     pub(super) pace: PaceLimits,
+    /// Long changes of all clients of its export.
+    pub(super) changes_of_export: Rc<Seats>,
 }
 
 /// What one client holds.
 #[derive(Debug)]
 pub(super) struct Quota {
     ring: Ring,
-    limits: QuotaLimits,
+    pub(super) limits: QuotaLimits,
     requests: Cell<usize>,
     bytes: Cell<u64>,
     /// Walks over the disk's allocation.
     walks: Cell<usize>,
     released: Notify,
+    /// Long changes.
+    pub(super) changes: Rc<Seats>,
 }
 
 impl Quota {
@@ -44,6 +48,7 @@ impl Quota {
             bytes: Cell::new(0),
             walks: Cell::new(0),
             released: ring.notify(),
+            changes: Seats::new(ring, NBD_LONG_CHANGES_PER_CLIENT),
         })
     }
 
@@ -85,6 +90,37 @@ impl Quota {
     /// Waits until the client holds nothing.
     pub(super) async fn empty(&self) {
         self.released.until(|| (self.requests.get() == 0 && self.bytes.get() == 0).then_some(())).await;
+    }
+}
+
+/// So many at a time, of one client or of all clients of an export. Who comes first is first.
+#[derive(Debug)]
+pub(super) struct Seats {
+    free: Cell<usize>,
+    released: Notify,
+}
+
+impl Seats {
+    pub(super) fn new(ring: &Ring, seats: usize) -> Rc<Seats> {
+        Rc::new(Seats { free: Cell::new(seats), released: ring.notify() })
+    }
+
+    /// Waits for one.
+    pub(super) async fn take(self: &Rc<Seats>) -> Seat {
+        self.released.until(|| (self.free.get() > 0).then_some(())).await;
+        self.free.set(self.free.get() - 1);
+        Seat(self.clone())
+    }
+}
+
+/// One of [`Seats`], taken while this lives.
+#[derive(Debug)]
+pub(super) struct Seat(Rc<Seats>);
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.free.set(self.0.free.get() + 1);
+        self.0.released.notify();
     }
 }
 

@@ -17,7 +17,7 @@ use super::quota::{Ticket, Walk};
 use super::session::{Extents, pieces};
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
-use crate::block::{BlockError, WriteFlags, ZeroFlags};
+use crate::block::{BlockError, WriteFlags};
 use crate::protocol::nbd::{Command, CommandFlags, NbdErrno, RequestHeader};
 
 /// Room for the longest header of a reply (an extended chunk with its offset).
@@ -138,7 +138,12 @@ pub(super) async fn fail(
 }
 
 /// Answers a request without data.
-async fn answer(client: &Client, request: &RequestHeader, result: Result<(), BlockError>, ticket: Ticket) {
+pub(super) async fn answer(
+    client: &Client,
+    request: &RequestHeader,
+    result: Result<(), BlockError>,
+    ticket: Ticket,
+) {
     match result {
         Ok(()) => succeed(client, request, ticket).await,
         Err(error) => {
@@ -215,28 +220,6 @@ async fn end_failed(
 /// Makes all answered writes durable, those of other connections included: they go to the same node.
 pub(super) async fn flush(client: Rc<Client>, request: RequestHeader, ticket: Ticket) {
     let result = client.heard.flush(&client.root).await;
-    answer(&client, &request, result, ticket).await;
-}
-
-/// Gives space back.
-pub(super) async fn trim(client: Rc<Client>, request: RequestHeader, ticket: Ticket) {
-    client.heard.writes();
-    let mut result = client.root.discard(request.offset, request.length).await;
-    if result.is_ok() && request.flags.contains(CommandFlags::FUA) {
-        result = client.heard.flush(&client.root).await;
-    }
-    answer(&client, &request, result, ticket).await;
-}
-
-/// Makes a range read as zeroes.
-pub(super) async fn write_zeroes(client: Rc<Client>, request: RequestHeader, ticket: Ticket) {
-    let flags = ZeroFlags {
-        fua: request.flags.contains(CommandFlags::FUA),
-        may_unmap: !request.flags.contains(CommandFlags::NO_HOLE),
-        no_fallback: request.flags.contains(CommandFlags::FAST_ZERO),
-    };
-    client.heard.writes();
-    let result = client.root.write_zeroes(request.offset, request.length, flags).await;
     answer(&client, &request, result, ticket).await;
 }
 

@@ -17,7 +17,7 @@ use super::client::Client;
 use super::handshake::{Chosen, negotiate, send};
 use super::output::Output;
 use super::pace::PaceLimits;
-use super::quota::QuotaLimits;
+use super::quota::{QuotaLimits, Seats};
 use crate::base::limits;
 use crate::base::process::Process;
 use crate::graph::node::Root;
@@ -148,6 +148,8 @@ struct Entry {
     default: bool,
     clients: Cell<usize>,
     removed: Cell<bool>,
+    /// Long changes of all its clients.
+    changes: Rc<Seats>,
 }
 
 /// A connection, as the server keeps it.
@@ -240,6 +242,7 @@ impl NbdServer {
             default: export.default,
             clients: Cell::new(0),
             removed: Cell::new(false),
+            changes: Seats::new(&self.0.ring, limits::NBD_LONG_CHANGES_PER_EXPORT),
         }));
         Ok(())
     }
@@ -578,6 +581,7 @@ impl Inner {
             requests_max: self.config.in_flight_max.max(1),
             bytes_max: self.config.bytes_in_flight_max,
             pace: self.config.pace,
+            changes_of_export: entry.changes.clone(),
         };
         let reserve = self.ring.alloc(Output::RESERVE_BYTES).await;
         let client = Client::new(&self.ring, id, stream, root, &negotiated, quota, reserve);
