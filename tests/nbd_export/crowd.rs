@@ -8,7 +8,7 @@ use std::process::ChildStderr;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use blockferry::block::{Driver, Permissions};
+use blockferry::block::{Driver, Permissions, WriteFlags};
 use blockferry::engine::create::{Beside, NewImage};
 use blockferry::engine::open::{ImageOptions, open};
 use blockferry::export::nbd::{Export, NbdServer};
@@ -20,8 +20,8 @@ use blockferry::protocol::mark::{MarkInfo, TargetMark};
 use blockferry::protocol::open::{OpenOptions, open_aside};
 use blockferry_ring::{Config, Errno, Ring};
 
-use super::lab::{Guarded, Lab, start};
-use super::raw::{BLOCK_STATUS, READ, Raw, WRITE_ZEROES};
+use super::lab::{Guarded, Lab, run, start};
+use super::raw::{BLOCK_STATUS, FLAG_NO_HOLE, READ, Raw, TRIM, WRITE_ZEROES};
 
 const MIB: u64 = 1 << 20;
 const ATTACKERS: usize = 16;
@@ -33,6 +33,66 @@ fn in_pieces(lab: &Lab, len: u64) {
     for at in (0..len).step_by(8192) {
         file.write_all_at(&[b'x'; 4096], at).unwrap();
     }
+}
+
+/// Exports an image with small clusters, of which every eighth holds data.
+async fn export_in_clusters(ring: Ring, server: NbdServer, path: String) {
+    let aside = Path::new(&path);
+    FileDriver::create(&ring, aside, 0, FileOptions::default()).await.unwrap();
+    let file = open_aside(&ring, aside, &OpenOptions::default()).await.unwrap();
+    let options = CreateOptions { size: 16 * MIB, cluster_size: 512, ..CreateOptions::default() };
+    NewImage::Qcow2(Box::new(options)).write(&ring, &file, aside, &Beside::default()).await.unwrap();
+    drop(file);
+    let driver = open(&ring, &path, &ImageOptions::default()).await.unwrap();
+    for at in (0..16 * MIB).step_by(4096) {
+        let mut buf = ring.alloc(512).await;
+        buf.copy_from(0, &[b'x'; 512]);
+        driver.write(at, buf.freeze(), WriteFlags::default()).await.unwrap();
+    }
+    let node = Node::new(&ring, "image", driver);
+    let root = Root::new(&node, false).unwrap();
+    let export = Export { root, description: String::new(), writable: true, default: false };
+    server.add_export("image", export).unwrap();
+}
+
+#[test]
+fn changes_of_many_clusters_do_not_hold_up_the_others() {
+    let lab = Lab::new(MIB);
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = directory.path().join("image.qcow2").to_str().unwrap().to_owned();
+    let image = path.clone();
+    perform(&lab, move |ring, server| export_in_clusters(ring, server, image));
+    // The last cluster with data is left alone.
+    let kept = 16 * MIB - 4096;
+    let mut honest = Raw::structured(lab.connect(), "image");
+    // First the places are kept, then given back.
+    for (flags, command) in [(FLAG_NO_HOLE, WRITE_ZEROES), (0, TRIM)] {
+        let mut longest = Duration::ZERO;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..ATTACKERS)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut stream = Raw::structured(lab.connect(), "image").stream;
+                        stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+                        let _ =
+                            stream.write_all(&Raw::header(flags, command, 7, 0, kept as u32).repeat(8000));
+                    })
+                })
+                .collect();
+            while threads.iter().any(|thread| !thread.is_finished()) {
+                let began = Instant::now();
+                assert_eq!(honest.call(0, READ, kept, 512).bytes(), vec![b'x'; 512]);
+                longest = longest.max(began.elapsed());
+            }
+        });
+        assert!(longest < Duration::from_secs(5), "command {command}: a read took {longest:?}");
+        let began = Instant::now();
+        lab.wait_for_clients(1);
+        assert!(began.elapsed() < Duration::from_secs(10), "command {command}: {:?}", began.elapsed());
+    }
+    assert_eq!(honest.call(0, super::FLUSH, 0, 0).error, 0);
+    drop((honest, lab));
+    run("qemu-img", &["check", "-q", &path]);
 }
 
 /// Sends `count` requests and leaves; what the server does not take within `patience` stays unsent.
