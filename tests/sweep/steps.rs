@@ -190,6 +190,11 @@ fn drop_above(story: &mut Story, base: usize) {
 fn commit(story: &mut Story, teller: Teller) -> Told<Vec<usize>> {
     let last = story.chain.len() - 1;
     let base = story.dice.below(last as u64) as usize;
+    // A base that grows shows what QEMU left behind its end in the last cluster, as in `resize`.
+    let cluster = story.chain[base].layout.options().map_or(1, |o| o.cluster_size);
+    let shows_rest = story.chain[last].view.len() > story.chain[base].view.len()
+        && story.chain[base].view.len() % cluster != 0;
+    let teller = if shows_rest { Teller::Us } else { teller };
     // Of ours, some layer in the middle may be the upper end.
     let top =
         if teller == Teller::Us { base + 1 + story.dice.below((last - base) as u64) as usize } else { last };
