@@ -2,8 +2,8 @@
 //!
 //! The library answers by moving the file's cursor to the next data or the next hole. Some servers answer with nonsense,
 //! and writes that are still in the client's cache (write-behind does not see questions about holes) are not told of. So an
-//! answer that makes no sense is none, what was written here and not flushed since counts as data without asking, and
-//! whatever is not known is data.
+//! answer that makes no sense is none, what was written here counts as data without asking, and whatever is not known is
+//! data.
 
 use blockferry_ring::Errno;
 

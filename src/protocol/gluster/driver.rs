@@ -82,6 +82,8 @@ pub struct GlusterNode {
     /// Written since the flush before the one under way; and since that one began.
     flushing: RefCell<Unsynced>,
     unsynced: RefCell<Unsynced>,
+    /// Changed since the image was opened: what the bricks say of it is not believed.
+    written: RefCell<Unsynced>,
     /// The latest extent that was found, whether it is data, and when.
     known: Cell<Option<(ByteRange, bool, Nanos)>>,
     /// Telling holes from data has failed.
@@ -171,6 +173,7 @@ impl GlusterNode {
             seeking: Cell::new(false),
             flushing: RefCell::default(),
             unsynced: RefCell::default(),
+            written: RefCell::default(),
             known: Cell::new(None),
             status_failed: Cell::new(false),
             looking: Rc::default(),
@@ -358,6 +361,7 @@ impl GlusterNode {
     fn touched(&self, range: ByteRange) {
         self.changes.set(self.changes.get() + 1);
         self.unsynced.borrow_mut().add(range);
+        self.written.borrow_mut().add(range);
         if self.known.get().is_some_and(|(known, ..)| known.overlaps(range)) {
             self.known.set(None);
         }
@@ -485,7 +489,7 @@ impl GlusterNode {
             return Ok(Extent::data(range.len()));
         }
         // No look is needed, and no turn of the cursor.
-        if let Place::Written(end) = self.unsynced_at(range.start()) {
+        if let Place::Written(end) = self.written_at(range.start()) {
             return Ok(Extent::data(end.min(range.end()) - range.start()));
         }
         let (found, is_data) = match self.known_at(range.start()) {
@@ -505,12 +509,10 @@ impl GlusterNode {
         Ok(if is_data { Extent::data(len) } else { Extent::hole(len).on(Word::Claim) })
     }
 
-    /// What was done here to the place since the latest flush, and how far on that holds.
-    fn unsynced_at(&self, offset: u64) -> Place {
-        match (self.unsynced.borrow().at(offset), self.flushing.borrow().at(offset)) {
-            (Place::Untouched(one), Place::Untouched(other)) => Place::Untouched(one.min(other)),
-            (Place::Written(end), _) | (_, Place::Written(end)) => Place::Written(end),
-        }
+    /// What was done here to the place since the image was opened, and how far on that holds. A flush changes nothing about
+    /// it: while a brick was down, holes were told of where flushed data lay.
+    fn written_at(&self, offset: u64) -> Place {
+        self.written.borrow().at(offset)
     }
 
     fn known_at(&self, offset: u64) -> Option<(ByteRange, bool)> {
@@ -519,8 +521,7 @@ impl GlusterNode {
         (is_fresh && range.contains(offset)).then_some((range, is_data))
     }
 
-    /// The extent at `offset`: data where it was written here since the latest flush, else what the bricks say, up to the
-    /// next such place. What they say of places behind that is not kept either: it would be believed when the flush is over.
+    /// The extent at `offset`: data where it was written here, else what the bricks say, up to the next such place.
     async fn seek(&self, offset: u64) -> Result<(ByteRange, bool), Errno> {
         self.changed.until(|| (!self.seeking.get()).then_some(())).await;
         self.seeking.set(true);
@@ -528,7 +529,7 @@ impl GlusterNode {
         if let Some(known) = self.known_at(offset) {
             return Ok(known);
         }
-        let until = match self.unsynced_at(offset) {
+        let until = match self.written_at(offset) {
             Place::Written(end) => return Ok((ByteRange::at_saturating(offset, end - offset), true)),
             Place::Untouched(end) => end,
         };
