@@ -1,7 +1,7 @@
 //! Commands that write to a server which goes down with what it has not flushed, and comes back: what they end with is true,
 //! also where nothing of clients' changes is kept. And the options that say how a server is asked.
 
-use super::common::image::{KIB, MIB, Scratch, assert_equal, content};
+use super::common::image::{KIB, MIB, Scratch, content};
 use super::common::{Ended, run, run_json, tool};
 use super::faulty::{FLAGS, Faults, Faulty, READ_ONLY};
 

@@ -148,7 +148,7 @@ pub fn any_len(dice: &mut Dice, large: bool) -> u64 {
         3 => 1 + dice.below(MIB),
         // As many small ones as large ones: each shows something else.
         _ => {
-            let most = 8 * MIB >> dice.below(10);
+            let most = (8 * MIB) >> dice.below(10);
             1 + dice.below(most)
         }
     }

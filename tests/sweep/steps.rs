@@ -110,7 +110,7 @@ fn resize(story: &mut Story, teller: Teller) -> Told<()> {
     let cluster = image.layout.options().map_or(512, |o| o.cluster_size);
     let grows = len > image.view.len();
     let whole = len.next_multiple_of(if grows { 512 } else { cluster });
-    let shows_rest = if grows { image.view.len() % cluster != 0 } else { whole > image.view.len() };
+    let shows_rest = if grows { !image.view.len().is_multiple_of(cluster) } else { whole > image.view.len() };
     let teller = if shows_rest { Teller::Us } else { teller };
     if teller == Teller::Qemu {
         len = whole;
@@ -193,7 +193,7 @@ fn commit(story: &mut Story, teller: Teller) -> Told<Vec<usize>> {
     // A base that grows shows what QEMU left behind its end in the last cluster, as in `resize`.
     let cluster = story.chain[base].layout.options().map_or(1, |o| o.cluster_size);
     let shows_rest = story.chain[last].view.len() > story.chain[base].view.len()
-        && story.chain[base].view.len() % cluster != 0;
+        && !story.chain[base].view.len().is_multiple_of(cluster);
     let teller = if shows_rest { Teller::Us } else { teller };
     // Of ours, some layer in the middle may be the upper end.
     let top =
