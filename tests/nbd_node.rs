@@ -230,7 +230,9 @@ fn a_deep_queue_gets_more_connections_where_the_server_allows_them() {
 
 #[test]
 fn the_link_is_cut_and_work_goes_on() {
-    let peer = Peer::nbdkit(&["memory", "3M"]);
+    // With several threads nbdkit 1.32 aborts when one still answers on a connection that another has closed
+    // (raw_send_socket: sock >= 0), and the disk is gone.
+    let peer = Peer::nbdkit(&["--threads=1", "memory", "3M"]);
     let proxy = Proxy::new(&peer.socket());
     let uri = proxy.uri();
     proxy.cut_often();
