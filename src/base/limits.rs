@@ -346,7 +346,6 @@ pub const DOUBTS_MAX: usize = 64;
 
 /// How long a look for an image on its volume is waited for; a brick that hangs keeps it for 42 s.
 pub const GLUSTER_LOOK_NS_MAX: u64 = 5_000_000_000;
-
 /// Servers that one image on GlusterFS names: a volume of a large cluster has more, and its list comes from any of them.
 pub const GLUSTER_SERVERS_MAX: usize = 64;
 /// Calls of libgfapi in flight for one image. Its own threads carry them out; further ones wait here.
@@ -356,8 +355,8 @@ pub const GLUSTER_IN_FLIGHT_MAX: usize = 128;
 pub const GLUSTER_RANGE_BYTES_MAX: u64 = 256 * MIB;
 /// How long an extent that GlusterFS told of is believed, in nanoseconds: others may write there.
 pub const GLUSTER_STATUS_AGE_NS_MAX: u64 = 1_000_000_000;
-/// Ranges written and not yet flushed that are told apart; what lies between two of them counts as written beyond that.
-pub const GLUSTER_UNSYNCED_RANGES_MAX: usize = 64;
+/// Ranges written here that are told apart; what lies between two of them counts as written beyond that.
+pub const GLUSTER_WRITTEN_RANGES_MAX: usize = 64;
 /// How long opening an image on GlusterFS may take, in nanoseconds, when nothing is said: libgfapi tries each server for
 /// some seconds.
 pub const GLUSTER_OPEN_NS_MAX: u64 = 120_000_000_000;

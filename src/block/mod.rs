@@ -140,6 +140,11 @@ impl Extent {
         Extent { len, zero: true, allocated: false, word: Word::Own }
     }
 
+    /// Whether it reads as zeroes, and not only because another party says so: nothing needs to be zeroed there.
+    pub fn is_surely_zero(&self) -> bool {
+        self.zero && self.word != Word::Claim
+    }
+
     /// The same on somebody else's word.
     pub fn on(self, word: Word) -> Extent {
         Extent { word, ..self }

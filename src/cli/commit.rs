@@ -2,20 +2,18 @@
 
 use std::rc::Rc;
 
-use blockferry_ring::Errno;
 use clap::Args;
 
 use super::Global;
 use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole, with_mark};
 use super::exit::{Exit, Failure};
-use super::image::state_dir;
 use super::job::{AtReady, Words};
-use crate::block::{BlockError, Operation};
 use crate::engine::admit::{Act, Admission};
+use crate::engine::marks::refusal;
 use crate::graph::node::{Node, UseKind};
 use crate::job::commit;
 use crate::job::sweep::{ChainError, SweepOptions};
-use crate::protocol::mark::{MarkState, TargetMark};
+use crate::protocol::mark::TargetMark;
 
 const AFTER: &str = "\
 A chain is an image with its backing files: base.img <- one.qcow2 <- two.qcow2 <- top.qcow2. IMAGE is its
@@ -83,7 +81,7 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
     };
     let manner = Manner { name: "commit", words: WORDS, at_ready };
     let named = (top.clone(), base.clone());
-    let allow_superseded = args.open.allow_superseded;
+    let writable = args.open.image(None, false);
     let judge = async move |front: &Rc<Node>, options: &SweepOptions, admission: &mut Admission| {
         let (top, base) = named;
         let top = top.map_or_else(|| Ok(front.clone()), |name| layer(front, &name))?;
@@ -96,15 +94,12 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
             admission.layer("merged layer", Act::Read, node, kind).await;
         }
         admission.layer("base", Act::Change, &base, UseKind::JobBase("commit")).await;
-        if !allow_superseded
-            && let Ok(Some(mark)) =
-                TargetMark::read(admission.ring(), base.driver(), state_dir(None).as_deref()).await
-            && mark.kind() == MarkState::Superseded
-            && !mark.doubtful
+        // It was opened to be read.
+        let state_dir = writable.marks.state_dir.as_deref();
+        if let Ok(Some(mark)) = TargetMark::read(admission.ring(), base.driver(), state_dir).await
+            && let Some(error) = refusal(&mark, base.name(), &writable)
         {
-            admission.refuse(BlockError::new(Operation::Open, base.name(), Errno::EPERM).hint(format!(
-                "It is old: {mark}. Use that disk; or, if this one is to be written all the same, say --allow-superseded."
-            )));
+            admission.refuse(error);
         }
         if let Some(above) = merge.at.checked_sub(1).and_then(|at| front.chain().into_iter().nth(at)) {
             admission.layer("layer above", Act::Change, &above, UseKind::Editor).await;

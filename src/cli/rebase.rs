@@ -8,7 +8,6 @@
 
 use std::rc::Rc;
 
-use blockferry_ring::Errno;
 use clap::Args;
 use serde_json::json;
 
@@ -20,9 +19,9 @@ use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::{Signal, Signals};
 use super::tool::{OutputArgs, PlanArgs, cache};
 use super::{Global, config};
-use crate::block::{BlockError, Driver, Operation};
+use crate::block::Driver;
 use crate::engine::admit::Admission;
-use crate::engine::marks::unfinished;
+use crate::engine::marks::{refusal, unfinished};
 use crate::engine::qcow2::{open_backing, qcow2};
 use crate::engine::rebase::Rebase;
 use crate::engine::remote::is_remote;
@@ -120,15 +119,12 @@ async fn rebase(
     let mut admission = Admission::new(engine.ring(), "rebase");
     admission.changes("image", &node, UseKind::JobTarget("rebase")).await;
     // What is copied of a backing file that is no whole disk makes a disk that is none.
+    let read = ImageOptions { marks: args.gate.marks(), ..ImageOptions::read_only() };
     if let Some(below) = image.backing().filter(|_| !args.name_only)
-        && !args.gate.marks().allow_incomplete
-        && let Some(mark) = unfinished(engine.ring(), &below, &options.marks).await
+        && let Some(mark) = unfinished(engine.ring(), &below, &read.marks).await
+        && let Some(error) = refusal(&mark, below.name(), &read)
     {
-        admission.refuse(BlockError::new(Operation::Open, below.name(), Errno::EPERM).hint(format!(
-            "It is no whole disk: {mark}. Run that job again, which takes it over; or, if '{}' is to get what it shows all \
-             the same, say --allow-incomplete: it is marked, too, then.",
-            args.file
-        )));
+        admission.refuse(error);
     }
     let new = match args.backing.as_str() {
         "" => None,

@@ -83,26 +83,35 @@ pub(super) fn heed_own(
     }
 }
 
-fn judge(mark: &MarkInfo, name: &str, options: &ImageOptions) -> Result<(), BlockError> {
+/// Why a disk of this name and with this mark is not used so, if it is not.
+pub fn refusal(mark: &MarkInfo, name: &str, options: &ImageOptions) -> Option<BlockError> {
     let marks = &options.marks;
-    let may_refuse = marks.heed == Heed::Refuse && !mark.doubtful;
-    let refuse = |why: String| Err(BlockError::new(Operation::Open, name, Errno::EPERM).hint(why));
-    if mark.kind() == MarkState::Superseded {
-        if may_refuse && !options.read_only && !marks.allow_superseded {
-            return refuse(format!(
-                "It is old: {mark}. Use that disk; or, if this one is to be written all the same, say --allow-superseded."
-            ));
-        }
-        tracing::warn!("'{name}' is old: {mark}");
-        return Ok(());
+    let is_allowed = match mark.kind() {
+        MarkState::Superseded => options.read_only || marks.allow_superseded,
+        _ => marks.allow_incomplete,
+    };
+    if is_allowed || mark.doubtful || marks.heed != Heed::Refuse {
+        return None;
     }
-    if may_refuse && !marks.allow_incomplete {
-        return refuse(format!(
+    let why = match mark.kind() {
+        MarkState::Superseded => format!(
+            "It is old: {mark}. Use that disk; or, if this one is to be written all the same, say --allow-superseded."
+        ),
+        _ => format!(
             "It is no whole disk: {mark}. Run that job again, which takes it over; or, if it is to be used all the same, say \
              --allow-incomplete."
-        ));
+        ),
+    };
+    Some(BlockError::new(Operation::Open, name, Errno::EPERM).hint(why))
+}
+
+fn judge(mark: &MarkInfo, name: &str, options: &ImageOptions) -> Result<(), BlockError> {
+    if let Some(error) = refusal(mark, name, options) {
+        return Err(error);
     }
-    if mark.doubtful {
+    if mark.kind() == MarkState::Superseded {
+        tracing::warn!("'{name}' is old: {mark}");
+    } else if mark.doubtful {
         tracing::warn!(
             "a disk that was called '{name}' was marked as no whole disk ({mark}); it may be another one by now"
         );

@@ -1,7 +1,7 @@
 //! The other side of a job's source: its target, as copies and guests' changes of both sides meet it.
 //!
 //! It remembers what of the target is known to be zero, so that nothing is zeroed twice: a target that began
-//! as zeroes, what the job zeroed, what the target itself says is a hole. And it remembers whether a change
+//! as zeroes, what the job zeroed, what its own tables or a local filesystem say is a hole. And it remembers whether a change
 //! of the target has ever failed. What a failed change left can be seen there and yet be durable or not,
 //! whatever flush follows: from then on nothing is taken for zero because it reads as zero. And one that a server has not
 //! answered may still be made, after newer ones: where that can happen has to be looked at in the very end
@@ -169,7 +169,8 @@ impl Peer {
         (done, Ok(()))
     }
 
-    /// A part about which nothing is known: the target is asked, and zeroed if it does not say that it is a hole.
+    /// A part about which nothing is known: the target is asked, and zeroed unless its own tables or a filesystem here say that it is a hole; a server may say so
+    /// of what it has lost sight of.
     async fn zero_unknown(
         &self,
         at: u64,
@@ -179,7 +180,7 @@ impl Peer {
     ) -> Result<u64, BlockError> {
         let extent = for_job(self.driver.block_status(at, left)).await?;
         let len = extent.len.clamp(1, left);
-        if extent.zero && !self.has_failed.get() {
+        if extent.is_surely_zero() && !self.has_failed.get() {
             done.skipped += len;
         } else {
             let flags = ZeroFlags { may_unmap: may_unmap && self.may_unmap, ..ZeroFlags::default() };

@@ -356,7 +356,7 @@ impl Reader {
     async fn start_status(&mut self, request: RequestHeader) {
         let client = &self.client;
         let mut ticket = client.quota.request().await;
-        let walk = client.quota.walk().await;
+        let walk = client.quota.walks.take().await;
         ticket.absorb(client.quota.bytes(request::STATUS_BYTES_MAX).await);
         let buf = client.ring.alloc(request::STATUS_BYTES_MAX).await;
         client.ring.spawn(request::block_status(client.clone(), request, buf, ticket, walk));

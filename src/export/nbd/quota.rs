@@ -32,22 +32,23 @@ pub(super) struct Quota {
     pub(super) limits: QuotaLimits,
     requests: Cell<usize>,
     bytes: Cell<u64>,
-    /// Walks over the disk's allocation.
-    walks: Cell<usize>,
     released: Notify,
+    /// Walks over the disk's allocation.
+    pub(super) walks: Rc<Seats>,
     /// Long changes.
     pub(super) changes: Rc<Seats>,
 }
 
 impl Quota {
     pub(super) fn new(ring: &Ring, limits: QuotaLimits) -> Rc<Quota> {
+        let walks = if is_planted(Bug::StatusWalkKeepsTurn) { usize::MAX } else { NBD_WALKS_PER_CLIENT };
         Rc::new(Quota {
             ring: ring.clone(),
             limits,
             requests: Cell::new(0),
             bytes: Cell::new(0),
-            walks: Cell::new(0),
             released: ring.notify(),
+            walks: Seats::new(ring, walks),
             changes: Seats::new(ring, NBD_LONG_CHANGES_PER_CLIENT),
         })
     }
@@ -71,15 +72,6 @@ impl Quota {
         self.released.until(fits).await;
         self.bytes.set(self.bytes.get() + bytes);
         Ticket { quota: self.clone(), requests: 0, bytes }
-    }
-
-    /// Waits until the client may have one more walk over the disk's allocation under way.
-    pub(super) async fn walk(self: &Rc<Quota>) -> Walk {
-        let is_free = || self.walks.get() < NBD_WALKS_PER_CLIENT || is_planted(Bug::StatusWalkKeepsTurn);
-        let fits = || is_free().then_some(());
-        self.released.until(fits).await;
-        self.walks.set(self.walks.get() + 1);
-        Walk(self.clone())
     }
 
     /// A share of nothing, for what is part of something that has its share.
@@ -120,17 +112,6 @@ pub(super) struct Seat(Rc<Seats>);
 impl Drop for Seat {
     fn drop(&mut self) {
         self.0.free.set(self.0.free.get() + 1);
-        self.0.released.notify();
-    }
-}
-
-/// A walk of a client is under way while this lives.
-#[derive(Debug)]
-pub(super) struct Walk(Rc<Quota>);
-
-impl Drop for Walk {
-    fn drop(&mut self) {
-        self.0.walks.set(self.0.walks.get() - 1);
         self.0.released.notify();
     }
 }

@@ -13,7 +13,7 @@ use blockferry_ring::limits::STINT_STEPS_A_LOOK;
 use blockferry_ring::{Buf, SharedBuf};
 
 use super::client::Client;
-use super::quota::{Ticket, Walk};
+use super::quota::{Seat, Ticket};
 use super::session::{Extents, pieces};
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
@@ -230,7 +230,7 @@ pub(super) async fn block_status(
     request: RequestHeader,
     mut buf: Buf,
     ticket: Ticket,
-    walk: Walk,
+    walk: Seat,
 ) {
     let is_one = request.flags.contains(CommandFlags::REQ_ONE);
     let list_max = if is_one { 1 } else { limits::NBD_EXTENTS_PER_REPLY };

@@ -308,7 +308,7 @@ impl Parts {
             let left = range.end() - at;
             let extent = self.to().block_status(at, left).await.map_err(Failed::write)?;
             let len = extent.len.clamp(1, left);
-            if extent.zero && !has_failed {
+            if extent.is_surely_zero() && !has_failed {
                 done.skipped += len;
             } else {
                 let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };

@@ -7,7 +7,7 @@
 
 use blockferry_ring::Errno;
 
-use crate::base::limits::GLUSTER_UNSYNCED_RANGES_MAX;
+use crate::base::limits::GLUSTER_WRITTEN_RANGES_MAX;
 use crate::base::range::ByteRange;
 
 /// Whether the answers at the end of a file say that there is such a thing: a search for data there has to find nothing.
@@ -41,10 +41,10 @@ pub(super) fn extent_at(
     }
 }
 
-/// Ranges that were written and may not have reached the bricks. Too many are joined: more counts as written then, which
+/// Ranges that were written. Too many are joined: more counts as written then, which
 /// is never wrong.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Unsynced {
+pub(super) struct Written {
     /// In order, apart from each other.
     ranges: Vec<ByteRange>,
 }
@@ -58,7 +58,7 @@ pub(super) enum Place {
     Untouched(u64),
 }
 
-impl Unsynced {
+impl Written {
     pub(super) fn add(&mut self, range: ByteRange) {
         if range.is_empty() {
             return;
@@ -67,7 +67,7 @@ impl Unsynced {
         let to = self.ranges.partition_point(|other| other.start() <= range.end());
         let joined = self.ranges[from..to].iter().fold(range, |all, other| hull(all, *other));
         self.ranges.splice(from..to, [joined]);
-        if self.ranges.len() > GLUSTER_UNSYNCED_RANGES_MAX {
+        if self.ranges.len() > GLUSTER_WRITTEN_RANGES_MAX {
             self.join_nearest();
         }
     }
@@ -80,10 +80,6 @@ impl Unsynced {
         }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.ranges.is_empty()
-    }
-
     pub(super) fn at(&self, offset: u64) -> Place {
         let next = self.ranges.partition_point(|range| range.end() <= offset);
         match self.ranges.get(next) {
@@ -91,11 +87,6 @@ impl Unsynced {
             Some(range) => Place::Untouched(range.start()),
             None => Place::Untouched(u64::MAX),
         }
-    }
-
-    /// Adds what another one has.
-    pub(super) fn append(&mut self, other: Unsynced) {
-        other.ranges.into_iter().for_each(|range| self.add(range));
     }
 }
 
@@ -155,13 +146,13 @@ mod tests {
     fn what_was_written_is_never_taken_for_untouched() {
         let mut rng = Rng::new(1);
         for _ in 0..50 {
-            let (mut set, mut model) = (Unsynced::default(), vec![false; 4000]);
+            let (mut set, mut model) = (Written::default(), vec![false; 4000]);
             for _ in 0..200 {
                 let start = rng.below(3990);
                 let end = start + 1 + rng.below(10);
                 set.add(range(start, end));
                 model[start as usize..end as usize].fill(true);
-                assert!(set.ranges.len() <= GLUSTER_UNSYNCED_RANGES_MAX);
+                assert!(set.ranges.len() <= GLUSTER_WRITTEN_RANGES_MAX);
                 assert!(set.ranges.windows(2).all(|pair| pair[0].end() < pair[1].start()));
             }
             for (at, &written) in model.iter().enumerate() {
@@ -176,15 +167,12 @@ mod tests {
             }
         }
         // Few ranges are exact.
-        let mut set = Unsynced::default();
+        let mut set = Written::default();
         set.add(range(10, 20));
         set.add(range(30, 40));
         set.add(range(20, 25));
         let places = [set.at(0), set.at(24), set.at(25), set.at(40)];
-        use Place::{Untouched, Written};
-        assert_eq!(places, [Untouched(10), Written(25), Untouched(30), Untouched(u64::MAX)]);
-        let mut other = Unsynced::default();
-        other.append(set);
-        assert_eq!(other.at(35), Written(40));
+        use Place::Untouched;
+        assert_eq!(places, [Untouched(10), Place::Written(25), Untouched(30), Untouched(u64::MAX)]);
     }
 }

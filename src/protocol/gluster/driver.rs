@@ -34,7 +34,7 @@ use blockferry_ring::{
     Buf, Completer, Errno, Keep, Nanos, Operation as RingOperation, PlainKind, Ring, SharedBuf,
 };
 
-use super::allocation::{Place, Unsynced, extent_at};
+use super::allocation::{Place, Written, extent_at};
 use super::api::Api;
 use super::connection::Connection;
 use super::file::{OpenFile, unlink};
@@ -79,11 +79,9 @@ pub struct GlusterNode {
     broken: Cell<Option<Errno>>,
     /// The file's cursor is being moved.
     seeking: Cell<bool>,
-    /// Written since the flush before the one under way; and since that one began.
-    flushing: RefCell<Unsynced>,
-    unsynced: RefCell<Unsynced>,
-    /// Changed since the image was opened: what the bricks say of it is not believed.
-    written: RefCell<Unsynced>,
+    /// Since the image was opened. What the bricks say of it is not believed, flushed or not: while a brick was down, holes
+    /// were told of where flushed data lay.
+    written: RefCell<Written>,
     /// The latest extent that was found, whether it is data, and when.
     known: Cell<Option<(ByteRange, bool, Nanos)>>,
     /// Telling holes from data has failed.
@@ -92,6 +90,8 @@ pub struct GlusterNode {
     looking: Rc<Cell<bool>>,
     /// Changes that began, to see whether one came between a question and its answer.
     changes: Cell<u64>,
+    /// So many of them are durable.
+    flushed: Cell<u64>,
 }
 
 /// Flushes that have begun, and the number of the latest that went well.
@@ -171,13 +171,12 @@ impl GlusterNode {
             flushes: Cell::default(),
             broken: Cell::new(None),
             seeking: Cell::new(false),
-            flushing: RefCell::default(),
-            unsynced: RefCell::default(),
             written: RefCell::default(),
             known: Cell::new(None),
             status_failed: Cell::new(false),
             looking: Rc::default(),
             changes: Cell::new(0),
+            flushed: Cell::new(0),
         }))
     }
 
@@ -360,7 +359,6 @@ impl GlusterNode {
 
     fn touched(&self, range: ByteRange) {
         self.changes.set(self.changes.get() + 1);
-        self.unsynced.borrow_mut().add(range);
         self.written.borrow_mut().add(range);
         if self.known.get().is_some_and(|(known, ..)| known.overlaps(range)) {
             self.known.set(None);
@@ -399,15 +397,14 @@ impl GlusterNode {
     async fn flush_now(&self) -> Result<(), Errno> {
         let number = self.flushes.get().begun + 1;
         self.flushes.set(Flushes { begun: number, running: true, ..self.flushes.get() });
-        let before = std::mem::take(&mut *self.unsynced.borrow_mut());
-        self.flushing.borrow_mut().append(before);
+        let changes = self.changes.get();
         // No room is asked for: flushes go one at a time.
         let result = self.call(|file, completer| file.start_sync(completer)).await;
         let mut flushes = Flushes { running: false, ..self.flushes.get() };
         match result {
             Ok(_) => {
                 flushes.done = number;
-                *self.flushing.borrow_mut() = Unsynced::default();
+                self.flushed.set(changes);
             }
             Err(errno) => {
                 tracing::error!(image = %self.name, %errno, "a flush failed: the image is not used any more");
@@ -489,7 +486,7 @@ impl GlusterNode {
             return Ok(Extent::data(range.len()));
         }
         // No look is needed, and no turn of the cursor.
-        if let Place::Written(end) = self.written_at(range.start()) {
+        if let Place::Written(end) = self.written.borrow().at(range.start()) {
             return Ok(Extent::data(end.min(range.end()) - range.start()));
         }
         let (found, is_data) = match self.known_at(range.start()) {
@@ -509,12 +506,6 @@ impl GlusterNode {
         Ok(if is_data { Extent::data(len) } else { Extent::hole(len).on(Word::Claim) })
     }
 
-    /// What was done here to the place since the image was opened, and how far on that holds. A flush changes nothing about
-    /// it: while a brick was down, holes were told of where flushed data lay.
-    fn written_at(&self, offset: u64) -> Place {
-        self.written.borrow().at(offset)
-    }
-
     fn known_at(&self, offset: u64) -> Option<(ByteRange, bool)> {
         let (range, is_data, at) = self.known.get()?;
         let is_fresh = self.ring.now() <= at.saturating_add(GLUSTER_STATUS_AGE_NS_MAX);
@@ -529,7 +520,7 @@ impl GlusterNode {
         if let Some(known) = self.known_at(offset) {
             return Ok(known);
         }
-        let until = match self.written_at(offset) {
+        let until = match self.written.borrow().at(offset) {
             Place::Written(end) => return Ok((ByteRange::at_saturating(offset, end - offset), true)),
             Place::Untouched(end) => end,
         };
@@ -633,7 +624,7 @@ impl GlusterNode {
 
 impl Drop for GlusterNode {
     fn drop(&mut self) {
-        let is_dirty = [&self.unsynced, &self.flushing].iter().any(|set| !set.borrow().is_empty());
+        let is_dirty = self.changes.get() != self.flushed.get();
         let must_sync = is_dirty && !self.read_only.get() && self.broken.get().is_none();
         let file = self.file.take();
         self.close(file, must_sync);

@@ -14,8 +14,8 @@
 //! # Bounds
 //! The bytes are copies in memory of their own, taken in the order in which they are given back, so that neither the arena
 //! nor the allocator sees them come and go. There are at most so many as was said. From half of that on the server is to be
-//! flushed ([`Unstable::is_much`]), and earlier for a change that has no room beside what is kept, which waits. What is larger than all of it cannot be kept at all and is
-//! flushed at once by its writer.
+//! flushed ([`Unstable::is_much`]), and earlier for a change that has no room beside what is kept, which waits. What is
+//! larger than all of it cannot be kept at all and is flushed at once by its writer.
 //!
 //! Where nothing is to be kept (a bound of 0), the range of what was changed is noted, to be named when it may be lost. A
 //! job's copy would be worth nothing after that, though, so while a job writes, and until what it has written is flushed, as
