@@ -4,6 +4,9 @@
 //! refers to it and no request looks at it any more ([`Qcow2::release`]), so that quarantine needs no list of
 //! its own here. A refcount may be written at any time: in memory it is never lower than what the tables on
 //! the disk need. A candidate is taken only if its refcount block was read, and only if no table lies there.
+//!
+//! A refcount block that is made on the way lies in the range that it counts, at its beginning. So a run that is longer
+//! than such a range never comes together by itself: it gets its blocks in one piece, in front of it.
 
 use blockferry_ring::Errno;
 
@@ -108,6 +111,9 @@ impl Meta {
 impl Qcow2 {
     /// Reserves up to `want` clusters in a row (all of them unless `partial`).
     pub(super) async fn allocate(&self, want: u64, partial: bool) -> Result<Run, Fault> {
+        if !partial && want >= self.g.refblock_entries() {
+            return self.allocate_long(want).await;
+        }
         loop {
             let search = self.meta.borrow_mut().search(want.max(1), partial)?;
             match search {
@@ -135,6 +141,103 @@ impl Qcow2 {
                             return Ok(meta.take(first, fits)?);
                         }
                         _ => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// The same for a run that is longer than what one refcount block counts: where there is such a run, or behind all
+    /// that is counted so far, with its own refcount blocks in front of it. Each refcount is looked at once.
+    async fn allocate_long(&self, want: u64) -> Result<Run, Fault> {
+        if let Some(first) = self.free_run(want).await? {
+            self.reach((first + want) << self.g.cluster_bits).await?;
+            let mut meta = self.meta.borrow_mut();
+            // Somebody else may have taken some of them meanwhile.
+            let is_free = (first..first + want).all(|at| matches!(meta.refcount(at), Ok(Known::Yes(0))));
+            if is_free {
+                return Ok(meta.take(first, want)?);
+            }
+        }
+        let size = self.g.cluster_size();
+        let per_block = self.g.refblock_entries();
+        loop {
+            let (first, blocks, fits) = {
+                let meta = self.meta.borrow();
+                let entries = &meta.reftable.entries;
+                let first = entries.iter().rposition(|entry| *entry != 0).map_or(0, |last| last as u64 + 1);
+                // So many blocks that they count themselves as well.
+                let blocks = want.div_ceil(per_block - 1);
+                (first, blocks, first + blocks <= entries.len() as u64)
+            };
+            if !fits {
+                self.grow_reftable_to(first + blocks).await?;
+                continue;
+            }
+            let _turn = self.growing.take().await;
+            let used = blocks + want;
+            let host = first * per_block * size;
+            {
+                let meta = self.meta.borrow();
+                let range = first as usize..(first + blocks) as usize;
+                if meta.reftable.entries.get(range).is_none_or(|free| free.iter().any(|entry| *entry != 0)) {
+                    continue; // Somebody else took them while this one waited for its turn.
+                }
+                if let Some(table) = meta.table_at(host, host + used * size) {
+                    return Err(Fault::Damage(format!(
+                        "{table} lies at {host:#x}, which no refcount block covers"
+                    )));
+                }
+            }
+            self.reach(host + used * size).await?;
+            for block in 0..blocks {
+                let mut bytes = vec![0; size as usize];
+                let counted = used.saturating_sub(block * per_block).min(per_block);
+                (0..counted as usize).for_each(|i| set_refcount(&mut bytes, self.g.refcount_order, i, 1));
+                self.write_bytes(host + block * size, &bytes).await?;
+                self.let_others(counted).await;
+            }
+            let named = self.meta.borrow().reftable.offset + first * 8;
+            self.take_room(named, blocks * 8).await?;
+            let mut meta = self.meta.borrow_mut();
+            for block in 0..blocks {
+                let at = host + block * size;
+                meta.refs.forget(at, at + size);
+                meta.reftable.set(first + block, at);
+                meta.refblocks.insert(at);
+            }
+            let from = host + blocks * size;
+            let virgin = from >= meta.virgin;
+            meta.virgin = meta.virgin.max(host + used * size);
+            return Ok(Run { host: from, count: want, virgin });
+        }
+    }
+
+    /// So many clusters in a row that are counted and free.
+    async fn free_run(&self, want: u64) -> Result<Option<u64>, Fault> {
+        let per_block = self.g.refblock_entries();
+        let (mut at, mut start) = (self.meta.borrow().hint, None);
+        loop {
+            let known = {
+                let mut meta = self.meta.borrow_mut();
+                let block = at / per_block;
+                if block >= meta.reftable.entries.len() as u64 {
+                    return Ok(None);
+                }
+                if meta.reftable.get(block) == 0 {
+                    (at, start) = ((block + 1) * per_block, None);
+                    continue;
+                }
+                meta.refcount(at)?
+            };
+            match known {
+                Known::Load(slice) => self.load_refs(slice).await?,
+                Known::Yes(count) => {
+                    self.let_others(1).await;
+                    start = if count == 0 { start.or(Some(at)) } else { None };
+                    at += 1;
+                    if let Some(first) = start.filter(|first| at - first == want) {
+                        return Ok(Some(first));
                     }
                 }
             }
@@ -330,16 +433,25 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Moves the refcount table to where it has room to grow. Whatever happens in between, the old table or
-    /// the new one counts, and both are right.
     async fn grow_reftable(&self) -> Result<(), Fault> {
         let _turn = self.growing.take().await;
-        {
+        let is_full = {
             let mut meta = self.meta.borrow_mut();
-            if !matches!(meta.search(1, false)?, Search::NewTable) {
-                return Ok(());
-            }
-        }
+            matches!(meta.search(1, false)?, Search::NewTable)
+        };
+        if is_full { self.move_reftable(0).await } else { Ok(()) }
+    }
+
+    /// Makes the refcount table long enough for so many blocks, and for those that it takes itself.
+    async fn grow_reftable_to(&self, blocks: u64) -> Result<(), Fault> {
+        let _turn = self.growing.take().await;
+        let is_short = (self.meta.borrow().reftable.entries.len() as u64) < blocks;
+        if is_short { self.move_reftable(blocks).await } else { Ok(()) }
+    }
+
+    /// Moves the refcount table to where it has room to grow, to at least so many entries more than it takes itself.
+    /// Whatever happens in between, the old table or the new one counts, and both are right.
+    async fn move_reftable(&self, entries_min: u64) -> Result<(), Fault> {
         // Blocks of which the old table does not know yet must be there before the new one names them.
         self.write_back().await?;
         let size = self.g.cluster_size();
@@ -349,13 +461,14 @@ impl Qcow2 {
             (meta.reftable.offset, meta.reftable.entries.clone())
         };
         let old_clusters = entries.len() as u64 * 8 / size;
-        let mut table_clusters = old_clusters + old_clusters.div_ceil(2);
+        let mut table_clusters =
+            (old_clusters + old_clusters.div_ceil(2)).max(self.g.clusters(entries_min * 8));
         let first = entries.len() as u64 * per_block;
         let mut blocks = 1;
         while table_clusters + blocks > blocks * per_block {
             blocks += 1;
         }
-        let needed = (entries.len() as u64 + blocks) * 8;
+        let needed = (entries.len() as u64 + blocks + entries_min.saturating_sub(entries.len() as u64)) * 8;
         table_clusters = table_clusters.max(needed.div_ceil(size));
         while table_clusters + blocks > blocks * per_block {
             blocks += 1;
