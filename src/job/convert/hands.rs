@@ -233,7 +233,8 @@ impl Parts {
                 let start = (piece.start() - at) as usize;
                 buf.copy_to(0, &mut bytes[start..start + piece.len() as usize]);
             }
-            if is_zero(&bytes) {
+            // Who says not to look for zeroes has them compressed: they take next to nothing.
+            if self.sparse_bytes > 0 && is_zero(&bytes) {
                 self.make_zero(cluster, done).await.map_err(|failed| (at, failed))?;
                 continue;
             }
@@ -322,6 +323,15 @@ impl Parts {
 
     /// For a target that is to be allocated everywhere.
     async fn write_zeroes_out(&self, range: ByteRange, done: &mut Copied) -> Result<(), Failed> {
+        if let Some(compressor) = &self.compressor {
+            for cluster in range.chunks(compressor.cluster_bytes()) {
+                let zeroes = vec![0; cluster.len() as usize];
+                self.changed(compressor.write(cluster.start(), zeroes).await)?;
+                done.zeroed += cluster.len();
+                add(&self.tally.bytes_compressed, cluster.len());
+            }
+            return Ok(());
+        }
         let mut buf = self.ring.alloc(range.len().min(BLOCK_MAX as u64) as usize).await;
         buf.as_mut_slice().fill(0);
         let buf = buf.freeze();
