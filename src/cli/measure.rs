@@ -17,6 +17,11 @@ use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format};
 use crate::format::qcow2::{Compat, Measured, Qcow2};
 
+/// What an image is called in errors that has no name yet.
+const NEW_IMAGE: &str = "the new image";
+/// Lengths of disks are multiples of this.
+const SECTOR_BYTES: u64 = 512;
+
 /// Tell how much room a copy of an image, or an empty image, would take in another format
 #[derive(Debug, Args)]
 pub struct MeasureArgs {
@@ -24,7 +29,7 @@ pub struct MeasureArgs {
     #[arg(value_name = "FILE", required_unless_present = "size", conflicts_with = "size")]
     file: Option<String>,
     /// Bytes of a new, empty image
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(short, long, value_name = "SIZE", value_parser = size)]
     size: Option<u64>,
     /// Format of the image, if its header should not be asked
     #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
@@ -82,32 +87,32 @@ async fn measure(engine: &Engine, args: &MeasureArgs) -> Result<Sizes, Failure> 
         None => None,
     };
     let len = source.as_ref().map_or(args.size, |source| Some(source.driver().len()));
-    let pairs = option_pairs(&args.target_options)?;
+    // The length of what is measured counts, and not one among the options.
+    let mut pairs = option_pairs(&args.target_options)?;
+    pairs.retain(|(name, _)| name != "size");
     let new = NewImage::parse(args.target_format, &pairs, len).map_err(Failure::text)?;
+    new.check(NEW_IMAGE)?;
     let options = match new {
         NewImage::Raw { len, .. } => {
+            let len = len.next_multiple_of(SECTOR_BYTES);
             let measured = Measured { required: len, fully_allocated: len };
             return Ok(Sizes { measured, bitmaps: None });
         }
         NewImage::Qcow2(options) => options,
     };
-    options.check(args.file.as_deref().unwrap_or("the new image"))?;
-    let cluster = u64::from(options.cluster_size);
-    let (mut clusters, mut bitmaps) = (0, None);
+    let (mut clusters, mut bitmaps) = (None, None);
     if let Some(source) = &source {
-        clusters = data_clusters(source.driver(), cluster).await?;
+        clusters = Some(data_clusters(source.driver(), options.cluster_size.into()).await?);
         if let Some(image) = qcow2(source.driver()) {
             let info = image.info().await?;
-            let both = info.compat == Compat::V3 && options.compat == Compat::V3;
-            // What bitmaps would take is not told where there are some.
-            bitmaps = (both && info.bitmaps.is_empty()).then_some(0);
+            // Bitmaps that nobody vouches for are not copied.
+            let listed = if info.bitmaps_inconsistent { &[][..] } else { &info.bitmaps };
+            if info.compat == Compat::V3 && options.compat == Compat::V3 {
+                bitmaps = Some(Qcow2::measure_bitmaps(&options, listed));
+            }
         }
     }
-    let all = Qcow2::measure(&options, clusters);
-    // As QEMU counts: the tables are those of a full disk, whatever it holds now.
-    let tables = all.fully_allocated - options.size.next_multiple_of(cluster).min(all.fully_allocated);
-    let measured = Measured { required: tables + clusters * cluster, ..all };
-    Ok(Sizes { measured, bitmaps })
+    Ok(Sizes { measured: Qcow2::measure(&options, clusters), bitmaps })
 }
 
 /// Clusters of this size in which not everything is zero for certain.

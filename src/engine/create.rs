@@ -160,10 +160,8 @@ impl NewImage {
             NewImage::Raw { len, .. } => *len,
             NewImage::Qcow2(options) => match options.preallocation {
                 Preallocation::Off | Preallocation::Metadata => 0,
-                Preallocation::Falloc | Preallocation::Full => {
-                    let data = if options.data_file.is_some() { options.size } else { 0 };
-                    Qcow2::measure(options, 0).fully_allocated + data
-                }
+                // With the data, wherever it lies.
+                Preallocation::Falloc | Preallocation::Full => Qcow2::measure(options, None).fully_allocated,
             },
         }
     }

@@ -64,6 +64,18 @@ pub(super) fn parse_directory(bytes: &[u8], count: u32) -> Option<Vec<Bitmap>> {
     (found.len() as u32 == count).then_some(found)
 }
 
+/// Bytes that bitmaps of a disk of `len` bytes take in an image with clusters of `cluster` bytes, if every cluster of
+/// theirs is there: their bits, a table for each, and the directory.
+pub(super) fn bytes_of(bitmaps: &[BitmapInfo], len: u64, cluster: u64) -> u64 {
+    let one = |bitmap: &BitmapInfo| {
+        let bits = len.div_ceil(bitmap.granularity.max(1));
+        let clusters = bits.div_ceil(8).div_ceil(cluster);
+        clusters * cluster + (clusters * 8).next_multiple_of(cluster)
+    };
+    let directory: u64 = bitmaps.iter().map(|b| (24 + b.name.len() as u64).next_multiple_of(8)).sum();
+    bitmaps.iter().map(one).sum::<u64>() + directory.next_multiple_of(cluster)
+}
+
 impl Bitmap {
     pub(super) fn info(&self) -> BitmapInfo {
         BitmapInfo {

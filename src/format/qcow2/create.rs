@@ -329,24 +329,33 @@ impl Qcow2 {
             Preallocation::Off => {
                 Layout::new(&g, size, 0).for_room(&g, size, room).clusters() * g.cluster_size()
             }
-            _ => Qcow2::measure_image(options, 0).required,
+            _ => {
+                // Where the data lies in another file, only tables are needed here.
+                let data = if options.data_file.is_some() { 0 } else { g.clusters(size) };
+                let l2_tables = g.l1_entries_for(size);
+                (Layout::new(&g, size, l2_tables + data).clusters() + l2_tables + data) * g.cluster_size()
+            }
         }
     }
 
-    pub(super) fn measure_image(options: &CreateOptions, data_clusters: u64) -> Measured {
+    /// As QEMU counts: tables are those of a full disk, whatever it holds now; data counts wherever it lies; and what
+    /// is not allocated reads as zeroes, unless there is a backing file, which nobody has looked at.
+    pub(super) fn measure_image(options: &CreateOptions, data_clusters: Option<u64>) -> Measured {
         let g = geometry(options);
         let size = options.size.next_multiple_of(512);
-        let l2_tables = g.l1_entries_for(size);
-        let all = g.clusters(size);
-        let external = options.data_file.is_some();
-        let bytes = |data: u64| {
-            let data = if external { 0 } else { data };
-            let layout = Layout::new(&g, size, l2_tables + data);
-            (layout.clusters() + l2_tables + data) * g.cluster_size()
+        let (l2_tables, all) = (g.l1_entries_for(size), g.clusters(size));
+        let tables = (Layout::new(&g, size, l2_tables + all).clusters() + l2_tables) * g.cluster_size();
+        let is_allocated = matches!(options.preallocation, Preallocation::Falloc | Preallocation::Full);
+        let used = match data_clusters {
+            _ if is_allocated => all,
+            Some(_) if options.backing_file.is_some() => all,
+            Some(data) => data.min(all),
+            None => 0,
         };
-        let preallocated = options.preallocation != Preallocation::Off;
-        let required = if preallocated { bytes(all) } else { bytes(data_clusters.min(all)) };
-        Measured { required, fully_allocated: bytes(all) }
+        Measured {
+            required: tables + used * g.cluster_size(),
+            fully_allocated: tables + all * g.cluster_size(),
+        }
     }
 }
 

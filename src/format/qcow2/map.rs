@@ -68,7 +68,10 @@ impl Qcow2 {
                 file: None,
             };
             Ok(match piece.place {
-                Place::Data(host) => own(false, true, false, Some(host)),
+                Place::Data(host) => {
+                    let found = self.data_status(host, piece.len).await?;
+                    MapExtent { len: found.len, ..own(found.zero, true, false, Some(host)) }
+                }
                 Place::Zero { host } => own(true, false, false, host),
                 Place::Compressed { .. } => own(false, true, true, None),
                 Place::Below => match self.below() {

@@ -14,6 +14,7 @@
 //! | `alloc` | the one place where clusters get and lose references |
 //! | `read`, `gather`, `write`, `zero`, `populate`, `compress` | requests, straight down |
 //! | `sync` | the order in which all of it reaches the disk |
+//! | `holes` | clusters with a place in the file and nothing in it |
 //! | `open`, `reopen`, `create`, `resize`, `rename`, `snapshot`, `bitmap`, `check` | what its name says |
 
 mod alloc;
@@ -29,6 +30,7 @@ pub mod gate;
 mod gather;
 pub mod geometry;
 pub mod header;
+mod holes;
 mod image;
 pub mod info;
 mod locks;
@@ -103,10 +105,15 @@ impl Qcow2 {
         Qcow2::create_image(ring, file, data_file, options).await
     }
 
-    /// How large an image with these options would become, where `data_clusters` clusters hold data
-    /// (`qemu-img measure`).
-    pub fn measure(options: &CreateOptions, data_clusters: u64) -> Measured {
+    /// How large an image with these options would become (`qemu-img measure`) that is a copy of one with so many
+    /// clusters of data, or an empty one.
+    pub fn measure(options: &CreateOptions, data_clusters: Option<u64>) -> Measured {
         Qcow2::measure_image(options, data_clusters)
+    }
+
+    /// Bytes that bitmaps like these take in a new image with these options.
+    pub fn measure_bitmaps(options: &CreateOptions, bitmaps: &[BitmapInfo]) -> u64 {
+        bitmap::bytes_of(bitmaps, options.size, u64::from(options.cluster_size))
     }
 
     /// Bytes that a new image with these options needs at least of a device or a server's disk that has `room` bytes.

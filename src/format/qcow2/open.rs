@@ -185,6 +185,7 @@ impl Qcow2 {
             releasing: Turn::new(ring),
             sync: SyncState::default(),
             bitmaps_marked: Cell::new(false),
+            preallocated: Cell::new(None),
             permissions: Cell::new(Permissions::NONE),
             packing: Packing::new(ring),
             load_next: Cell::new(u64::MAX),

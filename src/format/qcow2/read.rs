@@ -111,7 +111,8 @@ impl Qcow2 {
         let piece = self.piece(offset, offset + len).await?;
         let extent = |zero, allocated| Ok(Extent { len: piece.len, zero, allocated, word: Word::Own });
         match piece.place {
-            Place::Data(_) | Place::Compressed { .. } => extent(false, true),
+            Place::Data(host) => self.data_status(host, piece.len).await,
+            Place::Compressed { .. } => extent(false, true),
             Place::Zero { .. } => extent(true, true),
             Place::Below => match self.below() {
                 Some(below) if offset < below.len() => {
