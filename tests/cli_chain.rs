@@ -69,7 +69,7 @@ fn a_commit_at_rest_does_what_qemu_img_does() {
     for (seed, layers) in [(1, PLAIN), (2, MIXED)] {
         let (ours, theirs) = (Chain::new(seed, &layers), Chain::new(seed, &layers));
         let overlay = content(&ours.top());
-        let ended = run(&["commit", &ours.top()]);
+        let ended = run(&["commit", "-d", &ours.top()]);
         assert_eq!(ended.code, Some(0), "{ended}");
         assert!(ended.err.contains("Completed") && ended.err.contains("'l2.qcow2' (qcow2, "), "{ended}");
         tool("qemu-img", &["commit", "-q", "-d", &theirs.top()]);
@@ -78,6 +78,20 @@ fn a_commit_at_rest_does_what_qemu_img_does() {
         ours.check(&ours.top(), &ours.model, &[3, 4]);
         ours.check(&ours.path(3), &ours.model, &[]);
         tool("qemu-img", &["compare", "-q", &ours.path(3), &theirs.path(3)]);
+        // Without a word it is emptied, since its backing file has everything.
+        let holds = || {
+            let map: Value = serde_json::from_str(&tool("qemu-img", &["map", "--output=json", &ours.top()]))
+                .expect("JSON");
+            map.as_array()
+                .expect("extents")
+                .iter()
+                .any(|extent| extent["depth"] == 0 && extent["present"] == true)
+        };
+        assert!(holds());
+        run_json(&["commit", &ours.top()]);
+        assert!(!holds());
+        ours.check(&ours.top(), &ours.model, &[3, 4]);
+        tool("qemu-img", &["check", "-q", &ours.top()]);
         // All the rest, down to the raw base.
         let events = run_json(&["commit", &ours.top(), "-b", "base.raw"]);
         assert_eq!(event(&events, "end")["pivot"], false);
@@ -136,7 +150,7 @@ fn a_base_that_is_too_short_grows() {
 fn layers_between_are_dropped() {
     for (seed, layers) in [(3, PLAIN), (4, MIXED)] {
         let chain = Chain::new(seed, &layers);
-        let events = run_json(&["--stats", "commit", &chain.top(), "-t", "l2.qcow2", "-b", "l0.qcow2"]);
+        let events = run_json(&["--stats", "commit", &chain.top(), "--top", "l2.qcow2", "-b", "l0.qcow2"]);
         assert_eq!(told_chain(&events), ["l3.qcow2", "l0.qcow2", "base.raw"]);
         assert!(stats(&events)["operations"].as_u64() > Some(0));
         let end = event(&events, "end");
@@ -146,7 +160,16 @@ fn layers_between_are_dropped() {
         chain.check(&chain.top(), &chain.model, &[1, 4]);
         // A name of one's own.
         let name = format!("{}/./base.raw", chain.scratch.dir().display());
-        run_json(&["commit", &chain.top(), "-t", &chain.path(1), "-b", "base.raw", "--backing-file", &name]);
+        run_json(&[
+            "commit",
+            &chain.top(),
+            "--top",
+            &chain.path(1),
+            "-b",
+            "base.raw",
+            "--backing-file",
+            &name,
+        ]);
         let text = tool("qemu-img", &["info", "--output=json", &chain.top()]);
         let info: Value = serde_json::from_str(&text).expect("JSON");
         assert_eq!(
@@ -170,13 +193,13 @@ fn streams_at_rest() {
             ") has 'l0.qcow2' as its backing file now",
         ),
         (
-            &["-t", "l2.qcow2", "-b", "base.raw"],
+            &["--top", "l2.qcow2", "-b", "base.raw"],
             &["l2.qcow2", "base.raw"],
             &[3, 4],
             "'l2.qcow2' (qcow2, 8 MiB) has 'base.raw' as its backing file now",
         ),
         (
-            &["-t", "l2.qcow2"],
+            &["--top", "l2.qcow2"],
             &["l2.qcow2"],
             &[3, 4],
             "'l2.qcow2' (qcow2, 8 MiB) needs no backing file any more",
@@ -205,11 +228,11 @@ fn bad_input_touches_nothing() {
     let no_chain = "There is no backing file below";
     let refused: [(&[&str], &str); 16] = [
         (&["commit", &top, "-b", "l9.qcow2"], "'l9.qcow2' is not in this backing file chain"),
-        (&["commit", &top, "-t", "l9.qcow2"], "'l9.qcow2' is not in this backing file chain"),
-        (&["commit", &top, "-t", "l1.qcow2", "-b", "l1.qcow2"], "top and base are the same"),
-        (&["commit", &top, "-t", "l1.qcow2", "-b", "l2.qcow2"], "is not in the backing file chain of"),
+        (&["commit", &top, "--top", "l9.qcow2"], "'l9.qcow2' is not in this backing file chain"),
+        (&["commit", &top, "--top", "l1.qcow2", "-b", "l1.qcow2"], "top and base are the same"),
+        (&["commit", &top, "--top", "l1.qcow2", "-b", "l2.qcow2"], "is not in the backing file chain of"),
         (&["commit", &top, "-b", &top], "top and base are the same"),
-        (&["commit", &top, "-t", "base.raw"], no_chain),
+        (&["commit", &top, "--top", "base.raw"], no_chain),
         (&["commit", &top, "--backing-file", "x"], "'backing-file' specified, but 'top' is the active layer"),
         (&["commit", &raw], "-f raw"),
         (&["commit", "-f", "raw", &raw], no_chain),
@@ -217,7 +240,10 @@ fn bad_input_touches_nothing() {
         (&["commit", &top, "--buf-size", "9223372036854775808"], "--buf-size is too large"),
         (&["stream", &top, "-b", "l9.qcow2"], "'l9.qcow2' is not in this backing file chain"),
         (&["stream", &top, "-b", &top], "is not in the backing file chain of"),
-        (&["stream", &top, "-t", "l1.qcow2", "--bottom", "l2.qcow2"], "is not in the backing file chain of"),
+        (
+            &["stream", &top, "--top", "l1.qcow2", "--bottom", "l2.qcow2"],
+            "is not in the backing file chain of",
+        ),
         (&["stream", &top, "--backing-file", "x"], "backing file specified, but streaming the entire chain"),
         (&["stream", "-f", "raw", &raw], "is no layer"),
     ];
@@ -231,7 +257,7 @@ fn bad_input_touches_nothing() {
     let senseless: [&[&str]; 7] = [
         &["commit"],
         &["commit", &top, "--pivot"],
-        &["commit", &top, "--follow", "-t", "l1.qcow2"],
+        &["commit", &top, "--follow", "--top", "l1.qcow2"],
         &["commit", &top, "--speed", "fast"],
         &["commit", &top, "--exit-on-done"],
         &["stream", &top, "-b", "l0.qcow2", "--bottom", "l1.qcow2"],
@@ -254,7 +280,7 @@ fn a_disk_in_use_is_left_alone() {
     let before = files(&chain);
     for arguments in [
         &["commit", &chain.top()][..],
-        &["commit", &chain.top(), "-t", "l2.qcow2"],
+        &["commit", &chain.top(), "--top", "l2.qcow2"],
         &["stream", &chain.top()],
         // A layer of a chain that somebody uses.
         &["commit", &chain.path(2)],
@@ -271,9 +297,9 @@ fn a_disk_in_use_is_left_alone() {
 
 const ORDERS: [&[&str]; 4] = [
     &["commit", "-b", "base.raw"],
-    &["commit", "-t", "l2.qcow2", "-b", "l0.qcow2"],
+    &["commit", "--top", "l2.qcow2", "-b", "l0.qcow2"],
     &["stream"],
-    &["stream", "-t", "l2.qcow2", "-b", "base.raw"],
+    &["stream", "--top", "l2.qcow2", "-b", "base.raw"],
 ];
 
 /// Ctrl-C gives a job up: the chain is as it was, and the job can be run again.
@@ -349,7 +375,7 @@ fn a_base_is_kept_in_step_until_told_to_end() {
 #[test]
 fn layers_are_dropped_under_clients() {
     let orders: [(&[&str], &[&str], &[usize]); 3] = [
-        (&["commit", "-t", "l2.qcow2", "-b", "l0.qcow2"], &["l0.qcow2", "base.raw"], &[1, 4]),
+        (&["commit", "--top", "l2.qcow2", "-b", "l0.qcow2"], &["l0.qcow2", "base.raw"], &[1, 4]),
         (&["stream", "-b", "l0.qcow2"], &["l0.qcow2", "base.raw"], &[1, 4]),
         (&["stream"], &[], &[4]),
     ];

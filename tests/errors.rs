@@ -184,7 +184,7 @@ impl Merge {
         tool("qemu-img", &["convert", "-O", "raw", &top, &model]);
         let directory = scratch.path("");
         let arguments = match kind {
-            "intermediate commit" => vec!["commit", &top, "-t", &mid, "-b", &base],
+            "intermediate commit" => vec!["commit", &top, "--top", &mid, "-b", &base],
             "active commit" => vec!["commit", &top, "-b", &base],
             _ => vec!["stream", &top, "--allow-dir", &directory],
         };

@@ -6,6 +6,8 @@ pub mod bucket;
 pub mod latency;
 /// Every number that bounds something.
 pub mod limits;
+/// Names of files as text.
+pub mod os_name;
 /// Deliberate bugs for tests.
 pub mod planted;
 /// Which process did something.

@@ -118,8 +118,21 @@ fn duration_factor(unit: &str) -> Option<u64> {
 
 /// A size in bytes: a decimal number, maybe with a fraction, and one of `B K M G T P E` or `KiB` to `EiB` in either case.
 /// A fraction is rounded to the nearest whole byte.
+///
+/// Hexadecimal numbers (`0x10000`) are bytes: letters behind them are digits, not units.
 pub fn parse_size(text: &str) -> Result<u64, UnitError> {
-    parse(text, text.trim(), &SIZE)
+    match text.trim().strip_prefix("0x").or_else(|| text.trim().strip_prefix("0X")) {
+        Some(digits) => parse_hex(text.trim(), digits),
+        None => parse(text, text.trim(), &SIZE),
+    }
+}
+
+fn parse_hex(text: &str, digits: &str) -> Result<u64, UnitError> {
+    let (what, example) = (SIZE.what, "0x10000");
+    if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        return Err(UnitError::NotANumber { text: text.to_owned(), what, example });
+    }
+    u64::from_str_radix(digits, 16).map_err(|_| UnitError::TooLarge { text: text.to_owned(), what })
 }
 
 /// A speed in bytes per second, 0 for no limit: a size, `/s` after it or not, or the word `unlimited`.
@@ -233,6 +246,18 @@ pub fn fmt_duration(ns: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hexadecimal_sizes_are_bytes() {
+        for (text, bytes) in
+            [("0x0", 0), ("0x10000", 65_536), (" 0XfB ", 251), ("0xffffffffffffffff", u64::MAX)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["0x", "0x10000K", "0x1.5", "0x-1", "-0x1", "0x+1", "0x10000000000000000"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn sizes_that_people_write() {

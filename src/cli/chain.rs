@@ -4,7 +4,6 @@
 //! The layers below the active one are opened to be read; the job reopens those that it writes. Nothing is written
 //! before the job has been started, and what can be refused is refused before that.
 
-use std::path::Path;
 use std::rc::Rc;
 
 use blockferry_ring::sync::{Either, either};
@@ -24,10 +23,12 @@ use super::target::make_state_dir;
 use super::tool::PlanArgs;
 use super::{Global, config, stats};
 use crate::base::limits::STOP_NANOS_MAX;
+use crate::base::os_name;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::engine::admit::Admission;
 use crate::engine::marks::{Marks, unfinished};
 use crate::engine::open::local_path;
+use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, named};
 use crate::graph::chain;
 use crate::graph::node::{Node, UseKind};
@@ -50,7 +51,7 @@ pub struct ChainArgs {
     #[arg(long, value_name = "URI", value_parser = export_uri)]
     export: Vec<NbdUri>,
     /// Limit the copying, such as 200MiB (a second); 0 or `unlimited` for no limit
-    #[arg(long, value_name = "RATE", value_parser = speed, default_value = "0")]
+    #[arg(short = 'r', long, visible_alias = "rate", value_name = "RATE", value_parser = speed, default_value = "0")]
     speed: u64,
     /// What to do when reading or writing fails
     #[arg(long, value_enum, value_name = "POLICY", default_value_t = Policy::Report)]
@@ -62,6 +63,9 @@ pub struct ChainArgs {
     /// Bytes in flight at most [default: 16MiB]
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0", hide_default_value = true)]
     buf_size: u64,
+    /// Show progress (on a terminal it is shown anyway)
+    #[arg(short, long)]
+    progress: bool,
     /// No progress
     #[arg(short, long)]
     quiet: bool,
@@ -86,6 +90,15 @@ pub struct Started {
     pub undone: String,
     /// Where clients go on afterwards, if they do not stay where they are.
     pub moves_to: Option<Rc<Node>>,
+    /// What the active layer holds is taken out of it when the job is completed: the layer below has it.
+    pub empties: bool,
+}
+
+impl ChainArgs {
+    /// Clients are served meanwhile.
+    pub fn is_served(&self) -> bool {
+        !self.export.is_empty()
+    }
 }
 
 /// How a command of this kind speaks, and what it does with a job that becomes ready.
@@ -106,7 +119,7 @@ pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
         let front_name = front.driver().name();
         let full = match local_path(front_name) {
             // As a path, whatever it looks like: a user who names a layer means a file by it.
-            Some(path) => path.parent()?.join(name).to_str()?.to_owned(),
+            Some(path) => os_name::from_path(path.parent()?.join(os_name::to_path(name))),
             None => named::by_user(front_name, name).ok()?.name(),
         };
         chain::find(front, &full)
@@ -246,10 +259,15 @@ impl Run {
         {
             asked = Some(Asked { signal, at_ns: ring.clock() });
         }
+        let emptied = match (started.empties && ending == Ending::Completed, qcow2(front.driver())) {
+            (true, Some(image)) => image.make_empty().await,
+            _ => Ok(()),
+        };
         drop(using);
         // A signal may have come between.
         let moved = started.moves_to.as_ref().filter(|layer| layer.root_count() > 0);
-        let exit = self.report(&started, &ending, &front, moved, elapsed_ns);
+        let is_emptied = started.empties && ending == Ending::Completed && emptied.is_ok();
+        let exit = self.report(&started, &ending, &front, moved, elapsed_ns, is_emptied);
         if let Ending::Failed(text) = &ending {
             // At once, though clients may go on.
             let (name, text) = (self.manner.name, text.trim_end_matches('.'));
@@ -263,7 +281,8 @@ impl Run {
         clients.end(exit).await?;
         let flushed = front.driver().flush().await;
         stats::print(global, ring);
-        Ok(flushed.map(|()| exit)?)
+        emptied.and(flushed)?;
+        Ok(exit)
     }
 
     /// Prints it, and gives the exit code.
@@ -274,6 +293,7 @@ impl Run {
         front: &Rc<Node>,
         moved: Option<&Rc<Node>>,
         elapsed_ns: u64,
+        is_emptied: bool,
     ) -> Exit {
         let exit = exit_code(ending);
         let details = started.job.details();
@@ -284,6 +304,7 @@ impl Run {
                 "event": "end",
                 "ending": ending_name(ending),
                 "pivot": moved.is_some(),
+                "emptied": is_emptied,
                 "elapsed-ns": elapsed_ns,
                 "details": details,
                 "chain": chain,
@@ -299,7 +320,11 @@ impl Run {
                 fmt_bytes(details.bytes_zeroed),
                 fmt_bytes(details.bytes_skipped),
                 (started.done)(),
-                if moved.is_some() { ", and is in use now" } else { "" },
+                match () {
+                    () if moved.is_some() => ", and is in use now".to_owned(),
+                    () if is_emptied => format!("; {} is empty now, and shows that", shown(front)),
+                    () => String::new(),
+                },
             );
         }
         exit
@@ -318,6 +343,7 @@ pub fn shown_whole(node: &Node) -> String {
 
 fn short_name(node: &Node) -> String {
     let name = node.driver().name();
-    let file = Path::new(name).file_name().filter(|_| node.driver().local_file().is_some());
-    file.map_or(name.into(), |file| file.to_string_lossy().into_owned())
+    let path = os_name::to_path(name);
+    let file = path.file_name().filter(|_| node.driver().local_file().is_some());
+    file.map_or(name.into(), os_name::from_path)
 }

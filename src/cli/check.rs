@@ -6,9 +6,9 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, parse_format};
+use super::image::{CacheMode, GateArgs, parse_format};
 use super::print::{product, say};
-use super::tool::{OutputArgs, PlanArgs};
+use super::tool::{OutputArgs, PlanArgs, cache};
 use super::{Global, config};
 use crate::block::patience::for_job;
 use crate::engine::admit::Admission;
@@ -41,6 +41,9 @@ pub struct CheckArgs {
     /// What to repair
     #[arg(short, long, value_name = "WHAT", value_enum)]
     repair: Option<What>,
+    /// Cache mode: none and directsync go past the page cache, the others through it [default: none]
+    #[arg(short = 'T', long, value_name = "CACHE", value_parser = cache)]
+    cache: Option<CacheMode>,
     /// Check though others may be writing the image: what is found then may not be true
     #[arg(short = 'U', long, conflicts_with = "repair")]
     force_share: bool,
@@ -105,6 +108,7 @@ async fn check(global: &Global, engine: &Engine, args: &CheckArgs) -> Result<Che
     };
     let look = ImageOptions {
         format: args.format,
+        cache: args.cache.unwrap_or_default().into(),
         lock: !args.force_share,
         no_backing: true,
         for_check: true,

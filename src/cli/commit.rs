@@ -7,7 +7,9 @@ use clap::Args;
 use super::Global;
 use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole, with_mark};
 use super::exit::{Exit, Failure};
+use super::image::CacheMode;
 use super::job::{AtReady, Words};
+use super::tool::cache;
 use crate::engine::admit::{Act, Admission};
 use crate::engine::marks::refusal;
 use crate::graph::node::{Node, UseKind};
@@ -20,7 +22,7 @@ A chain is an image with its backing files: base.img <- one.qcow2 <- two.qcow2 <
 active layer (top.qcow2), by which the disk is used. Layers are named by their files.
 
 Examples:
-  Write what the active layer holds into its backing file (as `qemu-img commit -d` does):
+  Write what the active layer holds into its backing file, and empty it (with -d, leave it as it is):
       blockferry commit top.qcow2
 
   Merge all of the chain into its lowest image:
@@ -46,9 +48,9 @@ themselves make no sense any more, because the base may hold newer data than the
 #[command(after_help = AFTER)]
 pub struct CommitArgs {
     /// The uppermost layer that is merged [default: IMAGE itself]
-    #[arg(short, long, value_name = "LAYER")]
+    #[arg(long, value_name = "LAYER")]
     top: Option<String>,
-    /// The layer that receives it [default: the backing file of the uppermost]
+    /// The layer that receives it [default: the backing file of the uppermost]; IMAGE is left as it is then
     #[arg(short, long, value_name = "LAYER")]
     base: Option<String>,
     /// What the layer above records as its backing file afterwards [default: the base, by the name it had, or by
@@ -61,6 +63,12 @@ pub struct CommitArgs {
     /// Keep the base in step until SIGINT or SIGTERM, which end the commit and leave the clients where they are
     #[arg(long, conflicts_with = "top")]
     follow: bool,
+    /// Leave IMAGE as it is, instead of taking out of it what its backing file holds now. So it is left under clients, too
+    #[arg(short, long)]
+    drop: bool,
+    /// Cache mode: none and directsync go past the page cache, the others through it [default: none]
+    #[arg(short = 't', long = "cache-mode", value_name = "CACHE", value_parser = cache)]
+    cache_mode: Option<CacheMode>,
     #[command(flatten)]
     chain: ChainArgs,
 }
@@ -73,7 +81,11 @@ const WORDS: Words = Words {
 
 /// Runs the command.
 pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
-    let CommitArgs { top, base, backing_file, pivot, follow, chain: args } = args;
+    let CommitArgs { top, base, backing_file, pivot, follow, drop, cache_mode, chain: mut args } = args;
+    if let Some(mode) = cache_mode {
+        args.open.cache = mode;
+    }
+    let empties = !drop && !follow && top.is_none() && base.is_none() && !args.is_served();
     let at_ready = match (follow, pivot) {
         (true, _) => AtReady::Follow,
         (false, true) => AtReady::Pivot,
@@ -91,7 +103,8 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
         for (n, node) in merge.layers.iter().enumerate() {
             let is_active = merge.at == 0 && n == 0;
             let kind = if is_active { UseKind::JobSource("commit") } else { UseKind::JobLayer("commit") };
-            admission.layer("merged layer", Act::Read, node, kind).await;
+            let act = if is_active && empties { Act::Change } else { Act::Read };
+            admission.layer("merged layer", act, node, kind).await;
         }
         admission.layer("base", Act::Change, &base, UseKind::JobBase("commit")).await;
         // It was opened to be read.
@@ -126,6 +139,6 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
         let undone = format!(
             "The chain is as it was. {base_name} by itself may hold some of what lies above it: do not use it alone"
         );
-        Ok(Started { job, done, undone, moves_to: pivot.then_some(base) })
+        Ok(Started { job, done, undone, moves_to: pivot.then_some(base), empties })
     })
 }

@@ -40,7 +40,7 @@ pub struct CompareArgs {
     #[arg(short, long)]
     strict: bool,
     /// Cache mode: none and directsync go past the page cache, the others through it [default: none]
-    #[arg(short = 'T', long = "source-cache", value_name = "CACHE", value_parser = cache)]
+    #[arg(short = 'T', long = "source-cache", visible_alias = "cache", value_name = "CACHE", value_parser = cache)]
     cache: Option<CacheMode>,
     /// Open the images though others may be writing them: no locks
     #[arg(short = 'U', long)]

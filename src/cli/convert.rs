@@ -11,7 +11,7 @@ use blockferry_ring::sync::{Either, either};
 use clap::Args;
 use serde_json::json;
 
-use super::create::{add_backing, open_new_backing};
+use super::create::{add_backing, open_new_backing, warn_of_refusal};
 use super::exit::{Exit, Failure};
 use super::image::{
     CacheMode, GateArgs, OpenArgs, Reflink, ServerArgs, parse_format, size, speed, state_dir,
@@ -22,7 +22,9 @@ use super::progress::{INTERVAL_NANOS, Progress};
 use super::service::at_once;
 use super::signals::{Signal, Signals};
 use super::target::{Target, TargetOptions, is_left_by};
-use super::tool::{OutputArgs, PlanArgs, cache, option_pairs, read_options};
+use super::tool::{
+    OutputArgs, PlanArgs, asks_for_help, cache, option_pairs, print_options, read_options, with_code,
+};
 use super::{Global, config, stats};
 use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
@@ -32,7 +34,9 @@ use crate::engine::create::NewImage;
 use crate::engine::marks::unfinished;
 use crate::engine::qcow2::{Qcow2Compressor, qcow2};
 use crate::engine::{Engine, Format, ImageOptions};
-use crate::graph::node::Node;
+use crate::format::JoinedDriver;
+use crate::format::qcow2::WhichSnapshot;
+use crate::graph::node::{Node, Use, UseKind};
 use crate::job::convert::{ConvertOptions, Tally, TargetState};
 use crate::job::event::JobEvent;
 use crate::job::mirror::layers::are_one;
@@ -56,19 +60,20 @@ only when, the target is complete and flushed.";
 #[derive(Debug, Args)]
 #[command(after_help = AFTER)]
 pub struct ConvertArgs {
-    /// The image to copy
-    #[arg(value_name = "SRC")]
-    source: String,
-    /// Where to: a new file, or an existing image with --force or -n
-    #[arg(value_name = "DST")]
-    target: String,
+    /// The images to copy, one behind the other if there are several; and last, where to: a new file, or an existing image
+    /// with --force or -n
+    #[arg(value_name = "SRC... DST")]
+    images: Vec<String>,
     /// Format of the source, if its header should not be asked
     #[arg(short = 'f', long = "source-format", value_name = "FORMAT", value_parser = parse_format)]
     source_format: Option<Format>,
+    /// Copy the disk as this internal snapshot has it: its id or name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long = "source-snapshot", value_name = "SNAPSHOT", value_parser = WhichSnapshot::parse)]
+    snapshot: Option<WhichSnapshot>,
     /// Format of the target
     #[arg(short = 'O', long = "target-format", value_name = "FORMAT", value_parser = parse_format, default_value = "raw")]
     target_format: Format,
-    /// Options of the target's format, as NAME=VALUE,NAME=VALUE (may be said more than once)
+    /// Options of the target's format, as NAME=VALUE,NAME=VALUE (may be said more than once); `-o help` lists them
     #[arg(short = 'o', long = "target-options", value_name = "OPTIONS")]
     options: Vec<String>,
     /// The target shows this image where nothing is written to it: only what the source has above its own backing file
@@ -76,7 +81,7 @@ pub struct ConvertArgs {
     #[arg(short = 'B', long = "backing", value_name = "BACKING_FILE", conflicts_with = "no_create")]
     backing: Option<String>,
     /// Format of the backing file; has to be said
-    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT", requires = "backing", value_parser = parse_format)]
+    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT", value_parser = parse_format)]
     backing_format: Option<Format>,
     /// Compress the target's clusters (qcow2)
     #[arg(short, long)]
@@ -137,7 +142,7 @@ pub struct ConvertArgs {
     #[arg(short, long)]
     quiet: bool,
     /// Where to note unfinished targets that cannot carry a mark themselves (block devices, some filesystems)
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = crate::cli::image::path)]
     state_dir: Option<PathBuf>,
     #[command(flatten)]
     server: ServerArgs,
@@ -149,14 +154,101 @@ pub struct ConvertArgs {
     output: OutputArgs,
 }
 
+impl ConvertArgs {
+    /// A plain copy: what `dd` asks for.
+    pub fn plain(source: String, target: String, formats: (Option<Format>, Format)) -> ConvertArgs {
+        ConvertArgs {
+            images: vec![source, target],
+            source_format: formats.0,
+            snapshot: None,
+            target_format: formats.1,
+            options: Vec::new(),
+            backing: None,
+            backing_format: None,
+            compress: false,
+            threads: None,
+            source_cache: None,
+            target_cache: None,
+            no_create: false,
+            target_is_zero: false,
+            force: false,
+            sparse_size: 4096,
+            parallel: None,
+            out_of_order: false,
+            rate: 0,
+            reflink: Reflink::Auto,
+            copy_range: false,
+            salvage: false,
+            verify: false,
+            trust_holes: false,
+            force_share: false,
+            progress: false,
+            quiet: true,
+            state_dir: None,
+            server: ServerArgs::default(),
+            gate: GateArgs::default(),
+            plan: PlanArgs::default(),
+            output: OutputArgs::default(),
+        }
+    }
+}
+
+impl ConvertArgs {
+    /// The same as `dd` is told.
+    pub fn as_dd(
+        self,
+        force_share: bool,
+        force: bool,
+        server: ServerArgs,
+        gate: GateArgs,
+        plan: PlanArgs,
+    ) -> ConvertArgs {
+        ConvertArgs { force_share, force, server, gate, plan, ..self }
+    }
+}
+
+/// Bytes of a disk that are copied.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    /// From here on.
+    pub from: u64,
+    /// Up to here at most.
+    pub to: u64,
+}
+
 /// Runs the command.
 pub fn main(global: &Global, args: ConvertArgs) -> Result<Exit, Failure> {
+    if asks_for_help(&args.options) {
+        print_options(args.target_format, "Options for new images", NewImage::options(args.target_format));
+        return Ok(Exit::Done);
+    }
+    let [_, .., _] = &*args.images else {
+        let text = "Say what to copy, and where to: blockferry convert SRC DST";
+        return with_code(global, 2, Err(Failure::text(text)));
+    };
+    run(global, args, None)
+}
+
+/// Copies what was said, or a window of it.
+pub fn run(global: &Global, mut args: ConvertArgs, window: Option<Window>) -> Result<Exit, Failure> {
+    let target = args.images.pop().unwrap_or_default();
+    let sources = std::mem::take(&mut args.images);
+    let source = sources.join("' and '");
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let offload_threads = args.threads.map_or(processors, usize::from);
     let engine = Rc::new(Engine::new(&Config { offload_threads, ..config(global) })?);
     let signals = Signals::new(engine.ring())?;
     // Progress lines belong to --json; --output=json is one document.
-    let run = Run { global: global.clone(), engine: engine.clone(), signals, args };
+    let run = Run {
+        global: global.clone(),
+        engine: engine.clone(),
+        signals,
+        args,
+        sources,
+        source,
+        target,
+        window,
+    };
     engine.run(async move { run.convert().await })
 }
 
@@ -165,6 +257,18 @@ struct Run {
     engine: Rc<Engine>,
     signals: Signals,
     args: ConvertArgs,
+    sources: Vec<String>,
+    /// All of them, as people are told.
+    source: String,
+    target: String,
+    window: Option<Window>,
+}
+
+/// What is copied: a disk, and what keeps the images that it is put together from as they are.
+struct Source {
+    node: Rc<Node>,
+    incomplete: bool,
+    _parts: Vec<(Rc<Node>, Use)>,
 }
 
 impl Run {
@@ -174,14 +278,14 @@ impl Run {
             marks: args.gate.marks(),
             ..read_options(args.source_format, args.source_cache, args.force_share, &args.server, &args.gate)
         };
-        let source = engine.open(&args.source, &options).await?;
+        let Source { node: source, incomplete: source_incomplete, _parts } =
+            self.open_sources(&options).await?;
         let open = OpenArgs {
             cache: args.target_cache.unwrap_or_default(),
             server: args.server.clone(),
             gate: args.gate.clone(),
             ..OpenArgs::default()
         };
-        let source_incomplete = unfinished(ring, source.driver(), &args.gate.marks()).await.is_some();
         let Some((target, target_state)) = self.open_target(&source, source_incomplete, &open).await? else {
             return Ok(Exit::Done);
         };
@@ -208,11 +312,52 @@ impl Run {
         stats::print(&self.global, ring);
         match ending {
             Ending::Failed(text) if exit == Exit::Failed => {
-                let left = left_behind(&disk(&self.args.target, &drivers[1]), is_there, is_marked);
+                let left = left_behind(&disk(&self.target, &drivers[1]), is_there, is_marked);
                 Err(Failure::text(format!("The conversion failed: {}. {left}", text.trim_end_matches('.'))))
             }
             _ => Ok(exit),
         }
+    }
+
+    /// Opens the source; of several, or of a part of one, what is copied is put together from them.
+    async fn open_sources(&self, options: &ImageOptions) -> Result<Source, Failure> {
+        let (args, engine, ring) = (&self.args, &*self.engine, self.engine.ring());
+        let several = self.sources.len() > 1;
+        if several && args.snapshot.is_some() {
+            return Err(Failure::text(
+                "Snapshots of several images cannot be strung together: name one source",
+            ));
+        }
+        if several && args.backing.is_some() {
+            let text = "A backing file makes no sense for several images strung together: name one source";
+            return Err(Failure::text(text));
+        }
+        let options = ImageOptions { snapshot: args.snapshot.clone(), ..options.clone() };
+        let (mut nodes, mut incomplete) = (Vec::new(), false);
+        for name in &self.sources {
+            let node = engine.open(name, &options).await?;
+            incomplete |= unfinished(ring, node.driver(), &args.gate.marks()).await.is_some();
+            nodes.push(node);
+        }
+        if let ([node], None) = (&*nodes, self.window) {
+            return Ok(Source { node: node.clone(), incomplete, _parts: Vec::new() });
+        }
+        let mut parts = Vec::new();
+        for node in &nodes {
+            parts.push((node.clone(), node.attach_in_time(UseKind::PromisedSource).await?));
+        }
+        let disks: Vec<_> = nodes.iter().map(|node| node.driver().clone()).collect();
+        let joined = match (self.window, &*disks) {
+            (Some(Window { from, to }), [disk]) => {
+                Some(JoinedDriver::part(ring, disk.clone(), from, to.saturating_sub(from)))
+            }
+            _ => JoinedDriver::new(ring, disks),
+        };
+        let Some(joined) = joined else {
+            return Err(Failure::text(format!("'{}' are longer together than a disk can be", self.source)));
+        };
+        let node = Node::new(ring, self.source.clone(), Rc::new(joined));
+        Ok(Source { node, incomplete, _parts: parts })
     }
 
     /// Settles what can be settled before the target is touched; then it is opened or made. `None`: it was
@@ -224,7 +369,7 @@ impl Run {
         open: &OpenArgs,
     ) -> Result<Option<(Target, TargetState)>, Failure> {
         let (args, ring) = (&self.args, self.engine.ring());
-        let mark = MarkInfo::incomplete("convert", &args.source).started(ring.unix_secs()).about(
+        let mark = MarkInfo::incomplete("convert", &self.source).started(ring.unix_secs()).about(
             identity_of(ring, source.driver()),
             source.driver().len(),
             args.target_format.name(),
@@ -246,12 +391,12 @@ impl Run {
         let image = open.image(Some(args.target_format), false).overwriting();
         let mut admission = Admission::new(ring, "convert").counting(args.plan.dry_run);
         admission.source(source).await;
-        let new_backing = open_new_backing(&self.engine, &args.target, &pairs, args.gate.marks()).await?;
+        let new_backing = open_new_backing(&self.engine, &self.target, &pairs, args.gate.marks()).await?;
         if let Some(backing) = &new_backing {
             admission.reads("new backing file", backing).await;
         }
         let state_dir = state_dir(args.state_dir.as_deref());
-        let is_own = is_left_by(&self.engine, &args.target, &mark, state_dir.as_deref()).await;
+        let is_own = is_left_by(&self.engine, &self.target, &mark, state_dir.as_deref()).await;
         let if_there = match (args.no_create, args.force || is_own) {
             (true, _) => IfThere::Overwrite,
             (false, true) => IfThere::Remake,
@@ -261,7 +406,7 @@ impl Run {
             if_there,
             may_make: !args.no_create,
             room_min: if args.sparse_size == 0 && !args.compress { new.len() } else { 0 },
-            ..Wish::copy(&args.target, image.clone(), &new, source)
+            ..Wish::copy(&self.target, image.clone(), &new, source)
         };
         admission.target(&wish).await;
         match args.sparse_size {
@@ -273,12 +418,15 @@ impl Run {
             return Ok(None);
         }
         let options = TargetOptions {
-            name: &args.target,
+            name: &self.target,
             image,
             state_dir,
             at_end: source_incomplete.then(|| mark.clone().of_incomplete()),
             mark,
         };
+        if let NewImage::Qcow2(new) = &new {
+            warn_of_refusal(&self.engine, &self.target, new.backing_file.as_deref()).await;
+        }
         let target = Target::take(&self.engine, admitted, options, &new).await?;
         let state = match () {
             () if args.target_is_zero => TargetState::Zero,
@@ -427,7 +575,7 @@ impl Run {
                         fmt_bytes(tail)
                     );
                 }
-                let (source, target) = (disk(&args.source, from), disk(&args.target, to));
+                let (source, target) = (disk(&self.source, from), disk(&self.target, to));
                 match lost {
                     _ if keeps_nothing(to) => {
                         say!("{target} was sent what {source} holds, and keeps nothing");
@@ -443,7 +591,7 @@ impl Run {
                 }
             }
             Ending::Cancelled => {
-                say!("Cancelled: {} is incomplete and marked so", disk(&args.target, to));
+                say!("Cancelled: {} is incomplete and marked so", disk(&self.target, to));
             }
             Ending::Failed(_) => {
                 if let Some(at) = mismatch {

@@ -10,7 +10,7 @@ use super::exit::{Exit, Failure};
 use super::image::{parse_format, size, state_dir};
 use super::print::note;
 use super::target::{make_file, make_remote, try_length};
-use super::tool::{OutputArgs, PlanArgs, option_pairs};
+use super::tool::{OutputArgs, PlanArgs, asks_for_help, option_pairs, print_options, with_code};
 use super::{Global, config};
 use crate::block::Driver;
 use crate::engine::admit::{Admission, Admitted, Held, IfThere, Standing, Wish, empty, is_place};
@@ -19,14 +19,15 @@ use crate::engine::marks::Marks;
 use crate::engine::open::local_path;
 use crate::engine::qcow2::{open_backing, recorded_format};
 use crate::engine::remote::can_create;
-use crate::engine::{Engine, Format, ImageOptions};
+use crate::engine::{Engine, Format, ImageOptions, named};
+use crate::format::qcow2::{Gate, Role, Wanted};
 use crate::protocol::mark::{MarkInfo, TargetMark};
 
 /// Make a new image
 #[derive(Debug, Args)]
 pub struct CreateArgs {
     /// Where
-    #[arg(value_name = "FILE")]
+    #[arg(value_name = "FILE", default_value = "", hide_default_value = true)]
     file: String,
     /// How large, such as 20G; not needed with a backing file
     #[arg(value_name = "SIZE", value_parser = size)]
@@ -34,17 +35,17 @@ pub struct CreateArgs {
     /// Its format
     #[arg(short, long, value_name = "FORMAT", value_parser = parse_format, default_value = "raw")]
     format: Format,
-    /// Options of the format, as NAME=VALUE,NAME=VALUE (may be said more than once)
+    /// Options of the format, as NAME=VALUE,NAME=VALUE (may be said more than once); `-o help` lists them
     #[arg(short, long, value_name = "OPTIONS")]
     options: Vec<String>,
     /// The image shows this one where nothing is written to it; relative names are relative to the new image
     #[arg(short, long, value_name = "BACKING_FILE")]
     backing: Option<String>,
     /// Format of the backing file; has to be said
-    #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing", value_parser = parse_format)]
+    #[arg(short = 'F', long, value_name = "FORMAT", value_parser = parse_format)]
     backing_format: Option<Format>,
     /// Do not open the backing file: a size has to be said then
-    #[arg(short = 'u', long = "unsafe")]
+    #[arg(short = 'u', long = "unsafe", visible_alias = "backing-unsafe")]
     no_open: bool,
     /// Make an existing file anew; what is in it is lost
     #[arg(long)]
@@ -63,6 +64,13 @@ pub struct CreateArgs {
 
 /// Runs the command.
 pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
+    if asks_for_help(&args.options) {
+        print_options(args.format, "Options for new images", NewImage::options(args.format));
+        return Ok(Exit::Done);
+    }
+    if args.file.is_empty() {
+        return with_code(global, 2, Err(Failure::text("Say where the image is to be made")));
+    }
     let engine = Rc::new(Engine::new(&config(global))?);
     let can_be_made = can_create(&args.file) || is_place(engine.ring(), &args.file);
     if local_path(&args.file).is_none() && !can_be_made {
@@ -120,6 +128,16 @@ pub async fn open_new_backing(
     Ok(Some(open_backing(engine.ring(), image, name, format, &options).await?))
 }
 
+/// An image may name any file, but not every file is opened for it: who makes one that needs a word is told at once.
+pub async fn warn_of_refusal(engine: &Engine, image: &str, backing: Option<&str>) {
+    let Some(name) = backing.filter(|name| !name.is_empty()) else { return };
+    let wanted = Wanted { role: Role::Backing, name, format: None, image, read_only: true };
+    if let Err(error) = named::followed(engine.ring(), &Gate::default(), &wanted).await {
+        let error = error.to_string();
+        tracing::warn!("'{image}' will be opened with an option only. {}", error.trim_end_matches('.'));
+    }
+}
+
 /// The value of an option; what is said later counts.
 fn last<'a>(pairs: &'a [(String, String)], name: &str) -> Option<&'a str> {
     pairs.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
@@ -142,14 +160,19 @@ async fn create(
     } else if let Some(name) = last(pairs, "backing_file") {
         admission.keeps(&args.file, name).await;
     }
+    if args.size.is_some() && last(pairs, "size").is_some() {
+        return Err(Failure::text("The size of the image is said twice: say it once"));
+    }
     let new = NewImage::parse(args.format, pairs, size).map_err(Failure::text)?;
     let if_there = if args.force { IfThere::Remake } else { IfThere::Refuse };
     let image = ImageOptions { format: Some(args.format), ..ImageOptions::default() }.overwriting();
     admission.target(&Wish { if_there, ..Wish::new(&args.file, image, &new) }).await;
     let (plan, admitted) = admission.judge();
+    let backing = last(pairs, "backing_file");
     if args.plan.ends(global, &plan)? {
         return Ok(None);
     }
+    warn_of_refusal(engine, &args.file, backing).await;
     let Admitted { target, data_file, mode, .. } = admitted;
     let beside = Beside { data_file: data_file.as_ref().map(Held::bytes), mode: Some(mode) };
     let path = local_path(&args.file);

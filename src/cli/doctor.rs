@@ -9,13 +9,14 @@ use serde_json::json;
 use super::exit::{Exit, Failure};
 use super::print::product;
 use super::{Global, config};
+use crate::base::os_name;
 use crate::engine::{Engine, ImageOptions};
 
 /// Tell what kernel, limits and filesystems allow here, and what was chosen
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
     /// Look at the filesystems or devices of these paths too (directories, files, block devices)
-    #[arg(value_name = "PATH")]
+    #[arg(value_name = "PATH", value_parser = crate::cli::image::path)]
     paths: Vec<PathBuf>,
 }
 
@@ -90,7 +91,7 @@ fn path_report(engine: &Engine, path: &std::path::Path) -> Vec<String> {
         };
     }
     let options = ImageOptions { lock: false, read_only: true, ..ImageOptions::raw() };
-    match engine.open_as_said(&path.display().to_string(), &options) {
+    match engine.open_as_said(&os_name::from_path(path), &options) {
         Ok(node) => describe(&**node.driver()),
         Err(error) => vec![error.to_string()],
     }

@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum, value_parser};
 
 use super::exit::Failure;
-use crate::base::limits;
+use crate::base::{limits, os_name};
 use crate::engine::marks::Marks;
 use crate::engine::remote::ServerOptions;
 use crate::engine::{Format, ImageOptions};
@@ -37,8 +37,8 @@ impl From<CacheMode> for Cache {
 /// Options for opening.
 #[derive(Clone, Debug, Default, Args)]
 pub struct OpenArgs {
-    /// Past the page cache or through it
-    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    /// Past the page cache (direct) or through it (buffered); QEMU's cache modes are understood, too
+    #[arg(long, value_parser = super::tool::cache, default_value = "direct", value_name = "MODE")]
     pub cache: CacheMode,
     /// Take no locks and heed none: for those who know that nobody else writes these images
     #[arg(long)]
@@ -125,7 +125,7 @@ impl ServerArgs {
 pub struct GateArgs {
     /// Let images name backing and data files in this directory, too, not only in their own (may be said more than
     /// once)
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path)]
     pub allow_dir: Vec<std::path::PathBuf>,
     /// Let images name any file of this machine: for images that you trust
     #[arg(long)]
@@ -178,6 +178,14 @@ impl OpenArgs {
             marks: Marks { allow_superseded: self.allow_superseded, ..self.gate.marks() },
             ..ImageOptions::default()
         }
+    }
+}
+
+/// A path, of the text that words of the command line have become.
+pub fn path(text: &str) -> Result<std::path::PathBuf, String> {
+    match text {
+        "" => Err("a path is missing".into()),
+        text => Ok(os_name::to_path(text)),
     }
 }
 

@@ -34,13 +34,13 @@ pub struct InfoArgs {
     #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
     format: Option<Format>,
     /// Tell of its backing files, too, from the top down
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
     /// Open the image though others may be writing it (tools that only look never take locks)
     #[arg(short = 'U', long)]
     force_share: bool,
     /// Where unfinished targets that cannot carry a mark themselves were noted (as given to `mirror`)
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = crate::cli::image::path)]
     state_dir: Option<std::path::PathBuf>,
     #[command(flatten)]
     server: ServerArgs,
@@ -116,7 +116,8 @@ async fn look(engine: &Engine, args: &InfoArgs) -> Result<Vec<Layer>, Failure> {
         let Some((backing, recorded)) = below else { return Ok(layers) };
         let wanted =
             Wanted { role: Role::Backing, name: &backing, format: None, image: &above, read_only: true };
-        let named = named::by_image(&gate, &wanted).map_err(|error| Failure::text(error.to_string()))?;
+        let named = named::followed(engine.ring(), &gate, &wanted).await;
+        let named = named.map_err(|error| Failure::text(error.to_string()))?;
         name = named.name();
         options.format = recorded_format(named.format().or(recorded.as_deref()), &name)?;
     }

@@ -14,8 +14,8 @@ use crate::block::patience::for_job;
 use crate::block::{BlockError, Driver};
 use crate::engine::create::NewImage;
 use crate::engine::qcow2::qcow2;
-use crate::engine::{Engine, Format};
-use crate::format::qcow2::{Compat, Measured, Qcow2};
+use crate::engine::{Engine, Format, ImageOptions};
+use crate::format::qcow2::{Compat, Measured, Qcow2, WhichSnapshot};
 
 /// What an image is called in errors that has no name yet.
 const NEW_IMAGE: &str = "the new image";
@@ -34,6 +34,9 @@ pub struct MeasureArgs {
     /// Format of the image, if its header should not be asked
     #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
     format: Option<Format>,
+    /// The disk as this internal snapshot has it: its id or name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long, value_name = "SNAPSHOT", value_parser = WhichSnapshot::parse)]
+    snapshot: Option<WhichSnapshot>,
     /// Format of the new image
     #[arg(short = 'O', long, value_name = "FORMAT", value_parser = parse_format, default_value = "raw")]
     target_format: Format,
@@ -82,6 +85,7 @@ async fn measure(engine: &Engine, args: &MeasureArgs) -> Result<Sizes, Failure> 
     let source = match &args.file {
         Some(file) => {
             let options = read_options(args.format, None, true, &args.server, &args.gate);
+            let options = ImageOptions { snapshot: args.snapshot.clone(), ..options };
             Some(engine.open(file, &options).await?)
         }
         None => None,

@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand, and what they share.
 
+pub mod amend;
 pub mod bench;
 pub mod chain;
 pub mod check;
@@ -7,6 +8,7 @@ pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod create;
+pub mod dd;
 pub mod demo;
 pub mod doctor;
 pub mod exit;
@@ -34,6 +36,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::base::os_name;
 pub use exit::{Exit, Failure};
 use print::say;
 
@@ -94,6 +97,8 @@ enum Command {
     Map(map::MapArgs),
     Check(check::CheckArgs),
     Rebase(Box<rebase::RebaseArgs>),
+    Amend(amend::AmendArgs),
+    Dd(Box<dd::DdArgs>),
     Snapshot(snapshot::SnapshotArgs),
     Measure(measure::MeasureArgs),
     Bench(Box<bench::BenchArgs>),
@@ -102,7 +107,8 @@ enum Command {
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let words = std::env::args_os().map(|word| os_name::from_word(&word));
+    let cli = match Cli::try_parse_from(words) {
         Ok(cli) => cli,
         Err(error) => return print::finish(usage(&error)).into(),
     };
@@ -132,6 +138,8 @@ fn run(global: &Global, command: Command) -> Result<Exit, Failure> {
         Command::Map(args) => map::main(global, args),
         Command::Check(args) => check::main(global, args),
         Command::Rebase(args) => rebase::main(global, *args),
+        Command::Amend(args) => amend::main(global, args),
+        Command::Dd(args) => dd::main(global, *args),
         Command::Snapshot(args) => snapshot::main(global, args),
         Command::Measure(args) => measure::main(global, args),
         Command::Bench(args) => bench::main(global, &args),
@@ -152,8 +160,33 @@ fn usage(error: &clap::Error) -> Exit {
         true => print::write_product(&text),
         false => say!("{}", text.trim_end_matches('\n')),
     }
+    if let Some(text) = not_here(error) {
+        say!("{text}");
+    }
     u8::try_from(error.exit_code())
         .map_or(Exit::Failed, |code| if code == 0 { Exit::Done } else { Exit::Code(code) })
+}
+
+/// What users of `qemu-img` may look for, and what there is instead.
+fn not_here(error: &clap::Error) -> Option<&'static str> {
+    use clap::error::{ContextKind, ContextValue};
+    let of = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    if of(ContextKind::InvalidSubcommand) == Some("bitmap") {
+        return Some("Bitmaps of images cannot be changed here yet: use `qemu-img bitmap`");
+    }
+    match of(ContextKind::InvalidArg)? {
+        "--image-opts" | "--source-image-opts" | "--target-image-opts" => Some(
+            "Images are named here by path or by URI, and servers' disks by json:{...}, too: say -f for the format",
+        ),
+        "--object" => Some("There are no objects here: encrypted images and TLS need `qemu-img`"),
+        "--bitmaps" | "--skip-broken-bitmaps" => {
+            Some("Bitmaps are not copied here yet: use `qemu-img convert --bitmaps`")
+        }
+        _ => None,
+    }
 }
 
 fn start_log(verbose: u8) {

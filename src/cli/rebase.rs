@@ -12,6 +12,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::chain::pass_on_mark;
+use super::create::warn_of_refusal;
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, parse_format};
 use super::print::{note, say};
@@ -34,9 +35,10 @@ pub struct RebaseArgs {
     /// The image
     #[arg(value_name = "FILE")]
     file: String,
-    /// The new backing file, relative to the image; empty: none, and the image holds everything itself
-    #[arg(short, long, value_name = "BACKING_FILE", default_value = "")]
-    backing: String,
+    /// The new backing file, relative to the image; empty (''): none, and the image holds everything itself. With -u alone
+    /// the name is taken away
+    #[arg(short, long, value_name = "BACKING_FILE")]
+    backing: Option<String>,
     /// Format of the new backing file; has to be said
     #[arg(short = 'F', long, value_name = "FORMAT", value_parser = parse_format)]
     backing_format: Option<Format>,
@@ -44,11 +46,20 @@ pub struct RebaseArgs {
     #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
     format: Option<Format>,
     /// Change the name only: nothing is compared or copied, and the old backing file need not be there
-    #[arg(short = 'u', long = "unsafe")]
+    #[arg(short = 'u', long = "unsafe", visible_alias = "backing-unsafe")]
     name_only: bool,
     /// Cache mode: none and directsync go past the page cache, the others through it [default: none]
     #[arg(short = 't', long, value_name = "CACHE", value_parser = cache)]
     cache: Option<CacheMode>,
+    /// Cache mode of the backing files [default: none]
+    #[arg(short = 'T', long, value_name = "CACHE", value_parser = cache)]
+    backing_cache: Option<CacheMode>,
+    /// Compress the clusters that the image is given, up to those of 1 MiB
+    #[arg(short, long)]
+    compress: bool,
+    /// Open the images though others may be writing them: no locks
+    #[arg(short = 'U', long)]
+    force_share: bool,
     /// Show progress (on a terminal it is shown anyway)
     #[arg(short, long)]
     progress: bool,
@@ -100,12 +111,23 @@ async fn rebase(
     global: &Global,
     signals: &Signals,
 ) -> Result<Rebased, Failure> {
+    let backing = match (&args.backing, args.name_only) {
+        (Some(name), _) => name.as_str(),
+        (None, true) => "",
+        (None, false) => {
+            return Err(Failure::text(
+                "Say the new backing file (-b NAME); -b '' for none, so that the image holds everything itself; or -u to \
+                 take only the name of the old one away",
+            ));
+        }
+    };
     let options = ImageOptions {
         format: args.format,
         cache: args.cache.unwrap_or_default().into(),
         gate: args.gate.gate(),
         marks: args.gate.marks().warned(),
         no_backing: args.name_only,
+        lock: !args.force_share,
         read_only: args.plan.dry_run,
         ..ImageOptions::default()
     };
@@ -113,7 +135,10 @@ async fn rebase(
     let Some(image) = qcow2(node.driver()) else {
         return Err(Failure::text(format!("'{}' is a raw image, which has no backing files", args.file)));
     };
-    if !args.backing.is_empty() && args.backing_format.is_none() {
+    if args.compress && image.info().await?.has_data_file {
+        return Err(Failure::text("Compressed clusters cannot be in a data file: leave out -c"));
+    }
+    if !backing.is_empty() && args.backing_format.is_none() {
         return Err(Failure::text("The format of the new backing file has to be said (-F FORMAT)"));
     }
     let mut admission = Admission::new(engine.ring(), "rebase");
@@ -126,7 +151,7 @@ async fn rebase(
     {
         admission.refuse(error);
     }
-    let new = match args.backing.as_str() {
+    let new = match backing {
         "" => None,
         name if args.name_only => {
             admission.keeps(&args.file, name).await;
@@ -141,7 +166,8 @@ async fn rebase(
             None
         }
         name => {
-            let options = ImageOptions { marks: args.gate.marks(), ..options.clone() };
+            let cache = args.backing_cache.or(args.cache).unwrap_or_default().into();
+            let options = ImageOptions { marks: args.gate.marks(), cache, ..options.clone() };
             let new = open_backing(engine.ring(), &args.file, name, args.backing_format, &options).await?;
             admission.reads("new backing file", &new).await;
             Some(new)
@@ -150,11 +176,12 @@ async fn rebase(
     if args.plan.ends(global, &admission.judge().0)? {
         return Ok(Rebased::Planned);
     }
+    warn_of_refusal(engine, &args.file, Some(backing)).await;
     let lock = node.attach_in_time(UseKind::JobTarget("rebase")).await?;
     let mut written = 0;
     if !args.name_only {
         pass_on_mark(engine, &node, &node, "rebase").await?;
-        let work = Rebase::new(engine.ring(), node.driver().clone(), new);
+        let work = Rebase::new(engine.ring(), node.driver().clone(), new).compressing(args.compress);
         let mut progress = Progress::new(global, args.quiet, engine.ring().clock());
         let mut shown_at = 0;
         let (mut at, len) = (0, image.len());
@@ -178,7 +205,7 @@ async fn rebase(
         progress.finish();
         image.flush().await?;
     }
-    let name = Some(args.backing.as_str()).filter(|name| !name.is_empty());
+    let name = Some(backing).filter(|name| !name.is_empty());
     image.set_backing(name.map(|name| (name, args.backing_format.map(Format::name)))).await?;
     drop(lock);
     Ok(Rebased::Done(written))

@@ -10,20 +10,23 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, duration, failed, parse_format, size, speed};
-use super::print::{self, say};
+use super::print::{self, product, say};
 use super::service::at_once;
 use super::signals::Signals;
 use super::{Global, config, room, stats};
 use crate::base::limits::{self, STOP_NANOS_MAX};
-use crate::engine::{Engine, Format};
+use crate::engine::{Engine, Format, ImageOptions};
 use crate::export::nbd::{Export, NbdServer, PaceLimits, ServerConfig};
+use crate::format::qcow2::WhichSnapshot;
 use crate::graph::node::{Node, Root, UseKind};
-use crate::protocol::nbd::{NbdAddress, NbdUri};
+use crate::protocol::nbd::{NbdAddress, NbdUri, list_exports};
 
 const AFTER: &str = "\
 Examples:
   blockferry serve -f raw disk.img --export 'nbd+unix:///?socket=/run/disk.sock'
   blockferry serve --read-only disk.img --export nbd://127.0.0.1:10809/disk
+  blockferry serve -l before-update -D 'the disk last week' disk.qcow2 --export nbd://127.0.0.1:10809/old
+  blockferry serve --list nbd://127.0.0.1:10809
 
 Clients may be many, with several connections each. The server ends with SIGINT or SIGTERM, or with
 --exit-when-idle when the last client has left: requests are finished and what was written is flushed, for five
@@ -35,11 +38,26 @@ seconds at most; a second signal ends it at once. SIGUSR1 asks how many are serv
 pub struct ServeArgs {
     /// The disk: a file, a block device, nbd://HOST/EXPORT, gluster://HOST/VOLUME/IMAGE, mem:SIZE, null:SIZE or
     /// delay:TIME:NAME
-    #[arg(value_name = "IMAGE")]
-    image: String,
+    #[arg(value_name = "IMAGE", required_unless_present = "list")]
+    image: Option<String>,
     /// Where clients connect (may be said more than once; port 0 takes a free one)
-    #[arg(long, value_name = "URI", required = true, value_parser = export_uri)]
+    #[arg(long, value_name = "URI", required_unless_present = "list", value_parser = export_uri)]
     export: Vec<NbdUri>,
+    /// Serve nothing: tell what the server at this NBD URI serves
+    #[arg(short = 'L', long, value_name = "URI", conflicts_with_all = ["image", "export"], value_parser = export_uri)]
+    list: Option<NbdUri>,
+    /// Where the disk begins in a raw image
+    #[arg(short, long, value_name = "OFFSET", value_parser = size, default_value = "0", hide_default_value = true)]
+    offset: u64,
+    /// Bytes of the disk in a raw image [default: up to its end]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    size: Option<u64>,
+    /// The disk as this internal snapshot has it, read-only: its id or name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long = "load-snapshot", value_name = "SNAPSHOT", value_parser = WhichSnapshot::parse)]
+    snapshot: Option<WhichSnapshot>,
+    /// What clients are told of the disk
+    #[arg(short = 'D', long, value_name = "TEXT")]
+    description: Option<String>,
     /// Format of the image. Must be said (raw) when clients may write
     #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
     format: Option<Format>,
@@ -50,7 +68,7 @@ pub struct ServeArgs {
     #[arg(long)]
     exit_when_idle: bool,
     /// Write the process id to this file once clients can connect; it is removed at the end
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = crate::cli::image::path)]
     pid_file: Option<PathBuf>,
     #[command(flatten)]
     open: OpenArgs,
@@ -110,16 +128,23 @@ pub fn export_uri(text: &str) -> Result<NbdUri, String> {
 /// Runs the command.
 pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
+    if let Some(uri) = &args.list {
+        return list(global, &engine, uri);
+    }
     let signals = Signals::new(engine.ring())?;
-    let image = args.open.image(args.format, args.read_only);
-    let name = args.image.clone();
+    let (offset, size, snapshot) = (args.offset, args.size, args.snapshot.clone());
+    // A snapshot is only read.
+    let read_only = args.read_only || snapshot.is_some();
+    let image = ImageOptions { offset, size, snapshot, ..args.open.image(args.format, read_only) };
+    let name = args.image.clone().unwrap_or_default();
+    let description = args.description.clone();
     let (global, e) = (global.clone(), engine.clone());
-    let (uris, read_only, idle) = (args.export.clone(), args.read_only, args.exit_when_idle);
+    let (uris, idle) = (args.export.clone(), args.exit_when_idle);
     let (pid_file, clients) = (args.pid_file.clone(), args.clients.clone());
     engine.run(async move {
         let ring = e.ring();
         let node = e.open(&name, &image).await?;
-        let mut exports = Exports::with_limits(e.ring(), &clients);
+        let mut exports = Exports { description, ..Exports::with_limits(e.ring(), &clients) };
         for uri in &uris {
             exports.add(&e, &node, uri, read_only, &global).await?;
         }
@@ -158,6 +183,31 @@ pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
     })
 }
 
+/// How long a server may take to tell what it serves.
+const LIST_NANOS: Nanos = 10_000_000_000;
+
+/// Tells what a server serves.
+fn list(global: &Global, engine: &Rc<Engine>, uri: &NbdUri) -> Result<Exit, Failure> {
+    let (ring, uri) = (engine.ring().clone(), uri.clone());
+    let shown = uri.to_string();
+    let found = engine.run(async move { list_exports(&ring, &uri, ring.clock() + LIST_NANOS).await });
+    let found =
+        found.map_err(|error| Failure::text(format!("Listing what '{shown}' serves failed: {error}")))?;
+    if global.json {
+        let all = found.iter().map(|export| json!({"name": export.name, "description": export.description}));
+        product!("{}", json!({"exports": all.collect::<Vec<_>>()}));
+        return Ok(Exit::Done);
+    }
+    product!("exports available: {}", found.len());
+    for export in &found {
+        product!(" export: '{}'", export.name);
+        if !export.description.is_empty() {
+            product!("  description: {}", export.description);
+        }
+    }
+    Ok(Exit::Done)
+}
+
 /// The servers of one command, one an address.
 #[derive(Debug)]
 pub struct Exports {
@@ -168,6 +218,8 @@ pub struct Exports {
     changed: Notify,
     /// What clients have, and whether they may have written to it.
     roots: Vec<(Root, bool)>,
+    /// What they are told of it, if not the usual.
+    description: Option<String>,
 }
 
 /// A server and where it listens.
@@ -191,6 +243,7 @@ impl Exports {
             servers: Vec::new(),
             changed: ring.notify(),
             roots: Vec::new(),
+            description: None,
         }
     }
 
@@ -215,7 +268,10 @@ impl Exports {
         self.roots.push((root.clone(), !read_only));
         let export = Export {
             root,
-            description: format!("{} by Blockferry", node.name()),
+            description: match &self.description {
+                Some(text) => text.clone(),
+                None => format!("{} by Blockferry", node.name()),
+            },
             writable: !read_only,
             default: true,
         };

@@ -113,6 +113,6 @@ pub fn main(global: &Global, args: StreamArgs) -> Result<Exit, Failure> {
             None => format!("{} needs no backing file any more", shown_whole(&top)),
         });
         let undone = "The chain is as it was; what has been filled need not be filled again".into();
-        Ok(Started { job, done, undone, moves_to: None })
+        Ok(Started { job, done, undone, moves_to: None, empties: false })
     })
 }

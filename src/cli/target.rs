@@ -10,15 +10,18 @@
 //! A file on a server (GlusterFS) is made under its own name, which must not be taken, and its mark is a note in the state
 //! directory, as for all that is not on this machine.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use blockferry_ring::{Errno, FileKind};
 
 use super::exit::Failure;
+use crate::base::os_name;
 use crate::base::process::Fate;
 use crate::block::Driver;
-use crate::engine::admit::{Admitted, Held, Refusal, Standing, empty};
+use crate::engine::admit::{Admitted, Held, Refusal, Standing, empty, place};
 use crate::engine::create::{Beside, NewImage, data_file_path};
 use crate::engine::open::local_path;
 use crate::engine::remote;
@@ -180,7 +183,9 @@ pub async fn is_left_by(engine: &Engine, name: &str, mark: &MarkInfo, state_dir:
         return false;
     }
     let look = ImageOptions { lock: false, read_only: true, ..ImageOptions::raw().overwriting() };
-    let Ok(node) = engine.open(&format!("file:{}", path.display()), &look).await else { return false };
+    let Ok(node) = engine.open(&format!("file:{}", os_name::from_path(&path)), &look).await else {
+        return false;
+    };
     let Ok(Some(left)) = TargetMark::read(engine.ring(), node.driver(), state_dir).await else {
         return false;
     };
@@ -236,7 +241,7 @@ async fn make(
     make_file(engine, &path, new, beside, mark).await?;
     let data_file = new.data_file().filter(|_| beside.data_file.is_none());
     let data_file = data_file.and_then(|name| data_file_path(&path, name).ok());
-    Ok(Made::File(path, data_file))
+    Ok(Made::File(place::leads_to(engine.ring(), &path).await, data_file))
 }
 
 /// Makes an image in a new file, which appears under the name `path` when it is whole. `last` is called with the file
@@ -249,22 +254,26 @@ pub async fn make_file(
     last: impl AsyncFnOnce(&Rc<dyn Driver>) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let ring = engine.ring();
-    let hidden = hidden_name(path);
+    let place = &place::leads_to(ring, path).await;
+    let hidden = hidden_name(place);
     let made = CreateOptions { mode: beside.mode, ..CreateOptions::default() };
     FileDriver::create(ring, &hidden, 0, made).await?;
+    new.prepare(ring, &hidden).await;
     let mut is_written = false;
     let result = async {
         let image = ImageOptions { lock: false, ..ImageOptions::raw().overwriting() };
-        let node = engine.open(&format!("file:{}", hidden.display()), &image).await?;
+        let node = engine.open(&format!("file:{}", os_name::from_path(&hidden)), &image).await?;
         new.write(ring, node.driver(), path, beside).await?;
         is_written = true;
         last(node.driver()).await?;
         let failed = |errno| match errno {
-            Errno::EEXIST => exists(&path.display().to_string()),
-            errno => Failure::text(format!("Making the image '{}' failed: {errno}", path.display())),
+            Errno::EEXIST => exists(&os_name::from_path(path)),
+            errno => {
+                Failure::text(format!("Making the image '{}' failed: {errno}", os_name::from_path(path)))
+            }
         };
-        ring.rename_new(&hidden, path).map_err(failed)?;
-        ring.sync_directory(&parent(path)).map_err(failed)
+        ring.rename_new(&hidden, place).map_err(failed)?;
+        ring.sync_directory(&parent(place)).map_err(failed)
     };
     let result = result.await;
     if result.is_err() {
@@ -282,13 +291,16 @@ fn parent(path: &Path) -> PathBuf {
 }
 
 fn hidden_name(path: &Path) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // Names may have 255 bytes; what is behind this one must fit in.
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    // Names may have 255 bytes; what is behind this one must fit in. No character is cut in two.
     let mut end = name.len().min(200);
-    while !name.is_char_boundary(end) {
+    while name.get(end).is_some_and(|byte| byte & 0xc0 == 0x80) && end > 196 {
         end -= 1;
     }
-    parent(path).join(format!(".{}.blockferry-{}", &name[..end], std::process::id()))
+    let mut hidden = OsString::from(".");
+    hidden.push(OsStr::from_bytes(&name[..end]));
+    hidden.push(format!(".blockferry-{}", std::process::id()));
+    parent(path).join(hidden)
 }
 
 /// A raw image is as long as its disk: whether the file can be is tried before it is emptied. What it holds stays.

@@ -21,7 +21,7 @@ pub enum Output {
 }
 
 /// Where results go.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct OutputArgs {
     /// Print text, or one JSON document (the global --json prints the same on one line)
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
@@ -137,6 +137,20 @@ pub fn option_pairs(said: &[String]) -> Result<Vec<(String, String)>, Failure> {
         }
     }
     Ok(pairs)
+}
+
+/// Whether the options ask for what there is instead of saying something: `-o help`, as `qemu-img` has it.
+pub fn asks_for_help(said: &[String]) -> bool {
+    said.iter().flat_map(|text| text.split(',')).any(|part| matches!(part, "help" | "?"))
+}
+
+/// Tells which options a format has.
+pub fn print_options(format: Format, what: &str, options: &[(&str, &str)]) {
+    product!("{what} of the format {format}, said as -o NAME=VALUE,NAME=VALUE:");
+    let width = options.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    for (name, meaning) in options {
+        product!("  {name:<width$}  {meaning}");
+    }
 }
 
 /// A size as `qemu-img` writes it for people: binary units, three digits.

@@ -12,10 +12,12 @@ use blockferry_ring::{Errno, Ring};
 
 use super::{Format, ImageOptions, named};
 use crate::base::limits::DISK_LEN_MAX;
+use crate::base::os_name;
 use crate::base::range::ByteRange;
 use crate::base::units::parse_size;
 use crate::block::{BlockError, Driver, IoResult, Operation, WriteFlags, ZeroFlags};
 use crate::format::qcow2::gate::understand;
+use crate::format::qcow2::options::{extent_size_hint, on_off};
 use crate::format::qcow2::{CreateOptions, Preallocation, Qcow2};
 use crate::protocol::file::{CreateOptions as FileOptions, FileDriver};
 
@@ -56,30 +58,51 @@ pub enum NewImage {
         len: u64,
         /// What is allocated.
         preallocation: RawPreallocation,
+        /// The filesystem is not to copy its blocks when they are written.
+        nocow: bool,
     },
     /// QEMU's thin disks.
     Qcow2(Box<CreateOptions>),
 }
 
 impl NewImage {
+    /// The options that [`NewImage::parse`] knows, with what they mean.
+    pub fn options(format: Format) -> &'static [(&'static str, &'static str)] {
+        match format {
+            Format::Raw => &[
+                (
+                    "extent_size_hint",
+                    "Extent size hint for the image file, 0 to disable (read, and not needed)",
+                ),
+                ("nocow", "Turn off copy-on-write of the filesystem (Btrfs)"),
+                ("preallocation", "Preallocation mode (allowed values: off, falloc, full)"),
+                ("size", "Virtual disk size"),
+            ],
+            Format::Qcow2 => &CreateOptions::NAMES,
+        }
+    }
+
     /// From what the user says: a format, its options by name, and a length (which an option may say, too).
     pub fn parse(format: Format, options: &[(String, String)], len: Option<u64>) -> Result<NewImage, String> {
         match format {
             Format::Raw => {
-                let (mut len, mut preallocation) = (len, RawPreallocation::Off);
+                let (mut len, mut preallocation, mut nocow) = (len, RawPreallocation::Off, false);
                 for (name, value) in options {
                     match name.as_str() {
                         "size" => len = Some(parse_size(value).map_err(|error| error.to_string())?),
                         "preallocation" => preallocation = RawPreallocation::parse(value)?,
+                        "nocow" => nocow = on_off(value)?,
+                        "extent_size_hint" => extent_size_hint(value)?,
                         _ => {
                             return Err(format!(
-                                "Raw images have no option '{name}': they have size and preallocation"
+                                "Raw images have no option '{name}': they have extent_size_hint, \
+                                 nocow, preallocation and size"
                             ));
                         }
                     }
                 }
                 let len = len.ok_or(NO_SIZE)?;
-                Ok(NewImage::Raw { len, preallocation })
+                Ok(NewImage::Raw { len, preallocation, nocow })
             }
             Format::Qcow2 => {
                 let mut all = CreateOptions { size: u64::MAX, ..CreateOptions::default() };
@@ -153,6 +176,27 @@ impl NewImage {
         }
     }
 
+    /// Tells the filesystem what it is to know of the new file at `path`, which is still empty. Where it knows nothing of that,
+    /// nothing is different.
+    pub async fn prepare(&self, ring: &Ring, path: &Path) {
+        let nocow = match self {
+            NewImage::Raw { nocow, .. } => *nocow,
+            NewImage::Qcow2(options) => options.nocow,
+        };
+        if !nocow {
+            return;
+        }
+        let path = path.to_owned();
+        let set = ring.offload(move || {
+            let file = std::fs::File::open(path).ok()?;
+            let flags = rustix::fs::ioctl_getflags(&file).ok()?;
+            rustix::fs::ioctl_setflags(&file, flags | rustix::fs::IFlags::NOCOW).ok()
+        });
+        if set.await.ok().flatten().is_none() {
+            tracing::info!("The filesystem has no copy-on-write to turn off for this file");
+        }
+    }
+
     /// Bytes that it occupies as soon as it is made, where room is set aside in it.
     pub fn room_min(&self) -> u64 {
         match self {
@@ -187,7 +231,7 @@ impl NewImage {
                 }
                 made
             }
-            NewImage::Raw { len, preallocation } => {
+            NewImage::Raw { len, preallocation, .. } => {
                 match file.set_len(*len).await {
                     // It has a length of its own. Nothing that was there is taken for an image.
                     Err(error) if error.errno == Errno::EOPNOTSUPP && file.len() >= *len => {
@@ -240,7 +284,7 @@ impl Beside<'_> {
         let path = data_file_path(image, name)?;
         let options = FileOptions { mode: self.mode, ..FileOptions::default() };
         FileDriver::create(ring, &path, 0, options).await?;
-        super::open::open(ring, &format!("file:{}", path.display()), &ImageOptions::raw()).await
+        super::open::open(ring, &format!("file:{}", os_name::from_path(&path)), &ImageOptions::raw()).await
     }
 
     /// Making the image has failed, after all: what was made beside it goes, too.

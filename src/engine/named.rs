@@ -7,15 +7,15 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use blockferry_ring::Errno;
+use blockferry_ring::{Errno, Ring};
 
 use super::open::{local_path, name_of};
 use super::remote::{gluster_image, names_server};
 use crate::block::{BlockError, Operation};
-use crate::format::qcow2::Gate;
 use crate::format::qcow2::gate::{
     GateError, Reference, Role, Wanted, clean, has_protocol, judge, resolve, understand,
 };
+use crate::format::qcow2::{Gate, Reach};
 use crate::protocol::gluster::Image;
 use crate::protocol::structured::is_structured;
 
@@ -87,6 +87,40 @@ pub fn by_image(gate: &Gate, wanted: &Wanted<'_>) -> Result<Named, GateError> {
     Ok(named)
 }
 
+/// [`by_image`], for who may have files looked at: a directory is the same one by whatever name (relative, absolute, through
+/// links), so a file is in the image's own directory if it really lies there. It is opened by its real path then: what was
+/// judged is what is opened.
+pub async fn followed(ring: &Ring, gate: &Gate, wanted: &Wanted<'_>) -> Result<Named, GateError> {
+    let refused = match by_image(gate, wanted) {
+        Err(refused @ GateError::Outside(_)) => refused,
+        judged => return judged,
+    };
+    let named = match by_user(wanted.image, wanted.name) {
+        Ok(Named::File(reference)) => reference,
+        _ => return Err(refused),
+    };
+    let (gate, image, path) = (gate.clone(), local_path(wanted.image), named.path);
+    let real = ring.offload(move || really_inside(&gate, image.as_deref(), &path)).await;
+    let path = real.ok().flatten().ok_or(refused)?;
+    Ok(Named::File(Reference { path, ..named }))
+}
+
+/// The real path of a file, if it lies in one of the directories in which an image may name files.
+fn really_inside(gate: &Gate, image: Option<&Path>, path: &Path) -> Option<PathBuf> {
+    let folder = |path: &Path| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        folder.canonicalize().ok()
+    };
+    let real = folder(path)?.join(path.file_name()?);
+    // An image may be called by a link to it.
+    let own = image.and_then(|image| image.canonicalize().ok());
+    let mut dirs: Vec<PathBuf> = [image, own.as_deref()].into_iter().flatten().filter_map(folder).collect();
+    if let Reach::Directories(more) = &gate.files {
+        dirs.extend(more.iter().filter_map(|dir| dir.canonicalize().ok()));
+    }
+    judge(&Reach::Directories(dirs).into(), None, &real).ok().map(|()| real)
+}
+
 /// What a user is told whose name for another file makes no sense.
 pub(super) fn failed(name: &str, error: &GateError) -> BlockError {
     BlockError::new(Operation::Open, name, Errno::EINVAL).hint(error.to_string())
@@ -121,7 +155,6 @@ fn is_in_directory_of(image: &str, name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::qcow2::Reach;
 
     fn wanted<'a>(image: &'a str, name: &'a str) -> Wanted<'a> {
         Wanted { role: Role::Backing, name, format: None, image, read_only: true }

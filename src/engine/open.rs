@@ -15,9 +15,10 @@ use std::rc::Rc;
 use blockferry_ring::{Errno, Ring};
 
 use crate::base::limits::BACKING_CHAIN_MAX;
+use crate::base::os_name;
 use crate::base::units::{parse_duration, parse_size};
 use crate::block::{BlockError, Driver, IoFuture, Operation};
-use crate::format::qcow2::{self, Gate, OpenFiles, Qcow2, Role, Wanted};
+use crate::format::qcow2::{self, Gate, OpenFiles, Qcow2, Role, Wanted, WhichSnapshot};
 use crate::format::raw::RawDriver;
 use crate::protocol::delay::DelayDriver;
 use crate::protocol::mem::MemDriver;
@@ -56,6 +57,8 @@ pub struct ImageOptions {
     pub no_backing: bool,
     /// To be checked or repaired ([`qcow2::OpenOptions::for_check`]).
     pub for_check: bool,
+    /// The disk as this internal snapshot has it; read-only.
+    pub snapshot: Option<WhichSnapshot>,
     /// What is done about marks of unfinished and of old disks.
     pub marks: Marks,
 }
@@ -74,6 +77,7 @@ impl Default for ImageOptions {
             probe_backing: false,
             no_backing: false,
             for_check: false,
+            snapshot: None,
             marks: Marks::default(),
         }
     }
@@ -99,19 +103,19 @@ impl ImageOptions {
 /// The path that a name leads to, through `delay:` too; `None` if it leads to none.
 pub fn local_path(name: &str) -> Option<PathBuf> {
     if let Some(path) = name.strip_prefix("file:") {
-        return Some(PathBuf::from(path));
+        return Some(os_name::to_path(path));
     }
     if let Some(rest) = name.strip_prefix("delay:") {
         return local_path(rest.split_once(':')?.1);
     }
     let special = ["mem:", "null:", "json:", "driver="];
     let is_special = is_remote(name) || special.iter().any(|prefix| name.starts_with(prefix));
-    (!is_special).then(|| PathBuf::from(name))
+    (!is_special).then(|| os_name::to_path(name))
 }
 
 /// A name that leads to this path and to nothing else, whatever the file is called.
 pub fn name_of(path: &Path) -> String {
-    let text = path.display().to_string();
+    let text = os_name::from_path(path);
     // `nbd:x`, `file:x` and the like are good names of files, too.
     if local_path(&text).as_deref() == Some(path) { text } else { format!("./{text}") }
 }
@@ -217,6 +221,7 @@ async fn as_qcow2(
         backing,
         data_file: None,
         for_check: options.for_check,
+        snapshot: options.snapshot.clone(),
     };
     Qcow2::open(ring, child, files, open).await
 }
@@ -229,6 +234,10 @@ async fn with_format(
     files: &Files,
 ) -> Result<Rc<dyn Driver>, BlockError> {
     match format {
+        Format::Raw if options.snapshot.is_some() => {
+            Err(BlockError::new(Operation::Open, child.name(), Errno::EOPNOTSUPP)
+                .hint("A raw image has no snapshots."))
+        }
         Format::Raw => as_raw(ring, child, options),
         Format::Qcow2 if options.offset != 0 || options.size.is_some() => {
             Err(BlockError::new(Operation::Open, child.name(), Errno::EINVAL)
@@ -266,9 +275,11 @@ impl Files {
             offset: 0,
             size: None,
             for_check: false,
+            snapshot: None,
             ..self.options.clone()
         };
-        let named = named::by_image(&options.gate, &wanted).map_err(|error| refuse(error.to_string()))?;
+        let named = named::followed(&self.ring, &options.gate, &wanted).await;
+        let named = named.map_err(|error| refuse(error.to_string()))?;
         self.check_length(&wanted)?;
         let shown = named.name();
         let (child, named_format) = match named {
@@ -366,7 +377,7 @@ fn leaf_options(options: &ImageOptions) -> OpenOptions {
 
 fn open_path(ring: &Ring, path: &Path, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
     // The path becomes the image's name, and names in it are relative to what that says.
-    crate::protocol::open::open(ring, Path::new(&name_of(path)), &leaf_options(options))
+    crate::protocol::open::open(ring, &os_name::to_path(&name_of(path)), &leaf_options(options))
 }
 
 /// The same, without keeping whoever is served waiting.
@@ -375,5 +386,5 @@ async fn open_path_aside(
     path: &Path,
     options: &ImageOptions,
 ) -> Result<Rc<dyn Driver>, BlockError> {
-    crate::protocol::open::open_aside(ring, Path::new(&name_of(path)), &leaf_options(options)).await
+    crate::protocol::open::open_aside(ring, &os_name::to_path(&name_of(path)), &leaf_options(options)).await
 }

@@ -50,6 +50,7 @@ pub async fn open_backing(
         gate: Gate { files: Reach::Anything, ..options.gate },
         no_backing: false,
         for_check: false,
+        snapshot: None,
         ..options.clone()
     };
     let named = named::by_user(image, name).map_err(|error| named::failed(name, &error))?;

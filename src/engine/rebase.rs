@@ -14,6 +14,7 @@ use std::rc::Rc;
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::{Buf, Errno, Ring};
 
+use super::qcow2::qcow2;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::base::zero::is_zero;
@@ -29,13 +30,20 @@ pub struct Rebase {
     image: Rc<dyn Driver>,
     old: Option<Rc<dyn Driver>>,
     new: Option<Rc<dyn Driver>>,
+    /// What the image is given is compressed.
+    compress: bool,
 }
 
 impl Rebase {
     /// `image` is open for writing, over the backing file that it has had so far.
     pub fn new(ring: &Ring, image: Rc<dyn Driver>, new: Option<Rc<dyn Driver>>) -> Rebase {
         let old = image.as_layer().and_then(Layer::backing);
-        Rebase { ring: ring.clone(), image, old, new }
+        Rebase { ring: ring.clone(), image, old, new, compress: false }
+    }
+
+    /// Whole clusters that the image is given are compressed, where they can be looked at in one step.
+    pub fn compressing(self, compress: bool) -> Rebase {
+        Rebase { compress, ..self }
     }
 
     /// Sees to what lies from `at` on: up to where, and how many bytes the image has been given. When the end of the
@@ -68,7 +76,13 @@ impl Rebase {
             let old = was.slice(skip, n);
             if old.as_slice() != &is.as_slice()[skip..skip + n] {
                 let zero = is_zero(old.as_slice());
-                self.hold(from, if zero { Fill::Zeroes(to - from) } else { Fill::Data(old) }).await?;
+                let is_whole = from.is_multiple_of(cluster) && (to - from == cluster || to == len);
+                match qcow2(&self.image).filter(|_| self.compress && is_whole && !zero) {
+                    Some(image) => image.write_compressed_bytes(from, old.as_slice().to_vec()).await?,
+                    None => {
+                        self.hold(from, if zero { Fill::Zeroes(to - from) } else { Fill::Data(old) }).await?;
+                    }
+                }
                 written += to - from;
             }
             from = to;

@@ -3,10 +3,11 @@
 //! A layer that is shorter than the one above reads as zeroes beyond its end and hides what lies below it there,
 //! however long that is.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 
 use super::node::Node;
+use crate::base::os_name;
 use crate::base::planted::{Bug, is_planted};
 use crate::block::{BlockError, Held, Holds};
 
@@ -45,7 +46,9 @@ pub fn find(front: &Rc<Node>, name: &str) -> Option<Rc<Node>> {
     let chain = front.chain();
     let called = |node: &&Rc<Node>| node.name() == name || node.driver().name() == name;
     let same_path = |node: &&Rc<Node>| {
-        let path = |name: &str| std::path::absolute(name.strip_prefix("file:").unwrap_or(name)).ok();
+        let path = |name: &str| {
+            std::path::absolute(os_name::to_path(name.strip_prefix("file:").unwrap_or(name))).ok()
+        };
         path(node.driver().name()).is_some_and(|found| Some(found) == path(name))
     };
     let recorded = || {
@@ -62,7 +65,7 @@ pub fn find(front: &Rc<Node>, name: &str) -> Option<Rc<Node>> {
 /// the same to the overlay; by a path relative to the overlay where it lies there or below; else by its whole path.
 pub fn name_for(overlay: &Node, had_it: &Node, base: &Node) -> String {
     let directory = |node: &Node| {
-        let path = PathBuf::from(node.driver().name());
+        let path = os_name::to_path(node.driver().name());
         path.parent().map(Path::to_owned).unwrap_or_default()
     };
     // Where an image lies is told by its path or its URI; not by options, which name servers elsewhere.
@@ -79,13 +82,13 @@ pub fn name_for(overlay: &Node, had_it: &Node, base: &Node) -> String {
         return text;
     }
     let name = base.driver().name();
-    if let Ok(rest) = Path::new(name).strip_prefix(directory(overlay))
+    if let Ok(rest) = os_name::to_path(name).strip_prefix(directory(overlay))
         && base.driver().local_file().is_some()
     {
-        return rest.display().to_string();
+        return os_name::from_path(rest);
     }
     match base.driver().local_file() {
-        Some(_) => std::path::absolute(name).map_or(name.to_owned(), |path| path.display().to_string()),
+        Some(_) => std::path::absolute(os_name::to_path(name)).map_or(name.to_owned(), os_name::from_path),
         None => name.to_owned(),
     }
 }

@@ -16,6 +16,7 @@ use super::leaf::Leaf;
 use super::lock::{self, Locks};
 use super::open::{self, OpenOptions};
 use super::place;
+use crate::base::os_name;
 use crate::base::range::ByteRange;
 use crate::block::{
     BlockError, Capabilities, CopyFrom, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission,
@@ -81,7 +82,7 @@ impl FileDriver {
                 let file = aside.open(path, &how).await.map_err(fail)?;
                 if !options.no_lock {
                     // What somebody uses is not emptied under them. The lock ends with the file.
-                    let locks = Locks::new(ring, &file, path.display().to_string().into());
+                    let locks = Locks::new(ring, &file, os_name::from_path(path).into());
                     lock::in_time(ring, || locks.set(Permissions::JOB_TARGET)).await?;
                 }
                 (file, false)

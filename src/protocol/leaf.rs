@@ -41,6 +41,7 @@ use super::bounce::{Bounce, RESERVE_BYTES, zero_from};
 use super::length::Length;
 use super::open;
 use crate::base::limits;
+use crate::base::os_name;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::block::{
@@ -140,7 +141,7 @@ impl Leaf {
         info: FileInfo,
         how: OpenHow,
     ) -> Result<Leaf, BlockError> {
-        let name: Rc<str> = path.display().to_string().into();
+        let name: Rc<str> = os_name::from_path(&path).into();
         let bounce = Bounce::new(ring).map_err(|errno| {
             BlockError::new(Operation::Open, name.clone(), errno)
                 .hint("All memory for I/O is in use; give the engine more of it.")

@@ -10,6 +10,7 @@ use blockferry_ring::{Aside, Errno, FileKind, Ring};
 use super::file::FileDriver;
 use super::host_device::HostDevice;
 use super::leaf::{ALIGN_MAX, Leaf};
+use crate::base::os_name;
 use crate::block::{BlockError, Driver, Operation};
 
 /// Whether the page cache is used.
@@ -75,7 +76,7 @@ pub(super) fn in_place<T>(
 }
 
 pub(super) fn fail(operation: Operation, path: &Path, errno: Errno) -> BlockError {
-    let error = BlockError::new(operation, path.display().to_string(), errno);
+    let error = BlockError::new(operation, os_name::from_path(path), errno);
     match errno {
         Errno::EACCES | Errno::EPERM => {
             error.hint("This user may not: run as one who may, or change the permissions of the file.")
@@ -120,7 +121,7 @@ pub(super) async fn open_leaf(
         ),
         Errno::EROFS if wanted == FileKind::Block => BlockError::new(
             Operation::Open,
-            path.display().to_string(),
+            os_name::from_path(path),
             errno,
         )
         .hint(

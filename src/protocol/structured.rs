@@ -106,9 +106,41 @@ impl Options {
     }
 }
 
+/// Parses JSON as QEMU's programs take it: strings may be in single quotes, too.
+pub fn parse_json(text: &str) -> serde_json::Result<Value> {
+    serde_json::from_str(&in_double_quotes(text))
+}
+
+/// Single quotes around strings become double ones. What is no JSON stays none.
+fn in_double_quotes(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut quote = None;
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match (quote, c) {
+            (None, '\'' | '"') => {
+                quote = Some(c);
+                out.push('"');
+            }
+            (Some(open), c) if c == open => {
+                quote = None;
+                out.push('"');
+            }
+            (Some('\''), '"') => out.push_str("\\\""),
+            (Some(_), '\\') => match chars.next() {
+                Some('\'') => out.push('\''),
+                Some(next) => out.extend(['\\', next]),
+                None => out.push('\\'),
+            },
+            (_, c) => out.push(c),
+        }
+    }
+    out
+}
+
 fn flatten(text: &str) -> Result<Vec<(String, String)>, String> {
     let value: Value =
-        serde_json::from_str(text).map_err(|error| format!("What follows `json:` is no JSON: {error}."))?;
+        parse_json(text).map_err(|error| format!("What follows `json:` is no JSON: {error}."))?;
     let Value::Object(object) = value else { return Err("What follows `json:` is no JSON object.".into()) };
     let mut flat = Vec::new();
     add_object("", object, &mut flat);

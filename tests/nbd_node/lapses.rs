@@ -32,7 +32,7 @@ fn copy(scratch: &Scratch, way: &str, source: &str, uri: &str) -> Ended {
         _ => {
             let (middle, top) = chain(scratch, source, uri);
             let what: &[&str] =
-                if way == "commit" { &[&middle] } else { &[&top, "-t", "middle.qcow2", "-b", uri] };
+                if way == "commit" { &[&middle] } else { &[&top, "--top", "middle.qcow2", "-b", uri] };
             return run(&[&["commit", "--allow-servers"], &always[1..], what].concat());
         }
     };

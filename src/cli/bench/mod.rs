@@ -127,17 +127,17 @@ pub struct BenchArgs {
     #[arg(long, help_heading = "Truth")]
     verify: bool,
     /// Log which writes were acknowledged, for a later --check-log
-    #[arg(long, value_name = "FILE", help_heading = "Truth")]
+    #[arg(long, value_name = "FILE", help_heading = "Truth", value_parser = crate::cli::image::path)]
     log: Option<PathBuf>,
     /// No load: check that the disk holds what this log says was acknowledged
-    #[arg(long, value_name = "FILE", conflicts_with_all = LOAD_ONLY, help_heading = "Truth")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = LOAD_ONLY, help_heading = "Truth", value_parser = crate::cli::image::path)]
     check_log: Option<PathBuf>,
     /// With --check-log: the disk lost its caches, so only what was flushed must be there
     #[arg(long, requires = "check_log", help_heading = "Truth")]
     after_power_cut: bool,
 
     /// Save the latencies of reads and writes here, as an HDR histogram (V2)
-    #[arg(long, value_name = "FILE", conflicts_with = "check_log", help_heading = "Output")]
+    #[arg(long, value_name = "FILE", conflicts_with = "check_log", help_heading = "Output", value_parser = crate::cli::image::path)]
     histogram: Option<PathBuf>,
     /// No line with the progress
     #[arg(short, long, help_heading = "Output")]

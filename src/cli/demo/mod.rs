@@ -38,6 +38,7 @@ use super::print::{self, product, say};
 use super::serve::Exports;
 use super::signals::Signals;
 use super::{Global, config, stats};
+use crate::base::os_name;
 use crate::base::rng::Rng;
 use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration};
 use crate::engine::{Engine, ImageOptions};
@@ -78,7 +79,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "SIZE", value_parser = disk_size)]
     size: Option<u64>,
     /// Where to make the disks, in a folder that is removed again [default: the folder for temporary files]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = crate::cli::image::path)]
     dir: Option<PathBuf>,
     /// Writes of 4 KiB a second that the client makes [default: 2000, or what the place can take beside a job]
     #[arg(long, value_name = "IOPS", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
@@ -250,7 +251,7 @@ impl Demo {
 
     async fn make(&self, path: &Path, bytes: u64) -> Result<Rc<Node>, Failure> {
         FileDriver::create(self.engine.ring(), path, bytes, CreateOptions::default()).await?;
-        Ok(self.engine.open(&path.display().to_string(), &ImageOptions::raw()).await?)
+        Ok(self.engine.open(&os_name::from_path(path), &ImageOptions::raw()).await?)
     }
 
     fn client(

@@ -132,7 +132,7 @@ pub struct MirrorArgs {
     #[arg(long, value_enum, value_name = "POLICY", default_value_t = Policy::Report)]
     pub(super) on_target_error: Policy,
     /// Where to note unfinished targets that cannot carry a mark themselves (block devices, some filesystems)
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = crate::cli::image::path)]
     pub(super) state_dir: Option<PathBuf>,
     /// No progress
     #[arg(short, long)]

@@ -10,7 +10,7 @@ use blockferry_ring::limits::ARENA_BYTES;
 use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Config, Nanos, Ring};
 
-use super::create::open_new_backing;
+use super::create::{open_new_backing, warn_of_refusal};
 use super::exit::{Exit, Failure};
 use super::image::state_dir;
 use super::job::{AtReady, Watch, Watched, Words, disk, suit_bulk};
@@ -21,6 +21,7 @@ use super::signals::{Asked, Signals};
 use super::target::{Target, TargetOptions, is_left_by, make_state_dir};
 use super::{Global, config, room, stats};
 use crate::base::limits;
+use crate::base::os_name;
 use crate::block::{Driver, place};
 use crate::engine::admit::{Admission, IfThere, Refusal, Wish, is_place};
 use crate::engine::create::NewImage;
@@ -293,6 +294,9 @@ impl Run {
             return Ok(None);
         }
         let options = TargetOptions { name, image, state_dir, mark, at_end };
+        if let NewImage::Qcow2(new) = &new {
+            warn_of_refusal(&self.engine, name, new.backing_file.as_deref()).await;
+        }
         Target::take(&self.engine, admitted, options, &new).await.map(Some)
     }
 
@@ -419,7 +423,7 @@ impl Run {
 fn whole_name(name: &str) -> Result<String, Failure> {
     match local_path(name) {
         Some(path) => std::path::absolute(path)
-            .map(|path| path.display().to_string())
+            .map(os_name::from_path)
             .map_err(|error| Failure::text(format!("The file '{name}': {error}"))),
         None => Ok(name.to_owned()),
     }

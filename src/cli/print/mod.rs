@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use crate::base::limits::{PRINT_AT_END_MAX, PRINT_BACKGROUND_LOOK};
+use crate::base::os_name;
 use crate::base::secret::without_secrets;
 use queue::{Kind, Piece, Pushed, Queue, Stream};
 
@@ -191,6 +192,7 @@ impl Lane {
 
     fn print(&self, stream: Stream, kind: Kind, text: &str) {
         let text = without_secrets(text);
+        let text = os_name::shown(&text);
         let mut queue = self.shared.queue();
         while queue.push(stream, kind, &text) == Pushed::Full {
             queue = self.shared.wait(queue);

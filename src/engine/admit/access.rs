@@ -11,6 +11,7 @@ use rustix::fs::Access;
 
 use super::place::folder;
 use super::{Refusal, own_leaves};
+use crate::base::os_name;
 use crate::base::units::fmt_bytes;
 use crate::block::{BlockError, Driver, Operation};
 
@@ -70,7 +71,7 @@ pub(super) async fn may_write(ring: &Ring, leaf: &Rc<dyn Driver>) -> Result<(), 
         return Ok(());
     }
     let name = leaf.name().to_owned();
-    let result = accessible(ring, name.as_ref(), Access::WRITE_OK).await;
+    let result = accessible(ring, &os_name::to_path(&name), Access::WRITE_OK).await;
     result.map_err(|errno| BlockError::new(Operation::Open, name, errno).hint("It has to be written."))
 }
 
@@ -83,7 +84,7 @@ pub(super) async fn may_make_in(ring: &Ring, path: &Path) -> Result<(), BlockErr
             Errno::EROFS => "The filesystem is mounted read-only.",
             _ => "It cannot be made in that directory.",
         };
-        BlockError::new(Operation::Create, path.display().to_string(), errno).hint(hint)
+        BlockError::new(Operation::Create, os_name::from_path(path), errno).hint(hint)
     })
 }
 
@@ -94,12 +95,6 @@ async fn accessible(ring: &Ring, path: &Path, access: Access) -> Result<(), Errn
             .map_err(Errno::from)
     })
     .await?
-}
-
-/// Whether a path that leads to nothing is a link all the same.
-pub(super) async fn is_link(ring: &Ring, path: &Path) -> bool {
-    let path = path.to_owned();
-    ring.offload(move || std::fs::symlink_metadata(path).is_ok()).await.unwrap_or(false)
 }
 
 /// Bytes that this process may still allocate in a directory's filesystem.

@@ -20,6 +20,7 @@ use std::rc::Rc;
 use blockferry_ring::{Errno, Ring};
 
 use super::named;
+use crate::base::os_name;
 use crate::base::planted::{Bug, is_planted};
 use crate::block::{BlockError, Driver, Operation};
 use crate::graph::node::{Node, Use, UseKind};
@@ -98,7 +99,16 @@ impl Admission {
         }
         let driver = node.driver();
         self.sources.extend(access::sources(&self.ring, driver));
-        self.reads("source", driver).await;
+        match driver.kind() {
+            // It is nothing but what it is put together from.
+            "joined" => {
+                for part in driver.children() {
+                    self.sources.extend(access::sources(&self.ring, &part));
+                    self.reads("source", &part).await;
+                }
+            }
+            _ => self.reads("source", driver).await,
+        }
     }
 
     /// A disk is read as `role`, from its image and all below it.
@@ -224,7 +234,7 @@ impl Admission {
     /// A file is written that has nothing to do with images, such as a log: it must not be one of them.
     pub async fn writes_file(&mut self, path: &Path) {
         if let Some(ground) = Ground::of_path(&self.ring, path).await {
-            self.changed.push((ground, path.display().to_string()));
+            self.changed.push((ground, os_name::from_path(path)));
         }
     }
 

@@ -12,12 +12,15 @@ use std::rc::Rc;
 
 use blockferry_ring::Ring;
 
+use crate::base::os_name;
 use crate::block::Driver;
 use crate::engine::remote;
 use crate::protocol::nbd::{NbdAddress, NbdUri};
 
 /// How many devices may lie on each other.
 const DEPTH_MAX: usize = 16;
+/// How many links the kernel follows.
+const LINKS_MAX: usize = 40;
 /// Set in the first half of the identity of a device ([`Driver::identity`]).
 const DEVICE: u64 = 1 << 63;
 
@@ -72,18 +75,28 @@ impl Ground {
     }
 }
 
-fn place_of_path(path: &Path) -> Option<Place> {
-    if let Ok(found) = std::fs::metadata(path) {
-        return Some(known(&found));
-    }
-    // A link that leads nowhere yet stands for what it leads to.
+/// Where a file is made that is not there yet: a link that leads nowhere stands for what it leads to.
+pub async fn leads_to(ring: &Ring, path: &Path) -> PathBuf {
+    let from = path.to_owned();
+    ring.offload(move || end_of_links(&from)).await.unwrap_or_else(|_| path.to_owned())
+}
+
+fn end_of_links(path: &Path) -> PathBuf {
     let mut path = path.to_owned();
-    for _ in 0..DEPTH_MAX {
+    for _ in 0..LINKS_MAX {
         match std::fs::read_link(&path) {
             Ok(to) => path = folder(&path).join(to),
             Err(_) => break,
         }
     }
+    path
+}
+
+fn place_of_path(path: &Path) -> Option<Place> {
+    if let Ok(found) = std::fs::metadata(path) {
+        return Some(known(&found));
+    }
+    let path = end_of_links(path);
     let parent = std::fs::metadata(folder(&path)).ok()?;
     Some(Place::New(inode(&parent), path.file_name()?.to_owned()))
 }
@@ -170,7 +183,7 @@ async fn of_server(ring: &Ring, name: &str) -> Option<Ground> {
 async fn nbd(ring: &Ring, uri: NbdUri) -> Place {
     let address = match uri.address {
         NbdAddress::Unix { path } => {
-            let shown = path.display().to_string();
+            let shown = os_name::from_path(&path);
             match ring.offload(move || place_of_path(&path)).await {
                 Ok(Some(Place::Known(volume, n))) => format!("socket {volume} {n}"),
                 _ => shown,

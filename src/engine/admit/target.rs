@@ -10,8 +10,9 @@ use std::rc::Rc;
 use blockferry_ring::{Errno, FileKind, Ring};
 
 use super::access;
-use super::place::{Ground, folder};
+use super::place::{self, Ground, folder};
 use super::{Act, Admission, Planned, Refusal, own_leaves};
+use crate::base::os_name;
 use crate::block::{BlockError, Driver, IoResult, Operation};
 use crate::engine::create::{NewImage, data_file_path};
 use crate::engine::open::{self, local_path, name_of};
@@ -155,7 +156,10 @@ impl Admission {
         };
         let path = local_path(wish.name);
         if act == Act::Make {
-            let dir = path.as_deref().map(folder);
+            let dir = match &path {
+                Some(path) => Some(folder(&place::leads_to(&self.ring, path).await)),
+                None => None,
+            };
             self.mode = access::narrowed(&self.ring, &self.sources, dir.as_deref()).await;
         }
         self.plan.images.push(Planned {
@@ -192,12 +196,6 @@ impl Admission {
         let mut can_be_emptied = remote::can_create(wish.name);
         if let Some(path) = local_path(wish.name) {
             match ring.lookup(&path) {
-                Ok(None) if access::is_link(ring, &path).await => {
-                    return Err(Refusal::Said(format!(
-                        "The target '{}' is a symbolic link that leads to nothing",
-                        path.display()
-                    )));
-                }
                 Ok(None) if path.as_os_str().is_empty() => {
                     return Err(Refusal::Said("The name of the target is empty".into()));
                 }
@@ -207,12 +205,12 @@ impl Admission {
                 Err(errno) => {
                     return Err(Refusal::Said(format!(
                         "The target '{}' cannot be looked at: {errno}",
-                        path.display()
+                        os_name::from_path(&path)
                     )));
                 }
             }
             if !wish.name.starts_with("delay:") {
-                name = format!("file:{}", path.display());
+                name = format!("file:{}", os_name::from_path(&path));
             }
         } else if remote::nbd_disk(wish.name).is_some() && wish.if_there == IfThere::Refuse {
             return Err(Refusal::Said(format!(
@@ -310,14 +308,15 @@ impl Admission {
                 None => Ok(()),
             };
         }
+        let place = &place::leads_to(&ring, path).await;
         let freed = match standing {
             Standing::Anew(held) => held.bytes().allocated_bytes().unwrap_or(0),
             _ => {
-                access::may_make_in(&ring, path).await?;
+                access::may_make_in(&ring, place).await?;
                 0
             }
         };
-        let room = access::room(&ring, &folder(path)).await;
+        let room = access::room(&ring, &folder(place)).await;
         self.plan.room = room;
         let needed = new.room_min().max(wish.room_min);
         if let Some(room) = room.map(|room| room.saturating_add(freed)).filter(|room| *room < needed) {
@@ -335,7 +334,7 @@ impl Admission {
     async fn data_file(&mut self, wish: &Wish<'_>, image: &Path, name: &str) -> Result<(), Refusal> {
         let ring = self.ring.clone();
         let path = data_file_path(image, name)?;
-        let shown = path.display().to_string();
+        let shown = os_name::from_path(&path);
         if let Some(ground) = Ground::of_path(&ring, &path).await {
             let is_needed = self.is_needed(&ground);
             self.changed.push((ground, shown.clone()));

@@ -15,6 +15,7 @@ use super::info::Measured;
 use super::memory::Memory;
 use super::options::{Compat, CompressionType, CreateOptions, Preallocation};
 use super::{Backing, OpenFiles, OpenOptions, Wanted};
+use crate::base::os_name;
 use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation, Permissions, ZeroFlags};
 use blockferry_ring::Errno;
 
@@ -108,7 +109,7 @@ fn header(options: &CreateOptions, g: &Geometry, layout: &Layout, size: u64) -> 
         add(extension::BACKING_FORMAT, format.as_bytes());
     }
     if let Some(name) = &options.data_file {
-        add(extension::DATA_FILE, name.as_bytes());
+        add(extension::DATA_FILE, &os_name::to_bytes(name));
     }
     // Small clusters have better use for their room.
     if v3 && cluster >= 4096 {
@@ -124,7 +125,7 @@ pub(super) fn first_cluster(header: &mut Header) -> Option<Vec<u8>> {
     if let Some(name) = header.backing_file.clone() {
         header.backing_offset = bytes.len() as u64;
         bytes = header.encode_with_extensions();
-        bytes.extend(name.as_bytes());
+        bytes.extend(&*os_name::to_bytes(&name));
     }
     (bytes.len() <= size).then(|| {
         bytes.resize(size, 0);
@@ -264,17 +265,14 @@ impl Qcow2 {
         let size = self.g.cluster_size();
         let mut at = self.g.cluster_start(from);
         while at < to {
-            if self.load_entry(at).await?.is_some_and(|raw| raw != Raw::UNALLOCATED) {
+            if !self.has_no_room(at, thin).await? {
                 at += size;
                 continue;
             }
             self.own_l2(at).await?;
             let table_end = (self.g.l1_index(at) + 1).saturating_mul(self.g.l2_covers());
             let mut end = at + size;
-            while end < to.min(table_end)
-                && end - at < 64 << 20
-                && self.load_entry(end).await?.is_none_or(|raw| raw == Raw::UNALLOCATED)
-            {
+            while end < to.min(table_end) && end - at < 64 << 20 && self.has_no_room(end, thin).await? {
                 end += size;
             }
             let run = self.reserve_for(at, (end - at) / size).await?;
@@ -284,9 +282,11 @@ impl Qcow2 {
                 self.unreserve_data(run).await;
                 return Err(fault);
             }
+            // What lies below a disk that grows must not appear.
+            let zero = if thin || self.below().is_none() { 0 } else { u32::MAX };
             let entry = |i: u64| {
                 let host = run.host + i * size;
-                if self.g.subclusters || thin { Raw::sub(host, 0, 0) } else { Raw::data(&self.g, host) }
+                if self.g.subclusters || thin { Raw::sub(host, 0, zero) } else { Raw::data(&self.g, host) }
             };
             let entries: Vec<Raw> = (0..run.count).map(entry).collect();
             self.publish(at, &entries, &[]).await?;
@@ -294,6 +294,13 @@ impl Qcow2 {
             at += run.count * size;
         }
         Ok(())
+    }
+
+    /// Nothing is allocated for the cluster at `at`: it is not mapped, or (where it will read as zeroes) said to be zero.
+    async fn has_no_room(&self, at: u64, thin: bool) -> Result<bool, Fault> {
+        let Some(raw) = self.load_entry(at).await? else { return Ok(true) };
+        let is_zero = || raw == Raw::zero(&self.g);
+        Ok(raw == Raw::UNALLOCATED || !thin && is_zero())
     }
 
     async fn prepare_room(

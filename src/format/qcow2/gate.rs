@@ -13,9 +13,9 @@
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 
-use serde_json::Value;
-
+use crate::base::os_name;
 use crate::block::{BlockError, Driver, IoFuture};
+use crate::protocol::structured::parse_json;
 
 /// What a named file is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +154,7 @@ pub fn judge(gate: &Gate, image: Option<&Path>, path: &Path) -> Result<(), GateE
         Reach::OwnDirectory => in_own(),
         Reach::Directories(dirs) => in_own() || dirs.iter().any(|dir| inside(&clean(dir))),
     };
-    if allowed { Ok(()) } else { Err(GateError::Outside(path.display().to_string())) }
+    if allowed { Ok(()) } else { Err(GateError::Outside(os_name::from_path(path))) }
 }
 
 /// Reads the name of a file without judging it.
@@ -171,8 +171,8 @@ pub fn understand(image: &Path, name: &str) -> Result<Reference, GateError> {
 }
 
 fn place(image: &Path, path: &str) -> PathBuf {
-    let path = Path::new(path);
-    if path.is_absolute() { clean(path) } else { clean(&directory(image).join(path)) }
+    let path = os_name::to_path(path);
+    if path.is_absolute() { clean(&path) } else { clean(&directory(image).join(path)) }
 }
 
 /// Text before a colon with no slash before it is a protocol, as QEMU has it.
@@ -182,7 +182,7 @@ pub fn has_protocol(name: &str) -> bool {
 
 fn understand_json(image: &Path, text: &str) -> Result<Reference, GateError> {
     let bad = |why: String| Err(GateError::Json(why));
-    let value: Value = match serde_json::from_str(text) {
+    let value = match parse_json(text) {
         Ok(value) => value,
         Err(error) => return bad(error.to_string()),
     };

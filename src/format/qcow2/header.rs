@@ -10,6 +10,7 @@ use super::geometry::{
     REFTABLE_BYTES_MAX,
 };
 use super::options::CompressionType;
+use crate::base::os_name;
 
 /// "QFI\xfb".
 pub const MAGIC: u32 = 0x5146_49fb;
@@ -356,7 +357,7 @@ impl Header {
 
     /// A string extension.
     pub fn text(&self, kind: u32) -> Option<String> {
-        self.extension(kind).map(|data| String::from_utf8_lossy(data).into_owned())
+        self.extension(kind).map(os_name::from_bytes)
     }
 
     /// Replaces, adds or takes away an extension. The format of the backing file comes first, so that it
@@ -388,7 +389,7 @@ impl Header {
     /// The fixed part as bytes.
     pub fn encode_fixed(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(V3_BYTES);
-        let backing_len = self.backing_file.as_ref().map_or(0, String::len) as u32;
+        let backing_len = self.backing_file.as_ref().map_or(0, |name| os_name::to_bytes(name).len()) as u32;
         let backing_offset = if self.backing_file.is_some() { self.backing_offset } else { 0 };
         out.extend(MAGIC.to_be_bytes());
         out.extend(self.version.to_be_bytes());
@@ -466,8 +467,7 @@ fn backing_name(cluster: &[u8], offset: u64, cluster_size: u64) -> Result<String
     let Some(end) = end else {
         return invalid("the name of its backing file lies outside the header");
     };
-    let name = cluster[offset as usize..end as usize].to_vec();
-    String::from_utf8(name).or_else(|_| invalid("the name of its backing file is not UTF-8"))
+    Ok(os_name::from_bytes(&cluster[offset as usize..end as usize]))
 }
 
 /// The table of feature names that new images carry.

@@ -15,9 +15,10 @@
 //! | `read`, `gather`, `write`, `zero`, `populate`, `compress` | requests, straight down |
 //! | `sync` | the order in which all of it reaches the disk |
 //! | `holes` | clusters with a place in the file and nothing in it |
-//! | `open`, `reopen`, `create`, `resize`, `rename`, `snapshot`, `bitmap`, `check` | what its name says |
+//! | `open`, `reopen`, `create`, `resize`, `rename`, `amend`, `empty`, `snapshot`, `view`, `bitmap`, `check` | what its name says |
 
 mod alloc;
+mod amend;
 mod bitmap;
 mod cache;
 pub mod check;
@@ -25,6 +26,7 @@ pub mod compress;
 mod count;
 mod create;
 mod driver;
+mod empty;
 pub mod entry;
 pub mod gate;
 mod gather;
@@ -47,6 +49,7 @@ mod reopen;
 mod resize;
 mod snapshot;
 mod sync;
+mod view;
 mod write;
 mod zero;
 
@@ -54,10 +57,12 @@ use std::rc::Rc;
 
 use blockferry_ring::{Ring, SharedBuf};
 
+pub use amend::Amendment;
 pub use gate::{Gate, OpenFiles, Reach, Role, Wanted};
 pub use image::{Counted, Qcow2};
 pub use info::{BitmapInfo, CheckReport, Info, MapExtent, Measured, Repair, SnapshotInfo};
 pub use options::{Compat, CompressionType, CreateOptions, Preallocation};
+pub use view::WhichSnapshot;
 
 use crate::base::range::ByteRange;
 use crate::block::{BlockError, Driver, IoResult, Operation};
@@ -83,6 +88,8 @@ pub struct OpenOptions {
     pub backing: Backing,
     /// The file that holds the data, instead of the one that the image names.
     pub data_file: Option<Rc<dyn Driver>>,
+    /// Not the disk as it is, but as this snapshot has it; read-only.
+    pub snapshot: Option<WhichSnapshot>,
     /// To be checked or repaired: damage is no reason not to open it, and nothing is repaired yet.
     /// Guest writes are refused.
     pub for_check: bool,
@@ -206,6 +213,25 @@ impl Qcow2 {
         }
     }
 
+    /// Changes its version or how reference counts are kept; in one step as far as a power cut can tell, and durably.
+    ///
+    /// # Errors
+    /// `EINVAL` with the reason where the image has what the other version has no words for; nothing is changed then.
+    pub async fn amend(&self, to: &Amendment) -> IoResult {
+        match self.amend_image(to).await {
+            Ok(()) => Ok(()),
+            Err(fault) => Err(self.tell_whole(Operation::Write, fault).await),
+        }
+    }
+
+    /// Whether [`Qcow2::amend`] would do it. Nothing is changed.
+    pub async fn check_amend(&self, to: &Amendment) -> IoResult {
+        match self.judge_amendment(to).await {
+            Ok(()) => Ok(()),
+            Err(fault) => Err(self.tell_whole(Operation::Write, fault).await),
+        }
+    }
+
     /// Replaces the open layer below, without a word to the image. Nobody may use the image meanwhile.
     pub fn replace_backing(&self, backing: Option<Rc<dyn Driver>>) {
         *self.backing_name.borrow_mut() = backing.as_ref().map(|driver| driver.name().to_owned());
@@ -229,6 +255,14 @@ impl Qcow2 {
         match self.write_compressed_guest(offset, bytes).await {
             Ok(()) => Ok(()),
             Err(fault) => Err(self.tell(Operation::Write, range, fault).await),
+        }
+    }
+
+    /// Takes all that it holds out of it: it shows its backing file, or zeroes. Durable afterwards.
+    pub async fn make_empty(&self) -> IoResult {
+        match self.make_empty_image().await {
+            Ok(()) => Ok(()),
+            Err(fault) => Err(self.tell_whole(Operation::Discard, fault).await),
         }
     }
 

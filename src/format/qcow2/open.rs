@@ -15,7 +15,7 @@ use super::image::{Counters, Fault, Qcow2, SyncState, Turn, read_bytes};
 use super::locks::Claims;
 use super::memory::Memory;
 use super::meta::{Meta, WholeTable};
-use super::{Backing, OpenOptions};
+use super::{Backing, OpenOptions, WhichSnapshot};
 use crate::base::limits::{QCOW2_L2_CACHE_BYTES, QCOW2_REFCOUNT_CACHE_BYTES};
 use crate::block::pin::Epochs;
 use crate::block::{BlockError, Driver, Operation, Permissions};
@@ -116,13 +116,18 @@ impl Qcow2 {
         let image = Qcow2::assemble(ring, header, cluster, parts, options.for_check, read_only);
         image.permissions.set(held);
         // In memory of its own: whoever opens a deep chain waits here once a layer.
-        let rest = image.clone();
-        ring.boxed(async move { rest.make_ready().await }).await.map_err(|fault| plain(&name, fault))?;
+        let (rest, snapshot) = (image.clone(), options.snapshot.clone());
+        ring.boxed(async move { rest.make_ready(snapshot.as_ref()).await })
+            .await
+            .map_err(|fault| plain(&name, fault))?;
         Ok(image)
     }
 
     /// Reads tables, and does what has to be done before the first write.
-    async fn make_ready(&self) -> Result<(), Fault> {
+    async fn make_ready(&self, snapshot: Option<&WhichSnapshot>) -> Result<(), Fault> {
+        if let Some(snapshot) = snapshot {
+            self.turn_to(snapshot).await?;
+        }
         let writable = !self.read_only.get() && !self.for_check;
         self.load_tables(writable || self.for_check).await?;
         if writable { self.make_writable().await } else { Ok(()) }

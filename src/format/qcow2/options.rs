@@ -3,6 +3,7 @@
 use blockferry_ring::Errno;
 
 use super::geometry::{CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, CLUSTER_BITS_SUBCLUSTERS_MIN};
+use crate::base::os_name;
 use crate::base::units::parse_size;
 use crate::block::{BlockError, Operation};
 
@@ -99,6 +100,8 @@ pub struct CreateOptions {
     pub backing_file: Option<String>,
     /// The format of the backing file, as it is written into the image (`backing_fmt`).
     pub backing_fmt: Option<String>,
+    /// The filesystem is not to copy the blocks of the file when they are written (`nocow`).
+    pub nocow: bool,
 }
 
 impl Default for CreateOptions {
@@ -116,11 +119,13 @@ impl Default for CreateOptions {
             data_file_raw: false,
             backing_file: None,
             backing_fmt: None,
+            nocow: false,
         }
     }
 }
 
-fn on_off(value: &str) -> Result<bool, String> {
+/// A switch, by the words that QEMU takes.
+pub fn on_off(value: &str) -> Result<bool, String> {
     match value {
         "on" | "yes" | "true" | "y" => Ok(true),
         "off" | "no" | "false" | "n" => Ok(false),
@@ -128,9 +133,18 @@ fn on_off(value: &str) -> Result<bool, String> {
     }
 }
 
+/// A hint for filesystems that is read and not passed on: files are written in large pieces as it is.
+pub fn extent_size_hint(value: &str) -> Result<(), String> {
+    match parse_size(value) {
+        Ok(bytes) if bytes <= u64::from(u32::MAX) => Ok(()),
+        Ok(bytes) => Err(format!("An extent size hint is smaller than 4 GiB, and not {bytes} bytes")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 impl CreateOptions {
     /// The options that [`CreateOptions::set`] knows, with what they mean.
-    pub const NAMES: [(&'static str, &'static str); 12] = [
+    pub const NAMES: [(&'static str, &'static str); 14] = [
         ("backing_file", "File name of a base image"),
         ("backing_fmt", "Image format of the base image"),
         ("cluster_size", "qcow2 cluster size"),
@@ -139,7 +153,9 @@ impl CreateOptions {
         ("data_file", "File name of an external data file"),
         ("data_file_raw", "The external data file must stay valid as a raw image"),
         ("extended_l2", "Extended L2 tables"),
+        ("extent_size_hint", "Extent size hint for the image file, 0 to disable (read, and not needed)"),
         ("lazy_refcounts", "Postpone refcount updates"),
+        ("nocow", "Turn off copy-on-write of the filesystem (Btrfs)"),
         ("preallocation", "Preallocation mode (allowed values: off, metadata, falloc, full)"),
         ("refcount_bits", "Width of a reference count entry in bits"),
         ("size", "Virtual disk size"),
@@ -147,7 +163,15 @@ impl CreateOptions {
 
     /// Sets one option as `-o NAME=VALUE` does. The error says what is wrong with it.
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
-        let number = |value: &str| value.parse::<u32>().map_err(|_| format!("'{value}' is not a number"));
+        let number = |value: &str| {
+            // As C reads numbers.
+            let parsed = match value.strip_prefix("0x").or_else(|| value.strip_prefix("0X")) {
+                Some(hex) => u32::from_str_radix(hex, 16),
+                None if value.len() > 1 && value.starts_with('0') => u32::from_str_radix(value, 8),
+                None => value.parse(),
+            };
+            parsed.map_err(|_| format!("'{value}' is not a number"))
+        };
         match name {
             "size" => self.size = parse_size(value).map_err(|error| error.to_string())?,
             "cluster_size" => {
@@ -182,6 +206,8 @@ impl CreateOptions {
             "data_file_raw" => self.data_file_raw = on_off(value)?,
             "backing_file" => self.backing_file = Some(value.to_owned()),
             "backing_fmt" => self.backing_fmt = Some(value.to_owned()),
+            "nocow" => self.nocow = on_off(value)?,
+            "extent_size_hint" => extent_size_hint(value)?,
             _ => return Err(format!("Unknown option '{name}'")),
         }
         Ok(())
@@ -226,7 +252,7 @@ impl CreateOptions {
         if self.backing_fmt.is_some() && self.backing_file.is_none() {
             return Some("A backing format needs a backing file".into());
         }
-        if self.backing_file.as_ref().is_some_and(|name| name.len() > 1023) {
+        if self.backing_file.as_ref().is_some_and(|name| os_name::to_bytes(name).len() > 1023) {
             return Some("The name of the backing file is longer than 1023 bytes".into());
         }
         if self.backing_file.is_some() && self.preallocation != Preallocation::Off && !self.extended_l2 {

@@ -9,6 +9,7 @@ use blockferry_ring::Errno;
 
 use super::header::{BACKING_NAME_BYTES_MAX, Extension, Header, extension};
 use super::image::{Fault, Qcow2};
+use crate::base::os_name;
 
 /// The unit that is written as a whole.
 const SECTOR: usize = 512;
@@ -19,11 +20,11 @@ const FILLER: u32 = 0x626c_6670;
 pub(super) fn rearranged(old: &Header, new: &mut Header, cluster: &[u8]) -> Option<Vec<u8>> {
     new.extensions.retain(|e| e.kind != FILLER);
     let name = new.backing_file.clone().unwrap_or_default();
+    let name = os_name::to_bytes(&name);
     let old_extensions_end = old.encode_with_extensions().len();
-    let old_name = old
-        .backing_file
-        .as_ref()
-        .map_or(0..0, |name| old.backing_offset as usize..old.backing_offset as usize + name.len());
+    let old_name = old.backing_file.as_ref().map_or(0..0, |name| {
+        old.backing_offset as usize..old.backing_offset as usize + os_name::to_bytes(name).len()
+    });
     let free_from = old_extensions_end.max(old_name.end).max(SECTOR).next_multiple_of(8);
     // Everything in the first sector; or extensions as they were, and the name where there was none; or
     // everything new behind the old.
@@ -61,7 +62,7 @@ pub(super) fn rearranged(old: &Header, new: &mut Header, cluster: &[u8]) -> Opti
 }
 
 /// The first cluster with the name at `at`; what is not used stays as it is.
-fn composed(new: &mut Header, name: &str, at: usize, cluster: &[u8]) -> Option<Vec<u8>> {
+fn composed(new: &mut Header, name: &[u8], at: usize, cluster: &[u8]) -> Option<Vec<u8>> {
     new.backing_offset = if new.backing_file.is_some() { at as u64 } else { 0 };
     let head = new.encode_with_extensions();
     let mut bytes = cluster.to_vec();
@@ -70,7 +71,7 @@ fn composed(new: &mut Header, name: &str, at: usize, cluster: &[u8]) -> Option<V
         if at < head.len() {
             return None;
         }
-        bytes.get_mut(at..at + name.len())?.copy_from_slice(name.as_bytes());
+        bytes.get_mut(at..at + name.len())?.copy_from_slice(name);
     }
     Some(bytes)
 }
@@ -82,7 +83,9 @@ impl Qcow2 {
         if backing.is_some() && self.header.borrow().data_file_raw() {
             return refuse(Errno::EINVAL, "An image with a raw data file cannot have a backing file.");
         }
-        if backing.is_some_and(|(name, _)| name.is_empty() || name.len() > BACKING_NAME_BYTES_MAX as usize) {
+        let fits =
+            |name: &str| !name.is_empty() && os_name::to_bytes(name).len() <= BACKING_NAME_BYTES_MAX as usize;
+        if backing.is_some_and(|(name, _)| !fits(name)) {
             return refuse(Errno::EINVAL, "The name of a backing file has 1 to 1023 bytes.");
         }
         self.write_back().await?;
@@ -122,6 +125,7 @@ impl Qcow2 {
             header.version = new.version;
             header.header_length = new.header_length;
             header.incompatible = new.incompatible;
+            (header.compatible, header.autoclear) = (new.compatible, new.autoclear);
             header.extensions = new.extensions;
             header.backing_file = new.backing_file;
             header.backing_offset = new.backing_offset;

@@ -35,11 +35,8 @@ impl Qcow2 {
         if self.header.borrow().nb_snapshots > 0 && self.header.borrow().version < 3 {
             return refuse(Errno::EOPNOTSUPP, "A version 2 image with snapshots cannot be resized.");
         }
-        if mode != Preallocation::Off && (len < old || self.below().is_some()) {
-            return refuse(
-                Errno::EINVAL,
-                "Room is set aside only where a disk without a backing file grows.",
-            );
+        if mode != Preallocation::Off && len < old {
+            return refuse(Errno::EINVAL, "Room is set aside only where a disk grows.");
         }
         Ok(len)
     }
@@ -74,7 +71,10 @@ impl Qcow2 {
                 self.zero_guest(ByteRange::at_saturating(old, end - old), flags).await?;
             }
             if mode != Preallocation::Off {
-                self.preallocate(old, len, mode, false).await?;
+                // The cluster that the old end lies in may still show what lies below.
+                let whole =
+                    if self.below().is_some() { old.next_multiple_of(self.g.cluster_size()) } else { old };
+                self.preallocate(whole, len, mode, false).await?;
             }
             self.write_back().await?;
             self.header.borrow_mut().size = len;

@@ -19,6 +19,7 @@ use super::header::{SNAPSHOTS_MAX, V2_BYTES, V3_BYTES_MIN, incompatible};
 use super::image::{Fault, Qcow2};
 use super::info::SnapshotInfo;
 use super::meta::Freed;
+use crate::base::os_name;
 use crate::base::range::ByteRange;
 
 /// Largest table of snapshots (QEMU's limit).
@@ -64,7 +65,7 @@ impl Snapshot {
         let (id_len, name_len) = ((be32(bytes, 12) >> 16) as usize, (be32(bytes, 12) & 0xffff) as usize);
         let extra_len = be32(bytes, 36) as usize;
         let extra = bytes[40..40 + extra_len].to_vec();
-        let text = |from: usize, len: usize| String::from_utf8_lossy(&bytes[from..from + len]).into_owned();
+        let text = |from: usize, len: usize| os_name::from_bytes(&bytes[from..from + len]);
         let extra_u64 = |index: usize| (extra.len() >= index * 8 + 8).then(|| get_be64(&extra, index));
         Snapshot {
             l1_offset: get_be64(bytes, 0),
@@ -86,8 +87,9 @@ impl Snapshot {
         let mut out = Vec::new();
         out.extend(self.l1_offset.to_be_bytes());
         out.extend(self.l1_size.to_be_bytes());
-        out.extend((self.id.len() as u16).to_be_bytes());
-        out.extend((self.name.len() as u16).to_be_bytes());
+        let (id, name) = (os_name::to_bytes(&self.id), os_name::to_bytes(&self.name));
+        out.extend((id.len() as u16).to_be_bytes());
+        out.extend((name.len() as u16).to_be_bytes());
         out.extend(self.date_sec.to_be_bytes());
         out.extend(self.date_nsec.to_be_bytes());
         out.extend(self.vm_clock_nsec.to_be_bytes());
@@ -95,8 +97,8 @@ impl Snapshot {
         out.extend(small.to_be_bytes());
         out.extend((self.extra.len() as u32).to_be_bytes());
         out.extend(&self.extra);
-        out.extend(self.id.as_bytes());
-        out.extend(self.name.as_bytes());
+        out.extend(&*id);
+        out.extend(&*name);
         out.resize(out.len().next_multiple_of(8), 0);
         out
     }
@@ -244,7 +246,7 @@ impl Qcow2 {
     }
 
     /// Every reference that an L1 table and the L2 tables below it have.
-    async fn references(&self, l1: &[u64]) -> Result<Counts, Fault> {
+    pub(super) async fn references(&self, l1: &[u64]) -> Result<Counts, Fault> {
         let mut counts = Counts::default();
         let mut tables = BTreeSet::new();
         let (size, bits) = (self.g.cluster_size(), self.g.cluster_bits);
@@ -315,7 +317,7 @@ impl Qcow2 {
     }
 
     /// Drops all of these once nothing durable refers to them, and waits until that is done.
-    async fn drop_references(&self, counts: &Counts) -> Result<(), Fault> {
+    pub(super) async fn drop_references(&self, counts: &Counts) -> Result<(), Fault> {
         for (cluster, count) in counts.iter() {
             self.let_others(count).await;
             let mut meta = self.meta.borrow_mut();

@@ -1,0 +1,202 @@
+//! `blockferry amend`: changes what a qcow2 image is, in place, as far as that can be done in one step.
+
+use std::rc::Rc;
+
+use clap::Args;
+use serde_json::json;
+
+use super::exit::{Exit, Failure};
+use super::image::{CacheMode, GateArgs, parse_format};
+use super::print::note;
+use super::tool::{OutputArgs, PlanArgs, asks_for_help, cache, option_pairs, print_options, with_code};
+use super::{Global, config};
+use crate::block::Driver;
+use crate::engine::admit::Admission;
+use crate::engine::qcow2::qcow2;
+use crate::engine::{Engine, Format, ImageOptions};
+use crate::format::qcow2::{Amendment, Compat, CreateOptions, Info, Preallocation, Qcow2};
+use crate::graph::node::UseKind;
+
+/// What can be said; the others of new images cannot be changed.
+const NAMES: [(&str, &str); 8] = [
+    ("backing_file", "Cannot be changed here, only be as it is: see `rebase`"),
+    ("backing_fmt", "Cannot be changed here, only be as it is: see `rebase`"),
+    ("compat", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    ("data_file", "Cannot be changed, only be as it is"),
+    ("data_file_raw", "Cannot be changed, only be as it is"),
+    ("lazy_refcounts", "Postpone refcount updates"),
+    ("refcount_bits", "Cannot be changed, only be as it is: see `convert`"),
+    ("size", "Virtual disk size"),
+];
+
+/// Change what a qcow2 image is, in place
+#[derive(Debug, Args)]
+pub struct AmendArgs {
+    /// The image
+    #[arg(value_name = "FILE", default_value = "", hide_default_value = true)]
+    file: String,
+    /// What is to be different, as NAME=VALUE,NAME=VALUE (may be said more than once); `-o help` lists what can be
+    #[arg(short, long, value_name = "OPTIONS", required = true)]
+    options: Vec<String>,
+    /// Its format, if its header should not be asked
+    #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
+    /// Cache mode: none and directsync go past the page cache, the others through it [default: none]
+    #[arg(short = 't', long, value_name = "CACHE", value_parser = cache)]
+    cache: Option<CacheMode>,
+    /// Accepted for its name: nothing that can be changed here is unsafe
+    #[arg(long)]
+    force: bool,
+    /// Accepted for its name: it takes no time
+    #[arg(short, long)]
+    progress: bool,
+    /// No output but errors
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    gate: GateArgs,
+    #[command(flatten)]
+    plan: PlanArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// What is asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Wanted {
+    amendment: Amendment,
+    len: Option<u64>,
+}
+
+/// Runs the command.
+pub fn main(global: &Global, args: AmendArgs) -> Result<Exit, Failure> {
+    if asks_for_help(&args.options) {
+        if args.format == Some(Format::Raw) {
+            return Err(Failure::text("A raw image has nothing that could be amended"));
+        }
+        print_options(Format::Qcow2, "Options of images", &NAMES);
+        return Ok(Exit::Done);
+    }
+    if args.file.is_empty() {
+        return with_code(global, 2, Err(Failure::text("Say which image is to be amended")));
+    }
+    let engine = Rc::new(Engine::new(&config(global))?);
+    let args = Rc::new(args);
+    let (e, a, g) = (engine.clone(), args.clone(), global.clone());
+    let Some(info) = engine.run(async move { amend(&g, &e, &a).await })? else { return Ok(Exit::Done) };
+    let value = json!({
+        "filename": args.file,
+        "compat": info.compat.name(),
+        "lazy-refcounts": info.lazy_refcounts,
+        "virtual-size": info.virtual_size,
+    });
+    if !args.output.note(global, &value) && !args.quiet {
+        note!("Image amended.");
+    }
+    Ok(Exit::Done)
+}
+
+/// What it is afterwards; `None`: it was a dry run.
+async fn amend(global: &Global, engine: &Engine, args: &AmendArgs) -> Result<Option<Info>, Failure> {
+    let options = ImageOptions {
+        format: args.format,
+        cache: args.cache.unwrap_or_default().into(),
+        gate: args.gate.gate(),
+        read_only: args.plan.dry_run,
+        marks: args.gate.marks().warned(),
+        ..ImageOptions::default()
+    };
+    let node = engine.open(&args.file, &options).await?;
+    let mut admission = Admission::new(engine.ring(), "amend");
+    admission.changes("image", &node, UseKind::JobTarget("amend")).await;
+    let Some(image) = qcow2(node.driver()) else {
+        return Err(Failure::text(format!(
+            "'{}' is a raw image: it has nothing that could be amended",
+            args.file
+        )));
+    };
+    let wanted = judge(image, &option_pairs(&args.options)?).await?;
+    if let Some(len) = wanted.len.filter(|len| *len > node.driver().len()) {
+        admission.grows(&node, len);
+    }
+    if args.plan.ends(global, &admission.judge().0)? {
+        return Ok(None);
+    }
+    let _lock = node.attach_in_time(UseKind::JobTarget("amend")).await?;
+    image.amend(&wanted.amendment).await?;
+    if let Some(len) = wanted.len {
+        image.resize(len, Preallocation::Off).await?;
+    }
+    image.flush().await?;
+    Ok(Some(image.info().await?))
+}
+
+/// What is asked of an image, all of which can be done.
+async fn judge(image: &Qcow2, pairs: &[(String, String)]) -> Result<Wanted, Failure> {
+    let info = image.info().await?;
+    let wanted = understand(&info, pairs).map_err(Failure::Text)?;
+    image.check_amend(&wanted.amendment).await?;
+    if let Some(len) = wanted.len {
+        if len < info.virtual_size {
+            return Err(Failure::text(format!(
+                "The disk has {} bytes, and what lies beyond {len} would be lost: use `blockferry resize --shrink`",
+                info.virtual_size
+            )));
+        }
+        image.check_resize(len, Preallocation::Off).await?;
+    }
+    Ok(wanted)
+}
+
+fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Wanted, String> {
+    let (mut wanted, mut said) = (Wanted::default(), CreateOptions::default());
+    for (name, value) in pairs {
+        if !NAMES.iter().any(|(known, _)| known == name) {
+            return Err(match CreateOptions::NAMES.iter().any(|(known, _)| known == name) {
+                true => format!("The option '{name}' is for new images: convert the image to change it"),
+                false => format!("Unknown option '{name}'"),
+            });
+        }
+        said.set(name, value)?;
+        match name.as_str() {
+            "compat" => wanted.amendment.compat = Some(said.compat),
+            "lazy_refcounts" => wanted.amendment.lazy_refcounts = Some(said.lazy_refcounts),
+            "size" => wanted.len = Some(said.size),
+            _ => {}
+        }
+    }
+    let is_said = |name: &str| pairs.iter().any(|(said, _)| said == name);
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    let kept = [
+        (
+            "backing_file",
+            text(&said.backing_file) == text(&info.backing_filename),
+            "`blockferry rebase` does that",
+        ),
+        (
+            "backing_fmt",
+            text(&said.backing_fmt) == text(&info.backing_format),
+            "`blockferry rebase` does that",
+        ),
+        ("data_file", text(&said.data_file) == text(&info.data_file), "convert the image"),
+        ("data_file_raw", said.data_file_raw == info.data_file_raw, "convert the image"),
+        (
+            "refcount_bits",
+            said.refcount_bits == info.refcount_bits,
+            "convert the image (`blockferry convert -O qcow2 -o refcount_bits=N`)",
+        ),
+    ];
+    match kept.into_iter().find(|(name, is_as_it_is, _)| is_said(name) && !is_as_it_is) {
+        Some((name, _, cure)) => {
+            Err(format!("The option '{name}' of an image that is there cannot be changed here: {cure}"))
+        }
+        None => {
+            // Lazy reference counts go away with the version that has them.
+            let to_v2 = wanted.amendment.compat == Some(Compat::V2);
+            if to_v2 && wanted.amendment.lazy_refcounts == Some(true) {
+                return Err("Lazy refcounts need compatibility level 1.1 or above (compat=1.1)".into());
+            }
+            Ok(wanted)
+        }
+    }
+}
