@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use blockferry::base::latency::LatencyHistogram;
 use blockferry::cli::bench::ack_log::AckLog;
 use blockferry::cli::bench::load::{LoadConfig, run};
 use blockferry::cli::bench::model::Survival;
@@ -22,7 +21,17 @@ const DONE: i32 = 0;
 const FAILED: i32 = 1;
 const DIFFERENT: i32 = 4;
 
+/// The command on a disk that may be lost.
 fn command(arguments: &[&str]) -> Command {
+    let mut command = careful(arguments);
+    if !arguments.contains(&"--check-log") {
+        command.arg("--overwrite");
+    }
+    command
+}
+
+/// The command without that word.
+fn careful(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_blockferry"));
     command.arg("bench").args(arguments).stdin(Stdio::null());
     command
@@ -314,10 +323,102 @@ fn a_signal_ends_a_load_politely() {
     assert!(status.success());
     let ran = judge(&child.wait_with_output().unwrap()).expect(DONE);
     ran.check_kind("total");
-    let saved = LatencyHistogram::from_bytes(&std::fs::read(&histogram).unwrap()).unwrap();
-    assert_eq!(saved.count() as f64, ran.number("/report/total/latency/count"));
-    assert_eq!(saved.summary().p99_ns as f64, ran.number("/report/total/latency/p99-ns"));
+    // Reads and writes have a line each; together they are what was reported.
+    let saved = histograms_of(&std::fs::read(&histogram).unwrap());
+    let of = |kind: &str| saved.iter().find(|(tag, _)| tag == kind).map_or(0, |(_, counts)| counts.len());
+    for (kind, path) in [("read", "/report/reads/latency/count"), ("write", "/report/writes/latency/count")] {
+        assert_eq!(of(kind) as f64, ran.number(path), "{kind}");
+    }
+    let mut all = saved[0].1.clone();
+    saved[1..].iter().for_each(|(_, counts)| all.add(counts).unwrap());
+    assert_eq!(all.len() as f64, ran.number("/report/total/latency/count"));
+    assert_eq!(all.value_at_quantile(0.99) as f64, ran.number("/report/total/latency/p99-ns"));
     bench(&["--check-log", text(&log), &uri]).expect(DONE);
+}
+
+/// What a log of histograms holds, by tag.
+fn histograms_of(log: &[u8]) -> Vec<(String, hdrhistogram::Histogram<u64>)> {
+    use hdrhistogram::serialization::Deserializer;
+    use hdrhistogram::serialization::interval_log::{IntervalLogIterator, LogEntry};
+    let entries = IntervalLogIterator::new(log).map(|entry| entry.expect("a log"));
+    let lines = entries.filter_map(|entry| match entry {
+        LogEntry::Interval(line) => Some(line),
+        _ => None,
+    });
+    lines
+        .map(|line| {
+            let bytes = from_base64(line.encoded_histogram());
+            let tag = line.tag().expect("a kind").as_str().to_owned();
+            (tag, Deserializer::new().deserialize(&mut &bytes[..]).expect("a histogram"))
+        })
+        .collect()
+}
+
+fn from_base64(text: &str) -> Vec<u8> {
+    const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let (mut bits, mut held, mut bytes) = (0u32, 0, Vec::new());
+    for digit in text.bytes().filter(|digit| *digit != b'=') {
+        let value = DIGITS.iter().position(|known| *known == digit).expect("a digit of base64");
+        (bits, held) = (bits << 6 | value as u32, held + 6);
+        if held >= 8 {
+            held -= 8;
+            bytes.push((bits >> held) as u8);
+        }
+    }
+    bytes
+}
+
+/// Reading is what happens without a word; writes take one, whatever the disk is, and nothing is opened without it.
+#[test]
+fn what_is_on_a_disk_is_only_lost_if_that_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = image(folder.path(), 1 << 20);
+    std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+    let peer =
+        Peer::nbdkit(&["--filter=log", "memory", "1M", &format!("logfile={}/calls", text(folder.path()))]);
+    let (uri, raw) = (peer.uri(), text(&path));
+    for target in [raw, &uri, &format!("delay:1ms:{raw}")] {
+        for load in
+            [&["-p", "0"][..], &["-p", "99"], &["--verify"], &["--log", "l"], &["-p", "0", "--dry-run"]]
+        {
+            let ran =
+                judge(&careful(&[load, &["-n", "1", target]].concat()).output().unwrap()).expect(FAILED);
+            assert!(ran.words.contains("--overwrite"), "{load:?} {target}: {}", ran.words);
+        }
+    }
+    let calls = folder.path().join("calls");
+    assert!(
+        !std::fs::read_to_string(&calls).unwrap_or_default().contains("Write"),
+        "the server was written to"
+    );
+    for target in [raw, &uri] {
+        let ran = judge(&careful(&["-n", "50", "--json", "-q", target]).output().unwrap()).expect(DONE);
+        assert_eq!(ran.number("/report/writes/operations"), 0.0);
+        assert_eq!(ran.number("/report/reads/operations"), 50.0);
+    }
+    assert!(std::fs::read(&path).unwrap() == vec![7; 1 << 20]);
+    // Memory that comes and goes with the load has nothing to lose.
+    judge(&careful(&["-n", "50", "-p", "50", "--verify", "mem:1MiB"]).output().unwrap()).expect(DONE);
+    // An image is taken for what its header says.
+    let qcow2 = folder.path().join("image.qcow2");
+    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", text(&qcow2), "4M"]).status();
+    assert!(made.unwrap().success());
+    bench(&["-n", "200", "--verify", text(&qcow2)]).expect(DONE);
+    let check = Command::new("qemu-img").args(["check", "-q", "-f", "qcow2", text(&qcow2)]).status();
+    assert!(check.unwrap().success());
+}
+
+/// A seed that a reader of JSON gives back rounded is another load.
+#[test]
+fn seeds_survive_readers_whose_numbers_are_doubles() {
+    let seed = |more: &[&str]| {
+        let ran =
+            judge(&careful(&[more, &["-n", "1", "--json", "-q", "mem:1MiB"]].concat()).output().unwrap());
+        ran.expect(DONE).result["report"]["seed"].clone()
+    };
+    assert!(seed(&[]).as_u64().unwrap() <= 1 << 53);
+    assert_eq!(seed(&["--seed", "7"]), 7);
+    assert_eq!(seed(&["--seed", "18446744073709551615"]), "18446744073709551615");
 }
 
 #[test]

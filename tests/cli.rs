@@ -1,8 +1,12 @@
 //! The command line as scripts see it: exit codes, texts, what is left on disk, what the counters say.
 
 mod common;
+#[path = "cli/examples.rs"]
+mod examples;
 #[path = "cli/marks.rs"]
 mod marks;
+#[path = "cli/words.rs"]
+mod words;
 
 use common::image::{KIB, MIB, Scratch, allocated, assert_equal, content, difference, pattern, scribble};
 use common::nbd::Client;

@@ -3,12 +3,14 @@
 
 mod common;
 
+use std::io::BufRead;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use common::filesystem::Mounted;
 use common::image::{MIB, Scratch, assert_equal, content, difference};
 use common::writer::{Plan, Writer};
-use common::{Process, assert_same, event, is_marked, run, tool};
+use common::{Process, assert_same, blockferry, event, is_marked, run, tool};
 use serde_json::Value;
 
 const IMAGE_BYTES: u64 = 24 * MIB;
@@ -98,6 +100,43 @@ fn report_ends_the_job_and_the_target_stays_marked() {
     let text = ended.to_string();
     assert!(text.contains("No space left") && text.contains("target.img"), "{text}");
     assert!(is_marked(&target));
+}
+
+/// Many requests are in flight and fail alike: a person hears of one, a paused job is one line that says what to do, and
+/// programs get one object at the end.
+#[test]
+fn one_failure_is_one_sentence() {
+    let scratch = Scratch::new();
+    let source = scratch.full("source.img", IMAGE_BYTES);
+    let small = Small::new(&scratch, 9 * MIB);
+    let target = small.filesystem.path("target.img");
+    let ended = run(&["mirror", &source, &target]);
+    assert_eq!(ended.code, Some(1), "{ended}");
+    assert_eq!(ended.err.matches("No space left").count(), 1, "{ended}");
+    std::fs::remove_file(&target).unwrap();
+    let mut job = Process::json(&["mirror", &source, &target, "--on-target-error", "enospc"]);
+    let stopped = job.wait_for(|event| event["event"] == "progress" && event["io-status"] == "nospace");
+    assert_eq!((&stopped["status"], &stopped["phase"]), (&"paused".into(), &"paused".into()));
+    job.interrupt();
+    let ended = job.end();
+    assert_eq!(ended.code, Some(3), "{ended}");
+    let ends = ended.events().iter().filter(|e| e["event"] == "end" || e["event"] == "error").count();
+    assert_eq!(ends, 1, "{ended}");
+    // The same for a person.
+    let mut command = blockferry(&["mirror", &source, &target, "--on-target-error", "enospc"]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines();
+    let paused = lines.by_ref().map(Result::unwrap).find(|line| line.starts_with("Paused: ")).unwrap();
+    let pid = child.id();
+    for text in ["No space left", "target.img", &format!("kill -CONT {pid}"), &format!("kill {pid}")] {
+        assert!(paused.contains(text), "no `{text}` in: {paused}");
+    }
+    let status = Command::new("kill").arg(pid.to_string()).status().unwrap();
+    assert!(status.success());
+    let rest: Vec<String> = lines.map(Result::unwrap).collect();
+    assert_eq!(child.wait().unwrap().code(), Some(3), "{rest:?}");
+    assert!(rest.len() <= 2 && !rest.concat().contains("Paused"), "{rest:?}");
 }
 
 /// Clients' writes go to both disks while the target has no room: no client notices, nothing is lost.

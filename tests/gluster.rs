@@ -301,7 +301,7 @@ fn the_load_generator_finds_nothing(lab: &Lab) {
         [("1", "4KiB", "random"), ("16", "4KiB", "random"), ("4", "1MiB", "sequential")]
     {
         let load = ["-d", depth, "-b", block, "--pattern", pattern, "-p", "40", "--flush-every", "50"];
-        let how = ["bench", "--verify", "-n", "400", "--seed", depth];
+        let how = ["bench", "--overwrite", "--verify", "-n", "400", "--seed", depth];
         let lines = lab.run_json(&[&how[..], &load, &[&uri(PLAIN, "bench")]].concat());
         assert!(!lines.is_empty(), "a report");
     }
@@ -463,7 +463,7 @@ fn the_only_brick_dies(lab: &Lab) {
     // The job ends, says why, and the target is known to be incomplete.
     let ended = mirror("reported.img", "report").end();
     assert_eq!(ended.code, Some(1), "{ended}");
-    let error = event(&ended.events(), "error")["message"].as_str().unwrap_or_default().to_owned();
+    let error = event(&ended.events(), "end")["message"].as_str().unwrap_or_default().to_owned();
     assert!(error.contains(&uri(PLAIN, "reported.img")) && error.contains("brick"), "{ended}");
     lab.restart_bricks(PLAIN);
     let name = uri(PLAIN, "reported.img");

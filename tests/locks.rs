@@ -140,7 +140,8 @@ fn what_a_qemu_program_writes_is_refused_by_name() {
     let _alone = alone();
     let (image, ring) = (image(), ring());
     let nbd = QemuNbd::start(&image, "raw", &image.path);
-    let file = open(&ring, &image.path);
+    let options = OpenOptions { without_locks: Some("--no-lock"), ..OpenOptions::default() };
+    let file = FileDriver::open(&ring, &image.path, &options).unwrap();
     for permissions in [Permissions::USER, Permissions::STABLE_READER, Permissions::JOB_TARGET] {
         let error = file.set_permissions(permissions).unwrap_err().to_string();
         assert!(error.starts_with(&format!("Locking '{}' failed", image.path.display())), "{error}");

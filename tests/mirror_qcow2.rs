@@ -58,8 +58,55 @@ fn only_the_uppermost_layer_is_copied_to_an_overlay_of_the_same_backing_file() {
     compare(&top, &whole, "qcow2");
     tool("qemu-img", &["check", "-f", "qcow2", &whole]);
     let raw = scratch.path("raw.img");
-    run_json(&["mirror", "-f", "qcow2", &top, &raw, "--verify"]);
+    run_json(&["mirror", "-f", "qcow2", &top, "-F", "raw", &raw, "--verify"]);
     compare(&top, &raw, "raw");
+}
+
+/// A new file is what it will be taken for: the source's format, unless its name says that it is another one.
+#[test]
+fn a_new_target_has_the_format_of_its_source_and_a_name_that_agrees() {
+    let scratch = Scratch::new();
+    let (_, top) = chain(&scratch);
+    let raw = scratch.full("full.raw", MIB);
+    let format = |name: &str| run_json(&["info", name]).pop().unwrap()["format"].as_str().unwrap().to_owned();
+    for (source, target, is) in
+        [(&top, "a.qcow2", "qcow2"), (&top, "a.img", "qcow2"), (&raw, "b.raw", "raw"), (&raw, "b.img", "raw")]
+    {
+        let target = scratch.path(target);
+        run_json(&["mirror", source, &target]);
+        assert_eq!(format(&target), is, "{source} to {target}");
+        compare_as(source, &target, is);
+    }
+    for (source, target, cures) in [
+        (&top, "c.raw", ["-F raw", "-F qcow2"]),
+        (&raw, "c.qcow2", ["-F qcow2", "-F raw"]),
+        (&raw, "c.VMDK", ["name it otherwise", "-F raw"]),
+    ] {
+        let target = scratch.path(target);
+        for more in [&[][..], &["--dry-run"]] {
+            let ended = run(&[&["mirror", source, &target], more].concat());
+            assert_eq!(ended.code, Some(1), "{ended}");
+            assert!(cures.iter().all(|cure| ended.err.contains(cure)), "{ended}");
+            assert!(!std::path::Path::new(&target).exists());
+        }
+        // Whoever says it means it.
+        run_json(&["mirror", source, "-F", "raw", &target]);
+        assert_eq!(content(&target).len() as u64, std::fs::metadata(&target).unwrap().len());
+        assert_ne!(&content(&target)[..4], b"QFI\xfb");
+    }
+    // Of what is there nothing is guessed, whatever its name is; all that has to be said is said at once.
+    let there = scratch.path("a.qcow2");
+    let before = content(&there);
+    for more in [&[][..], &["--force"]] {
+        let ended = run(&[&["mirror", &top, &there], more].concat());
+        assert!(ended.code == Some(1) && ended.err.contains("-F qcow2"), "{ended}");
+        assert!(!more.is_empty() || ended.err.contains("--force"), "{ended}");
+    }
+    assert!(content(&there) == before);
+}
+
+fn compare_as(source: &str, target: &str, format: &str) {
+    tool("qemu-img", &["compare", "-f", format, "-F", format, source, target]);
 }
 
 #[test]
@@ -159,6 +206,7 @@ fn a_load_on_an_image_is_verified() {
         let log = scratch.path(&format!("log{number}"));
         let load = [
             "bench",
+            "--overwrite",
             "-f",
             "qcow2",
             "-n",

@@ -67,7 +67,9 @@ fn a_copy_under_a_small_limit_is_right_and_says_what_it_lacks() {
     let home = Home::new();
     let source = home.scratch.full("source", 24 * MIB);
     home.give_away();
-    let ended = home.run(MEMLOCK, &["--json", "mirror", "--verify", "--stats", "source", "target"]);
+    let quiet = home.run(MEMLOCK, &["--json", "info", "source"]);
+    assert!(quiet.err.is_empty(), "nothing that the user cannot act on: {quiet}");
+    let ended = home.run(MEMLOCK, &["-v", "--json", "mirror", "--verify", "--stats", "source", "target"]);
     assert_eq!(ended.code, Some(0), "{ended}");
     assert_equal(&source, &home.scratch.path("target"));
     for text in ["the kernel registers no more memory", "RLIMIT_MEMLOCK", "plain buffers are used"] {
@@ -90,7 +92,7 @@ fn with_next_to_nothing_it_copies_by_plain_operations_or_says_why_not() {
     let source = home.scratch.full("source", 4 * MIB);
     home.give_away();
     // Kernels differ in what a ring itself is charged; what is left is less than the arena wants in any case.
-    let ended = home.run(1 << 20, &["--json", "mirror", "--stats", "source", "target"]);
+    let ended = home.run(1 << 20, &["-v", "--json", "mirror", "--stats", "source", "target"]);
     if ended.code == Some(0) {
         assert_equal(&source, &home.scratch.path("target"));
         let events = ended.events();
@@ -119,7 +121,18 @@ fn the_doctor_tells_an_ordinary_user_what_was_chosen() {
     for text in texts {
         assert!(ended.out.contains(text), "no `{text}` in: {ended}");
     }
-    assert!(ended.err.contains("RLIMIT_MEMLOCK"), "{ended}");
+    // What is slower for it is judged, with what to do.
+    let json = home.run(MEMLOCK, &["--json", "doctor", "."]).events().pop().unwrap();
+    assert_eq!((&json["verdict"], &json["version"]), (&"slower".into(), &env!("CARGO_PKG_VERSION").into()));
+    let facts = json["facts"].as_array().unwrap();
+    let limit =
+        facts.iter().find(|fact| fact["name"].as_str().unwrap().starts_with("RLIMIT_MEMLOCK")).unwrap();
+    assert_eq!(limit["verdict"], "slower");
+    assert!(limit["because"].as_str().unwrap().contains("registered"), "{limit}");
+    assert!(limit["do"].as_str().unwrap().contains("ulimit -l"), "{limit}");
+    // Where something does not work, the exit code says so.
+    let ended = home.run(MEMLOCK, &["doctor", "/nowhere"]);
+    assert!(ended.code == Some(1) && ended.out.contains("/nowhere"), "{ended}");
     // It leaves nothing behind.
     let names: Vec<_> =
         std::fs::read_dir(home.scratch.dir()).unwrap().map(|entry| entry.unwrap().file_name()).collect();

@@ -219,7 +219,7 @@ fn contenders(case: &Case, secs: u32, bytes: u64) -> Vec<(&'static str, Role, St
     );
     let library = format!("--volume={VOLUME} --brick={ADDRESS} --filename=disk.img");
     let ours = format!(
-        "blockferry --json --stats bench --quiet -t {secs}s -d {depth} -b {kib}KiB -p {percent} --pattern {pattern} \
+        "blockferry --json --stats bench --quiet --overwrite -t {secs}s -d {depth} -b {kib}KiB -p {percent} --pattern {pattern} \
          gluster://{ADDRESS}/{VOLUME}/disk.img"
     );
     let mut all = vec![

@@ -208,7 +208,7 @@ fn shown(how: &How, load: Option<&str>) -> String {
         }
     };
     match load {
-        Some(load) => format!("{server}; client: blockferry bench {load} --until-signal URI"),
+        Some(load) => format!("{server}; client: blockferry bench --overwrite {load} --until-signal URI"),
         None => server,
     }
 }
@@ -227,7 +227,7 @@ impl Client {
     /// Starts one with these options, at the server of this socket.
     pub fn start(blockferry: &str, load: &str, socket: &Path, folder: &Path) -> Fallible<Client> {
         let mut line = vec![blockferry.to_owned()];
-        line.extend(words(&format!("--json bench --quiet --until-signal {load}")));
+        line.extend(words(&format!("--json bench --quiet --overwrite --until-signal {load}")));
         line.push(format!("nbd+unix:///?socket={}", socket.display()));
         Ok(Client(Some(Daemon::start(&line, &folder.join("client.out"))?)))
     }

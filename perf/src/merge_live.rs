@@ -102,7 +102,7 @@ impl Run {
             Who::Ours(options) => format!("blockferry {}", self.words(Some(options)).trim_end()),
             Who::Daemon => format!("qemu-storage-daemon, export of TOP, {}", self.work.name()),
         };
-        format!("{server}; client: blockferry bench {} --until-signal URI", self.load)
+        format!("{server}; client: blockferry bench --overwrite {} --until-signal URI", self.load)
     }
 
     fn socket(&self) -> PathBuf {

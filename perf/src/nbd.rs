@@ -112,7 +112,8 @@ fn client_line(case: &Case, secs: u32, blockferry: &str, socket: &str) -> Vec<St
     if *own_client {
         let percent = if *write { 0 } else { 100 };
         let mut line = vec![blockferry.to_owned()];
-        line.extend(words(&format!("--json bench --quiet -t {secs}s -d {depth} -b {kib}KiB -p {percent}")));
+        let load = format!("--json bench --quiet --overwrite -t {secs}s -d {depth} -b {kib}KiB -p {percent}");
+        line.extend(words(&load));
         line.push(format!("nbd+unix:///?socket={socket}"));
         return line;
     }
@@ -241,7 +242,7 @@ mod tests {
         assert!(
             client_line(own, 2, "b", "/s")
                 .join(" ")
-                .starts_with("b --json bench --quiet -t 2s -d 16 -b 4KiB -p 100")
+                .starts_with("b --json bench --quiet --overwrite -t 2s -d 16 -b 4KiB -p 100")
         );
     }
 }

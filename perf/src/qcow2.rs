@@ -38,7 +38,7 @@ fn lines(disk_bytes: u64, operations: u64, depth: u32, write: bool) -> Vec<(&'st
             "blockferry bench",
             Role::Ours,
             format!(
-                "blockferry --json --stats bench --quiet -f qcow2 -d {depth} -p {reads} -n {operations} DEV"
+                "blockferry --json --stats bench --quiet --overwrite -f qcow2 -d {depth} -p {reads} -n {operations} DEV"
             ),
         ),
         ("qemu-img bench, io_uring", Role::Peer, peer("io_uring")),

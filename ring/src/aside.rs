@@ -151,14 +151,14 @@ impl Aside {
         .await
     }
 
-    /// Who holds locks in the range, as far as can be known (pid, program).
-    pub async fn lock_holders(&self, file: &File, range: LockRange) -> Vec<(u32, String)> {
+    /// Who holds locks in the range, as far as can be known (pid, program); `None`: nobody was found in time.
+    pub async fn lock_holders(&self, file: &File, range: LockRange) -> Option<Vec<(u32, String)>> {
         let found = self.with_file(
             file,
             move |fd| Ok(sys::lock_holders(sys::info(fd)?.identity, range, fd.as_raw_fd())),
             |backend, id| Ok(backend.lock_holders(id, range)),
         );
-        found.await.unwrap_or_default()
+        found.await.unwrap_or(Some(Vec::new()))
     }
 
     /// Reads an extended attribute.

@@ -284,8 +284,9 @@ pub trait Backend {
     /// Whether somebody else holds a lock in the range.
     fn lock_conflict(&mut self, file: FileId, range: LockRange) -> Result<bool, Errno>;
 
-    /// Processes that hold locks on the file in the range, as far as can be known (pid, name).
-    fn lock_holders(&mut self, file: FileId, range: LockRange) -> Vec<(u32, String)>;
+    /// Processes that hold locks on the file in the range, as far as can be known (pid, name); `None`: nobody was found in
+    /// the time that there is.
+    fn lock_holders(&mut self, file: FileId, range: LockRange) -> Option<Vec<(u32, String)>>;
 
     /// Reads an extended attribute.
     fn get_attribute(&mut self, file: FileId, name: &str) -> Result<Option<Vec<u8>>, Errno>;

@@ -67,8 +67,8 @@ impl Ring {
         self.0.backend.borrow_mut().lock_conflict(file.id(), range)
     }
 
-    /// Who holds locks in the range, as far as can be known (pid, program).
-    pub fn lock_holders(&self, file: &File, range: LockRange) -> Vec<(u32, String)> {
+    /// Who holds locks in the range, as far as can be known (pid, program); `None`: nobody was found in time.
+    pub fn lock_holders(&self, file: &File, range: LockRange) -> Option<Vec<(u32, String)>> {
         self.0.backend.borrow_mut().lock_holders(file.id(), range)
     }
 

@@ -133,7 +133,8 @@ impl Ring {
                     }
                     Err(errno) => {
                         self.0.fixed_allowed.set(false);
-                        tracing::warn!(
+                        // Costs some speed; nothing that the user of a command could act on while it runs.
+                        tracing::info!(
                             %errno,
                             bytes_registered = self.0.arena.bytes_fixed(),
                             bytes_plain = left,

@@ -9,8 +9,11 @@
 //! Saved histograms are in the HDR V2 format, uncompressed, which other tools read. When one is read back it is a file
 //! from somewhere: its shape must be this module's, and its counters are checked before they are believed.
 
+use std::time::Duration;
+
 use hdrhistogram::Histogram;
-use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
+use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
+use hdrhistogram::serialization::{Deserializer, Serializer, V2DeflateSerializer, V2Serializer};
 use serde::Serialize;
 
 use super::limits::HISTOGRAM_BYTES_MAX;
@@ -164,6 +167,25 @@ impl LatencyHistogram {
         let counts = Deserializer::new().deserialize(&mut &*bytes).map_err(|_| HistogramError::Damaged)?;
         Ok(LatencyHistogram { counts })
     }
+}
+
+/// Histograms of several kinds as a log that the tools for HDR histograms read: a line of text for each, with the kind as
+/// its tag. They were recorded in `elapsed_ns`.
+pub fn to_log(kinds: &[(&str, LatencyHistogram)], elapsed_ns: u64) -> Result<Vec<u8>, HistogramError> {
+    let (mut log, mut serializer) = (Vec::new(), V2DeflateSerializer::new());
+    // What is written to memory fails for no other reason than a counter.
+    let too_large = |_| HistogramError::CounterTooLarge;
+    let mut writer = IntervalLogWriterBuilder::new()
+        .add_comment("[Latencies in nanoseconds, by blockferry bench]")
+        .with_max_value_divisor(1e6)
+        .begin_log_with(&mut log, &mut serializer)
+        .map_err(|_| HistogramError::CounterTooLarge)?;
+    for (kind, histogram) in kinds {
+        let (start, lasted) = (Duration::ZERO, Duration::from_nanos(elapsed_ns));
+        let written = writer.write_histogram(&histogram.counts, start, lasted, Tag::new(kind));
+        written.map_err(too_large)?;
+    }
+    Ok(log)
 }
 
 const V2_COOKIE: u32 = 0x1c84_9303 | 0x10;

@@ -322,6 +322,8 @@ pub const CLOSING_STEP_NANOS: u64 = 20_000_000;
 pub const DOWNTIME_PAUSE_NANOS_MAX: u64 = 10_000_000_000;
 /// The longest time for which a mirror's guests stand at a shut door, unless something else is said.
 pub const DOWNTIME_NANOS_DEFAULT: u64 = 300_000_000;
+/// How long whoever holds a lock is looked for, in all processes of the machine.
+pub const LOCK_HOLDERS_NANOS_MAX: u64 = 300_000_000;
 /// How long a lock is waited for that no living process is seen to hold.
 pub const ORPHANED_LOCK_NANOS_MAX: u64 = 5_000_000_000;
 /// How often it is looked at.

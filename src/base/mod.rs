@@ -9,6 +9,7 @@ pub mod limits;
 /// Names of files as text.
 pub mod os_name;
 /// Deliberate bugs for tests.
+pub mod nearest;
 pub mod planted;
 /// Which process did something.
 pub mod process;
@@ -18,6 +19,7 @@ pub mod range;
 pub mod rng;
 /// Passwords in names, hidden from those who read messages.
 pub mod secret;
+pub mod shown;
 /// Sizes, speeds and times as people write and read them.
 pub mod units;
 /// Finding zeroes in data.

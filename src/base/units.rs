@@ -40,6 +40,14 @@ pub enum UnitError {
         /// A good word.
         example: &'static str,
     },
+    /// Nothing follows the number, and one means this to some and that to others.
+    #[error("'{text}' has no unit: say which it is, such as {text}ms or {text}s (there are {expected})")]
+    NoUnit {
+        /// The word.
+        text: String,
+        /// The units there are.
+        expected: &'static str,
+    },
     /// What follows the number is no unit.
     #[error("'{text}' has the unknown unit '{unit}': expected {expected}")]
     UnknownUnit {
@@ -159,7 +167,7 @@ fn parse(text: &str, word: &str, quantity: &Quantity) -> Result<u64, UnitError> 
         return Err(UnitError::Empty { what });
     }
     let owned = || text.trim().to_owned();
-    if word.starts_with('-') {
+    if word.strip_prefix('-').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit() || c == '.')) {
         return Err(UnitError::Negative { text: owned(), what });
     }
     let not_a_number = || UnitError::NotANumber { text: owned(), what, example: quantity.example };
@@ -174,10 +182,9 @@ fn parse(text: &str, word: &str, quantity: &Quantity) -> Result<u64, UnitError> 
     if whole.is_empty() || fraction.contains('.') || fraction.len() > FRACTION_DIGITS_MAX {
         return Err(not_a_number());
     }
-    let factor = (quantity.factor)(unit).ok_or_else(|| UnitError::UnknownUnit {
-        text: owned(),
-        unit: unit.to_owned(),
-        expected: quantity.units,
+    let factor = (quantity.factor)(unit).ok_or_else(|| match unit {
+        "" => UnitError::NoUnit { text: owned(), expected: quantity.units },
+        unit => UnitError::UnknownUnit { text: owned(), unit: unit.to_owned(), expected: quantity.units },
     })?;
     let too_large = || UnitError::TooLarge { text: owned(), what };
     // Only digits are left, so the one way to fail is to have too many of them.

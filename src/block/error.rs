@@ -85,6 +85,8 @@ pub struct LockConflict {
     pub range: LockRange,
     /// What it denies, in words.
     pub what: String,
+    /// The option by which the user could do without locks.
+    pub without: Option<&'static str>,
 }
 
 impl std::fmt::Display for BlockError {

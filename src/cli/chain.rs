@@ -6,6 +6,7 @@
 
 use std::rc::Rc;
 
+use blockferry_ring::Ring;
 use blockferry_ring::sync::{Either, either};
 use clap::Args;
 use serde_json::json;
@@ -16,7 +17,7 @@ use super::job::{
     AtReady, Policy, Watch, Words, bytes, copy_rate, disk, ending_name, exit_code, guest_first, suit_bulk,
 };
 use super::print::{self, say};
-use super::serve::{ClientArgs, Exports, export_uri};
+use super::serve::{ClientArgs, Exports, check_exports, export_uri};
 use super::service::{Service, ServiceArgs};
 use super::signals::{Asked, Signals};
 use super::target::make_state_dir;
@@ -27,9 +28,9 @@ use crate::base::os_name;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::engine::admit::Admission;
 use crate::engine::marks::{Marks, unfinished};
-use crate::engine::open::local_path;
+use crate::engine::open::{local_path, said_by_header};
 use crate::engine::qcow2::qcow2;
-use crate::engine::{Engine, Format, named};
+use crate::engine::{Engine, Format, ImageOptions, named};
 use crate::graph::chain;
 use crate::graph::node::{Node, UseKind};
 use crate::job::governor::GuestFirst;
@@ -173,6 +174,17 @@ pub async fn with_mark(
     }
 }
 
+/// Refuses an image that has no backing files: that is of more use than what would have to be said to open it.
+async fn has_layers(ring: &Ring, name: &str, format: Option<Format>, open: &OpenArgs) -> Result<(), Failure> {
+    let look = ImageOptions { lock: false, ..open.image(None, true) };
+    match format {
+        None if said_by_header(ring, name, &look).await? == Format::Raw => {
+            Err(Failure::text(format!("'{name}' is a raw image, which has no backing file")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Runs such a command; `judge` says what the job will have to do with, `start` starts it on the open chain.
 pub fn main(
     global: &Global,
@@ -182,6 +194,7 @@ pub fn main(
     judge: impl AsyncFnOnce(&Rc<Node>, &SweepOptions, &mut Admission) -> Result<(), Failure> + 'static,
     start: impl AsyncFnOnce(&Engine, &Rc<Node>, SweepOptions) -> Result<Started, Failure> + 'static,
 ) -> Result<Exit, Failure> {
+    check_exports(&args.export)?;
     let options = SweepOptions {
         speed: bytes("speed", args.speed)?,
         buf_size: bytes("buf-size", args.buf_size)?,
@@ -212,6 +225,7 @@ impl Run {
         start: impl AsyncFnOnce(&Engine, &Rc<Node>, SweepOptions) -> Result<Started, Failure>,
     ) -> Result<Exit, Failure> {
         let (ring, args) = (self.engine.ring(), &self.args);
+        has_layers(ring, &args.image, args.format, &args.open).await?;
         let front = self.engine.open(&args.image, &args.open.image(args.format, args.plan.dry_run)).await?;
         // Without clients, too, nobody else is to write the disk or to change its chain.
         let using = front.attach_in_time(UseKind::Guest).await?;
@@ -243,7 +257,8 @@ impl Run {
         let job = &started.job;
         let Manner { words, at_ready, .. } = self.manner;
         let places = layers.iter().map(|layer| layer.driver().clone()).collect();
-        let watch = Watch { global, ring, signals, quiet, words, at_ready, places };
+        let compared = &|| None;
+        let watch = Watch { global, ring, signals, quiet, words, at_ready, places, compared };
         let watched = watch.follow(job, || true, || clients.at_once(Exit::Cancelled)).await?;
         let (ending, mut asked) = (watched.ending, watched.asked);
         let elapsed_ns = ring.clock() - began;
@@ -267,12 +282,18 @@ impl Run {
         // A signal may have come between.
         let moved = started.moves_to.as_ref().filter(|layer| layer.root_count() > 0);
         let is_emptied = started.empties && ending == Ending::Completed && emptied.is_ok();
-        let exit = self.report(&started, &ending, &front, moved, elapsed_ns, is_emptied);
-        if let Ending::Failed(text) = &ending {
+        let failure = match &ending {
+            Ending::Failed(text) => {
+                let (name, text) = (self.manner.name, text.trim_end_matches('.'));
+                Some(Failure::text(format!("The {name} failed: {text}. {}", started.undone)))
+            }
+            _ => None,
+        };
+        let told = (&ending, failure.as_ref());
+        let exit = self.report(&started, told, &front, moved, elapsed_ns, is_emptied);
+        if let Some(failure) = failure {
             // At once, though clients may go on.
-            let (name, text) = (self.manner.name, text.trim_end_matches('.'));
-            let failure = format!("The {name} failed: {text}. {}", started.undone);
-            print::failure(global.json, &Failure::text(failure));
+            print::failure(global.json, &failure);
         }
         if !service.exit_on_done {
             let stays = ending == Ending::Completed && at_ready != AtReady::Finish;
@@ -289,7 +310,7 @@ impl Run {
     fn report(
         &self,
         started: &Started,
-        ending: &Ending,
+        (ending, failure): (&Ending, Option<&Failure>),
         front: &Rc<Node>,
         moved: Option<&Rc<Node>>,
         elapsed_ns: u64,
@@ -300,9 +321,10 @@ impl Run {
         if self.global.json {
             let chain = moved.unwrap_or(front).chain();
             let chain: Vec<_> = chain.iter().map(|node| node.driver().name().to_owned()).collect();
-            print::event(&json!({
+            print::ending(&json!({
                 "event": "end",
                 "ending": ending_name(ending),
+                "message": failure.map(Failure::to_string),
                 "pivot": moved.is_some(),
                 "emptied": is_emptied,
                 "elapsed-ns": elapsed_ns,
@@ -313,19 +335,19 @@ impl Run {
             say!("Cancelled. {}", started.undone);
         } else if *ending == Ending::Completed && !self.args.quiet {
             say!(
-                "Completed in {}: {} copied ({}), {} zeroed, {} skipped\n{}{}",
+                "Completed in {}: {} copied ({}), {} zeroed, {} skipped",
                 fmt_duration(elapsed_ns),
                 fmt_bytes(details.bytes_copied),
                 fmt_rate(copy_rate(&started.job)),
                 fmt_bytes(details.bytes_zeroed),
                 fmt_bytes(details.bytes_skipped),
-                (started.done)(),
-                match () {
-                    () if moved.is_some() => ", and is in use now".to_owned(),
-                    () if is_emptied => format!("; {} is empty now, and shows that", shown(front)),
-                    () => String::new(),
-                },
             );
+            let now = match () {
+                () if moved.is_some() => ", and is in use now".to_owned(),
+                () if is_emptied => format!("; {} is empty now, and shows that", shown(front)),
+                () => String::new(),
+            };
+            say!("{}{now}", (started.done)());
         }
         exit
     }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, parse_format};
-use super::print::{product, say};
+use super::print::{self, product, say};
 use super::tool::{OutputArgs, PlanArgs, cache};
 use super::{Global, config};
 use crate::block::patience::for_job;
@@ -76,7 +76,10 @@ pub fn main(global: &Global, args: CheckArgs) -> Result<Exit, Failure> {
         Checked::Done(format, report) => (format, *report),
         Checked::Planned => return Ok(Exit::Done),
         Checked::NotSupported => {
-            say!("blockferry: This image format does not support checks");
+            print::failure(
+                global.json,
+                &Failure::text(format!("'{}': This image format does not support checks", args.file)),
+            );
             return Ok(Exit::Code(NOT_SUPPORTED));
         }
     };

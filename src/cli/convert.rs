@@ -308,13 +308,18 @@ impl Run {
         }
         let is_there = place::check(&drivers[1], true).await.is_ok();
         let is_marked = mark.is_set().await.unwrap_or(false);
-        let exit = self.report(&job, &tally, &ending, ring.clock() - began, &drivers, source_incomplete);
-        stats::print(&self.global, ring);
-        match ending {
-            Ending::Failed(text) if exit == Exit::Failed => {
+        let failure = match &ending {
+            Ending::Failed(text) => {
                 let left = left_behind(&disk(&self.target, &drivers[1]), is_there, is_marked);
-                Err(Failure::text(format!("The conversion failed: {}. {left}", text.trim_end_matches('.'))))
+                Some(Failure::text(format!("The conversion failed: {}. {left}", text.trim_end_matches('.'))))
             }
+            _ => None,
+        };
+        let told = (&ending, failure.as_ref());
+        let exit = self.report(&job, &tally, told, ring.clock() - began, &drivers, source_incomplete);
+        stats::print(&self.global, ring);
+        match failure {
+            Some(failure) if exit == Exit::Failed => Err(failure),
             _ => Ok(exit),
         }
     }
@@ -485,7 +490,7 @@ impl Run {
             let something = either(job.next_event(), self.signals.next());
             match either(something, ring.sleep(INTERVAL_NANOS)).await {
                 Either::First(Either::First(event)) => self.tell(&event),
-                Either::First(Either::Second(Signal::Report)) => progress.report(job, ring.clock()),
+                Either::First(Either::Second(Signal::Report)) => progress.report(job, None, ring.clock()),
                 Either::First(Either::Second(_)) if std::mem::replace(&mut is_given_up, true) => {
                     progress.finish();
                     at_once(Exit::Cancelled);
@@ -496,7 +501,7 @@ impl Run {
                         progress.say(&error.to_string());
                     }
                 }
-                Either::Second(()) => progress.update(job, ring.clock()),
+                Either::Second(()) => progress.update(job, None, ring.clock()),
             }
             if let Some(ending) = job.ending() {
                 progress.finish();
@@ -518,7 +523,7 @@ impl Run {
         &self,
         job: &Job,
         tally: &Tally,
-        ending: &Ending,
+        (ending, failure): (&Ending, Option<&Failure>),
         elapsed_ns: u64,
         [from, to]: &[Rc<dyn Driver>; 2],
         source_incomplete: bool,
@@ -538,6 +543,7 @@ impl Run {
         let value = json!({
             "event": "end",
             "ending": word,
+            "message": failure.map(Failure::to_string),
             "elapsed-ns": elapsed_ns,
             "details": details,
             "bytes-shared": tally.bytes_shared.get(),

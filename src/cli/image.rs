@@ -172,6 +172,8 @@ impl OpenArgs {
             read_only,
             cache: self.cache.into(),
             lock: !self.no_lock,
+            without_locks: Some("--no-lock"),
+            warns_of_header: format == Some(Format::Raw),
             server: self.server.options(),
             gate: self.gate.gate(),
             probe_backing: self.gate.probe_backing,

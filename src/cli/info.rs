@@ -15,6 +15,7 @@ use super::tool::{OutputArgs, human_size};
 use super::{Global, config, snapshot, stats};
 use crate::base::limits::{BACKING_CHAIN_MAX, SECTOR_BYTES};
 use crate::base::process::Fate;
+use crate::base::shown::shown;
 use crate::block::Driver;
 use crate::block::patience::for_job;
 use crate::engine::marks::Marks;
@@ -277,7 +278,7 @@ fn to_text(layer: &Layer, chain: bool) -> String {
     let Layer { name, driver, info, mark } = layer;
     let file = file_of(driver);
     let mut lines = vec![
-        format!("image: {name}"),
+        format!("image: {}", shown(name)),
         format!("file format: {}", format(driver)),
         format!("virtual size: {} ({} bytes)", human_size(driver.len()), driver.len()),
     ];
@@ -292,11 +293,11 @@ fn to_text(layer: &Layer, chain: bool) -> String {
         lines.push(format!("cluster_size: {}", info.cluster_size));
         if let Some(backing) = &info.backing_filename {
             let full = info.full_backing_filename.as_ref().filter(|full| *full != backing);
-            let full = full.map_or_else(String::new, |full| format!(" (actual path: {full})"));
-            lines.push(format!("backing file: {backing}{full}"));
+            let full = full.map_or_else(String::new, |full| format!(" (actual path: {})", shown(full)));
+            lines.push(format!("backing file: {}{full}", shown(backing)));
         }
         if let Some(format) = &info.backing_format {
-            lines.push(format!("backing file format: {format}"));
+            lines.push(format!("backing file format: {}", shown(format)));
         }
         if !info.snapshots.is_empty() {
             lines.push(snapshot::table(&info.snapshots).trim_end().to_owned());
@@ -309,14 +310,14 @@ fn to_text(layer: &Layer, chain: bool) -> String {
         }
         lines.push(format!("    refcount bits: {}", info.refcount_bits));
         for bitmap in &info.bitmaps {
-            lines.push(format!("    bitmap: {} (granularity {})", bitmap.name, bitmap.granularity));
+            lines.push(format!("    bitmap: {} (granularity {})", shown(&bitmap.name), bitmap.granularity));
         }
         if info.compat == crate::format::qcow2::Compat::V3 {
             lines.push(bool_line("corrupt", info.corrupt));
             lines.push(bool_line("extended l2", info.extended_l2));
         }
         if let Some(data_file) = &info.data_file {
-            lines.push(format!("    data file: {data_file}"));
+            lines.push(format!("    data file: {}", shown(data_file)));
             lines.push(bool_line("data file raw", info.data_file_raw));
         }
     }
@@ -324,7 +325,7 @@ fn to_text(layer: &Layer, chain: bool) -> String {
         lines.push(format!("protocol: {}, alignment {} bytes", file.kind(), driver.limits().request_align));
         match mark {
             None => lines.push("state: no mark: not the target of an unfinished copy".into()),
-            Some(mark) => lines.extend(mark_to_text(mark)),
+            Some(mark) => lines.extend(mark_to_text(mark).iter().map(|line| shown(line).into_owned())),
         }
     }
     lines.join("\n") + "\n"

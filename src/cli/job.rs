@@ -142,7 +142,7 @@ pub struct Words {
 }
 
 /// Watches a job to its end and gives the orders that the options imply.
-#[derive(Debug)]
+#[allow(missing_debug_implementations)] // What is compared is a function.
 pub struct Watch<'a> {
     /// Options of every command.
     pub global: &'a Global,
@@ -158,6 +158,8 @@ pub struct Watch<'a> {
     pub at_ready: AtReady,
     /// Where it reads and writes.
     pub places: Vec<Rc<dyn Driver>>,
+    /// How much of a comparing that goes on beside it is done.
+    pub compared: &'a dyn Fn() -> Option<(u64, u64)>,
 }
 
 /// How a watch ended.
@@ -189,12 +191,15 @@ impl Watch<'_> {
     ) -> Result<Watched, Failure> {
         let mut progress = Progress::new(self.global, self.quiet, self.ring.clock());
         let (mut asked, mut order) = (None, None);
+        let mut told = Told::default();
         let mut is_ended_at_ready = false;
         loop {
             let something = either(job.next_event(), self.signals.next());
             match either(something, self.ring.sleep(INTERVAL_NANOS)).await {
-                Either::First(Either::First(event)) => self.tell(&progress, &event),
-                Either::First(Either::Second(Signal::Report)) => progress.report(job, self.ring.clock()),
+                Either::First(Either::First(event)) => self.tell(job, &progress, &mut told, &event),
+                Either::First(Either::Second(Signal::Report)) => {
+                    progress.report(job, (self.compared)(), self.ring.clock())
+                }
                 Either::First(Either::Second(Signal::Continue)) => {
                     // After Ctrl-Z and `fg` it comes to jobs that nothing has stopped.
                     if job.status().is_paused() && job.resume().is_ok() {
@@ -213,12 +218,12 @@ impl Watch<'_> {
                         Some(Order::Finish { .. }) | None => self.give_up(job, &progress),
                     });
                 }
-                Either::Second(()) => progress.update(job, self.ring.clock()),
+                Either::Second(()) => progress.update(job, (self.compared)(), self.ring.clock()),
             }
             if let Some(ending) = job.ending() {
                 progress.finish();
                 while let Some(event) = job.pop_event() {
-                    self.tell(&progress, &event);
+                    self.tell(job, &progress, &mut told, &event);
                 }
                 return Ok(Watched { ending, asked });
             }
@@ -263,7 +268,7 @@ impl Watch<'_> {
         job.status().is_paused() || left > 0 || self.places.iter().any(|place| place.is_away())
     }
 
-    fn tell(&self, progress: &Progress, event: &JobEvent) {
+    fn tell(&self, job: &Job, progress: &Progress, told: &mut Told, event: &JobEvent) {
         if self.global.json {
             print::event(&json!({"event": event.name(), "data": event}));
         }
@@ -274,20 +279,55 @@ impl Watch<'_> {
                 fmt_bytes(position.offset)
             )),
             JobEvent::Error { operation, action, .. } => {
-                let name = operation.name();
+                let why =
+                    job.details().last_error.unwrap_or_else(|| format!("a {} failed", operation.name()));
+                let why = why.trim_end_matches('.');
                 match action {
-                    ErrorAction::Report => progress.say(&format!("A {name} failed: the job ends")),
-                    ErrorAction::Ignore => progress.say(&format!("A {name} failed: it is tried again")),
+                    // Why it ends is the last thing that is said.
+                    ErrorAction::Report => {}
+                    ErrorAction::Ignore if told.is_due(self.ring.clock()) => {
+                        progress.say(&format!("{why}. It is tried again"));
+                    }
+                    ErrorAction::Ignore => {}
                     // A job that stands still without a word is not what --quiet asks for.
-                    ErrorAction::Stop => progress.insist(&format!(
-                        "A {name} failed: the job is paused; SIGCONT lets it go on, SIGTERM ends it"
-                    )),
+                    ErrorAction::Stop if !std::mem::replace(&mut told.is_paused, true) => {
+                        let pid = std::process::id();
+                        progress.insist(&format!(
+                            "Paused: {why}. `kill -CONT {pid}` lets the job go on, once that is mended; `kill {pid}` \
+                             ends it"
+                        ));
+                    }
+                    ErrorAction::Stop => {}
                 }
             }
+            JobEvent::StatusChange { status, .. } if !status.is_paused() => told.is_paused = false,
             _ => {}
         }
     }
 }
+
+/// What has been said, so that many failures of one kind are one line.
+#[derive(Debug, Default)]
+struct Told {
+    /// That the job is paused.
+    is_paused: bool,
+    /// When it was last said that something is tried again.
+    at_ns: Option<Nanos>,
+}
+
+impl Told {
+    /// Whether a failure that is tried again is worth another line.
+    fn is_due(&mut self, now_ns: Nanos) -> bool {
+        let is_due = self.at_ns.is_none_or(|at_ns| now_ns.saturating_sub(at_ns) >= REPEAT_NANOS);
+        if is_due {
+            self.at_ns = Some(now_ns);
+        }
+        is_due
+    }
+}
+
+/// How often what goes wrong again and again is said again.
+const REPEAT_NANOS: Nanos = 60_000_000_000;
 
 /// How long a job that was told to complete, and does not move, is waited for: with what comes after it, a command that was
 /// asked to end ends within five seconds.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, ServerArgs, parse_format, size};
-use super::print::product;
+use super::print::{self, product};
 use super::tool::{OutputArgs, read_options};
 use super::{Global, config};
 use crate::block::{BlockError, Driver};
@@ -94,8 +94,9 @@ pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
     if args.output.is_json(global) {
         // One extent a line, as qemu-img prints it.
         let list: Vec<String> = lines.iter().map(|line| line.to_json().to_string()).collect();
+        print::has_ended();
         let between = if global.json { "," } else { ",\n" };
-        product!("[{}]", list.join(between));
+        print::write_product(&format!("[{}]\n", list.join(between)));
         return Ok(Exit::Done);
     }
     product!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");

@@ -12,6 +12,7 @@ pub mod dd;
 pub mod demo;
 pub mod doctor;
 pub mod exit;
+pub mod help;
 pub mod image;
 pub mod info;
 pub mod job;
@@ -34,11 +35,15 @@ pub mod tool;
 
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use std::borrow::Cow;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use serde_json::json;
 
 use crate::base::os_name;
-pub use exit::{Exit, Failure};
+use crate::base::shown::shown;
 use print::say;
+pub use exit::{Exit, Failure};
 
 /// Moves virtual disks while they are in use.
 ///
@@ -67,19 +72,23 @@ Try `blockferry demo` to see it work, `blockferry doctor` to see what this machi
 
 /// Options of every subcommand.
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = help::EVERYWHERE)]
 pub struct Global {
     /// Print JSON, one object a line, on standard output
     #[arg(long, global = true)]
     pub json: bool,
     /// Print the reactor's counters at the end (to standard error; with --json as an object)
-    #[arg(long, global = true)]
+    #[arg(long, global = true, hide_short_help = true)]
     pub stats: bool,
     /// Say more (twice: everything)
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// Restrict the ring to the operations in use: io_uring's own sandbox, which seccomp cannot replace
-    #[arg(long, global = true)]
+    #[arg(long, global = true, hide_short_help = true)]
     pub restrict: bool,
+    /// Nothing but what was asked for, and errors: every command has the option.
+    #[arg(skip)]
+    pub quiet: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -105,14 +114,28 @@ enum Command {
     Doctor(doctor::DoctorArgs),
 }
 
+/// The command line, with what all subcommands have in common.
+pub fn command() -> clap::Command {
+    Cli::command().mut_subcommands(help::dressed)
+}
+
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     let words = std::env::args_os().map(|word| os_name::from_word(&word));
-    let cli = match Cli::try_parse_from(words) {
+    let parsed = command().try_get_matches_from(words).and_then(|matches| {
+        let mut cli = Cli::from_arg_matches(&matches)?;
+        cli.global.quiet =
+            matches.subcommand().is_some_and(|(_, of_command)| of_command.get_flag(help::QUIET));
+        Ok(cli)
+    });
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => return print::finish(usage(&error)).into(),
     };
-    start_log(cli.global.verbose);
+    start_log(&cli.global);
+    if cli.global.json {
+        print::wants_ending();
+    }
     let global = &cli.global;
     let result = signals::defuse().and_then(|()| room::prepare()).and_then(|()| run(global, cli.command));
     let exit = result.unwrap_or_else(|failure| {
@@ -151,20 +174,40 @@ fn run(global: &Global, command: Command) -> Result<Exit, Failure> {
 fn usage(error: &clap::Error) -> Exit {
     let is_help = !error.use_stderr();
     let text = error.render();
-    let is_terminal = match is_help {
-        true => std::io::IsTerminal::is_terminal(&std::io::stdout()),
-        false => std::io::IsTerminal::is_terminal(&std::io::stderr()),
+    let is_styled = match is_help {
+        true => print::has_colours(&std::io::stdout()),
+        false => print::has_colours(&std::io::stderr()),
     };
-    let text = if is_terminal { text.ansi().to_string() } else { text.to_string() };
-    match is_help {
-        true => print::write_product(&text),
-        false => say!("{}", text.trim_end_matches('\n')),
+    let mut text = if is_styled { text.ansi().to_string() } else { text.to_string() };
+    // Words of the command line are quoted as they are.
+    for word in std::env::args_os().skip(1) {
+        let word = os_name::from_word(&word);
+        let word = word.to_string_lossy();
+        for part in [&*word, word.split_once('=').map_or("", |(_, value)| value)] {
+            if let Cow::Owned(clean) = shown(part) {
+                text = text.replace(part, &clean);
+            }
+        }
     }
+    print::usage(&text, is_help);
     if let Some(text) = not_here(error) {
         say!("{text}");
     }
-    u8::try_from(error.exit_code())
-        .map_or(Exit::Failed, |code| if code == 0 { Exit::Done } else { Exit::Code(code) })
+    let exit = u8::try_from(error.exit_code())
+        .map_or(Exit::Failed, |code| if code == 0 { Exit::Done } else { Exit::Code(code) });
+    if !is_help && wants_json() {
+        // The first paragraph says what is wrong, the others how it is said.
+        let message = error.render().to_string();
+        let message = message.split("\n\n").next().unwrap_or_default();
+        let message = message.trim_start_matches("error: ").trim_end();
+        print::ending(&json!({"event": "error", "message": message, "exit-code": exit.code()}));
+    }
+    exit
+}
+
+/// Whether JSON was asked for in a command line that could not be understood.
+fn wants_json() -> bool {
+    std::env::args_os().skip(1).take_while(|word| word != "--").any(|word| word == "--json")
 }
 
 /// What users of `qemu-img` may look for, and what there is instead.
@@ -189,18 +232,20 @@ fn not_here(error: &clap::Error) -> Option<&'static str> {
     }
 }
 
-fn start_log(verbose: u8) {
+fn start_log(global: &Global) {
     use tracing_subscriber::filter::EnvFilter;
+    let verbose = global.verbose;
     let default = match verbose {
+        0 if global.quiet => "error",
         0 => "warn",
         1 => "blockferry=info,blockferry_ring=info,warn",
         2 => "blockferry=debug,blockferry_ring=debug,info",
         _ => "trace",
     };
     let filter = EnvFilter::try_from_env("BLOCKFERRY_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(print::LogLine::default);
-    let log = log.with_ansi(colours).with_target(false);
+    // A line of the log may quote anything, and what would colour it is not told from what has no business there.
+    let log = log.with_ansi(false).with_target(false);
     // Timestamps are noise beside a progress bar.
     let result = if verbose > 1 { log.try_init() } else { log.without_time().try_init() };
     // A second start (tests call this more than once) keeps the first log.

@@ -1,7 +1,11 @@
 //! Progress of a job: a bar for people, lines for scripts.
 //!
-//! Rate and ETA are of the job's own work: the rate is that of data that it copied, and never above its speed limit; the
-//! ETA goes by bytes that it has dealt with, holes included. The phase is named, because "100 %" and "ready" are not the same.
+//! Rate and ETA are of the job's own work: the rate is that of data that it copied, and never above its speed limit. People
+//! see how far the job is with the data: holes, which take no time, count neither as done nor as left. (Programs get both.)
+//! The phase is named, because "100 %" and "ready" are not the same: comparing is a phase, and so is a pause.
+//!
+//! The bar fits a terminal of [`WIDTH`] columns; what a wider one has room for comes behind that. Where there is no terminal
+//! that can draw over a line, people get a line a minute.
 
 use serde_json::json;
 
@@ -15,8 +19,14 @@ use crate::job::status::Status;
 /// How often progress is looked at.
 pub const INTERVAL_NANOS: u64 = 200_000_000;
 
+/// Columns that have to suffice.
+const WIDTH: usize = 60;
+
 /// Characters of a bar.
-const BAR_WIDTH: usize = 32;
+const BAR_WIDTH: usize = 6;
+
+/// How often a line is printed where no bar can be drawn.
+const LINE_NANOS: u64 = 60_000_000_000;
 
 /// Shows how far a job is.
 #[derive(Debug)]
@@ -25,6 +35,8 @@ pub struct Progress {
     json: bool,
     quiet: bool,
     began_ns: u64,
+    /// When a line was last printed instead of a bar.
+    line_at_ns: u64,
     last: Option<(u64, u64)>,
     /// Bytes a second that are dealt with, smoothed.
     rate: f64,
@@ -32,6 +44,17 @@ pub struct Progress {
     copied: u64,
     copy_rate: f64,
     looks: u32,
+    copy_mode: Option<CopyMode>,
+}
+
+/// How far something is, as people see it.
+#[derive(Clone, Copy, Debug)]
+struct Far {
+    phase: &'static str,
+    done: u64,
+    len: u64,
+    rate: u64,
+    eta_ns: Option<u64>,
 }
 
 impl Progress {
@@ -43,52 +66,55 @@ impl Progress {
             json: global.json,
             quiet,
             began_ns: now_ns,
+            line_at_ns: now_ns,
             last: None,
             rate: 0.0,
             copied: 0,
             copy_rate: 0.0,
             looks: 0,
+            copy_mode: None,
         }
     }
 
-    /// Looks at the job.
-    pub fn update(&mut self, job: &Job, now_ns: u64) {
+    /// Looks at the job. `compared`: so much of a comparing that goes on beside it, or comes before its end.
+    pub fn update(&mut self, job: &Job, compared: Option<(u64, u64)>, now_ns: u64) {
         let progress = job.progress();
         let details = job.details();
+        self.tell_mode(details.copy_mode);
         if let Some((then, done)) = self.last
             && now_ns > then
         {
             let a_second = |bytes: u64| bytes as f64 * 1e9 / (now_ns - then) as f64;
             let new = self.looks < 3;
             let smooth = |old: f64, rate: f64| if new { rate } else { old * 0.7 + rate * 0.3 };
-            self.rate = smooth(self.rate, a_second(progress.offset().saturating_sub(done)));
+            self.rate = smooth(self.rate, a_second(worked(job).saturating_sub(done)));
             let copied = a_second(details.bytes_copied.saturating_sub(self.copied));
             self.copy_rate = smooth(self.copy_rate, copied);
         }
-        self.last = Some((now_ns, progress.offset()));
+        self.last = Some((now_ns, worked(job)));
         self.copied = details.bytes_copied;
         self.looks += 1;
         let copy_rate = within_limit(job, self.copy_rate as u64);
         let eta_ns = (self.rate > 0.0).then(|| (progress.remaining() as f64 / self.rate * 1e9) as u64);
+        let far = self.far(job, compared);
         if self.has_bar {
-            let eta = eta_ns.map_or_else(|| "-".to_owned(), fmt_duration);
-            let more = format!(
-                "  dirty {}{}",
-                fmt_bytes(details.bytes_dirty),
-                match (details.copy_mode, details.converges) {
-                    (CopyMode::WriteBlocking, _) => "  write-blocking",
-                    (_, Some(false)) => "  does not converge",
-                    _ => "",
-                },
-            );
-            let line = bar(details.phase, progress.offset(), progress.len(), copy_rate, &eta) + &more;
-            print::status(Some(&line));
+            let more = match (details.copy_mode, details.converges) {
+                (CopyMode::WriteBlocking, _) => "  write-blocking",
+                (_, Some(false)) => "  does not converge",
+                _ => "",
+            };
+            let dirty = fmt_bytes(details.bytes_dirty);
+            print::status(Some(&format!("{}  dirty {dirty}{more}", bar(&far))));
         }
+        self.tell_line(&far, now_ns);
         if self.json {
+            let (compared, to_compare) = compared.unzip();
             let line = json!({
                 "event": "progress",
                 "status": job.status().name(),
-                "phase": details.phase,
+                "phase": far.phase,
+                "bytes-compared": compared,
+                "bytes-to-compare": to_compare,
                 "offset": progress.offset(),
                 "len": progress.len(),
                 "rate-bytes-per-sec": copy_rate,
@@ -114,19 +140,61 @@ impl Progress {
         }
     }
 
+    /// How far a job is, as people see it.
+    fn far(&self, job: &Job, compared: Option<(u64, u64)>) -> Far {
+        let (progress, details) = (job.progress(), job.details());
+        let skipped = details.bytes_skipped.min(progress.offset());
+        let (rate, left) = (within_limit(job, self.copy_rate as u64), progress.remaining());
+        let eta_ns = (self.rate > 0.0).then(|| (left as f64 / self.rate * 1e9) as u64);
+        let far = Far {
+            phase: details.phase,
+            done: progress.offset() - skipped,
+            len: progress.len().saturating_sub(skipped),
+            rate,
+            eta_ns,
+        };
+        match compared {
+            _ if job.status().is_paused() => Far { phase: "paused", rate: 0, eta_ns: None, ..far },
+            Some((done, len)) if job.status().is_ready() => {
+                Far { phase: "verify", done, len, rate: 0, eta_ns: None }
+            }
+            _ => far,
+        }
+    }
+
+    /// Tells that clients' writes are treated in another way from now on: they may feel it.
+    fn tell_mode(&mut self, mode: CopyMode) {
+        if self.copy_mode.replace(mode).is_none_or(|old| old == mode) {
+            return;
+        }
+        if self.json {
+            print::event(&json!({"event": "copy-mode", "copy-mode": mode}));
+        }
+        self.say(match mode {
+            CopyMode::WriteBlocking => {
+                "Copy mode: write-blocking from now on, because clients write faster than the job copies"
+            }
+            CopyMode::Background => "Copy mode: background from now on",
+        });
+    }
+
+    /// Prints a line now and then, where nothing else shows that something goes on.
+    fn tell_line(&mut self, far: &Far, now_ns: u64) {
+        if !self.has_bar && !self.json && !self.quiet && now_ns >= self.line_at_ns + LINE_NANOS {
+            self.line_at_ns = now_ns;
+            print::say_line(&line(far));
+        }
+    }
+
     /// Says how far a job is, whoever asks for it.
-    pub fn report(&mut self, job: &Job, now_ns: u64) {
-        self.update(job, now_ns);
+    pub fn report(&mut self, job: &Job, compared: Option<(u64, u64)>, now_ns: u64) {
+        self.update(job, compared, now_ns);
         if !self.json {
-            let (progress, phase) = (job.progress(), job.details().phase);
             let status = match job.status() {
                 Status::Running => String::new(),
                 status => format!(" ({})", status.name()),
             };
-            print::say_line(
-                &(line(phase, progress.offset(), progress.len(), within_limit(job, self.copy_rate as u64))
-                    + &status),
-            );
+            print::say_line(&(line(&self.far(job, compared)) + &status));
         }
     }
 
@@ -134,7 +202,7 @@ impl Progress {
     pub fn report_of(&mut self, phase: &'static str, done: u64, len: u64, now_ns: u64) {
         self.show(phase, done, len, now_ns);
         if !self.json {
-            print::say_line(&line(phase, done, len, self.rate as u64));
+            print::say_line(&line(&Far { phase, done, len, rate: self.rate as u64, eta_ns: None }));
         }
     }
 
@@ -156,10 +224,11 @@ impl Progress {
         self.looks += 1;
         let left = len.saturating_sub(done) as f64 * (work as f64 / done.max(1) as f64);
         let eta_ns = (self.rate > 0.0).then(|| (left / self.rate * 1e9) as u64);
+        let far = Far { phase, done, len, rate: self.rate as u64, eta_ns };
         if self.has_bar {
-            let eta = eta_ns.map_or_else(|| "-".to_owned(), fmt_duration);
-            print::status(Some(&bar(phase, done, len, self.rate as u64, &eta)));
+            print::status(Some(&bar(&far)));
         }
+        self.tell_line(&far, now_ns);
         if self.json {
             let line = json!({
                 "event": "progress",
@@ -196,37 +265,64 @@ impl Progress {
     }
 }
 
+/// Bytes that a job has dealt with, without those that took no work.
+fn worked(job: &Job) -> u64 {
+    job.progress().offset().saturating_sub(job.details().bytes_skipped)
+}
+
 /// How far something is, as a sentence.
-fn line(phase: &str, done: u64, len: u64, rate: u64) -> String {
+fn line(far: &Far) -> String {
+    let Far { phase, done, len, rate, .. } = *far;
     let share = if len == 0 { 100 } else { (done as f64 / len as f64 * 100.0).min(100.0) as u64 };
     format!("Progress: {phase}, {share} %, {} of {}, {}", fmt_bytes(done), fmt_bytes(len), fmt_rate(rate))
 }
 
-/// How far something is, as a line.
-fn bar(phase: &str, done: u64, len: u64, rate: u64, eta: &str) -> String {
+/// How far something is, as a line of [`WIDTH`] columns at most.
+fn bar(far: &Far) -> String {
+    let Far { phase, done, len, rate, eta_ns } = *far;
     let share = if len == 0 { 1.0 } else { (done as f64 / len as f64).min(1.0) };
     let filled = (share * BAR_WIDTH as f64) as usize;
     let head = if filled < BAR_WIDTH { ">" } else { "" };
-    format!(
-        "{phase:>12} {:<BAR_WIDTH$} {:>3} %  {} of {}  {}  ETA {eta}",
+    let eta = eta_ns.map_or_else(String::new, |ns| format!("  {} left", fmt_duration(ns)));
+    let phase = if phase == "final-flush" { "flush" } else { phase };
+    let line = format!(
+        "{phase:<8} {:<BAR_WIDTH$} {:>3} % of {}  {}{eta}",
         "=".repeat(filled) + head,
         (share * 100.0) as u64,
-        fmt_bytes(done),
         fmt_bytes(len),
         fmt_rate(rate),
-    )
+    );
+    line.chars().take(WIDTH).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn far(done: u64, len: u64) -> Far {
+        Far { phase: "bulk", done, len, rate: 1 << 20, eta_ns: Some(3_000_000_000) }
+    }
+
     #[test]
     fn a_bar_tells_how_far_it_is() {
-        let line = bar("bulk", 1 << 20, 4 << 20, 1 << 20, "3 s");
-        assert!(line.starts_with(&format!("        bulk {:<32}  25 %  ", "========>")), "{line}");
-        assert!(line.contains("ETA 3 s"), "{line}");
-        assert!(bar("x", 0, 0, 0, "-").contains(&format!("{} 100 %", "=".repeat(32))));
-        assert!(bar("x", 9, 3, 0, "-").contains(" 100 %"));
+        assert_eq!(bar(&far(1 << 20, 4 << 20)), "bulk     =>      25 % of 4 MiB  1 MiB/s  3 s left");
+        assert!(bar(&far(0, 0)).contains(&format!("{} 100 %", "=".repeat(BAR_WIDTH))));
+        assert!(bar(&far(9, 3)).contains(" 100 %"));
+        assert!(!bar(&Far { eta_ns: None, ..far(1, 2) }).contains("left"));
+    }
+
+    /// With the longest of all words, too, and nothing is cut off.
+    #[test]
+    fn a_bar_fits_a_narrow_terminal() {
+        for phase in ["bulk", "follow", "verify", "paused", "final-flush", "preparing"] {
+            for (len, rate) in [(1023 << 30, 1023 << 20), (u64::MAX, u64::MAX), (1, 1)] {
+                for ns in
+                    [999, 59_949_999_999, 3_599_000_000_000, 86_399_000_000_000, 99 * 86_400_000_000_000]
+                {
+                    let line = bar(&Far { phase, done: len / 3, len, rate, eta_ns: Some(ns) });
+                    assert!(line.chars().count() <= WIDTH && line.ends_with(" left"), "{line}");
+                }
+            }
+        }
     }
 }

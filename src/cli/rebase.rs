@@ -23,6 +23,7 @@ use super::{Global, config};
 use crate::block::Driver;
 use crate::engine::admit::Admission;
 use crate::engine::marks::{refusal, unfinished};
+use crate::engine::open::said_by_header;
 use crate::engine::qcow2::{open_backing, qcow2};
 use crate::engine::rebase::Rebase;
 use crate::engine::remote::is_remote;
@@ -131,6 +132,10 @@ async fn rebase(
         read_only: args.plan.dry_run,
         ..ImageOptions::default()
     };
+    let look = ImageOptions { lock: false, read_only: true, ..options.clone() };
+    if args.format.is_none() && said_by_header(engine.ring(), &args.file, &look).await? == Format::Raw {
+        return Err(Failure::text(format!("'{}' is a raw image, which has no backing files", args.file)));
+    }
     let node = engine.open(&args.file, &options).await?;
     let Some(image) = qcow2(node.driver()) else {
         return Err(Failure::text(format!("'{}' is a raw image, which has no backing files", args.file)));

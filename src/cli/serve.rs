@@ -127,6 +127,7 @@ pub fn export_uri(text: &str) -> Result<NbdUri, String> {
 
 /// Runs the command.
 pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
+    check_exports(&args.export)?;
     let engine = Rc::new(Engine::new(&config(global))?);
     if let Some(uri) = &args.list {
         return list(global, &engine, uri);
@@ -234,6 +235,18 @@ struct Listening {
     uris: Vec<String>,
 }
 
+/// Refuses exports that are said twice, before any of them is served.
+pub fn check_exports(uris: &[NbdUri]) -> Result<(), Failure> {
+    for (n, uri) in uris.iter().enumerate() {
+        if uris[..n].iter().any(|other| other.address == uri.address && other.export == uri.export) {
+            return Err(Failure::text(format!(
+                "The export {uri} is said twice: give each its own name or its own address"
+            )));
+        }
+    }
+    Ok(())
+}
+
 impl Exports {
     /// None yet; clients will have the usual limits.
     pub fn new(ring: &Ring) -> Exports {
@@ -296,7 +309,7 @@ impl Exports {
         };
         if global.json {
             print::event(&json!({"event": "listening", "uri": shown, "bytes": node.driver().len()}));
-        } else {
+        } else if !global.quiet {
             say!("Serving '{}' at {shown}", node.name());
         }
         Ok(())

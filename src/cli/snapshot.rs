@@ -10,6 +10,7 @@ use super::image::{GateArgs, parse_format};
 use super::print;
 use super::tool::{OutputArgs, PlanArgs, human_size};
 use super::{Global, config};
+use crate::base::shown::shown;
 use crate::engine::admit::{Admission, Refusal};
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
@@ -164,8 +165,8 @@ pub fn table(list: &[SnapshotInfo]) -> String {
             format!("{:04}:{:02}:{:02}.{:03}", ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60, ms % 1000);
         text += &format!(
             "{:<7} {:<16} {:>8} {date:>20} {clock:>16}\n",
-            s.id,
-            s.name,
+            shown(&s.id),
+            shown(&s.name),
             human_size(s.vm_state_size)
         );
     }

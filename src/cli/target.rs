@@ -198,7 +198,7 @@ pub async fn is_left_by(engine: &Engine, name: &str, mark: &MarkInfo, state_dir:
 }
 
 fn exists(name: &str) -> Failure {
-    Refusal::Exists { name: name.to_owned() }.into()
+    Refusal::Exists { name: name.to_owned(), say: "--force" }.into()
 }
 
 /// The path that names of other files are relative to.
@@ -255,14 +255,17 @@ pub async fn make_file(
 ) -> Result<(), Failure> {
     let ring = engine.ring();
     let place = &place::leads_to(ring, path).await;
+    remove_left_over(engine, place).await;
     let hidden = hidden_name(place);
     let made = CreateOptions { mode: beside.mode, ..CreateOptions::default() };
     FileDriver::create(ring, &hidden, 0, made).await?;
     new.prepare(ring, &hidden).await;
     let mut is_written = false;
     let result = async {
-        let image = ImageOptions { lock: false, ..ImageOptions::raw().overwriting() };
+        let image = ImageOptions::raw().overwriting();
         let node = engine.open(&format!("file:{}", os_name::from_path(&hidden)), &image).await?;
+        // Tells others that somebody is at it. Where locks are not to be had they must do without.
+        let _using = node.attach_in_time(UseKind::PromisedTarget).await.ok();
         new.write(ring, node.driver(), path, beside).await?;
         is_written = true;
         last(node.driver()).await?;
@@ -291,6 +294,13 @@ fn parent(path: &Path) -> PathBuf {
 }
 
 fn hidden_name(path: &Path) -> PathBuf {
+    let mut name = hidden_prefix(path);
+    name.push(std::process::id().to_string());
+    parent(path).join(name)
+}
+
+/// How the hidden names of a target begin; a process id follows.
+fn hidden_prefix(path: &Path) -> OsString {
     let name = path.file_name().unwrap_or_default().as_bytes();
     // Names may have 255 bytes; what is behind this one must fit in. No character is cut in two.
     let mut end = name.len().min(200);
@@ -299,8 +309,34 @@ fn hidden_name(path: &Path) -> PathBuf {
     }
     let mut hidden = OsString::from(".");
     hidden.push(OsStr::from_bytes(&name[..end]));
-    hidden.push(format!(".blockferry-{}", std::process::id()));
-    parent(path).join(hidden)
+    hidden.push(".blockferry-");
+    hidden
+}
+
+/// Removes what runs that were killed have left under hidden names of this target. Nobody uses it whose process is not there
+/// any more, and whose lock can be had.
+async fn remove_left_over(engine: &Engine, path: &Path) {
+    let (ring, dir, prefix) = (engine.ring(), parent(path), hidden_prefix(path));
+    let found = ring.offload(move || left_over(&dir, &prefix)).await.unwrap_or_default();
+    for hidden in found {
+        let (image, name) = (ImageOptions::raw().overwriting(), os_name::from_path(&hidden));
+        // What cannot be opened or locked stays where it is.
+        let Ok(node) = engine.open(&format!("file:{name}"), &image).await else { continue };
+        let Ok(_held) = node.attach(UseKind::PromisedTarget) else { continue };
+        if ring.unlink(&hidden).is_ok() {
+            tracing::info!("'{name}' was left by a run that was killed: it is removed");
+        }
+    }
+}
+
+fn left_over(dir: &Path, prefix: &OsStr) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let is_left = |name: &OsStr| {
+        let pid = name.as_bytes().strip_prefix(prefix.as_bytes()).and_then(|pid| str::from_utf8(pid).ok());
+        let pid = pid.and_then(|pid| pid.parse::<u32>().ok());
+        pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
+    };
+    entries.flatten().filter(|entry| is_left(&entry.file_name())).map(|entry| entry.path()).collect()
 }
 
 /// A raw image is as long as its disk: whether the file can be is tried before it is emptied. What it holds stays.

@@ -32,9 +32,10 @@ impl OutputArgs {
     /// Prints `value`, which is what the command is for, if JSON was asked for; false if people are to read something.
     pub fn print(&self, global: &Global, value: &Value) -> bool {
         if global.json {
+            print::has_ended();
             product!("{value}");
         } else if self.output == Output::Json {
-            product!("{value:#}");
+            print::write_product(&format!("{value:#}\n"));
         }
         self.is_json(global)
     }
@@ -42,9 +43,10 @@ impl OutputArgs {
     /// The same for a command that does something, and says what it did.
     pub fn note(&self, global: &Global, value: &Value) -> bool {
         if global.json {
+            print::has_ended();
             note!("{value}");
         } else if self.output == Output::Json {
-            note!("{value:#}");
+            print::write_note(&format!("{value:#}\n"));
         }
         self.is_json(global)
     }
@@ -68,7 +70,10 @@ impl PlanArgs {
     pub fn ends(self, global: &Global, plan: &Plan) -> Result<bool, Failure> {
         if self.dry_run {
             match global.json {
-                true => product!("{}", plan.to_json()),
+                true => {
+                    print::has_ended();
+                    product!("{}", plan.to_json());
+                }
                 false => print::write_product(&plan.to_string()),
             }
         }
@@ -105,6 +110,8 @@ pub fn read_options(
         marks: gate.marks().warned(),
         cache: cache.unwrap_or_default().into(),
         lock: !force_share,
+        without_locks: Some("-U"),
+        warns_of_header: format == Some(Format::Raw),
         server: server.options(),
         ..ImageOptions::read_only()
     }

@@ -28,7 +28,7 @@ use crate::protocol::open::{Cache, OpenOptions};
 use super::marks::{Marks, heed, heed_own};
 use super::named::{self, Named};
 use super::remote::{ServerOptions, is_remote};
-use crate::format::probe::{FormatError, HEAD_BYTES, choose_format};
+use crate::format::probe::{FormatError, HEAD_BYTES, Probed, choose_format, probe};
 
 pub use crate::format::probe::Format;
 
@@ -43,6 +43,10 @@ pub struct ImageOptions {
     pub cache: Cache,
     /// Keep other programs out.
     pub lock: bool,
+    /// The option by which the user could do without locks, for messages about those of others.
+    pub without_locks: Option<&'static str>,
+    /// The user has said that it is raw: where the first bytes are another format's header, that is told.
+    pub warns_of_header: bool,
     /// Raw only: where the disk begins in the file.
     pub offset: u64,
     /// Raw only: bytes of the disk.
@@ -70,6 +74,8 @@ impl Default for ImageOptions {
             read_only: false,
             cache: Cache::Direct,
             lock: true,
+            without_locks: None,
+            warns_of_header: false,
             offset: 0,
             size: None,
             server: ServerOptions::default(),
@@ -110,7 +116,17 @@ pub fn local_path(name: &str) -> Option<PathBuf> {
     }
     let special = ["mem:", "null:", "json:", "driver="];
     let is_special = is_remote(name) || special.iter().any(|prefix| name.starts_with(prefix));
-    (!is_special).then(|| os_name::to_path(name))
+    (!is_special && !has_scheme(name)).then(|| os_name::to_path(name))
+}
+
+/// Whether a name is a URI (`http://...`) rather than a path. Those of a protocol that is not known lead nowhere.
+fn has_scheme(name: &str) -> bool {
+    name.split_once("://").is_some_and(|(scheme, _)| {
+        let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.');
+        scheme.len() > 1
+            && scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+            && scheme.chars().all(is_part)
+    })
 }
 
 /// A name that leads to this path and to nothing else, whatever the file is called.
@@ -142,8 +158,24 @@ pub(super) async fn open_on(
         None => choose_format(None, &head(ring, &child).await?, !options.read_only)
             .map_err(|error| error.of(name))?,
     };
+    if format == Format::Raw && options.warns_of_header && local_path(name).is_some() {
+        warn_of_header(ring, &child, name).await;
+    }
     let files = Files::new(ring, options, &child, &[]);
     with_format(ring, child, format, options, &files).await
+}
+
+/// Tells what is taken as raw because that was said, and looks like something else.
+async fn warn_of_header(ring: &Ring, child: &Rc<dyn Driver>, name: &str) {
+    // What cannot be read is an error of whoever needs it.
+    let Ok(head) = head(ring, child).await else { return };
+    let found = probe(&head);
+    if found != Probed::Raw {
+        tracing::warn!(
+            "'{name}' is taken as raw, as you said; its first bytes are the header of a {} image",
+            found.name()
+        );
+    }
 }
 
 /// Opens what bytes come from, and tells the format where the name itself says it.
@@ -158,6 +190,15 @@ pub(super) async fn open_child(
             Some(path) => Ok((open_path_aside(ring, &path, options).await?, None)),
             None => Ok((open_protocol(ring, name, options)?, None)),
         },
+    }
+}
+
+/// What the header of an image says of its format: raw without one. For readers, and for those who have nothing to lose.
+pub async fn said_by_header(ring: &Ring, name: &str, look: &ImageOptions) -> Result<Format, BlockError> {
+    let (child, named_format) = open_child(ring, name, look).await?;
+    match named_format {
+        Some(format) => Ok(format),
+        None => choose_format(None, &head(ring, &child).await?, false).map_err(|error| error.of(name)),
     }
 }
 
@@ -187,6 +228,15 @@ pub fn open_as_said(ring: &Ring, name: &str, options: &ImageOptions) -> Result<R
 /// Made by opening it: there is nothing in it that could be mistaken for a format.
 fn is_fresh(name: &str) -> bool {
     name.starts_with("mem:") || name.starts_with("null:")
+}
+
+/// Whether a name leads to a disk that is made by naming it and is gone at the end, through `delay:` too: nothing of it can
+/// be lost.
+pub fn is_memory(name: &str) -> bool {
+    match name.strip_prefix("delay:").and_then(|rest| rest.split_once(':')) {
+        Some((_, inner)) => is_memory(inner),
+        None => is_fresh(name),
+    }
 }
 
 /// The first bytes of an image.
@@ -247,6 +297,9 @@ async fn with_format(
     }
 }
 
+/// Words of an error that says already whose file it is about.
+const IS_OF: &str = " file of '";
+
 /// Opens other files for an image: through the gate, in a chain that is bounded and without loops.
 #[derive(Debug)]
 struct Files {
@@ -267,7 +320,24 @@ impl Files {
         Files { ring: ring.clone(), options: options.clone(), above }
     }
 
+    /// What goes wrong with another file is of use only with the name of the image that has it.
     async fn open_named(&self, wanted: Wanted<'_>) -> Result<Rc<dyn Driver>, BlockError> {
+        let opened = self.open_judged(&wanted).await;
+        opened.map_err(|error| {
+            if *error.name == *wanted.image || error.hint.as_ref().is_some_and(|hint| hint.contains(IS_OF)) {
+                return error;
+            }
+            let role = match wanted.role {
+                Role::Backing => "backing",
+                Role::DataFile => "data",
+            };
+            let hint = error.hint.as_ref().map_or_else(String::new, |hint| format!("{hint} "));
+            let hint = format!("{hint}It is the {role}{IS_OF}{}'.", wanted.image);
+            error.hint(hint)
+        })
+    }
+
+    async fn open_judged(&self, wanted: &Wanted<'_>) -> Result<Rc<dyn Driver>, BlockError> {
         let refuse = |why: String| BlockError::new(Operation::Open, wanted.image, Errno::EPERM).hint(why);
         let options = ImageOptions {
             format: None,
@@ -276,11 +346,12 @@ impl Files {
             size: None,
             for_check: false,
             snapshot: None,
+            warns_of_header: false,
             ..self.options.clone()
         };
-        let named = named::followed(&self.ring, &options.gate, &wanted).await;
+        let named = named::followed(&self.ring, &options.gate, wanted).await;
         let named = named.map_err(|error| refuse(error.to_string()))?;
-        self.check_length(&wanted)?;
+        self.check_length(wanted)?;
         let shown = named.name();
         let (child, named_format) = match named {
             Named::Server(name) => {
@@ -364,7 +435,7 @@ fn open_protocol(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<d
             refuse("A disk on a server is opened in a task, because its server has to be asked.".into())
         }
         None => refuse(
-            "This protocol is not supported yet. Give a path, nbd://HOST/EXPORT, gluster://HOST/VOLUME/IMAGE, mem:SIZE, null:SIZE or \
+            "This protocol is not supported. Give a path, nbd://HOST/EXPORT, gluster://HOST/VOLUME/IMAGE, mem:SIZE, null:SIZE or \
              delay:TIME:NAME."
                 .into(),
         ),
@@ -372,7 +443,12 @@ fn open_protocol(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<d
 }
 
 fn leaf_options(options: &ImageOptions) -> OpenOptions {
-    OpenOptions { read_only: options.read_only, cache: options.cache, lock: options.lock }
+    OpenOptions {
+        read_only: options.read_only,
+        cache: options.cache,
+        lock: options.lock,
+        without_locks: options.without_locks,
+    }
 }
 
 fn open_path(ring: &Ring, path: &Path, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {

@@ -197,7 +197,7 @@ pub(super) fn gluster_image(name: &str) -> Option<gluster::Image> {
 }
 
 /// The disk of an NBD server that a name means, through `delay:` too.
-pub(super) fn nbd_disk(name: &str) -> Option<NbdUri> {
+pub fn nbd_disk(name: &str) -> Option<NbdUri> {
     if let Some(rest) = name.strip_prefix("delay:") {
         return nbd_disk(rest.split_once(':')?.1);
     }

@@ -5,6 +5,8 @@
 //! header there must not, at the next start, have its disk opened as that format (whose backing file
 //! could be any file of this machine). So an image that will be written is raw only when that is said.
 
+use std::path::Path;
+
 use blockferry_ring::Errno;
 
 use crate::block::{BlockError, Operation};
@@ -89,9 +91,27 @@ impl Probed {
     }
 
     /// The format with which such an image is opened.
-    fn format(self) -> Option<Format> {
+    pub fn format(self) -> Option<Format> {
         Format::parse(self.name())
     }
+}
+
+/// The format that people take a file of this name for. Endings that images of several formats have (`.img`) tell nothing.
+pub fn named_as(path: &Path) -> Option<Probed> {
+    let suffix = path.extension()?.to_str()?.to_ascii_lowercase();
+    Some(match suffix.as_str() {
+        "raw" => Probed::Raw,
+        "qcow2" => Probed::Qcow2,
+        "qcow" => Probed::Qcow1,
+        "vmdk" => Probed::Vmdk,
+        "vdi" => Probed::Vdi,
+        "vhdx" => Probed::Vhdx,
+        "vhd" | "vpc" => Probed::Vpc,
+        "qed" => Probed::Qed,
+        "parallels" => Probed::Parallels,
+        "luks" => Probed::Luks,
+        _ => return None,
+    })
 }
 
 /// Looks at the first bytes of an image (up to [`HEAD_BYTES`]) and at nothing else.
@@ -200,6 +220,22 @@ mod tests {
             assert_eq!(probe(&head[..at + magic.len()]), wanted);
             let cut = &head[..(at + magic.len()).saturating_sub(1).min(4)];
             assert!(matches!(probe(cut), Probed::Raw | Probed::Vmdk | Probed::Qed));
+        }
+    }
+
+    #[test]
+    fn some_names_tell_a_format() {
+        for (name, wanted) in [
+            ("a.qcow2", Some(Probed::Qcow2)),
+            ("/x.raw/a.QCOW2", Some(Probed::Qcow2)),
+            ("a.vhd", Some(Probed::Vpc)),
+            ("a.raw", Some(Probed::Raw)),
+            ("a.img", None),
+            ("a", None),
+            (".qcow2", None),
+            ("qcow2", None),
+        ] {
+            assert_eq!(named_as(Path::new(name)), wanted, "{name}");
         }
     }
 

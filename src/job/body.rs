@@ -103,6 +103,8 @@ pub struct Details {
     pub bytes_guest: u64,
     /// Requests that failed.
     pub errors: u64,
+    /// What failed last, in words.
+    pub last_error: Option<String>,
     /// Source and target are alike at this moment.
     pub in_sync: bool,
     /// Every change by a guest is on both sides before the guest is answered.

@@ -16,12 +16,14 @@ pub(super) struct Retries {
     at: Option<Nanos>,
     pause: Nanos,
     count: u64,
+    /// What failed last, in words.
+    last: Option<String>,
 }
 
 impl Retries {
     /// Nothing has failed yet.
     pub(super) fn new() -> Retries {
-        Retries { failure: None, at: None, pause: ERROR_PAUSE_NANOS_MIN, count: 0 }
+        Retries { failure: None, at: None, pause: ERROR_PAUSE_NANOS_MIN, count: 0, last: None }
     }
 
     /// A request failed. What is left of it must be put back: it is tried again unless the job fails.
@@ -56,8 +58,13 @@ impl Retries {
     /// Counts it; false if the job fails already.
     fn note(&mut self, failed: &Failed) -> bool {
         self.count += 1;
-        tracing::warn!(error = failed.text, "a request of a job failed");
-        self.failure.is_none()
+        // Many are in flight and fail alike: who follows the job hears of one, from its events and details.
+        tracing::debug!(error = failed.text, "a request of a job failed");
+        let is_news = self.failure.is_none();
+        if is_news {
+            self.last = Some(failed.text.clone());
+        }
+        is_news
     }
 
     /// The job fails, whatever else happens.
@@ -97,6 +104,11 @@ impl Retries {
                 false
             }
         }
+    }
+
+    /// What failed last.
+    pub(super) fn last(&self) -> Option<String> {
+        self.last.clone()
     }
 
     /// Requests that failed so far.

@@ -61,7 +61,8 @@ impl FileDriver {
                 .hint("It is a block device: open it with the driver 'host_device'."));
         }
         let leaf = open::open_leaf(ring, aside, path, options, FileKind::Regular).await?;
-        let locks = options.lock.then(|| Locks::new(ring, &leaf.file(), leaf.name().clone()));
+        let locks =
+            options.lock.then(|| Locks::new(ring, &leaf.file(), leaf.name().clone(), options.without_locks));
         Ok(FileDriver { leaf, locks, alone: Cell::new(false) })
     }
 
@@ -82,7 +83,7 @@ impl FileDriver {
                 let file = aside.open(path, &how).await.map_err(fail)?;
                 if !options.no_lock {
                     // What somebody uses is not emptied under them. The lock ends with the file.
-                    let locks = Locks::new(ring, &file, os_name::from_path(path).into());
+                    let locks = Locks::new(ring, &file, os_name::from_path(path).into(), None);
                     lock::in_time(ring, || locks.set(Permissions::JOB_TARGET)).await?;
                 }
                 (file, false)

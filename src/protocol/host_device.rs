@@ -45,7 +45,8 @@ impl HostDevice {
                 .hint("It is no block device: open it with the driver 'file'."));
         }
         let leaf = open::open_leaf(ring, aside, path, options, FileKind::Block).await?;
-        let locks = options.lock.then(|| Locks::new(ring, &leaf.file(), leaf.name().clone()));
+        let locks =
+            options.lock.then(|| Locks::new(ring, &leaf.file(), leaf.name().clone(), options.without_locks));
         Ok(HostDevice { leaf, locks })
     }
 }

@@ -19,6 +19,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
+use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Errno, File, LockRange, Ring};
 
 use crate::base::limits;
@@ -34,6 +35,8 @@ pub struct Locks {
     ring: Ring,
     file: RefCell<File>,
     name: Rc<str>,
+    /// The option by which the user could do without.
+    without: Option<&'static str>,
     held: Cell<Permissions>,
 }
 
@@ -49,8 +52,13 @@ pub async fn in_time<T>(
             Ok(done) => return Ok(done),
         };
         if let Some(conflict) = error.conflict.take() {
-            let holders = ring.aside().lock_holders(&conflict.file, conflict.range).await;
-            error = refusal(error.name, &conflict.what, &holders);
+            let aside = ring.aside();
+            let asked = aside.lock_holders(&conflict.file, conflict.range);
+            let holders = match either(asked, ring.sleep(limits::LOCK_HOLDERS_NANOS_MAX)).await {
+                Either::First(holders) => holders,
+                Either::Second(()) => None,
+            };
+            error = refusal(error.name, &conflict.what, holders.as_deref(), conflict.without);
         }
         if !error.is_orphaned || ring.now() >= latest {
             return Err(error);
@@ -60,25 +68,35 @@ pub async fn in_time<T>(
     }
 }
 
-/// What a lock refuses, and by whom it is held.
-fn refusal(name: Rc<str>, what: &str, holders: &[(u32, String)]) -> BlockError {
-    let is_orphaned = holders.is_empty();
-    let who = if is_orphaned {
-        "a program that cannot be named (another user's, one in a container or on another machine, or one that \
-         was killed and whose writes the kernel has not ended yet)"
-            .to_owned()
-    } else {
-        let name = |(pid, name): &(u32, String)| match *pid == std::process::id() {
-            true => "this program itself".to_owned(),
-            false => format!("{name} (pid {pid})"),
-        };
-        holders.iter().map(name).collect::<Vec<_>>().join(", ")
+/// What a lock refuses, and by whom it is held; `None`: there was no time to look at all of them.
+fn refusal(
+    name: Rc<str>,
+    what: &str,
+    holders: Option<&[(u32, String)]>,
+    without: Option<&'static str>,
+) -> BlockError {
+    let who = match holders {
+        None => "another program, which was not found in time".to_owned(),
+        Some([]) => "a program that cannot be named (another user's, one in a container or on another machine, or one \
+                     that was killed and whose writes the kernel has not ended yet)"
+            .to_owned(),
+        Some(holders) => {
+            let name = |(pid, name): &(u32, String)| match *pid == std::process::id() {
+                true => "this program itself".to_owned(),
+                false => format!("{name} (pid {pid})"),
+            };
+            holders.iter().map(name).collect::<Vec<_>>().join(", ")
+        }
     };
-    let error = BlockError::new(Operation::Lock, name, Errno::EBUSY).hint(format!(
-        "The image is in use: {what} by {who}. Stop using it there first. If you know that no harm can \
-         come of it: commands that serve or copy a disk have --no-lock, and those that only look at one -U."
-    ));
-    BlockError { is_orphaned, ..error }
+    let error = BlockError::new(Operation::Lock, name, Errno::EBUSY)
+        .hint(format!("The image is in use: {what} by {who}. {}", cure(without)));
+    BlockError { is_orphaned: holders.is_some_and(<[_]>::is_empty), ..error }
+}
+
+/// What can be done about somebody else's lock.
+fn cure(without: Option<&'static str>) -> String {
+    let more = without.map(|option| format!(" If you know that no harm can come of it, say {option}."));
+    format!("Stop using it there first.{}", more.unwrap_or_default())
 }
 
 fn byte(start: u64) -> LockRange {
@@ -95,12 +113,13 @@ fn bytes(permissions: Permissions) -> impl Iterator<Item = u64> {
 }
 
 impl Locks {
-    /// No locks yet. `name` is what errors call the file.
-    pub fn new(ring: &Ring, file: &File, name: Rc<str>) -> Locks {
+    /// No locks yet. `name` is what errors call the file, `without` the option by which the user could do without locks.
+    pub fn new(ring: &Ring, file: &File, name: Rc<str>, without: Option<&'static str>) -> Locks {
         Locks {
             ring: ring.clone(),
             file: RefCell::new(file.clone()),
             name,
+            without,
             held: Cell::new(Permissions::NONE),
         }
     }
@@ -188,21 +207,21 @@ impl Locks {
         let file = self.file.borrow().clone();
         if !self.ring.is_serving() {
             let holders = self.ring.lock_holders(&file, byte(start));
-            return refusal(self.name.clone(), what, &holders);
+            return refusal(self.name.clone(), what, holders.as_deref(), self.without);
         }
         let error = BlockError::new(Operation::Lock, self.name.clone(), Errno::EBUSY).hint(format!(
-            "The image is in use: {what} by another program, or by this one. Stop using it there first. If you know that \
-             no harm can come of it: commands that serve or copy a disk have --no-lock, and those that only look at one -U."
+            "The image is in use: {what} by another program, or by this one. {}",
+            cure(self.without)
         ));
-        BlockError {
-            conflict: Some(Box::new(LockConflict { file, range: byte(start), what: what.to_owned() })),
-            ..error
-        }
+        let (range, what, without) = (byte(start), what.to_owned(), self.without);
+        BlockError { conflict: Some(Box::new(LockConflict { file, range, what, without })), ..error }
     }
 
     fn failed(&self, errno: Errno) -> BlockError {
-        BlockError::new(Operation::Lock, self.name.clone(), errno).hint(
-            "The filesystem does not keep locks. If nobody else uses the image, go on without (--no-lock).",
-        )
+        let more = self.without.map_or_else(String::new, |option| {
+            format!(" If nobody else uses the image, go on without ({option}).")
+        });
+        BlockError::new(Operation::Lock, self.name.clone(), errno)
+            .hint(format!("The filesystem does not keep locks.{more}"))
     }
 }

@@ -33,11 +33,13 @@ pub struct OpenOptions {
     /// Keep out of other programs' way, and keep them out of ours ([`super::lock`]). Permissions are
     /// taken later, with [`Driver::set_permissions`].
     pub lock: bool,
+    /// The option by which the user could do without locks, for messages about those of others.
+    pub without_locks: Option<&'static str>,
 }
 
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
-        OpenOptions { read_only: false, cache: Cache::Direct, lock: true }
+        OpenOptions { read_only: false, cache: Cache::Direct, lock: true, without_locks: None }
     }
 }
 

@@ -36,8 +36,10 @@ fn file_of(dir: &tempfile::TempDir, name: &str, len: u64) -> std::path::PathBuf 
     path
 }
 
-pub(super) const DIRECT: OpenOptions = OpenOptions { read_only: false, cache: Cache::Direct, lock: true };
-pub(super) const BUFFERED: OpenOptions = OpenOptions { read_only: false, cache: Cache::Buffered, lock: true };
+pub(super) const DIRECT: OpenOptions =
+    OpenOptions { read_only: false, cache: Cache::Direct, lock: true, without_locks: None };
+pub(super) const BUFFERED: OpenOptions =
+    OpenOptions { read_only: false, cache: Cache::Buffered, lock: true, without_locks: None };
 
 pub(super) async fn filled(ring: &Ring, len: usize, tag: u8) -> Buf {
     let mut buf = ring.alloc(len).await;

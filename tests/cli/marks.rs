@@ -42,7 +42,7 @@ fn what_was_left_incomplete_is_used_by_nobody_and_taken_over_by_its_own() {
         &["convert", "-O", "qcow2", "-B", &half, "-F", "raw", &source, &copy],
         &["create", "-f", "qcow2", "-b", &half, "-F", "raw", &copy],
         &["serve", "--read-only", "-f", "raw", "--export", &uri, &half],
-        &["bench", "-f", "raw", "-n", "1", &half],
+        &["bench", "--overwrite", "-f", "raw", "-n", "1", &half],
     ] {
         refused(command, &["no whole disk", "--allow-incomplete"]);
         assert!(!std::fs::exists(&copy).unwrap(), "{command:?}");

@@ -119,8 +119,8 @@ fn the_same_image_by_any_name_is_left_alone() {
         "create -q --force -f qcow2 -o data_file=base.raw D/base.raw 1M",
         "rebase -b top.qcow2 -F qcow2 D/mid.qcow2",
         "rebase -u -b ./mid.qcow2 -F qcow2 D/mid.qcow2",
-        "bench -q -n 1 -f raw --log D/hard D/base.raw",
-        "bench -q -n 1 -f qcow2 --log D/base.raw D/top.qcow2",
+        "bench -q -n 1 --overwrite -f raw --log D/hard D/base.raw",
+        "bench -q -n 1 --overwrite -f qcow2 --log D/base.raw D/top.qcow2",
         "bench -q -n 1 -f raw --read-percent 100 --histogram D/soft D/base.raw",
     ] {
         refused(&scratch, line);
@@ -319,7 +319,7 @@ fn a_dry_run_changes_nothing_and_the_real_one_does_it() {
         ("snapshot -c one D/top.qcow2", "change"),
         ("snapshot -d one D/top.qcow2", "change"),
         ("resize -q -f qcow2 D/over.qcow2 2M", "change"),
-        ("bench -q -n 10 -f raw D/other.raw", "overwrite"),
+        ("bench -q -n 10 --overwrite -f raw D/other.raw", "overwrite"),
         ("stream -q D/over.qcow2 --base D/mid.qcow2", "change"),
         ("rebase -q -b base.raw -F raw D/over.qcow2", "change"),
         ("commit -q D/top.qcow2 --base D/mid.qcow2", "change"),

@@ -376,11 +376,11 @@ impl Backend for SimBackend {
         })
     }
 
-    fn lock_holders(&mut self, file: FileId, range: LockRange) -> Vec<(u32, String)> {
-        match self.lock_conflict(file, range) {
+    fn lock_holders(&mut self, file: FileId, range: LockRange) -> Option<Vec<(u32, String)>> {
+        Some(match self.lock_conflict(file, range) {
             Ok(true) => vec![(0, "simulated".into())],
             _ => Vec::new(),
-        }
+        })
     }
 
     fn get_attribute(&mut self, file: FileId, name: &str) -> Result<Option<Vec<u8>>, Errno> {

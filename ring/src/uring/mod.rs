@@ -569,10 +569,10 @@ impl Backend for Uring {
         sys::lock_conflict(self.fd(file)?.as_fd(), range)
     }
 
-    fn lock_holders(&mut self, file: FileId, range: LockRange) -> Vec<(u32, String)> {
+    fn lock_holders(&mut self, file: FileId, range: LockRange) -> Option<Vec<(u32, String)>> {
         match (self.info(file), self.fd(file)) {
             (Ok(info), Ok(fd)) => sys::lock_holders(info.identity, range, fd.as_raw_fd()),
-            _ => Vec::new(),
+            _ => Some(Vec::new()),
         }
     }
 

@@ -15,7 +15,9 @@ use crate::backend::{
     CopyRange, DeviceIdentity, FileInfo, FileKind, LockRange, OpenHow, Place, SocketAddress,
 };
 use crate::errno::Errno;
-use crate::limits::{EXTENTS_CALL_NANOS, KEEPALIVE_IDLE_SECS, KEEPALIVE_INTERVAL_SECS, KEEPALIVE_PROBES};
+use crate::limits::{
+    EXTENTS_CALL_NANOS, KEEPALIVE_IDLE_SECS, KEEPALIVE_INTERVAL_SECS, KEEPALIVE_PROBES, LOCK_HOLDERS_NANOS,
+};
 use crate::op::CopyHow;
 
 /// Connections that may wait to be accepted.
@@ -308,12 +310,21 @@ pub(crate) fn lock_conflict(fd: BorrowedFd<'_>, range: LockRange) -> Result<bool
 }
 
 /// Looks through /proc/PID/fdinfo: /proc/locks itself shows no pid for open file description locks. Processes that were
-/// killed do not count, nor does the descriptor `besides` of this one.
-pub(crate) fn lock_holders(identity: (u64, u64), range: LockRange, besides: RawFd) -> Vec<(u32, String)> {
+/// killed do not count, nor does the descriptor `besides` of this one. On a machine with very many processes that takes long:
+/// after a while it is left at those that were found, or at `None`.
+pub(crate) fn lock_holders(
+    identity: (u64, u64),
+    range: LockRange,
+    besides: RawFd,
+) -> Option<Vec<(u32, String)>> {
     let (own, besides) = (std::process::id(), besides.to_string());
     let mut holders = Vec::new();
-    let Ok(processes) = std::fs::read_dir("/proc") else { return holders };
+    let Ok(processes) = std::fs::read_dir("/proc") else { return Some(holders) };
+    let began = Instant::now();
     for process in processes.flatten() {
+        if began.elapsed() > Duration::from_nanos(LOCK_HOLDERS_NANOS) {
+            return Some(holders).filter(|holders| !holders.is_empty());
+        }
         let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
         let Ok(entries) = std::fs::read_dir(process.path().join("fdinfo")) else { continue };
         let holds = entries.flatten().any(|entry| {
@@ -328,7 +339,7 @@ pub(crate) fn lock_holders(identity: (u64, u64), range: LockRange, besides: RawF
         }
     }
     holders.sort();
-    holders
+    Some(holders)
 }
 
 /// The process has been killed, whether it is gone yet or not.

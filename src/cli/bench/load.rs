@@ -30,6 +30,8 @@ use crate::base::range::ByteRange;
 use crate::base::rng::Rng;
 use crate::block::{BlockError, WriteFlags};
 
+/// Seeds that are drawn are below this: readers of JSON whose numbers are doubles keep them.
+pub const SEED_END: u64 = 1 << 53;
 /// Requests in flight of one load at most.
 pub const DEPTH_MAX: usize = 1024;
 /// Failed requests after which a load gives up.
@@ -360,7 +362,7 @@ pub async fn run_on(
     let needs_model = config.verify || log.is_some();
     let (offset, blocks) = check(target, config, needs_model)?;
     make_room(ring, config)?;
-    let seed = config.seed.unwrap_or_else(|| ring.random());
+    let seed = config.seed.unwrap_or_else(|| ring.random() % SEED_END);
     let mut rng = Rng::new(seed);
     let dice = Dice::new(rng.fork(), config.access, blocks, config.read_percent);
     let schedule = match config.pace {
@@ -693,6 +695,9 @@ impl Load {
         let elapsed_ns = state.last_end_ns - self.start_ns;
         let block_bytes = u64::from(self.config.block_bytes);
         let (reads, writes) = (&state.reads, &state.writes);
+        let kinds = [("read", &reads.latency), ("write", &writes.latency), ("unsent", &state.unsent_waits)];
+        let kinds = kinds.into_iter().filter(|(_, histogram)| histogram.count() > 0);
+        let histograms = kinds.map(|(kind, histogram)| (kind, histogram.clone())).collect();
         let mut histogram = reads.latency.clone();
         histogram.merge(&writes.latency);
         histogram.merge(&state.unsent_waits);
@@ -725,6 +730,7 @@ impl Load {
             lost,
             verify,
             histogram,
+            histograms,
         }
     }
 }

@@ -26,11 +26,13 @@ use super::print::{self, product};
 use super::signals::Signals;
 use super::tool::PlanArgs;
 use super::{Global, config, stats};
+use crate::base::latency::to_log;
 use crate::base::range::ByteRange;
 use crate::base::secret::without_secrets;
 use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration, parse_size};
-use crate::engine::admit::{Act, Admission, Plan};
-use crate::engine::open::{local_path, open};
+use crate::engine::admit::{Act, Admission, Plan, Refusal};
+use crate::engine::open::{is_memory, local_path, open, said_by_header};
+use crate::engine::remote::nbd_disk;
 use crate::engine::{Format, ImageOptions};
 use crate::graph::node::{Node, UseKind};
 use ack_log::AckLog;
@@ -49,17 +51,18 @@ const RATE_DEPTH: usize = 256;
 
 const AFTER: &str = "\
 Examples:
-  Random reads, one at a time, for ten seconds:
-      blockferry bench --read-percent 100 nbd://127.0.0.1/disk
+  Random reads, one at a time, for ten seconds; nothing is written:
+      blockferry bench nbd://127.0.0.1/disk
 
-  As a busy guest would, at 5,000 requests a second whatever the disk does, so that stalls are seen:
-      blockferry bench --rate 5000 --read-percent 70 --duration 1m nbd://127.0.0.1/disk
+  As a busy guest would, at 5,000 requests a second whatever the disk does, so that stalls are seen
+  (writes destroy what is on the disk, so that takes a word):
+      blockferry bench --overwrite --rate 5000 --read-percent 70 --duration 1m nbd://127.0.0.1/disk
 
-  Write for a while, check every read and everything at the end (destroys what is on the disk):
-      blockferry bench --verify --depth 16 'nbd+unix:///disk?socket=/run/disk.sock'
+  Write for a while, check every read and everything at the end:
+      blockferry bench --overwrite --verify --depth 16 'nbd+unix:///disk?socket=/run/disk.sock'
 
   Keep a log of what was acknowledged; later, check a copy of the disk against it:
-      blockferry bench --log acks.json --until-signal nbd://127.0.0.1/disk
+      blockferry bench --overwrite --log acks.json --until-signal nbd://127.0.0.1/disk
       blockferry bench --check-log acks.json copy.img
 
 With --rate, a latency counts from the moment at which the request was due, not from when it could at last
@@ -68,10 +71,10 @@ be sent: a disk that stalls for a second delays all that falls due in it, and th
 Exit code 1 means that requests failed, 4 that something was read that should not be there.";
 
 /// Put a load on a disk, measure it, and verify what it stored
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER)]
 pub struct BenchArgs {
-    /// The disk: an NBD URI, a file, a block device, mem:SIZE or null:SIZE. Writes overwrite what is there
+    /// The disk: an NBD URI, a file, a block device, mem:SIZE or null:SIZE
     #[arg(value_name = "TARGET")]
     target: String,
 
@@ -89,10 +92,14 @@ pub struct BenchArgs {
     #[arg(short = 'b', long, value_name = "SIZE", value_parser = block_bytes, default_value = "4KiB",
         help_heading = "Load")]
     block_size: u32,
-    /// Reads among 100 requests; the others write
-    #[arg(short = 'p', long, value_name = "PERCENT", default_value_t = 0, help_heading = "Load",
+    /// Write to the disk: what is on it is lost. Without this the load only reads (memory holds nothing that could be
+    /// lost: mem: and null: may be written without)
+    #[arg(long, help_heading = "Load")]
+    overwrite: bool,
+    /// Reads among 100 requests; the others write [default: 100; with --overwrite 0]
+    #[arg(short = 'p', long, value_name = "PERCENT", help_heading = "Load",
         value_parser = clap::value_parser!(u8).range(0..=100))]
-    read_percent: u8,
+    read_percent: Option<u8>,
     /// Which block is next
     #[arg(long, value_enum, default_value_t = Pattern::Random, help_heading = "Load")]
     pattern: Pattern,
@@ -136,16 +143,17 @@ pub struct BenchArgs {
     #[arg(long, requires = "check_log", help_heading = "Truth")]
     after_power_cut: bool,
 
-    /// Save the latencies of reads and writes here, as an HDR histogram (V2)
+    /// Save the latencies here, in nanoseconds, as an HDR histogram log: a line of text each for reads, writes, and
+    /// requests that were never sent
     #[arg(long, value_name = "FILE", conflicts_with = "check_log", help_heading = "Output", value_parser = crate::cli::image::path)]
     histogram: Option<PathBuf>,
     /// No line with the progress
     #[arg(short, long, help_heading = "Output")]
     quiet: bool,
 
-    /// Format of an image (not of an NBD export)
-    #[arg(short = 'f', long, value_name = "FORMAT", value_parser = parse_format, default_value = "raw")]
-    format: Format,
+    /// Format of an image (not of an NBD export) [default: what its header says, or raw]
+    #[arg(short = 'f', long, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
     #[command(flatten)]
     open: OpenArgs,
     #[command(flatten)]
@@ -153,9 +161,10 @@ pub struct BenchArgs {
 }
 
 /// Options that say nothing where there is no load.
-const LOAD_ONLY: [&str; 13] = [
+const LOAD_ONLY: [&str; 14] = [
     "depth",
     "rate",
+    "overwrite",
     "read_percent",
     "pattern",
     "range",
@@ -218,7 +227,7 @@ impl BenchArgs {
                 Pattern::Random => Access::Random,
                 Pattern::Sequential => Access::Sequential,
             },
-            read_percent: self.read_percent,
+            read_percent: self.reads_of_hundred(),
             pace,
             duration_ns: self.duration.or((!ends).then_some(DURATION_NS)),
             operations: self.operations,
@@ -229,13 +238,56 @@ impl BenchArgs {
         }
     }
 
-    fn target_options(&self) -> TargetOptions {
-        let read_only = self.check_log.is_some() || self.read_percent == 100;
+    /// What a disk of memory holds nobody can lose, and it holds nothing before it is written.
+    fn may_write(&self) -> bool {
+        self.overwrite || is_memory(&self.target)
+    }
+
+    fn reads_of_hundred(&self) -> u8 {
+        let nothing_to_read =
+            self.overwrite || is_memory(&self.target) && (self.verify || self.log.is_some());
+        self.read_percent.unwrap_or(if nothing_to_read { 0 } else { 100 })
+    }
+
+    fn writes(&self) -> bool {
+        self.check_log.is_none() && self.reads_of_hundred() < 100
+    }
+
+    /// A load that writes, or that is to know what was written, destroys what is there: that takes a word.
+    fn without_a_word(&self) -> Option<Refusal> {
+        let wants_writes = self.writes() || self.verify || self.log.is_some();
+        (wants_writes && !self.may_write()).then(|| {
+            let what = match (self.writes(), self.verify) {
+                (true, _) => "this load writes",
+                (false, true) => "--verify takes a load that writes",
+                (false, false) => "--log takes a load that writes",
+            };
+            Refusal::Said(format!(
+                "'{}' is left alone: {what}, and what is there would be lost. Say --overwrite if that is meant",
+                self.target
+            ))
+        })
+    }
+
+    fn target_options(&self, format: Format) -> TargetOptions {
         TargetOptions {
             connections: self.connections.into(),
             verified: self.verify || self.log.is_some() || self.check_log.is_some(),
-            image: self.open.image(Some(self.format), read_only),
+            image: self.open.image(Some(format), !self.writes()),
         }
+    }
+
+    /// The format that was said, or what the header of an image says. Whoever puts a load on a raw disk has said that
+    /// nothing of it is needed, so none is guessed to anybody's harm.
+    async fn format(&self, ring: &Ring) -> Result<Format, Failure> {
+        if let Some(format) = self.format {
+            return Ok(format);
+        }
+        if is_memory(&self.target) || nbd_disk(&self.target).is_some() {
+            return Ok(Format::Raw);
+        }
+        let look = ImageOptions { lock: false, ..self.open.image(None, true) };
+        Ok(said_by_header(ring, &self.target, &look).await?)
     }
 }
 
@@ -256,7 +308,8 @@ fn check_main(global: &Global, args: &BenchArgs, ring: &Ring, path: &Path) -> Re
     let survival = if args.after_power_cut { Survival::PowerCut } else { Survival::Everything };
     let log = AckLog::load(path, survival).map_err(failed)?;
     let expectation = Expectation::of_log(&log);
-    let (handle, name, options) = (ring.clone(), args.target.clone(), args.target_options());
+    let options = args.target_options(format_of(args, ring)?);
+    let (handle, name) = (ring.clone(), args.target.clone());
     let report = ring.block_on(async move {
         let target = Target::open(&handle, &name, &options).await?;
         let report = check_on(&handle, &target, expectation).await;
@@ -273,6 +326,7 @@ fn check_main(global: &Global, args: &BenchArgs, ring: &Ring, path: &Path) -> Re
             "writes-unanswered": log.unanswered(),
         });
         line["check"] = serde_json::to_value(&report).map_err(failed)?;
+        print::has_ended();
         product!("{line}");
     } else {
         print_check(&without_secrets(&args.target), &log, &report);
@@ -309,8 +363,17 @@ fn verdict(failed: bool, wrong: bool) -> Exit {
 }
 
 /// What the load would do, and what speaks against it: a log that is a file of the disk itself would empty it.
-async fn judge(ring: Ring, name: String, image: ImageOptions, files: Vec<PathBuf>) -> Plan {
+async fn judge(
+    ring: Ring,
+    name: String,
+    image: ImageOptions,
+    files: Vec<PathBuf>,
+    refusal: Option<Refusal>,
+) -> Plan {
     let mut admission = Admission::new(&ring, "bench");
+    if let Some(refusal) = refusal {
+        admission.refuse(refusal);
+    }
     let look = ImageOptions { read_only: true, ..image.clone() };
     // A server is connected to by the load itself.
     if local_path(&name).is_some() {
@@ -335,11 +398,21 @@ async fn judge(ring: Ring, name: String, image: ImageOptions, files: Vec<PathBuf
     admission.judge().0
 }
 
+fn format_of(args: &BenchArgs, ring: &Ring) -> Result<Format, Failure> {
+    let (handle, args) = (ring.clone(), args.clone());
+    ring.block_on(async move { args.format(&handle).await })
+}
+
 fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Failure> {
-    let (load, options) = (args.config(), args.target_options());
+    let refusal = args.without_a_word();
+    if let Some(refusal) = refusal.clone().filter(|_| !args.plan.dry_run) {
+        return Err(refusal.into());
+    }
+    let (load, options) = (args.config(), args.target_options(format_of(args, ring)?));
     let files: Vec<_> = args.log.iter().chain(&args.histogram).cloned().collect();
     if args.plan.dry_run || !files.is_empty() {
-        let plan = ring.block_on(judge(ring.clone(), args.target.clone(), options.image.clone(), files));
+        let plan =
+            ring.block_on(judge(ring.clone(), args.target.clone(), options.image.clone(), files, refusal));
         if args.plan.ends(global, &plan)? {
             return Ok(Exit::Done);
         }
@@ -368,12 +441,13 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     let report = outcome?.report;
     print::status(None);
     if let Some(path) = &args.histogram {
-        let bytes = report.histogram.to_bytes().map_err(failed)?;
-        std::fs::write(path, bytes).map_err(|error| cannot_write(path, &error))?;
+        let log = to_log(&report.histograms, report.elapsed_ns).map_err(failed)?;
+        std::fs::write(path, log).map_err(|error| cannot_write(path, &error))?;
     }
     if global.json {
         let mut line = json!({"event": "report"});
         line["report"] = serde_json::to_value(&report).map_err(failed)?;
+        print::has_ended();
         product!("{line}");
     } else {
         print::write_product(&report.to_text());
@@ -455,6 +529,32 @@ mod tests {
     }
 
     #[test]
+    fn writing_takes_a_word() {
+        for (words, reads, is_refused) in [
+            ("x", 100, false),
+            ("-p 100 x", 100, false),
+            ("-p 99 x", 99, true),
+            ("--verify x", 100, true),
+            ("--log l x", 100, true),
+            ("--verify -p 100 nbd://h/", 100, true),
+            ("--overwrite x", 0, false),
+            ("--overwrite --verify -p 30 x", 30, false),
+            ("mem:1M", 100, false),
+            ("--verify mem:1M", 0, false),
+            ("-p 50 delay:1ms:null:1M", 50, false),
+            ("-p 50 delay:1ms:x", 50, true),
+        ] {
+            let args = parse(words).unwrap();
+            assert_eq!(
+                (args.reads_of_hundred(), args.without_a_word().is_some()),
+                (reads, is_refused),
+                "{words}"
+            );
+            assert_eq!(args.target_options(Format::Raw).image.read_only, reads == 100, "{words}");
+        }
+    }
+
+    #[test]
     fn words_that_make_no_sense_are_refused() {
         for (words, message) in [
             ("-d 0 x", "from 1 to 1024"),
@@ -466,7 +566,7 @@ mod tests {
             ("--check-log l --verify x", "--verify"),
             ("--check-log l -d 3 x", "--depth"),
             ("--after-power-cut x", "--check-log"),
-            ("-t 5 x", "unknown unit"),
+            ("-t 5 x", "has no unit"),
             ("", "TARGET"),
         ] {
             let refusal = parse(words).unwrap_err();

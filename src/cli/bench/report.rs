@@ -5,7 +5,9 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::check::{CheckReport, Failures, Mismatches};
+use super::load::SEED_END;
 use crate::base::latency::{LatencyHistogram, LatencySummary};
+use crate::base::shown::shown;
 use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration};
 
 /// Requests of one kind.
@@ -82,6 +84,7 @@ pub struct LoadReport {
     /// What was put under load.
     pub target: String,
     /// Seed by which the load can be repeated, and its patterns be recognised.
+    #[serde(serialize_with = "exact")]
     pub seed: u64,
     /// Offset of the range that was used, in bytes.
     pub range_offset: u64,
@@ -119,6 +122,17 @@ pub struct LoadReport {
     /// Latencies of reads and writes.
     #[serde(skip)]
     pub histogram: LatencyHistogram,
+    /// The same by kind: reads, writes, and how long those waited that were never sent.
+    #[serde(skip)]
+    pub histograms: Vec<(&'static str, LatencyHistogram)>,
+}
+
+/// A number that readers of JSON do not round: as text where their numbers, which are doubles, do not reach.
+fn exact<S: serde::Serializer>(n: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    match *n <= SEED_END {
+        true => serializer.serialize_u64(*n),
+        false => serializer.collect_str(n),
+    }
 }
 
 impl LoadReport {
@@ -131,7 +145,7 @@ impl LoadReport {
     pub fn to_text(&self) -> String {
         let mut text = format!(
             "{}: {} of it at {}, blocks of {}, {} in flight, {}, seed {}\n",
-            self.target,
+            shown(&self.target),
             fmt_bytes(self.range_bytes),
             self.range_offset,
             fmt_bytes(self.block_bytes.into()),
@@ -207,7 +221,7 @@ impl LoadReport {
         let at_end = self.verify.iter().filter_map(|verify| verify.at_end.as_ref());
         let failures = at_end.map(|check| &check.failures).chain([&self.failures]);
         for message in failures.flat_map(|failures| &failures.first) {
-            let _ = writeln!(text, "  {message}");
+            let _ = writeln!(text, "  {}", shown(message));
         }
     }
 }

@@ -115,7 +115,7 @@ impl Client {
         let program = std::env::current_exe().map_err(|error| cannot(&error))?;
         let log = plan.folder.join(format!("{}.log", plan.name));
         let mut command = Command::new(program);
-        command.args(["--json", "bench", plan.uri, "--quiet"]);
+        command.args(["--json", "bench", plan.uri, "--quiet", "--overwrite"]);
         command.args(["--block-size", &BLOCK_BYTES.to_string()]);
         command.args(["--rate", &plan.rate.to_string(), "--seed", &plan.seed.to_string()]);
         command.arg("--log").arg(&log);

@@ -144,6 +144,7 @@ pub fn main(global: &Global, args: &DemoArgs) -> Result<Exit, Failure> {
         return Ok(Exit::Cancelled);
     };
     if global.json {
+        print::has_ended();
         product!("{}", report.to_json());
     } else {
         print::write_product(&format!("\n{}", report.to_text()));

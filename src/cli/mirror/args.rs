@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use crate::cli::exit::Failure;
 use crate::cli::image::{OpenArgs, Reflink, duration, parse_format, size, speed};
 use crate::cli::job::{Policy, bytes, guest_first};
-use crate::cli::serve::{ClientArgs, export_uri};
+use crate::cli::serve::{ClientArgs, check_exports, export_uri};
 use crate::cli::service::ServiceArgs;
 use crate::cli::tool::{PlanArgs, option_pairs};
 use crate::engine::Format;
@@ -48,13 +48,13 @@ pub struct MirrorArgs {
     /// delay:TIME:NAME
     #[arg(value_name = "SRC")]
     pub(super) source: String,
-    /// Where to: a new file (created with the source's size), or an existing image or NBD export with --force
+    /// Where to: a new file (made with the source's size), or with --force and -F what is there already
     #[arg(value_name = "DST")]
     pub(super) target: String,
     /// Format of the source. Must be said (raw) when clients may write to it
     #[arg(short = 'f', long, value_name = "FORMAT", value_parser = parse_format)]
     pub(super) format: Option<Format>,
-    /// Format of the target. Must be said (raw) for an existing one
+    /// Format of the target. Must be said for one that exists, and for NBD exports [default: a new file has the source's]
     #[arg(short = 'F', long, value_name = "FORMAT", value_parser = parse_format)]
     pub(super) target_format: Option<Format>,
     /// Options of the target's format if it is made, as NAME=VALUE,NAME=VALUE (may be said more than once)
@@ -226,6 +226,7 @@ impl Settings {
                 "without --export nobody can write through this process: there is nothing to follow"
             );
         }
+        check_exports(&args.export)?;
         if let Some(granularity) = args.granularity {
             check_granularity(granularity)?;
         }

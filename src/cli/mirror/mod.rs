@@ -23,13 +23,14 @@ use super::{Global, config, room, stats};
 use crate::base::limits;
 use crate::base::os_name;
 use crate::block::{Driver, place};
-use crate::engine::admit::{Admission, IfThere, Refusal, Wish, is_place};
+use crate::engine::admit::{Admission, IfThere, Refusal, Standing, Wish, is_place};
 use crate::engine::create::NewImage;
 use crate::engine::marks::unfinished;
-use crate::engine::open::local_path;
+use crate::engine::open::{is_memory, local_path};
 use crate::engine::qcow2::{format as image_format, open_backing, qcow2, recorded_format};
 use crate::engine::remote::{can_create, is_remote};
 use crate::engine::{Engine, Format, ImageOptions};
+use crate::format::probe::named_as;
 use crate::format::qcow2::Qcow2;
 use crate::graph::node::Node;
 use crate::job::mirror::verify::Verifier;
@@ -155,7 +156,7 @@ impl Run {
         let source_incomplete = at_end.is_some_and(|mark| mark.source_incomplete);
         let result =
             Outcome { ending: &ending, elapsed_ns, tail, allocated, source_incomplete, drivers: &drivers };
-        let exit = self.report(settings, &job, &result, verifier.as_ref());
+        let (exit, end) = self.report(settings, &job, &result, verifier.as_ref());
         if ending != Ending::Completed {
             // A target that is gone, or cannot be written, has no mark that could say it.
             let (done, of) = (job.progress().offset(), job.progress().len());
@@ -168,7 +169,12 @@ impl Run {
         drop((mark, drivers));
         // At once, though clients may go on.
         let stays = ending == Ending::Completed && (settings.pivot || settings.follow);
-        let exit = exit_of(exit, ending, &target, is_there, is_marked).unwrap_or_else(|failure| {
+        let outcome = exit_of(exit, ending, &target, is_there, is_marked);
+        if let Some(mut end) = end {
+            end["message"] = outcome.as_ref().err().map(Failure::to_string).into();
+            print::ending(&end);
+        }
+        let exit = outcome.unwrap_or_else(|failure| {
             print::failure(self.global.json, &failure);
             Exit::Failed
         });
@@ -194,7 +200,7 @@ impl Run {
     /// What the target's mark says, and what it says in the end if the target is no whole copy then.
     async fn marks(&self, settings: &Settings, source: &Rc<Node>) -> (MarkInfo, Option<MarkInfo>) {
         let (ring, driver) = (self.engine.ring(), source.driver());
-        let format = settings.target_format.unwrap_or(Format::Raw);
+        let format = new_format(settings, source);
         let mark = MarkInfo::incomplete("mirror", &settings.source).started(ring.unix_secs()).about(
             identity_of(ring, driver),
             driver.len(),
@@ -240,8 +246,8 @@ impl Run {
         Ok(layers::check_shown(source.driver(), name, backing.as_ref(), settings.verify)?)
     }
 
-    /// Settles what can be settled before the target is touched; then opens it, or makes it: raw, or in the format that was
-    /// said. An overlay of the source's backing file if only what lies above that is copied. `None`: it was a dry run.
+    /// Settles what can be settled before the target is touched; then opens it, or makes it: in the format that was said, or
+    /// the source's. An overlay of the source's backing file if only what lies above that is copied. `None`: it was a dry run.
     async fn open_target(
         &self,
         settings: &Settings,
@@ -250,7 +256,7 @@ impl Run {
         at_end: Option<MarkInfo>,
     ) -> Result<Option<Target>, Failure> {
         let (ring, name) = (self.engine.ring(), &*settings.target);
-        let format = settings.target_format.unwrap_or(Format::Raw);
+        let format = new_format(settings, source);
         let mut new = NewImage::parse(format, &settings.target_options, Some(source.driver().len()))
             .map_err(|text| Failure::text(format!("The target '{name}': {text}")))?;
         if let NewImage::Qcow2(new) = &mut new
@@ -266,7 +272,9 @@ impl Run {
         // It is of the format that would be made.
         let said = settings.target_format.or(is_own.then_some(format));
         let image = settings.open.image(said, false).overwriting();
-        let if_there = match settings.force || is_own {
+        // Of what is there nothing is guessed.
+        let is_said = settings.target_format.is_some() || is_memory(name);
+        let if_there = match settings.force && is_said || is_own {
             false => IfThere::Refuse,
             // There is no file to be made, only another image in what is there.
             true if settings.makes_anew() && is_place(ring, name) => IfThere::Remake,
@@ -283,8 +291,18 @@ impl Run {
         let disk = source.driver();
         // A qcow2 image is made of whole sectors.
         let len_max = (!settings.allow_larger_target).then(|| disk.len().next_multiple_of(512));
-        let wish = Wish { if_there, len_max, ..Wish::copy(name, image.clone(), &new, source) };
+        let say = match (settings.force, is_said) {
+            (_, true) => "--force",
+            (true, false) => "its format (-F raw or -F qcow2), too,",
+            (false, false) => "--force and its format (-F raw or -F qcow2)",
+        };
+        let wish = Wish { if_there, len_max, say, ..Wish::copy(name, image.clone(), &new, source) };
         admission.target(&wish).await;
+        if let Some(Standing::Missing) = admission.standing()
+            && let Some(why) = misnamed(settings, format)
+        {
+            admission.refuse(Refusal::Said(why));
+        }
         match settings.sync {
             SyncMode::None => admission.plan().bytes_max = Some(0),
             sync => admission.bytes_of(disk, sync == SyncMode::Top).await?,
@@ -406,7 +424,9 @@ impl Run {
         };
         let (signals, quiet) = (&self.signals, settings.quiet);
         let words = if settings.sync == SyncMode::None { WORDS_NONE } else { WORDS };
-        let watch = Watch { global: &self.global, ring, signals, quiet, words, at_ready, places };
+        let compared = || verifier.map(|verifier| verifier.progress());
+        let compared: &dyn Fn() -> Option<(u64, u64)> = &compared;
+        let watch = Watch { global: &self.global, ring, signals, quiet, words, at_ready, places, compared };
         let mut pass = None;
         // A long pass of comparing comes before the end; the job follows meanwhile.
         let passed = || {
@@ -417,6 +437,32 @@ impl Run {
         };
         watch.follow(job, passed, || clients.at_once(Exit::Cancelled)).await
     }
+}
+
+/// The format of a target that is made: as said, or the source's, because that is what a copy is taken for.
+fn new_format(settings: &Settings, source: &Rc<Node>) -> Format {
+    match settings.target_format {
+        Some(format) => format,
+        None if is_memory(&settings.target) => Format::Raw,
+        None => image_format(source.driver()),
+    }
+}
+
+/// Why a new image of `format` must not be called so, if its name tells another format and nobody has said which it is.
+fn misnamed(settings: &Settings, format: Format) -> Option<String> {
+    let name = &*settings.target;
+    let file = local_path(name).or_else(|| Some(name.split('?').next()?.into()))?;
+    let told =
+        named_as(&file).filter(|told| told.format() != Some(format) && settings.target_format.is_none())?;
+    let cure = match told.format() {
+        Some(told) => format!("Say -F {told} for an image of that format"),
+        None => "No image of that format can be made: name it otherwise".to_owned(),
+    };
+    Some(format!(
+        "The new target '{name}' is named as a {} image, and would be {format}, as the source is. {cure}, or -F {format} if \
+         the name is meant",
+        told.name()
+    ))
 }
 
 /// A name that means the same from everywhere.

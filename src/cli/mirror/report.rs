@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Run;
 use super::args::Settings;
@@ -10,7 +10,7 @@ use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::block::Driver;
 use crate::cli::exit::{Exit, Failure};
 use crate::cli::job::{copy_rate, disk, ending_name, exit_code, keeps_nothing, left_behind};
-use crate::cli::print::{self, say};
+use crate::cli::print::say;
 use crate::job::mirror::SyncMode;
 use crate::job::mirror::verify::{Report, Verifier};
 use crate::job::runner::{Ending, Job};
@@ -30,14 +30,14 @@ pub(super) struct Outcome<'a> {
 }
 
 impl Run {
-    /// Prints it, and gives the exit code.
+    /// Prints it, and gives the exit code; for programs comes what is to be printed once it is known what is left.
     pub(super) fn report(
         &self,
         settings: &Settings,
         job: &Job,
         outcome: &Outcome<'_>,
         verifier: Option<&Rc<Verifier>>,
-    ) -> Exit {
+    ) -> (Exit, Option<Value>) {
         let Outcome { ending, elapsed_ns, tail, allocated: [source_allocated, target_allocated], .. } =
             *outcome;
         let target = &outcome.drivers[1];
@@ -48,7 +48,7 @@ impl Run {
             ending => exit_code(ending),
         };
         if self.global.json {
-            print::event(&json!({
+            let end = json!({
                 "event": "end",
                 "ending": ending_name(ending),
                 "pivot": settings.pivot,
@@ -58,11 +58,11 @@ impl Run {
                 "source-allocated-bytes": source_allocated,
                 "target-allocated-bytes": target_allocated,
                 "verify": verified,
-            }));
-            return exit;
+            });
+            return (exit, Some(end));
         }
         if settings.quiet && exit == Exit::Done {
-            return exit;
+            return (exit, None);
         }
         match ending {
             Ending::Completed => self.say_completed(settings, job, outcome, verified.as_ref()),
@@ -76,7 +76,7 @@ impl Run {
                 }
             }
         }
-        exit
+        (exit, None)
     }
 
     /// What was done, and, as the last line, what is true now.

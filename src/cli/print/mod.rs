@@ -5,7 +5,9 @@
 //! have a queue each, so that one does not wait for the other; where both lead to the same place they share one, so that the
 //! order of lines is kept. At the end of the process a product is waited for, anything else only for a while.
 //!
-//! Passwords that names hold do not get past here.
+//! Passwords that names hold do not get past here, nor do control characters: this is the place where text leaves the program.
+//! What is printed as a line is one line, whatever names are in it; who puts several lines together shows the names in them
+//! by [`shown`](crate::base::shown::shown).
 //!
 //! Where no thread is to be had (a limit on processes), lines are written at once by whoever prints.
 
@@ -13,7 +15,7 @@ mod queue;
 
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -25,13 +27,14 @@ use super::exit::{Exit, Failure};
 use crate::base::limits::{PRINT_AT_END_MAX, PRINT_BACKGROUND_LOOK};
 use crate::base::os_name;
 use crate::base::secret::without_secrets;
+use crate::base::shown::{shown, shown_line, shown_lines};
 use queue::{Kind, Piece, Pushed, Queue, Stream};
 
 /// Prints a line of what the command is for, on standard output. It may wait for the reader: not for commands that serve
 /// somebody meanwhile.
 macro_rules! product {
     () => { $crate::cli::print::write_product("\n") };
-    ($($text:tt)*) => { $crate::cli::print::write_product(&(format!($($text)*) + "\n")) };
+    ($($text:tt)*) => { $crate::cli::print::product_line(&format!($($text)*)) };
 }
 
 /// Prints a line for people, on standard error.
@@ -41,27 +44,57 @@ macro_rules! say {
 
 /// Prints a line about what was done, on standard output.
 macro_rules! note {
-    ($($text:tt)*) => { $crate::cli::print::write_note(&(format!($($text)*) + "\n")) };
+    ($($text:tt)*) => { $crate::cli::print::note_line(&format!($($text)*)) };
 }
 
 pub(crate) use {note, product, say};
 
 /// Prints some of what the command is for, on standard output; ends of lines are in it.
 pub fn write_product(text: &str) {
-    PRINTER.out.print(Stream::Out, Kind::Product, text);
+    PRINTER.out.print(Stream::Out, Kind::Product, &shown_lines(text));
+}
+
+/// Prints a line of what the command is for, on standard output.
+pub fn product_line(text: &str) {
+    PRINTER.out.print(Stream::Out, Kind::Product, &format!("{}\n", shown_line(text)));
 }
 
 /// Prints what a command did, on standard output; ends of lines are in it.
 pub fn write_note(text: &str) {
-    PRINTER.out.print(Stream::Out, Kind::Message, text);
+    PRINTER.out.print(Stream::Out, Kind::Message, &shown_lines(text));
 }
 
-/// Prints why the command failed, for people and, with JSON, for programs.
+/// Prints a line about what a command did, on standard output.
+pub fn note_line(text: &str) {
+    PRINTER.out.print(Stream::Out, Kind::Message, &format!("{}\n", shown_line(text)));
+}
+
+/// Prints what the reader of the command line has to say: help, or what is wrong with it. `text` is styled, if a terminal
+/// shows it; `is_product`: it was asked for.
+pub fn usage(text: &str, is_product: bool) {
+    match is_product {
+        true => PRINTER.out.print(Stream::Out, Kind::Product, text),
+        false => PRINTER.err.print(Stream::Err, Kind::Message, text),
+    }
+}
+
+/// Prints why the command failed, for people and, with JSON, for programs, unless they know it already.
 pub fn failure(json: bool, failure: &Failure) {
-    if json {
-        event(&json!({"event": "error", "message": failure.to_string()}));
+    if json && !ENDED.load(Ordering::Relaxed) {
+        ending(&json!({"event": "error", "message": failure.to_string()}));
     }
     say!("blockferry: {failure}");
+}
+
+/// Prints the object that tells programs how the command ended: there is one, and not two.
+pub fn ending(value: &Value) {
+    has_ended();
+    event(value);
+}
+
+/// What was printed tells programs how the command ended.
+pub fn has_ended() {
+    ENDED.store(true, Ordering::Relaxed);
 }
 
 /// The exit code of a failure is this, for the rest of the process: 1 may mean something else.
@@ -71,17 +104,17 @@ pub fn failure_has(code: u8) {
 
 /// Prints an event for programs, on standard output.
 pub fn event(value: &Value) {
-    PRINTER.out.print(Stream::Out, Kind::Message, &format!("{value}\n"));
+    PRINTER.out.print(Stream::Out, Kind::Message, &format!("{}\n", shown(&value.to_string())));
 }
 
 /// Prints an event that may be left out when nobody reads.
 pub fn progress(value: &Value) {
-    PRINTER.out.print(Stream::Out, Kind::Progress, &format!("{value}\n"));
+    PRINTER.out.print(Stream::Out, Kind::Progress, &format!("{}\n", shown(&value.to_string())));
 }
 
 /// Prints a line for people, on standard error.
 pub fn say_line(text: &str) {
-    PRINTER.err.print(Stream::Err, Kind::Message, &format!("{text}\n"));
+    PRINTER.err.print(Stream::Err, Kind::Message, &format!("{}\n", shown_line(text)));
 }
 
 /// Shows a line that is always the last one of the terminal, or takes it away. Nothing happens where there is no terminal
@@ -95,6 +128,18 @@ pub fn status(text: Option<&str>) {
     }
 }
 
+/// Whether what is printed there may be coloured.
+pub fn has_colours(stream: &impl IsTerminal) -> bool {
+    // https://no-color.org: set, and not empty.
+    let is_unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    stream.is_terminal() && !is_unwanted && !is_dumb()
+}
+
+/// Whether the terminal can do no more than to print.
+fn is_dumb() -> bool {
+    std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb")
+}
+
 /// Whether there is a terminal that can show a status line.
 pub fn has_status() -> bool {
     PRINTER.has_status
@@ -104,11 +149,22 @@ pub fn has_status() -> bool {
 /// has failed.
 pub fn finish(exit: Exit) -> Exit {
     status(None);
+    if WANTS_ENDING.load(Ordering::Relaxed) && !ENDED.load(Ordering::Relaxed) {
+        ending(&json!({"event": "end", "exit-code": exit.code()}));
+    }
     PRINTER.out.settle();
     PRINTER.err.settle();
     let has_failed = PRINTER.out.shared.queue().has_failed(Stream::Out);
     if has_failed && exit == Exit::Done { Exit::Code(FAILURE.load(Ordering::Relaxed)) } else { exit }
 }
+
+/// From now on a command that says nothing of its end to programs has that said for it.
+pub fn wants_ending() {
+    WANTS_ENDING.store(true, Ordering::Relaxed);
+}
+
+static WANTS_ENDING: AtomicBool = AtomicBool::new(false);
+static ENDED: AtomicBool = AtomicBool::new(false);
 
 /// The exit code of a failure.
 static FAILURE: AtomicU8 = AtomicU8::new(1);
@@ -128,8 +184,7 @@ impl Printer {
         let is_shared = matches!((out, err), (Ok(out), Ok(err)) if same(out, err));
         let err = Lane::start();
         let out = if is_shared { err.clone() } else { Lane::start() };
-        let is_dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
-        Printer { out, err, has_status: io::stderr().is_terminal() && !is_dumb }
+        Printer { out, err, has_status: io::stderr().is_terminal() && !is_dumb() }
     }
 }
 
@@ -284,6 +339,7 @@ impl Write for LogLine {
 
 impl Drop for LogLine {
     fn drop(&mut self) {
-        PRINTER.err.print(Stream::Err, Kind::Message, &String::from_utf8_lossy(&self.0));
+        let text = String::from_utf8_lossy(&self.0);
+        PRINTER.err.print(Stream::Err, Kind::Message, &shown_line(&text));
     }
 }

@@ -97,6 +97,12 @@ async fn accessible(ring: &Ring, path: &Path, access: Access) -> Result<(), Errn
     .await?
 }
 
+/// Whether a path leads to a directory.
+pub(super) async fn is_directory(ring: &Ring, path: &Path) -> bool {
+    let path = path.to_owned();
+    ring.offload(move || path.is_dir()).await.unwrap_or(false)
+}
+
 /// Bytes that this process may still allocate in a directory's filesystem.
 pub(super) async fn room(ring: &Ring, dir: &Path) -> Option<u64> {
     let dir = dir.to_owned();

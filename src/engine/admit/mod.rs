@@ -86,6 +86,11 @@ impl Admission {
         &mut self.plan
     }
 
+    /// Where the target stands, as far as it has been looked at.
+    pub fn standing(&self) -> Option<&Standing> {
+        self.target.as_ref()
+    }
+
     /// Something else speaks against it.
     pub fn refuse(&mut self, refusal: impl Into<Refusal>) {
         self.plan.refusals.push(refusal.into());
@@ -120,7 +125,7 @@ impl Admission {
                 "backing file" => "is a backing file of what is read",
                 "new backing file" => "is its own new backing file",
                 "new backing chain" => "is a part of its own new backing chain",
-                _ => "is the image that is read",
+                _ => "is the image that is read itself",
             };
             self.stays(&driver, relation).await;
             let below = driver.as_layer().and_then(|layer| layer.backing());

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::base::shown::shown;
 use crate::base::units::fmt_bytes;
 use crate::block::BlockError;
 
@@ -9,10 +10,12 @@ use crate::block::BlockError;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Refusal {
     /// Something of this name is there already.
-    #[error("'{name}' exists and is left alone. Name a new file, or say --force to overwrite it")]
+    #[error("'{name}' exists and is left alone. Name a new file, or say {say} to overwrite it")]
     Exists {
         /// As it was named.
         name: String,
+        /// All that has to be said.
+        say: &'static str,
     },
     /// A data file that a new image would take is there already.
     #[error(
@@ -162,7 +165,7 @@ impl Planned {
 
 impl std::fmt::Display for Planned {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Would {} '{}' ({}", self.act.shown(), self.name, self.role)?;
+        write!(f, "Would {} '{}' ({}", self.act.shown(), shown(&self.name), self.role)?;
         if let Some(format) = self.format {
             write!(f, ", {format}")?;
         }

@@ -50,6 +50,8 @@ pub struct Wish<'a> {
     pub len_max: Option<u64>,
     /// Bytes that it will occupy at least.
     pub room_min: u64,
+    /// The options that let one that is there be overwritten, all of them.
+    pub say: &'static str,
 }
 
 impl<'a> Wish<'a> {
@@ -62,7 +64,8 @@ impl<'a> Wish<'a> {
     /// Of a new image.
     pub fn new(name: &'a str, image: ImageOptions, new: &'a NewImage) -> Wish<'a> {
         let (if_there, may_make) = (IfThere::Refuse, true);
-        Wish { name, image, new, if_there, may_make, len_min: 0, len_max: None, room_min: 0 }
+        let (len_min, len_max, room_min, say) = (0, None, 0, "--force");
+        Wish { name, image, new, if_there, may_make, len_min, len_max, room_min, say }
     }
 }
 
@@ -184,7 +187,7 @@ impl Admission {
     /// Looks at what is there, and opens it if it is to be changed.
     async fn stands(&self, wish: &Wish<'_>) -> Result<Standing, Refusal> {
         let ring = &self.ring;
-        let exists = || Refusal::Exists { name: wish.name.to_owned() };
+        let exists = || Refusal::Exists { name: wish.name.to_owned(), say: wish.say };
         let missing = || match wish.may_make {
             true => Ok(Standing::Missing),
             false => Err(Refusal::Said(format!(
@@ -200,6 +203,14 @@ impl Admission {
                     return Err(Refusal::Said("The name of the target is empty".into()));
                 }
                 Ok(None) => return missing(),
+                Ok(Some(FileKind::Socket | FileKind::Other)) => {
+                    return Err(Refusal::Said(match access::is_directory(ring, &path).await {
+                        true => format!("The target '{}' is a directory: name a file in it", path.display()),
+                        false => {
+                            format!("The target '{}' is neither a file nor a block device", path.display())
+                        }
+                    }));
+                }
                 Ok(Some(_)) if wish.if_there == IfThere::Refuse => return Err(exists()),
                 Ok(Some(kind)) => can_be_emptied = kind == FileKind::Regular,
                 Err(errno) => {
@@ -214,8 +225,8 @@ impl Admission {
             }
         } else if remote::nbd_disk(wish.name).is_some() && wish.if_there == IfThere::Refuse {
             return Err(Refusal::Said(format!(
-                "The target '{}' is a disk of a server, which is left alone. Say --force to overwrite it",
-                wish.name
+                "The target '{}' is a disk of a server, which is left alone. Say {} to overwrite it",
+                wish.name, wish.say
             )));
         }
         let held = match Held::open(ring, &name, &wish.image).await {

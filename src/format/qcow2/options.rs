@@ -3,6 +3,7 @@
 use blockferry_ring::Errno;
 
 use super::geometry::{CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, CLUSTER_BITS_SUBCLUSTERS_MIN};
+use crate::base::nearest::nearest;
 use crate::base::os_name;
 use crate::base::units::parse_size;
 use crate::block::{BlockError, Operation};
@@ -208,7 +209,11 @@ impl CreateOptions {
             "backing_fmt" => self.backing_fmt = Some(value.to_owned()),
             "nocow" => self.nocow = on_off(value)?,
             "extent_size_hint" => extent_size_hint(value)?,
-            _ => return Err(format!("Unknown option '{name}'")),
+            _ => {
+                let known = nearest(name, CreateOptions::NAMES.iter().map(|(name, _)| *name));
+                let meant = known.map_or_else(String::new, |known| format!(": is {known} meant?"));
+                return Err(format!("Unknown option '{name}' of the format qcow2{meant}"));
+            }
         }
         Ok(())
     }

@@ -451,6 +451,7 @@ impl Body for Convert {
             bytes_skipped: self.done.skipped,
             copy_nanos: self.copy_time.total(),
             errors: self.retries.count(),
+            last_error: self.retries.last(),
             in_sync: matches!(self.stage, Stage::Unmarking | Stage::Settled | Stage::Over),
             ..Details::default()
         }

@@ -839,6 +839,7 @@ impl Body for Mirror {
             bytes_dirty: self.left(),
             bytes_guest: self.seen.bytes,
             errors: self.retries.count(),
+            last_error: self.retries.last(),
             in_sync: self.tracker.is_clean(),
             actively_synced: self.tracker.is_actively_synced(),
             copy_mode: if self.tracker.is_blocking() {

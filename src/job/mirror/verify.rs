@@ -105,6 +105,12 @@ impl Verifier {
         self.trust.set(true);
     }
 
+    /// Bytes of the disk that are compared, and of how many. What changes meanwhile is due again.
+    pub fn progress(&self) -> (u64, u64) {
+        let len = self.source.len();
+        (len.saturating_sub(self.due.dirty_bytes()), len)
+    }
+
     /// Bytes compared so far, those that were compared again counted again.
     fn compared(&self) -> u64 {
         self.grounds.get().total()

@@ -524,6 +524,7 @@ impl Body for Sweep {
             bytes_zeroed: self.done.zeroed,
             bytes_skipped: self.done.skipped,
             errors: self.retries.count(),
+            last_error: self.retries.last(),
             in_sync: matches!(self.stage, Stage::Settled | Stage::Relinking | Stage::Over),
             copy_nanos: self.copy_time.total(),
             copy_bytes_per_sec: self.speed_bytes_per_sec,
