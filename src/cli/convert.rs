@@ -23,7 +23,8 @@ use super::service::at_once;
 use super::signals::{Signal, Signals};
 use super::target::{Target, TargetOptions, is_left_by};
 use super::tool::{
-    OutputArgs, PlanArgs, asks_for_help, cache, option_pairs, print_options, read_options, with_code,
+    OutputArgs, PlanArgs, asks_for_help, cache, option_pairs, print_options, read_options, warn_of_name,
+    with_code,
 };
 use super::{Global, config, stats};
 use crate::base::limits;
@@ -421,6 +422,9 @@ impl Run {
         let (plan, admitted) = admission.judge();
         if args.plan.ends(&self.global, &plan)? {
             return Ok(None);
+        }
+        if !args.no_create {
+            warn_of_name(&self.target, args.target_format);
         }
         let options = TargetOptions {
             name: &self.target,

@@ -10,7 +10,9 @@ use super::exit::{Exit, Failure};
 use super::image::{parse_format, size, state_dir};
 use super::print::note;
 use super::target::{make_file, make_remote, try_length};
-use super::tool::{OutputArgs, PlanArgs, asks_for_help, option_pairs, print_options, with_code};
+use super::tool::{
+    OutputArgs, PlanArgs, asks_for_help, option_pairs, print_options, warn_of_name, with_code,
+};
 use super::{Global, config};
 use crate::block::Driver;
 use crate::engine::admit::{Admission, Admitted, Held, IfThere, Standing, Wish, empty, is_place};
@@ -172,6 +174,7 @@ async fn create(
     if args.plan.ends(global, &plan)? {
         return Ok(None);
     }
+    warn_of_name(&args.file, args.format);
     warn_of_refusal(engine, &args.file, backing).await;
     let Admitted { target, data_file, mode, .. } = admitted;
     let beside = Beside { data_file: data_file.as_ref().map(Held::bytes), mode: Some(mode) };

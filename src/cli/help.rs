@@ -118,7 +118,7 @@ const SHORT: [(&str, &str, &str); 8] = [
     ("mirror", "pivot", "Let clients go on, on the copy"),
 ];
 
-const EXAMPLES: [(&str, &str); 9] = [
+const EXAMPLES: [(&str, &str); 10] = [
     (
         "info",
         "\
@@ -191,6 +191,13 @@ Examples:
 
   Independent of all backing files:
       blockferry rebase -b '' top.qcow2",
+    ),
+    (
+        "amend",
+        "\
+Examples:
+  Refcounts of an image may be written late:
+      blockferry amend -o lazy_refcounts=on disk.qcow2",
     ),
     (
         "snapshot",

@@ -42,8 +42,8 @@ use serde_json::json;
 
 use crate::base::os_name;
 use crate::base::shown::shown;
-use print::say;
 pub use exit::{Exit, Failure};
+use print::say;
 
 /// Moves virtual disks while they are in use.
 ///

@@ -8,7 +8,9 @@ use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, ServerArgs};
 use super::print::{self, note, product};
 use crate::engine::admit::Plan;
+use crate::engine::open::local_path;
 use crate::engine::{Format, ImageOptions};
+use crate::format::probe::named_as;
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -77,8 +79,20 @@ impl PlanArgs {
                 false => print::write_product(&plan.to_string()),
             }
         }
+        for line in plan.to_string().lines() {
+            tracing::info!("{line}");
+        }
         plan.admitted()?;
         Ok(self.dry_run)
+    }
+}
+
+/// Tells that a new image is not what its name says: qemu-img makes such ones without a word, and they do not start, or are
+/// opened by their names' endings and destroyed.
+pub fn warn_of_name(name: &str, format: Format) {
+    let told = local_path(name).and_then(|path| named_as(&path));
+    if let Some(told) = told.filter(|told| told.format() != Some(format)) {
+        tracing::warn!("'{name}' is made as a {format} image, and its name says {}", told.name());
     }
 }
 

@@ -141,7 +141,15 @@ pub fn name_of(path: &Path) -> String {
 pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
     let (child, named_format) = open_child(ring, name, options).await?;
     heed(ring, &child, name, options).await?;
-    open_on(ring, child, named_format, name, options).await
+    let driver = open_on(ring, child, named_format, name, options).await?;
+    tracing::info!(
+        "'{name}' is open, {}: {}, {} bytes, {}",
+        if options.read_only { "to be read" } else { "to be written" },
+        driver.format(),
+        driver.len(),
+        if options.lock { "locked while it is used" } else { "without locks" },
+    );
+    Ok(driver)
 }
 
 /// Opens the image that the bytes of `child` are, which were opened as `name`.

@@ -37,6 +37,7 @@ fn furnished() -> Scratch {
         tool("qemu-img", &["create", "-q", "-f", "qcow2", "-b", below, "-F", format, &path]);
         tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 64k 64k", &path]);
     }
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &scratch.path("disk.qcow2"), "4M"]);
     std::fs::create_dir(scratch.path("images")).unwrap();
     std::fs::copy(scratch.path("base.img"), scratch.path("images/base.img")).unwrap();
     std::fs::create_dir_all(scratch.path("vg")).unwrap();
@@ -75,7 +76,8 @@ fn all_examples_do_what_they_say() {
             let is_client = !is_server && (line.contains("nbd://") || line.contains("nbd+unix"));
             let server = is_client.then(|| {
                 let uri = format!("nbd+unix:///disk?socket={socket}");
-                let mut server = Process::json(&["serve", "-f", "raw", &scratch.path("disk.img"), "--export", &uri]);
+                let mut server =
+                    Process::json(&["serve", "-f", "raw", &scratch.path("disk.img"), "--export", &uri]);
                 server.wait_event("listening");
                 server
             });
@@ -102,7 +104,8 @@ fn in_shell(line: &str, scratch: &Scratch, socket: Option<&str>) -> (i32, String
     command.current_dir(scratch.dir()).env("TMPDIR", scratch.dir()).stdin(Stdio::null());
     let Some(socket) = socket else {
         let ended = command.output().unwrap();
-        let said = String::from_utf8_lossy(&ended.stdout).into_owned() + &String::from_utf8_lossy(&ended.stderr);
+        let said =
+            String::from_utf8_lossy(&ended.stdout).into_owned() + &String::from_utf8_lossy(&ended.stderr);
         return (ended.status.code().unwrap_or(-1), said);
     };
     let mut process = Process::spawn(command);
