@@ -232,7 +232,7 @@ async fn live(ring: Ring, seed: u64) -> u64 {
         let (read_only, for_check) =
             [(true, true), (true, false), (false, false), (false, true), (false, true)][act as usize];
         let backing = if rng.below(4) == 0 { Backing::Named } else { Backing::None };
-        let options = OpenOptions { read_only, backing, for_check, data_file: None };
+        let options = OpenOptions { read_only, backing, for_check, data_file: None, snapshot: None };
         let opened = Qcow2::open(&ring, file(&ring, read_only), &NoFiles(ring.clone()), options).await;
         way.0.write_u64(act);
         let Some(image) = way.ended(opened) else { continue };

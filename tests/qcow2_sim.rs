@@ -80,7 +80,7 @@ fn file(ring: &Ring, path: &str, read_only: bool) -> Rc<dyn Driver> {
 
 async fn open(ring: &Ring, backed: bool, read_only: bool, for_check: bool) -> Result<Rc<Qcow2>, BlockError> {
     let backing = if backed { Backing::Given(file(ring, BASE, true)) } else { Backing::None };
-    let options = OpenOptions { read_only, backing, for_check, data_file: None };
+    let options = OpenOptions { read_only, backing, for_check, data_file: None, snapshot: None };
     Qcow2::open(ring, file(ring, DISK, read_only), &NoFiles, options).await
 }
 

@@ -80,7 +80,7 @@ async fn open(ring: &Ring, backing: Option<&str>, for_check: bool) -> Result<Rc<
         Some(name) => Backing::Given(file(ring, &format!("/{name}"), true)),
         None => Backing::None,
     };
-    let options = OpenOptions { read_only: for_check, backing, for_check, data_file: None };
+    let options = OpenOptions { read_only: for_check, backing, for_check, data_file: None, snapshot: None };
     Qcow2::open(ring, file(ring, DISK, for_check), &NoFiles, options).await
 }
 
