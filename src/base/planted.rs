@@ -61,6 +61,8 @@ pub enum Bug {
     FlushCoversLater,
     /// Remote disks: a durable write is forgotten while older ones are kept that will be written over it.
     DurableNotKept,
+    /// Copies: a target whose disk ends where the last sector ends is taken for a longer one.
+    RoundedIsLonger,
     /// Admission: nobody looks whether what is to be changed is what is read, by another name.
     SameImageNotLookedFor,
     /// NBD export: a walk over a disk's allocation keeps its turn to the end, and goes on when nobody listens any more.
@@ -85,7 +87,8 @@ impl Bug {
         [Bug::SweepFlushSkipped, Bug::SweepZeroesSkipped, Bug::ShortLayerShows, Bug::PopulateOverwrites];
 
     /// Those that a command is given by [`VARIABLE`].
-    pub const COMMANDS: [Bug; 1] = [Bug::SameImageNotLookedFor];
+    pub const COMMANDS: [Bug; 4] =
+        [Bug::ZeroesRestOnBelow, Bug::LengthNotFollowed, Bug::RoundedIsLonger, Bug::SameImageNotLookedFor];
 
     /// Those of printing.
     pub const PRINTING: [Bug; 2] = [Bug::PrintingWaits, Bug::TornLineGoesOn];

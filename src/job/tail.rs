@@ -6,13 +6,16 @@
 
 use std::rc::Rc;
 
+use crate::base::planted::{Bug, is_planted};
 use crate::block::{Driver, IoResult, ZeroFlags};
 
 const SECTOR_BYTES: u64 = 512;
 
 /// Whether these are lengths of the same disk, the second one where lengths are counted in sectors.
 pub fn is_rounded(len: u64, rounded: u64) -> bool {
-    rounded > len && len.checked_next_multiple_of(SECTOR_BYTES) == Some(rounded)
+    rounded > len
+        && !is_planted(Bug::RoundedIsLonger)
+        && len.checked_next_multiple_of(SECTOR_BYTES) == Some(rounded)
 }
 
 /// Bytes that `target` has behind a source of `len` bytes, if it is of another length.

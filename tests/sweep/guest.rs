@@ -6,7 +6,7 @@ use blockferry::graph::node::{Node, Root};
 use blockferry::protocol::open::Cache;
 
 use super::common::image::{Dice, pattern};
-use super::image::{Image, Layout};
+use super::image::Image;
 use super::story::{Story, Teller, Told};
 
 /// One change of a disk.
@@ -40,7 +40,10 @@ pub fn change_image(story: &mut Story, teller: Teller, image: &mut Image, most: 
     // Each of these takes a program of its own, which comes before the others.
     changes.sort_by_key(|change| !matches!(change, Change::Compressed { .. }));
     match teller {
-        Teller::Us => by_us(story, image, &changes),
+        Teller::Us => {
+            cut_zeroes(story, image);
+            by_us(story, image, &changes)
+        }
         Teller::Qemu => by_qemu(story, image, &changes),
     }
 }
@@ -146,14 +149,31 @@ fn by_qemu(story: &mut Story, image: &mut Image, changes: &[Change]) -> Told<()>
     Ok(())
 }
 
+/// Now and then the file of an image ends inside its last cluster, where nothing but zeroes came: QEMU leaves such files, too.
+fn cut_zeroes(story: &mut Story, image: &Image) {
+    let Some(options) = image.layout.options().filter(|_| story.aside.below(3) == 0) else { return };
+    let file = std::fs::File::options().read(true).write(true).open(story.scratch.path(&image.name));
+    let file = file.expect("an image");
+    let len = file.metadata().expect("its length").len();
+    let last = len.saturating_sub(1) / options.cluster_size * options.cluster_size;
+    let mut bytes = vec![0; (len - last) as usize];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, last).expect("its last cluster");
+    let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |at| at as u64 + 1);
+    // The first sector stays: a cluster that is not there at all is another matter.
+    let end = last + used.max(512).next_multiple_of(512);
+    if last > 0 && end < len {
+        file.set_len(end).expect("another length");
+        story.log.push(format!("truncate -s {end} {}", image.name));
+    }
+}
+
 /// Opens the image as an embedder does, changes it, and reads back what was changed before it is closed.
 fn by_us(story: &mut Story, image: &mut Image, changes: &[Change]) -> Told<()> {
     let (ring, seed) = (story.ring(), story.dice.next());
     story.log.push(format!("# our guest, on {}: {changes:?}", image.name));
-    let (format, cache) = match image.layout {
-        Layout::Raw => (Format::Raw, Cache::Buffered),
-        Layout::Qcow2(_) => (Format::Qcow2, if seed % 2 == 0 { Cache::Buffered } else { Cache::Direct }),
-    };
+    let format = image.layout.of_ours();
+    let direct = format == Format::Qcow2 && seed % 2 == 1;
+    let cache = if direct { Cache::Direct } else { Cache::Buffered };
     let options = ImageOptions { format: Some(format), cache, ..ImageOptions::default() };
     let path = story.scratch.path(&image.name);
     let (mut told, changes, r) = (image.clone(), changes.to_vec(), ring.clone());

@@ -1,5 +1,7 @@
 //! The images of a story: how each is stored, what it shows, and how both programs make one.
 
+use blockferry::engine::Format;
+
 use super::common::image::Dice;
 use super::view::View;
 
@@ -75,6 +77,14 @@ impl Layout {
         match self {
             Layout::Raw => "raw",
             Layout::Qcow2(_) => "qcow2",
+        }
+    }
+
+    /// Its format, as our library names it.
+    pub fn of_ours(&self) -> Format {
+        match self {
+            Layout::Raw => Format::Raw,
+            Layout::Qcow2(_) => Format::Qcow2,
         }
     }
 

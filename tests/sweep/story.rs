@@ -6,6 +6,9 @@ use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
+use blockferry::base::planted::{self, Bug};
+use blockferry::engine::ImageOptions;
+use blockferry::protocol::open::Cache;
 use blockferry_ring::Ring;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -30,6 +33,8 @@ pub enum Teller {
 pub struct Story {
     /// What decides.
     pub dice: Dice,
+    /// What decides about the files beside the steps.
+    pub aside: Dice,
     /// The folder of the images.
     pub scratch: Folder,
     /// The layers, the lowest first.
@@ -42,8 +47,11 @@ pub struct Story {
     pub large: bool,
     /// Kinds of steps that are left out.
     pub without: Vec<String>,
+    /// A bug that the story should find.
+    planted: Option<Bug>,
     ring: Option<Ring>,
     names: u64,
+    judgements: u64,
     qemu_crashed: bool,
     /// What stands in the file of the model.
     saved: View,
@@ -79,12 +87,13 @@ pub struct Outcome {
 }
 
 impl Story {
-    /// The story of this seed.
-    pub fn new(seed: u64) -> Story {
+    /// The story of this seed, by a program with this bug.
+    pub fn new(seed: u64, planted: Option<Bug>) -> Story {
         let mut dice = Dice::new(seed);
         let large = dice.below(20) == 0;
         Story {
             dice,
+            aside: Dice::new(!seed),
             scratch: Folder::new(),
             chain: Vec::new(),
             log: Vec::new(),
@@ -95,8 +104,10 @@ impl Story {
                 .split(',')
                 .map(str::to_owned)
                 .collect(),
+            planted,
             ring: None,
             names: 0,
+            judgements: 0,
             qemu_crashed: false,
             saved: View::default(),
         }
@@ -105,6 +116,7 @@ impl Story {
     /// Tells it to the end, or to the first thing that is wrong. Where one of QEMU's programs crashes nobody knows what the
     /// image should show: the story ends there, and is counted.
     pub fn tell(&mut self) -> Told<()> {
+        planted::plant(self.planted);
         let told = self.tell_all();
         if told.is_err() && self.qemu_crashed {
             *self.tally.entry("crashes of QEMU's programs".into()).or_default() += 1;
@@ -128,10 +140,10 @@ impl Story {
             let changed = steps::any(self)?;
             self.judge(&changed)?;
             if n % 8 == 7 {
-                self.judge_views()?;
+                self.judge_views(Teller::Us)?;
             }
         }
-        self.judge_views()
+        self.judge_views(Teller::Qemu)
     }
 
     /// The uppermost layer.
@@ -202,6 +214,9 @@ impl Story {
         };
         let mut command = Command::new(path);
         command.args(arguments).current_dir(self.scratch.dir()).env_remove("BLOCKFERRY_LOG");
+        if let Some(bug) = self.planted {
+            command.env(planted::VARIABLE, format!("{bug:?}"));
+        }
         let output = in_time(command.stdin(Stdio::null()), Duration::from_secs(60));
         let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         let outcome = Outcome { ok: output.status.success(), text: text.trim().to_owned() };
@@ -266,7 +281,7 @@ impl Story {
         Ok(())
     }
 
-    /// QEMU finds nothing wrong with what was changed, and reads what the model has through the uppermost.
+    /// QEMU finds nothing wrong with what was changed, and the uppermost shows what the model has.
     fn judge(&mut self, changed: &[usize]) -> Told<()> {
         for &layer in changed {
             let Some(image) = self.chain.get(layer) else { continue };
@@ -275,24 +290,56 @@ impl Story {
                 self.qemu("qemu-img", &["check", "-q", "-f", "qcow2", &name])?;
             }
         }
-        self.judge_view(self.chain.len() - 1)
+        self.judgements += 1;
+        // To start a program takes longer than to read a small disk.
+        let reader = if self.large || self.judgements % 3 == 0 { Teller::Qemu } else { Teller::Us };
+        self.judge_view(self.chain.len() - 1, reader)
     }
 
     /// Every layer shows what the model has.
-    fn judge_views(&mut self) -> Told<()> {
-        (0..self.chain.len()).try_for_each(|layer| self.judge_view(layer))
+    fn judge_views(&mut self, reader: Teller) -> Told<()> {
+        let reader = if self.large { Teller::Qemu } else { reader };
+        (0..self.chain.len()).try_for_each(|layer| self.judge_view(layer, reader))
     }
 
-    fn judge_view(&mut self, layer: usize) -> Told<()> {
+    fn judge_view(&mut self, layer: usize, reader: Teller) -> Told<()> {
         let image = &self.chain[layer];
         let stored = self.stored_len(image);
         if stored != image.view.len() {
             return Err(format!("{} has {stored} bytes, the model {}", image.name, image.view.len()));
         }
+        if reader == Teller::Us {
+            return self.read_ourselves(layer);
+        }
         image.view.save(&self.scratch.path("model"), &mut self.saved);
         let (name, format) = (image.name.clone(), image.layout.format());
         self.qemu("qemu-img", &["compare", "-f", "raw", "-F", format, "model", &name])?;
         Ok(())
+    }
+
+    fn read_ourselves(&mut self, layer: usize) -> Told<()> {
+        const PIECE: u64 = 1 << 20;
+        let (ring, image) = (self.ring(), self.chain[layer].clone());
+        let options = ImageOptions {
+            format: Some(image.layout.of_ours()),
+            cache: Cache::Buffered,
+            read_only: true,
+            ..ImageOptions::default()
+        };
+        let (path, r) = (self.scratch.path(&image.name), ring.clone());
+        ring.block_on(async move {
+            let fail = |error: blockferry::block::BlockError| error.to_string();
+            let disk = blockferry::engine::open::open(&r, &path, &options).await.map_err(fail)?;
+            for at in (0..image.view.len()).step_by(PIECE as usize) {
+                let len = PIECE.min(image.view.len() - at);
+                let (buf, result) = disk.read(at, r.alloc(len as usize).await).await;
+                result.map_err(fail)?;
+                if buf.as_slice() != image.view.read(at, len) {
+                    return Err(format!("{}: we read something else in {len} bytes at {at}", image.name));
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Removes the files of an image that is no longer part of the chain.

@@ -21,7 +21,6 @@ use blockferry_ring::{Errno, Ring};
 
 use super::named;
 use crate::base::os_name;
-use crate::base::planted::{Bug, is_planted};
 use crate::block::{BlockError, Driver, Operation};
 use crate::graph::node::{Node, Use, UseKind};
 pub use access::FILE_MODE;
@@ -259,9 +258,6 @@ impl Admission {
     /// The judgement: the plan, and what goes on from here if nothing speaks against it.
     pub fn judge(mut self) -> (Plan, Admitted) {
         let parts = self.changed.iter().enumerate().filter_map(|(n, (ground, name))| {
-            if is_planted(Bug::SameImageNotLookedFor) {
-                return None;
-            }
             let read = self.read.iter().find(|(read, _)| read.overlaps(ground));
             let relation = read.map(|(_, relation)| relation.clone()).or_else(|| {
                 let twice = self.changed[..n].iter().find(|(other, _)| other.overlaps(ground));
