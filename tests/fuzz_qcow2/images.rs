@@ -101,7 +101,7 @@ pub fn new_ring(world: &World) -> Ring {
 
 /// The file that the image is in.
 pub fn file(ring: &Ring, read_only: bool) -> Rc<dyn Driver> {
-    let options = FileOptions { read_only, cache: Cache::Direct, lock: true };
+    let options = FileOptions { read_only, cache: Cache::Direct, lock: true, ..FileOptions::default() };
     blockferry::protocol::open::open(ring, DISK.as_ref(), &options).expect("the file opens")
 }
 
