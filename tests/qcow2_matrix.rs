@@ -101,6 +101,7 @@ impl Combination {
             backing_file: (self.get("backing") != "none").then(|| "base".into()),
             backing_fmt: (self.get("backing") != "none")
                 .then(|| if self.get("backing") == "raw" { "raw" } else { "qcow2" }.into()),
+            ..CreateOptions::default()
         }
     }
 }

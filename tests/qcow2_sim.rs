@@ -74,7 +74,7 @@ fn ring(world: &World) -> Ring {
 }
 
 fn file(ring: &Ring, path: &str, read_only: bool) -> Rc<dyn Driver> {
-    let options = FileOptions { read_only, cache: Cache::Direct, lock: true };
+    let options = FileOptions { read_only, cache: Cache::Direct, lock: true, ..FileOptions::default() };
     blockferry::protocol::open::open(ring, path.as_ref(), &options).expect("the file opens")
 }
 

@@ -292,7 +292,7 @@ impl Story {
         }
         self.judgements += 1;
         // To start a program takes longer than to read a small disk.
-        let reader = if self.large || self.judgements % 3 == 0 { Teller::Qemu } else { Teller::Us };
+        let reader = if self.large || self.judgements.is_multiple_of(3) { Teller::Qemu } else { Teller::Us };
         self.judge_view(self.chain.len() - 1, reader)
     }
 
