@@ -1,20 +1,23 @@
 //! `blockferry check`: whether an image's metadata is sound, and its repair.
 
+use std::pin::pin;
 use std::rc::Rc;
 
+use blockferry_ring::sync::{Either, either};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, parse_format};
 use super::print::{self, product, say};
+use super::progress::{INTERVAL_NANOS, Progress};
 use super::tool::{OutputArgs, PlanArgs, cache};
 use super::{Global, config};
 use crate::block::patience::for_job;
 use crate::engine::admit::Admission;
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
-use crate::format::qcow2::{CheckReport, Repair};
+use crate::format::qcow2::{CheckReport, Qcow2, Repair};
 use crate::graph::node::UseKind;
 
 /// The exit code for formats that have nothing to check.
@@ -140,7 +143,7 @@ async fn check(global: &Global, engine: &Engine, args: &CheckArgs) -> Result<Che
         _ => UseKind::JobTarget("check"),
     };
     let _lock = node.attach_in_time(kind).await?;
-    let mut report = image.check(repair).await?;
+    let mut report = shown(global, engine, args, image, repair).await?;
     if report.leaks_fixed > 0 || report.corruptions_fixed > 0 {
         // What is left after a repair is what a second look finds.
         let again = image.check(Repair::None).await?;
@@ -152,6 +155,32 @@ async fn check(global: &Global, engine: &Engine, args: &CheckArgs) -> Result<Che
         };
     }
     Ok(Checked::Done(Format::Qcow2, Box::new(report)))
+}
+
+/// A repair of a large image takes a while: how far it is is shown meanwhile.
+async fn shown(
+    global: &Global,
+    engine: &Engine,
+    args: &CheckArgs,
+    image: &Qcow2,
+    repair: Repair,
+) -> Result<CheckReport, Failure> {
+    let ring = engine.ring();
+    let mut progress = Progress::new(global, args.quiet || repair == Repair::None, ring.clock());
+    let mut work = pin!(image.check(repair));
+    loop {
+        match either(work.as_mut(), ring.sleep(INTERVAL_NANOS)).await {
+            Either::First(found) => {
+                progress.finish();
+                return Ok(found?);
+            }
+            Either::Second(_) if repair != Repair::None => {
+                let (phase, done, of) = image.check_progress().now();
+                progress.show(phase, done, of, ring.clock());
+            }
+            Either::Second(_) => {}
+        }
+    }
 }
 
 /// What is 0 is left out, as qemu-img does it.
@@ -201,7 +230,10 @@ fn tell(args: &CheckArgs, report: &CheckReport) {
         }
         if report.leaks > 0 {
             product!("\n{} leaked clusters were found on the image.", report.leaks);
-            product!("This means waste of disk space, but no harm to data.");
+            match &report.unread {
+                None => product!("This means waste of disk space, but no harm to data."),
+                Some(what) => product!("They may be in use: {what} cannot be read. So they are not freed."),
+            }
         }
         if report.check_errors > 0 {
             product!("\n{} internal errors have occurred during the check.", report.check_errors);

@@ -106,7 +106,8 @@ pub fn file(ring: &Ring, read_only: bool) -> Rc<dyn Driver> {
 }
 
 async fn open(ring: &Ring, for_check: bool) -> Rc<Qcow2> {
-    let options = OpenOptions { read_only: false, backing: Backing::None, for_check, data_file: None, snapshot: None };
+    let options =
+        OpenOptions { read_only: false, backing: Backing::None, for_check, data_file: None, snapshot: None };
     Qcow2::open(ring, file(ring, false), &super::NoFiles(ring.clone()), options).await.expect("it opens")
 }
 

@@ -12,6 +12,7 @@ mod places;
 mod qcow2;
 mod raw;
 mod rebase;
+mod repair;
 mod share;
 
 use serde_json::Value;

@@ -15,6 +15,16 @@ pub(super) const BITMAPS_MAX: u32 = 65_535;
 const DIRECTORY_BYTES_MAX: u64 = 64 << 20;
 const IN_USE: u32 = 1;
 const AUTO: u32 = 2;
+/// Extra data may be skipped by those who do not know it.
+const EXTRA_COMPATIBLE: u32 = 4;
+/// The only type there is: dirty clusters.
+const TYPE_DIRTY: u8 = 1;
+/// Bits of the finest and the coarsest granularity.
+const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
+/// The longest table, in bytes.
+const TABLE_BYTES_MAX: u64 = 64 << 20;
+/// Bits of an entry of a table that must be 0. The lowest one says "all ones" where there is no cluster.
+pub(super) const ENTRY_RESERVED: u64 = !(OFFSET_MASK | 1);
 
 /// One entry of the directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +34,7 @@ pub(super) struct Bitmap {
     pub(super) table_offset: u64,
     pub(super) table_entries: u32,
     pub(super) flags: u32,
+    pub(super) kind: u8,
     pub(super) granularity_bits: u8,
     pub(super) name: String,
 }
@@ -56,6 +67,7 @@ pub(super) fn parse_directory(bytes: &[u8], count: u32) -> Option<Vec<Bitmap>> {
             table_offset: get_be64(fixed, 0),
             table_entries: be32(8),
             flags: be32(12),
+            kind: fixed[16],
             granularity_bits: fixed[17],
             name: String::from_utf8_lossy(name).into_owned(),
         });
@@ -77,6 +89,26 @@ pub(super) fn bytes_of(bitmaps: &[BitmapInfo], len: u64, cluster: u64) -> u64 {
 }
 
 impl Bitmap {
+    /// Bytes of its table.
+    pub(super) fn table_bytes(&self) -> u64 {
+        u64::from(self.table_entries) * 8
+    }
+
+    /// What about it makes no sense, if anything does not.
+    pub(super) fn nonsense(&self, cluster: u64) -> Option<&'static str> {
+        if !self.table_offset.is_multiple_of(cluster) || self.table_offset >= 1 << 56 {
+            Some("has its table at an impossible place")
+        } else if self.table_bytes() > TABLE_BYTES_MAX {
+            Some("has too large a table")
+        } else if self.kind != TYPE_DIRTY || self.flags & !(IN_USE | AUTO | EXTRA_COMPATIBLE) != 0 {
+            Some("is of a kind that is not known here")
+        } else if !GRANULARITY_BITS.contains(&self.granularity_bits) {
+            Some("has an impossible granularity")
+        } else {
+            None
+        }
+    }
+
     pub(super) fn info(&self) -> BitmapInfo {
         BitmapInfo {
             name: self.name.clone(),

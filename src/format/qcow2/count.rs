@@ -8,7 +8,7 @@ pub(super) const CHUNK: u64 = 64;
 const CHUNKS_MAX: usize = 1 << 24;
 
 /// Counts by the number of the cluster.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Counts {
     chunks: BTreeMap<u64, Box<[u32; CHUNK as usize]>>,
 }

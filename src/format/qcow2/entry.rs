@@ -11,6 +11,9 @@ pub const COMPRESSED: u64 = 1 << 62;
 /// The cluster reads as zeroes (not with subclusters).
 pub const ZERO: u64 = 1;
 
+/// Bits of an L2 entry that must be 0, unless it is compressed.
+pub const RESERVED: u64 = 0x3f00_0000_0000_01fe;
+
 /// All subclusters hold data.
 pub const ALL_DATA: u64 = 0xffff_ffff;
 /// All subclusters read as zeroes.
@@ -125,6 +128,17 @@ impl Raw {
             false if has_host => Cluster::Data { host, copied },
             false => Cluster::Unallocated,
         })
+    }
+
+    /// Whether no data is lost if it has no place in the file any more.
+    pub fn has_no_data(self, g: &Geometry) -> bool {
+        self.entry & COMPRESSED == 0
+            && if g.subclusters { self.bitmap & ALL_DATA == 0 } else { self.entry & ZERO != 0 }
+    }
+
+    /// The same without a place in the file: what reads as zeroes goes on reading as zeroes.
+    pub fn without_host(self, g: &Geometry) -> Raw {
+        Raw { entry: if g.subclusters { 0 } else { ZERO }, bitmap: self.bitmap & ALL_ZERO }
     }
 
     /// Nothing is here.

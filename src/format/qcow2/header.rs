@@ -2,7 +2,8 @@
 //!
 //! All of it lies in the first cluster: the fixed fields, extensions one after the other, and the name of
 //! the backing file wherever the header says. Fields and extensions that are not known here are kept as
-//! they are, because the specification asks for that. What an image must not say (tables beyond QEMU's
+//! they are, because the specification asks for that. Of an extension that is there twice the last one counts, and a name
+//! ends with its first zero byte, because QEMU reads them so: both must open the same files. What an image must not say (tables beyond QEMU's
 //! limits, unaligned offsets, features that nobody here understands) is refused once, here.
 
 use super::geometry::{
@@ -24,6 +25,10 @@ pub const V3_BYTES: usize = 112;
 pub const SNAPSHOTS_MAX: u32 = 65_536;
 /// Longest name of a backing file, in bytes.
 pub const BACKING_NAME_BYTES_MAX: u32 = 1023;
+/// Longest name of a backing file's format, in bytes.
+pub const BACKING_FORMAT_BYTES_MAX: usize = 15;
+/// Bytes of the extension for bitmaps.
+pub const BITMAPS_BYTES: usize = 24;
 /// The most extensions that are looked at.
 pub const EXTENSIONS_MAX: usize = 4096;
 
@@ -193,6 +198,13 @@ pub fn first_cluster_bytes(head: &[u8]) -> Result<u64, HeaderError> {
 impl Header {
     /// Reads a header off the first cluster of an image (less for a shorter file).
     pub fn parse(cluster: &[u8]) -> Result<Header, HeaderError> {
+        let header = Header::parse_for_check(cluster)?;
+        header.check_repairable()?;
+        Ok(header)
+    }
+
+    /// The same for those who check and repair: what can be made anew is no reason to refuse.
+    pub fn parse_for_check(cluster: &[u8]) -> Result<Header, HeaderError> {
         let cluster_size = first_cluster_bytes(cluster)?;
         let version = be32(cluster, 4);
         let v3 = version >= 3;
@@ -238,8 +250,10 @@ impl Header {
             header.more = cluster[V3_BYTES..length].to_vec();
         }
         if header.backing_offset != 0 {
-            header.backing_file = Some(backing_name(cluster, header.backing_offset, cluster_size)?);
+            let name = backing_name(cluster, header.backing_offset, cluster_size)?;
+            header.backing_file = Some(name).filter(|name| !name.is_empty());
         }
+        header.check_extensions()?;
         header.check_tables()?;
         Ok(header)
     }
@@ -312,23 +326,39 @@ impl Header {
         if self.l1_size > 0 && (!aligned(self.l1_offset) || self.l1_offset == 0) {
             return invalid("its L1 table lies at an impossible place");
         }
-        if self.reftable_clusters == 0 || self.reftable_offset == 0 || !aligned(self.reftable_offset) {
-            return invalid("it has no usable table of reference counts");
+        if !aligned(self.reftable_offset) {
+            return invalid("its table of reference counts lies at an impossible place");
         }
         if u64::from(self.reftable_clusters) * g.cluster_size() > REFTABLE_BYTES_MAX.max(g.cluster_size()) {
             return invalid("its table of reference counts is larger than 8 MiB");
-        }
-        if self.nb_snapshots > SNAPSHOTS_MAX {
-            return invalid("it has more than 65536 snapshots");
         }
         if self.nb_snapshots > 0 && (!aligned(self.snapshots_offset) || self.snapshots_offset == 0) {
             return invalid("its table of snapshots lies at an impossible place");
         }
         let raw = self.autoclear & autoclear::DATA_FILE_RAW != 0;
+        if raw && self.version >= 3 && !self.has_data_file() {
+            return invalid("it says that its data file is raw, and has none");
+        }
         if raw && self.has_data_file() && self.backing_file.is_some() {
             return invalid("it has both a raw data file and a backing file");
         }
         Ok(())
+    }
+
+    /// What keeps an image from being used, and can be repaired.
+    fn check_repairable(&self) -> Result<(), HeaderError> {
+        if !self.has_reftable() {
+            return invalid("it has no table of reference counts; `blockferry check --repair all` makes one");
+        }
+        if self.nb_snapshots > SNAPSHOTS_MAX {
+            return invalid("it has more than 65536 snapshots");
+        }
+        Ok(())
+    }
+
+    /// It says where the refcounts are.
+    pub fn has_reftable(&self) -> bool {
+        self.reftable_clusters > 0 && self.reftable_offset > 0
     }
 
     /// The sizes that follow from it.
@@ -350,19 +380,48 @@ impl Header {
         self.has_data_file() && self.autoclear & autoclear::DATA_FILE_RAW != 0
     }
 
-    /// The extension of this type.
-    pub fn extension(&self, kind: u32) -> Option<&[u8]> {
-        self.extensions.iter().find(|e| e.kind == kind).map(|e| e.data.as_slice())
+    /// Extensions that contradict what else the header says, or cannot be what they are.
+    fn check_extensions(&self) -> Result<(), HeaderError> {
+        for Extension { kind, data } in &self.extensions {
+            match *kind {
+                extension::BACKING_FORMAT if data.len() > BACKING_FORMAT_BYTES_MAX => {
+                    return invalid("the name of its backing file's format is longer than 15 bytes");
+                }
+                extension::BITMAPS if data.len() != BITMAPS_BYTES => {
+                    return invalid(format!(
+                        "its extension for bitmaps has {} bytes, and not 24",
+                        data.len()
+                    ));
+                }
+                extension::ENCRYPTION if self.crypt_method == 0 => {
+                    return invalid("it has a header for encryption, and says that it is not encrypted");
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
-    /// A string extension.
+    /// The extension of this type; the last one, if there are several.
+    pub fn extension(&self, kind: u32) -> Option<&[u8]> {
+        self.extensions.iter().rev().find(|e| e.kind == kind).map(|e| e.data.as_slice())
+    }
+
+    /// A string extension. An empty one says as little as none.
     pub fn text(&self, kind: u32) -> Option<String> {
-        self.extension(kind).map(os_name::from_bytes)
+        let data = until_zero(self.extension(kind)?);
+        (!data.is_empty()).then(|| os_name::from_bytes(data))
     }
 
     /// Replaces, adds or takes away an extension. The format of the backing file comes first, so that it
     /// shares a sector with the fields that change together with it.
     pub fn set_extension(&mut self, kind: u32, data: Option<Vec<u8>>) {
+        // One that counts is enough.
+        let mut left = self.extensions.iter().filter(|e| e.kind == kind).count();
+        self.extensions.retain(|e| {
+            left -= usize::from(e.kind == kind);
+            e.kind != kind || left == 0
+        });
         let at = self.extensions.iter().position(|e| e.kind == kind);
         match (at, data) {
             (Some(at), Some(data)) => self.extensions[at].data = data,
@@ -446,16 +505,22 @@ fn parse_extensions(
     while at + 8 <= end && found.len() < EXTENSIONS_MAX {
         let (kind, len) = (be32(cluster, at), be32(cluster, at + 4) as usize);
         at += 8;
-        if kind == extension::END {
-            break;
-        }
+        // The end has no length; one that has is a sign that all of this is something else.
         if len > end - at {
             return invalid(format!("its header extension {kind:#010x} is longer than there is room"));
+        }
+        if kind == extension::END {
+            break;
         }
         found.push(Extension { kind, data: cluster[at..at + len].to_vec() });
         at = (at + len).next_multiple_of(8);
     }
     Ok(found)
+}
+
+/// A text as QEMU reads it.
+fn until_zero(bytes: &[u8]) -> &[u8] {
+    bytes.split(|byte| *byte == 0).next().unwrap_or_default()
 }
 
 fn backing_name(cluster: &[u8], offset: u64, cluster_size: u64) -> Result<String, HeaderError> {
@@ -467,7 +532,7 @@ fn backing_name(cluster: &[u8], offset: u64, cluster_size: u64) -> Result<String
     let Some(end) = end else {
         return invalid("the name of its backing file lies outside the header");
     };
-    Ok(os_name::from_bytes(&cluster[offset as usize..end as usize]))
+    Ok(os_name::from_bytes(until_zero(&cluster[offset as usize..end as usize])))
 }
 
 /// The table of feature names that new images carry.

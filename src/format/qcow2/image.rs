@@ -158,6 +158,8 @@ pub struct Qcow2 {
     pub(super) corrupt: Cell<bool>,
     /// The bitmaps that record are marked as out of date, or there are none.
     pub(super) bitmaps_marked: Cell<bool>,
+    /// How far a check is.
+    pub(super) progress: super::check::CheckProgress,
     /// Data may lie in holes of the file; not known before somebody asks.
     pub(super) preallocated: Cell<Option<bool>>,
     /// What is held of the files.

@@ -122,6 +122,8 @@ pub struct CheckReport {
     pub compressed_clusters: u64,
     /// `fragmented-clusters`: those that do not follow their predecessor in the file.
     pub fragmented_clusters: u64,
+    /// What could not be read, though it may use clusters that seem to have leaked: nothing is freed then.
+    pub unread: Option<String>,
     /// What is wrong, a line each, at most [`super::check::MESSAGES_MAX`] of them.
     pub messages: Vec<String>,
 }

@@ -15,7 +15,7 @@
 //! | `read`, `gather`, `write`, `zero`, `populate`, `compress` | requests, straight down |
 //! | `sync` | the order in which all of it reaches the disk |
 //! | `holes` | clusters with a place in the file and nothing in it |
-//! | `open`, `reopen`, `create`, `resize`, `rename`, `amend`, `empty`, `snapshot`, `view`, `bitmap`, `check` | what its name says |
+//! | `open`, `reopen`, `create`, `resize`, `rename`, `amend`, `empty`, `snapshot`, `view`, `bitmap`, `check`, `repair` | what its name says |
 
 mod alloc;
 mod amend;
@@ -46,6 +46,7 @@ mod populate;
 mod read;
 mod rename;
 mod reopen;
+mod repair;
 mod resize;
 mod snapshot;
 mod sync;
@@ -180,6 +181,11 @@ impl Qcow2 {
                 Err(self.tell(Operation::BlockStatus, ByteRange::at_saturating(offset, len), fault).await)
             }
         }
+    }
+
+    /// How far [`Qcow2::check`] is.
+    pub fn check_progress(&self) -> &check::CheckProgress {
+        &self.progress
     }
 
     /// Looks at all metadata, and repairs what `repair` says. Nobody may write meanwhile.

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use blockferry_ring::{Errno, Ring};
 
 use super::cache::{SLICE_BYTES_MAX, TableCache};
+use super::check::CheckProgress;
 use super::compress::Packing;
 use super::entry::get_be64;
 use super::gate::{OpenFiles, Role, Wanted};
@@ -47,7 +48,11 @@ pub(super) fn plain(name: &str, fault: Fault) -> BlockError {
 }
 
 /// Reads the header and the first cluster of an image.
-async fn read_header(file: &Rc<dyn Driver>, memory: &Memory) -> Result<(Header, Vec<u8>), BlockError> {
+async fn read_header(
+    file: &Rc<dyn Driver>,
+    memory: &Memory,
+    for_check: bool,
+) -> Result<(Header, Vec<u8>), BlockError> {
     let name = file.name();
     let bad = |error: HeaderError| refuse(name, Errno::EINVAL, error.to_string());
     let read = async |len: u64| {
@@ -56,7 +61,8 @@ async fn read_header(file: &Rc<dyn Driver>, memory: &Memory) -> Result<(Header, 
     };
     let head = read(HEAD_BYTES).await?;
     let cluster = read(first_cluster_bytes(&head).map_err(bad)?).await?;
-    let header = Header::parse(&cluster).map_err(bad)?;
+    let parse = if for_check { Header::parse_for_check } else { Header::parse };
+    let header = parse(&cluster).map_err(bad)?;
     Ok((header, cluster))
 }
 
@@ -82,7 +88,7 @@ impl Qcow2 {
         // Held from here on: nobody else changes what is read now.
         let held = if read_only { Permissions::STABLE_READER } else { Permissions::USER }.for_image();
         file.set_permissions(held)?;
-        let (header, cluster) = read_header(&file, &table_memory).await?;
+        let (header, cluster) = read_header(&file, &table_memory, options.for_check).await?;
         let writable = !read_only && !options.for_check;
         if header.incompatible & incompatible::CORRUPT != 0 && writable {
             let why = "The image is marked as damaged: it can be read, and repaired (`blockferry check --repair all`), \
@@ -191,6 +197,7 @@ impl Qcow2 {
             sync: SyncState::default(),
             bitmaps_marked: Cell::new(false),
             preallocated: Cell::new(None),
+            progress: CheckProgress::default(),
             permissions: Cell::new(Permissions::NONE),
             packing: Packing::new(ring),
             load_next: Cell::new(u64::MAX),
@@ -203,7 +210,8 @@ impl Qcow2 {
     pub(super) async fn load_tables(&self, with_refcounts: bool) -> Result<(), Fault> {
         let (l1_at, l1_len, refs_at, refs_len) = {
             let header = self.header.borrow();
-            let refs_len = u64::from(header.reftable_clusters) * self.g.cluster_size();
+            let clusters = if header.has_reftable() { header.reftable_clusters } else { 0 };
+            let refs_len = u64::from(clusters) * self.g.cluster_size();
             (header.l1_offset, u64::from(header.l1_size) * 8, header.reftable_offset, refs_len)
         };
         let entries =

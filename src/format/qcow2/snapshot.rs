@@ -26,6 +26,8 @@ use crate::base::range::ByteRange;
 const TABLE_BYTES_MAX: u64 = 64 << 20;
 /// Longest extra data of one snapshot (QEMU's limit).
 const EXTRA_BYTES_MAX: u32 = 1024;
+/// Extra data that an image of version 3 has at least: the size of the state of the machine, and that of the disk.
+const EXTRA_BYTES_MIN: usize = 16;
 
 /// One entry of the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,11 +55,29 @@ fn be32(bytes: &[u8], at: usize) -> u32 {
 }
 
 impl Snapshot {
+    /// Bytes of an entry before its extra data.
+    const FIXED_BYTES: u64 = 40;
+
     /// Bytes of the entry that begins with these 40.
-    fn entry_bytes(fixed: &[u8]) -> Option<u64> {
+    fn entry_bytes(fixed: &[u8]) -> u64 {
         let (id, name) = (u64::from(be32(fixed, 12) >> 16), u64::from(be32(fixed, 12) & 0xffff));
-        let extra = be32(fixed, 36);
-        (extra <= EXTRA_BYTES_MAX).then_some((40 + u64::from(extra) + id + name).next_multiple_of(8))
+        (40 + u64::from(be32(fixed, 36)) + id + name).next_multiple_of(8)
+    }
+
+    /// An entry that says nothing: no name, no table.
+    fn is_empty(&self) -> bool {
+        self.id.is_empty() && self.name.is_empty() && self.l1_size == 0 && self.extra.is_empty()
+    }
+
+    /// With the extra data that there has to be, and no more than there may be.
+    fn completed(mut self, disk_size: u64) -> Snapshot {
+        if self.extra.len() < EXTRA_BYTES_MIN {
+            let (state, disk) = (self.vm_state_size, self.disk_size.unwrap_or(disk_size));
+            self.extra = [state.to_be_bytes(), disk.to_be_bytes()].concat();
+            self.disk_size = Some(disk);
+        }
+        self.extra.truncate(EXTRA_BYTES_MAX as usize);
+        self
     }
 
     /// Reads one entry, which is all there.
@@ -117,36 +137,110 @@ impl Snapshot {
     }
 }
 
+/// A table of snapshots, read as far as it can be.
+#[derive(Debug, Default)]
+pub(super) struct Listed {
+    /// What could be read.
+    pub(super) list: Vec<Snapshot>,
+    /// Bytes of the table up to there.
+    pub(super) bytes: u64,
+    /// What is wrong and does not keep the image from being used.
+    pub(super) slips: Vec<String>,
+    /// What is wrong and can be repaired.
+    pub(super) flaws: Vec<String>,
+    /// What cannot be read: nobody knows what is in use because of it.
+    pub(super) unread: Vec<String>,
+}
+
+impl Listed {
+    /// The table as it has to be, if it is not and that can be made of it.
+    pub(super) fn mended(&self, disk_size: u64) -> Option<Vec<Snapshot>> {
+        if !self.unread.is_empty() || (self.slips.is_empty() && self.flaws.is_empty()) {
+            return None;
+        }
+        let mut bytes = 0;
+        let whole = self.list.iter().filter(|snapshot| !snapshot.is_empty());
+        let fits = |snapshot: &Snapshot| {
+            bytes += snapshot.encode().len() as u64;
+            bytes <= TABLE_BYTES_MAX
+        };
+        Some(
+            whole
+                .map(|snapshot| snapshot.clone().completed(disk_size))
+                .take(SNAPSHOTS_MAX as usize)
+                .take_while(fits)
+                .collect(),
+        )
+    }
+}
+
 impl Qcow2 {
     /// The snapshots, and the bytes of their table.
     pub(super) async fn read_snapshots(&self) -> Result<(Vec<Snapshot>, u64), Fault> {
-        let (count, start) = {
+        let Listed { list, bytes, flaws, unread, .. } = self.list_snapshots().await?;
+        match unread.into_iter().chain(flaws).next() {
+            Some(why) => Err(Fault::Damage(why)),
+            None => Ok((list, bytes)),
+        }
+    }
+
+    /// The same with what is wrong. What this costs is bounded by the file: a table ends where that ends.
+    pub(super) async fn list_snapshots(&self) -> Result<Listed, Fault> {
+        let (count, start, v3) = {
             let header = self.header.borrow();
-            (header.nb_snapshots, header.snapshots_offset)
+            (header.nb_snapshots, header.snapshots_offset, header.version >= 3)
         };
-        let damaged = |what: &str| Fault::Damage(format!("its table of snapshots {what}"));
-        let mut found = Vec::new();
-        let mut at = 0;
+        let mut found = Listed::default();
         let mut ahead = Ahead::default();
-        for _ in 0..count {
-            let fixed = self.read_ahead(&mut ahead, start + at, 40).await?;
-            let len = Snapshot::entry_bytes(fixed).ok_or_else(|| damaged("has too much extra data"))?;
-            if at + len > TABLE_BYTES_MAX {
-                return Err(damaged("is too large"));
+        let unread = |what: String| format!("its table of snapshots {what}");
+        for number in 0..count {
+            self.let_others(1).await;
+            let at = found.bytes;
+            if let Err(Fault::Damage(why)) =
+                self.must_be_there("its table of snapshots", start, at + Snapshot::FIXED_BYTES)
+            {
+                found.unread.push(why);
+                break;
             }
-            self.must_be_there("its table of snapshots", start, at + len)?;
+            let fixed = self.read_ahead(&mut ahead, start + at, Snapshot::FIXED_BYTES).await?;
+            let len = Snapshot::entry_bytes(fixed);
+            let extra = be32(fixed, 36);
+            if at + len > 2 * TABLE_BYTES_MAX {
+                found.unread.push(unread(format!("is too large from entry {number} on")));
+                break;
+            }
+            if let Err(Fault::Damage(why)) = self.must_be_there("its table of snapshots", start, at + len) {
+                found.unread.push(why);
+                break;
+            }
+            if extra > EXTRA_BYTES_MAX {
+                found.flaws.push(unread(format!(
+                    "has too much extra data in entry {number}: {extra} bytes, and {EXTRA_BYTES_MAX} may be"
+                )));
+            }
+            if number >= SNAPSHOTS_MAX || at + len > TABLE_BYTES_MAX {
+                let why = unread(format!("is too large: there is no room for entry {number}"));
+                // One line for all of them.
+                if found.flaws.last().is_none_or(|last| !last.contains("is too large")) {
+                    found.flaws.push(why);
+                }
+            }
             let snapshot = Snapshot::parse(self.read_ahead(&mut ahead, start + at, len).await?);
+            if v3 && snapshot.extra.len() < EXTRA_BYTES_MIN && found.slips.len() < super::check::MESSAGES_MAX
+            {
+                found.slips.push(unread(format!("has an incomplete entry {number}")));
+            }
             let entries_max = (super::geometry::L1_BYTES_MAX / 8) as u32;
             if !snapshot.l1_offset.is_multiple_of(self.g.cluster_size())
                 || snapshot.l1_offset >= 1 << 56
                 || snapshot.l1_size > entries_max
             {
-                return Err(damaged("names an impossible L1 table"));
+                found.unread.push(unread(format!("names an impossible L1 table in entry {number}")));
             }
-            found.push(snapshot);
-            at += len;
+            found.list.push(snapshot);
+            found.bytes = at + len;
         }
-        Ok((found, at))
+        Ok(found)
     }
 
     /// Bytes of the file, with what follows them: entries are small, and there may be many.
@@ -584,7 +678,7 @@ mod tests {
             extra,
         };
         let bytes = snapshot.encode();
-        assert_eq!(Snapshot::entry_bytes(&bytes), Some(bytes.len() as u64));
+        assert_eq!(Snapshot::entry_bytes(&bytes), bytes.len() as u64);
         assert_eq!(Snapshot::parse(&bytes), snapshot);
     }
 }

@@ -1,0 +1,417 @@
+//! Repairing: what a check has found wrong is made right, where that can only make the image better.
+//!
+//! In this order: L2 entries that have no data and an impossible place lose the place; a table of snapshots that is
+//! incomplete or too large is written anew; refcounts are lowered where they are, or all of them are made anew next to
+//! the old ones, with one write of the header that switches over; marks of sole references are set right. A power cut
+//! leaves the old or the new of each.
+//!
+//! Nothing is freed as long as something could not be read that may use it: when refcounts are made anew then, what was
+//! in use stays in use. Whoever can read it later (an older copy of a table, another program) finds its clusters as
+//! they were. Repairing leaks alone changes nothing else, except for marks that follow from the new counts.
+
+use std::collections::BTreeSet;
+
+use super::check::Check;
+use super::count::Counts;
+use super::entry::{COPIED, OFFSET_MASK, Raw, get_be64, get_refcount, set_be64, set_refcount};
+use super::geometry::REFTABLE_BYTES_MAX;
+use super::header::incompatible;
+use super::image::{Fault, Qcow2};
+use super::info::{CheckReport, Repair};
+use super::snapshot::Snapshot;
+use blockferry_ring::Errno;
+
+impl Qcow2 {
+    /// Looks at everything, repairs what `repair` says, and looks again if it did.
+    pub(super) async fn check_image(&self, repair: Repair) -> Result<CheckReport, Fault> {
+        if repair != Repair::None && self.read_only.get() {
+            return Err(Fault::Refused(Errno::EROFS, "The image was opened read-only.".into()));
+        }
+        self.flush_all().await?;
+        if self.meta.borrow().reftable.entries.is_empty() {
+            self.load_tables(true).await?;
+        }
+        let mut check = Check::new(self);
+        check.look().await?;
+        let first = check.report.clone();
+        let is_right = first.corruptions == 0 && first.leaks == 0;
+        // Where not all could be looked at, what is in use is not known.
+        if repair == Repair::None || is_right || first.check_errors > 0 {
+            if repair == Repair::All && is_right && first.check_errors == 0 {
+                self.clear_marks().await?;
+            }
+            return Ok(first);
+        }
+        let was_dirty = self.header.borrow().incompatible & incompatible::DIRTY != 0;
+        if repair == Repair::All && self.mend_tables(&check).await? {
+            self.reload().await?;
+            check = Check::new(self);
+            check.look().await?;
+            if check.report.check_errors > 0 {
+                return Ok(check.report);
+            }
+        }
+        let said = check.repair_refcounts(repair).await?;
+        self.flush_files().await?;
+        self.reload().await?;
+        let mut again = Check::new(self);
+        again.look().await?;
+        let mut report = again.report;
+        report.leaks_fixed = first.leaks.saturating_sub(report.leaks);
+        report.corruptions_fixed = first.corruptions.saturating_sub(report.corruptions);
+        report.messages = first.messages;
+        report.messages.extend(said);
+        if repair == Repair::All && report.corruptions == 0 && report.check_errors == 0 {
+            self.clear_marks().await?;
+        } else if !was_dirty && self.header.borrow().incompatible & incompatible::DIRTY != 0 {
+            self.header.borrow_mut().incompatible &= !incompatible::DIRTY;
+            self.write_header().await?;
+            self.flush_files().await?;
+        }
+        Ok(report)
+    }
+
+    /// Refcounts may be off (the dirty bit): all of them are made right.
+    pub(super) async fn repair_refcounts(&self) -> Result<(), Fault> {
+        let report = self.check_image(Repair::All).await?;
+        if report.corruptions > 0 || report.check_errors > 0 {
+            return Err(Fault::Damage("its refcounts cannot be repaired".into()));
+        }
+        self.reload().await?;
+        self.note_fixed_tables().await
+    }
+
+    /// The image is whole: it need not say otherwise.
+    async fn clear_marks(&self) -> Result<(), Fault> {
+        let marks = incompatible::DIRTY | incompatible::CORRUPT;
+        if self.header.borrow().incompatible & marks == 0 {
+            return Ok(());
+        }
+        self.flush_files().await?;
+        self.header.borrow_mut().incompatible &= !marks;
+        self.write_header().await?;
+        self.flush_files().await?;
+        self.corrupt.set(false);
+        Ok(())
+    }
+
+    /// Forgets all tables and reads them anew.
+    pub(super) async fn reload(&self) -> Result<(), Fault> {
+        {
+            let mut meta = self.meta.borrow_mut();
+            meta.l2.forget(0, u64::MAX);
+            meta.refs.forget(0, u64::MAX);
+            meta.freed.clear();
+            meta.releasing.clear();
+            meta.hint = 0;
+            meta.virgin = self.file_len().next_multiple_of(self.g.cluster_size()).max(meta.virgin);
+        }
+        self.packing.reset();
+        self.load_tables(true).await
+    }
+
+    /// Sets the mark of a sole reference where it is right and takes it away where not.
+    pub(super) async fn repair_copied(&self) -> Result<(), Fault> {
+        self.repair_copied_of(None).await
+    }
+
+    /// The same after a check: marks are set only where the check has found no other reference, and tables that lie on
+    /// others are left alone.
+    async fn repair_copied_of(&self, check: Option<&Check<'_>>) -> Result<(), Fault> {
+        let entries = self.meta.borrow().l1.entries.clone();
+        let size = self.g.cluster_size();
+        let mut seen = BTreeSet::new();
+        for (index, entry) in entries.iter().enumerate() {
+            self.let_others(1).await;
+            let host = entry & OFFSET_MASK;
+            if check.is_some() && *entry == COPIED {
+                self.meta.borrow_mut().l1.set(index as u64, 0);
+            }
+            if host == 0 || !host.is_multiple_of(size) || host >= self.file_len() {
+                continue;
+            }
+            if seen.insert(host) && check.is_none_or(|check| check.is_no_other_table(host)) {
+                self.repair_copied_in(host, check).await?;
+            }
+            let wanted = self.marked(*entry, host, check).await?;
+            if wanted != *entry {
+                self.meta.borrow_mut().l1.set(index as u64, wanted);
+            }
+        }
+        let pages = self.meta.borrow_mut().l1.take_dirty();
+        self.write_pages(&pages).await?;
+        self.meta.borrow_mut().l2.forget(0, u64::MAX);
+        Ok(())
+    }
+
+    /// The marks of one L2 table.
+    async fn repair_copied_in(&self, at: u64, check: Option<&Check<'_>>) -> Result<(), Fault> {
+        let size = self.g.cluster_size();
+        let step = self.g.l2_entry_bytes() as usize;
+        if self.is_hole(at, size).await? {
+            return Ok(());
+        }
+        let mut bytes = self.read_bytes(at, size).await?;
+        let before = bytes.clone();
+        for slot in bytes.chunks_exact_mut(step) {
+            self.let_others(1).await;
+            let bitmap = if step == 16 { get_be64(slot, 1) } else { 0 };
+            let raw = Raw { entry: get_be64(slot, 0), bitmap };
+            let Ok(cluster) = raw.decode(&self.g, self.data_file.is_some()) else { continue };
+            let entry = match cluster.host() {
+                Some(_) if self.data_file.is_some() => raw.entry | COPIED,
+                // What lies beyond the end of the file is nobody's.
+                Some((host, _)) if check.is_some() && host >= self.file_len() => raw.entry & !COPIED,
+                Some((host, _)) => self.marked(raw.entry, host, check).await?,
+                None => raw.entry & !COPIED,
+            };
+            set_be64(slot, 0, entry);
+        }
+        if bytes != before {
+            self.write_bytes(at, &bytes).await?;
+        }
+        Ok(())
+    }
+
+    /// An entry that leads to `host`, with the mark that it has to have.
+    async fn marked(&self, entry: u64, host: u64, check: Option<&Check<'_>>) -> Result<u64, Fault> {
+        let cluster = host >> self.g.cluster_bits;
+        if self.refcount_of(cluster).await? != 1 {
+            return Ok(entry & !COPIED);
+        }
+        // A refcount that is too low makes nobody the sole one, and neither does one that may be.
+        let is_sole =
+            check.is_none_or(|check| check.report.unread.is_none() && check.counts.get(cluster) <= 1);
+        Ok(if is_sole { entry | COPIED } else { entry })
+    }
+
+    /// Mends what is not a matter of refcounts. Whether there was something.
+    async fn mend_tables(&self, check: &Check<'_>) -> Result<bool, Fault> {
+        if check.flawed_entries > 0 {
+            Check::mending(check).look().await?;
+            self.flush_files().await?;
+        }
+        if let Some(list) = &check.snapshots {
+            self.move_snapshots(list, check.end()).await?;
+        }
+        Ok(check.flawed_entries > 0 || check.snapshots.is_some())
+    }
+
+    /// Writes the table of snapshots behind everything, and switches over. Its clusters have no refcounts yet: the image
+    /// says that it is dirty until they have.
+    async fn move_snapshots(&self, list: &[Snapshot], end: u64) -> Result<(), Fault> {
+        let bytes: Vec<u8> = list.iter().flat_map(Snapshot::encode).collect();
+        let at = end << self.g.cluster_bits;
+        if !bytes.is_empty() {
+            self.reach(at + (bytes.len() as u64).next_multiple_of(self.g.cluster_size())).await?;
+            self.write_bytes(at, &bytes).await?;
+            self.flush_files().await?;
+        }
+        {
+            let mut header = self.header.borrow_mut();
+            header.nb_snapshots = list.len() as u32;
+            header.snapshots_offset = if bytes.is_empty() { 0 } else { at };
+            if header.version >= 3 {
+                header.incompatible |= incompatible::DIRTY;
+            }
+        }
+        self.write_header().await?;
+        self.flush_files().await
+    }
+}
+
+impl Check<'_> {
+    /// The cluster behind everything.
+    fn end(&self) -> u64 {
+        self.counts.end().max(self.image.g.clusters(self.file_len))
+    }
+
+    /// Makes refcounts, and the marks that follow from them, as right as they can be. Gives what there is to say.
+    async fn repair_refcounts(&mut self, repair: Repair) -> Result<Option<String>, Fault> {
+        let image = self.image;
+        let mut said = None;
+        let wants_all = repair == Repair::All && (self.rebuild || self.refcounts_too_low().await?);
+        let max = image.g.refcount_max();
+        if wants_all && self.counts.iter().any(|(_, count)| count > max) {
+            said = Some(format!(
+                "Refcounts of {} bits are too narrow for what is there: a copy with wider ones is sound (`blockferry \
+                 convert -O qcow2 -o refcount_bits=16`)",
+                image.g.refcount_bits()
+            ));
+        } else if wants_all {
+            self.rebuild_refcounts().await?;
+            image.reload().await?;
+            self.rebuild = false;
+        }
+        if self.rebuild {
+            return Ok(said);
+        }
+        match &self.report.unread {
+            None => self.lower_refcounts().await?,
+            Some(what) if said.is_none() && self.report.leaks > 0 => {
+                said = Some(format!("Nothing was freed: {what} cannot be read and may use it"));
+            }
+            Some(_) => {}
+        }
+        image.reload().await?;
+        let is_known = self.report.unread.is_none() || repair == Repair::All;
+        if self.has_l1 && is_known {
+            image.repair_copied_of(Some(self)).await?;
+        }
+        Ok(said)
+    }
+
+    async fn refcounts_too_low(&mut self) -> Result<bool, Fault> {
+        let per_block = self.image.g.refblock_entries();
+        for block in self.counts.blocks(per_block) {
+            self.image.let_others(per_block).await;
+            let found = self.block_counts(block).await;
+            for index in 0..per_block {
+                let is = found
+                    .as_ref()
+                    .map_or(0, |f| get_refcount(f, self.image.g.refcount_order, index as usize));
+                if is < self.counts.get(block * per_block + index) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Frees what leaked, in place.
+    async fn lower_refcounts(&mut self) -> Result<(), Fault> {
+        let image = self.image;
+        let (order, per_block) = (image.g.refcount_order, image.g.refblock_entries());
+        let blocks = self.blocks.clone();
+        image.progress.begin("free leaks", blocks.len() as u64 * image.g.cluster_size());
+        for (block, host) in blocks {
+            image.progress.step(image.g.cluster_size());
+            let Some(mut bytes) = self.block_counts(block).await else { continue };
+            let before = bytes.clone();
+            image.let_others(per_block).await;
+            for index in 0..per_block {
+                let wanted = self.counts.get(block * per_block + index);
+                if get_refcount(&bytes, order, index as usize) > wanted {
+                    set_refcount(&mut bytes, order, index as usize, wanted);
+                }
+            }
+            if bytes != before {
+                image.write_bytes(host, &bytes).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the old refcount table and its blocks for unused: they are when the new ones count.
+    fn forget_refcount_tables(&mut self) -> BTreeSet<u64> {
+        let g = &self.image.g;
+        let mut old = BTreeSet::new();
+        for (at, len) in std::mem::take(&mut self.refcount_tables) {
+            for cluster in at >> g.cluster_bits..(at + len).div_ceil(g.cluster_size()) {
+                self.counts.remove(cluster);
+                old.insert(cluster);
+            }
+        }
+        old
+    }
+
+    /// Counts what was in use as far as anybody can tell as in use, except for `old`: the refcounts that are there, and
+    /// where there are none, whatever holds data. Where a refcount is lost, what could not be read may refer to the
+    /// cluster as well: it counts once more, so that it is not freed, or written in place, by those who are known.
+    async fn keep_unknown(&mut self, old: &BTreeSet<u64>) -> Result<(), Fault> {
+        let image = self.image;
+        let (size, order, per_block) =
+            (image.g.cluster_size(), image.g.refcount_order, image.g.refblock_entries());
+        let (clusters, max) = (image.g.clusters(self.file_len), image.g.refcount_max());
+        let known: Vec<u64> = self.blocks.keys().copied().collect();
+        for block in known {
+            image.let_others(per_block).await;
+            let Some(found) = self.block_counts(block).await else { continue };
+            for cluster in (block * per_block..(block + 1) * per_block).take_while(|at| *at < clusters) {
+                let is = get_refcount(&found, order, (cluster % per_block) as usize);
+                let counted = self.counts.get(cluster);
+                if is > counted && !old.contains(&cluster) {
+                    self.counts.add_many(cluster, is - counted);
+                } else if is < counted && counted < max {
+                    self.counts.add(cluster);
+                }
+            }
+        }
+        let mut at = 0;
+        while at < self.file_len {
+            image.let_others(1).await;
+            let extent = image.file.block_status(at, self.file_len - at).await?;
+            let end = at + extent.len.clamp(1, self.file_len - at);
+            for cluster in at / size..end.div_ceil(size) {
+                let has_count = self.blocks.contains_key(&(cluster / per_block));
+                if !extent.zero && !has_count && !old.contains(&cluster) && self.counts.get(cluster) < max {
+                    self.counts.add(cluster);
+                }
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Makes all refcounts anew behind everything that is in use, and switches over.
+    async fn rebuild_refcounts(&mut self) -> Result<(), Fault> {
+        let image = self.image;
+        let (size, per_block) = (image.g.cluster_size(), image.g.refblock_entries());
+        let start = self.end();
+        let old = self.forget_refcount_tables();
+        if self.report.unread.is_some() {
+            self.keep_unknown(&old).await?;
+        }
+        // Table and blocks lie behind everything; they count themselves.
+        let mut blocks = self.counts.blocks(per_block);
+        let (table_clusters, used) = loop {
+            let last = blocks.last().copied().unwrap_or(0);
+            let table = ((last + 1) * 8).div_ceil(size);
+            // Before anything is made of it: a file may claim to end far away.
+            if table.saturating_mul(size) > REFTABLE_BYTES_MAX.max(size) {
+                let why = "New refcounts for all of it would be too large.";
+                return Err(Fault::Refused(Errno::EFBIG, why.into()));
+            }
+            let used = table + blocks.len() as u64;
+            let own = start / per_block..=(start + used - 1) / per_block;
+            let missing: Vec<u64> = own.filter(|block| blocks.binary_search(block).is_err()).collect();
+            if missing.is_empty() {
+                break (table, used);
+            }
+            blocks.extend(missing);
+            blocks.sort_unstable();
+        };
+        (start..start + used).for_each(|cluster| {
+            self.counts.add(cluster);
+        });
+        image.reach((start + used) * size).await?;
+        image.progress.begin("refcounts", blocks.len() as u64 * size);
+        let mut table = vec![0; (table_clusters * size) as usize];
+        for (number, block) in blocks.iter().enumerate() {
+            let host = (start + table_clusters + number as u64) * size;
+            image.let_others(per_block).await;
+            image.write_bytes(host, &block_of(&self.counts, image, *block)).await?;
+            set_be64(&mut table, *block as usize, host);
+            image.progress.step(size);
+        }
+        image.write_bytes(start * size, &table).await?;
+        image.flush_files().await?;
+        {
+            let mut header = image.header.borrow_mut();
+            (header.reftable_offset, header.reftable_clusters) = (start * size, table_clusters as u32);
+        }
+        image.write_header().await?;
+        image.flush_files().await
+    }
+}
+
+/// A refcount block that says what was counted.
+fn block_of(counts: &Counts, image: &Qcow2, block: u64) -> Vec<u8> {
+    let (order, per_block) = (image.g.refcount_order, image.g.refblock_entries());
+    let mut bytes = vec![0; image.g.cluster_size() as usize];
+    for index in 0..per_block {
+        let count = counts.get(block * per_block + index).min(image.g.refcount_max());
+        set_refcount(&mut bytes, order, index as usize, count);
+    }
+    bytes
+}

@@ -1,0 +1,436 @@
+//! `check` and its repairs, beside those of `qemu-img`, on images that are damaged in each way that there is.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+
+use serde_json::Value;
+
+use super::common::image::{KIB, MIB, Scratch, allocated, content};
+use super::common::{run, tool};
+use super::{assert_same_json, our_json, ours, qemu, qemu_json};
+
+/// Where an entry of a table leads.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// The mark of a sole reference.
+const COPIED: u64 = 1 << 63;
+
+/// An image to be damaged, with clusters of 64 KiB unless its options say otherwise.
+struct Image {
+    path: String,
+}
+
+impl Image {
+    /// With data in its first mebibyte and at 32 MiB, and what `more` does to it.
+    fn new(scratch: &Scratch, options: &str, size: &str, more: &[&[&str]]) -> Image {
+        let path = scratch.path("image");
+        let _ = std::fs::remove_file(&path);
+        let options = options.replace("DATA", &scratch.path("data"));
+        let mut create = vec!["create", "-q", "-f", "qcow2", &path, size];
+        if !options.is_empty() {
+            create.splice(4..4, ["-o", options.as_str()]);
+        }
+        tool("qemu-img", &create);
+        let write = ["-f", "qcow2", "-c", "write -P 1 0 1M", "-c", "write -P 2 32M 128k", &path];
+        tool("qemu-io", &write);
+        for command in more {
+            tool(command[0], &[&command[1..], &[path.as_str()]].concat());
+        }
+        Image { path }
+    }
+
+    fn u64(&self, at: u64) -> u64 {
+        let mut bytes = [0; 8];
+        File::open(&self.path).expect("an image").read_exact_at(&mut bytes, at).expect("a read");
+        u64::from_be_bytes(bytes)
+    }
+
+    fn u32(&self, at: u64) -> u32 {
+        (self.u64(at) >> 32) as u32
+    }
+
+    fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = content(&self.path);
+        bytes.resize(bytes.len().max(at as usize + len), 0);
+        bytes[at as usize..at as usize + len].to_vec()
+    }
+
+    fn put(&self, at: u64, bytes: &[u8]) {
+        let file = OpenOptions::new().write(true).open(&self.path).expect("an image");
+        file.write_all_at(bytes, at).expect("a write");
+    }
+
+    fn set(&self, at: u64, value: u64) {
+        self.put(at, &value.to_be_bytes());
+    }
+
+    fn or(&self, at: u64, bits: u64) {
+        self.set(at, self.u64(at) | bits);
+    }
+
+    fn len(&self) -> u64 {
+        std::fs::metadata(&self.path).expect("an image").len()
+    }
+
+    /// Where the L1 table begins.
+    fn l1(&self) -> u64 {
+        self.u64(40)
+    }
+
+    /// Where entry `index` of the first L2 table is.
+    fn l2(&self, index: u64) -> u64 {
+        (self.u64(self.l1()) & OFFSET) + index * 8
+    }
+
+    /// The same where entries have subclusters.
+    fn l2_extended(&self, index: u64) -> u64 {
+        (self.u64(self.l1()) & OFFSET) + index * 16
+    }
+
+    /// Sets the refcount (16 bits) of the cluster at an offset.
+    fn count(&self, at: u64, refcount: u16) {
+        let block = self.u64(self.u64(48));
+        self.put(block + (at / (64 * KIB)) * 2, &refcount.to_be_bytes());
+    }
+
+    /// A cluster that is counted and not used.
+    fn leak(&self) {
+        let at = self.len().next_multiple_of(64 * KIB);
+        self.put(at + 64 * KIB - 1, &[0]);
+        self.count(at, 1);
+    }
+
+    /// Where the data of the header extension for bitmaps begins.
+    fn bitmaps(&self) -> u64 {
+        let mut at = u64::from(self.u32(100));
+        while self.u32(at) != 0x2385_2875 {
+            assert_ne!(self.u32(at), 0, "there are bitmaps");
+            at += 8 + u64::from(self.u32(at + 4)).next_multiple_of(8);
+        }
+        at + 8
+    }
+}
+
+fn by_qemu(path: &str) -> Option<i32> {
+    qemu(&["check", "-f", "qcow2", path]).code
+}
+
+/// What QEMU shows of the disk; `None` if it does not open it.
+fn shown(scratch: &Scratch, path: &str) -> Option<Vec<u8>> {
+    let raw = scratch.path("raw");
+    let ended = qemu(&["convert", "-f", "qcow2", "-O", "raw", path, &raw]);
+    (ended.code == Some(0)).then(|| content(&raw))
+}
+
+/// A kind of damage: its name, the options of the image, and what is done to it.
+type Damage = (&'static str, &'static str, fn(&Image));
+
+const DAMAGES: [Damage; 31] = [
+    ("no damage", "", |_| ()),
+    ("a reserved bit in an L1 entry", "", |i| i.or(i.l1(), 1 << 57)),
+    ("a low reserved bit in an L1 entry", "", |i| i.or(i.l1(), 1)),
+    ("a reserved bit in an L2 entry", "", |i| i.or(i.l2(0), 1 << 56)),
+    ("a reserved bit in version 2", "compat=0.10", |i| i.or(i.l2(0), 4)),
+    ("a reserved bit in an empty L2 entry", "", |i| i.set(i.l2(100), 1 << 61)),
+    ("a reserved bit beside subclusters", "extended_l2=on", |i| i.or(i.l2_extended(0), 1 << 58)),
+    ("a reserved bit with a data file", "data_file=DATA", |i| i.or(i.l2(1), 1 << 60)),
+    ("a leak", "", Image::leak),
+    ("a leak, counted thrice", "", |i| {
+        i.leak();
+        i.count(i.len() - 1, 3);
+    }),
+    ("a leak, and a reserved bit", "", |i| {
+        i.leak();
+        i.or(i.l2(0), 2);
+    }),
+    ("a leak, and a refcount that is too low", "", |i| {
+        i.leak();
+        i.count(i.u64(i.l2(0)) & OFFSET, 0);
+    }),
+    ("counted twice, and rightly not marked", "", |i| {
+        let data = i.u64(i.l2(0)) & OFFSET;
+        i.set(i.l2(0), data);
+        i.count(data, 2);
+    }),
+    ("a table counted twice, and rightly not marked", "", |i| {
+        let table = i.l2(0);
+        i.set(i.l1(), table);
+        i.count(table, 2);
+    }),
+    ("a mark is missing", "", |i| i.set(i.l2(0), i.u64(i.l2(0)) & OFFSET)),
+    ("a table's mark is missing", "", |i| i.set(i.l1(), i.l2(0))),
+    ("counted twice, and marked", "", |i| i.count(i.u64(i.l2(0)) & OFFSET, 2)),
+    ("two L1 entries, one table", "", |i| i.set(i.l1() + 8, i.u64(i.l1()))),
+    ("two L1 entries, one table, and a leak", "", |i| {
+        i.leak();
+        i.set(i.l1() + 16, i.u64(i.l1()));
+    }),
+    ("two entries, one cluster", "", |i| i.set(i.l2(1), i.u64(i.l2(0)))),
+    ("data on its own table", "", |i| i.set(i.l2(0), i.l2(0) | COPIED)),
+    ("data on a refcount block", "", |i| i.set(i.l2(0), i.u64(i.u64(48)) | COPIED)),
+    ("refcounts all 0", "", |i| i.put(i.u64(i.u64(48)), &[0; 65_536])),
+    ("no refcount block", "", |i| i.set(i.u64(48), 0)),
+    ("a refcount block beyond the end", "", |i| i.set(i.u64(48), 1 << 40)),
+    ("a refcount table beyond the end", "", |i| i.set(48, 1 << 40)),
+    ("no refcount table", "", |i| i.set(48, 0)),
+    ("a refcount table of no clusters", "", |i| i.put(56, &[0; 4])),
+    ("zeroes with a place that is no cluster", "", |i| i.set(i.l2(100), 0x50201)),
+    ("zeroes in subclusters, and no cluster", "extended_l2=on", |i| {
+        i.set(i.l2_extended(100), 0x50200);
+        i.set(i.l2_extended(100) + 8, 0xffff_ffff << 32);
+    }),
+    ("the dirty bit", "", |i| i.set(72, 1)),
+];
+
+#[test]
+fn checks_see_and_repair_what_qemu_sees_and_repairs() {
+    let scratch = Scratch::new();
+    for (name, options, damage) in DAMAGES {
+        let image = Image::new(&scratch, options, "2G", &[]);
+        damage(&image);
+        let before = shown(&scratch, &image.path);
+        let looked = run(&["check", "-f", "qcow2", &image.path]);
+        assert_eq!(looked.code, by_qemu(&image.path), "{name}: {looked}");
+        for what in ["leaks", "all"] {
+            let (a, b) = (scratch.path("a"), scratch.path("b"));
+            std::fs::copy(&image.path, &a).expect("a copy");
+            std::fs::copy(&image.path, &b).expect("a copy");
+            let repaired = run(&["check", "-f", "qcow2", "-r", what, &a]);
+            qemu(&["check", "-f", "qcow2", "-r", what, &b]);
+            let (mine, theirs) = (by_qemu(&a), by_qemu(&b));
+            // What is said is true, and not worse than what QEMU's repair leaves.
+            assert_eq!(repaired.code, mine, "{name}, -r {what}: {repaired}");
+            assert!(
+                mine == theirs || mine == Some(0),
+                "{name}, -r {what}: {mine:?} and {theirs:?}: {repaired}"
+            );
+            let again = run(&["check", "-f", "qcow2", &a]);
+            assert_eq!(again.code, mine, "{name}, -r {what}: {again}");
+            if before.is_some() {
+                assert!(shown(&scratch, &a) == before, "{name}, -r {what}: the disk shows something else");
+            }
+        }
+    }
+}
+
+/// The table of snapshots or the directory of bitmaps cannot be read: what they lead to is there when they can be read
+/// again, whatever was repaired meanwhile.
+#[test]
+fn nothing_is_freed_that_could_not_be_read() {
+    let scratch = Scratch::new();
+    let snapshot = ["qemu-img", "snapshot", "-c", "keep"];
+    let change = ["qemu-io", "-f", "qcow2", "-c", "write -P 3 0 1M"];
+    let bitmap: [&[&str]; 3] =
+        [&["qemu-img", "bitmap", "--add", "-g", "64k"], &change, &["qemu-img", "bitmap", "--disable"]];
+    /// Where something is made unreadable, with which bytes.
+    type Hide = fn(&Image) -> (u64, Vec<u8>);
+    let hidden: [(&str, Hide); 8] = [
+        ("extra data without end", |i| (i.u64(64) + 36, vec![0xff; 4])),
+        ("a table of snapshots beyond the end", |i| {
+            (64, (i.len() + (1 << 30)).next_multiple_of(65_536).to_be_bytes().into())
+        }),
+        ("a snapshot's L1 table that is no cluster", |i| {
+            (i.u64(64), (i.u64(i.u64(64)) + 512).to_be_bytes().into())
+        }),
+        ("a snapshot's L1 table that is too large", |i| (i.u64(64) + 8, vec![0x10, 0, 0, 0])),
+        ("a bitmap without a name", |i| (i.u64(i.bitmaps() + 16) + 18, vec![0, 0])),
+        ("too few bitmaps", |i| (i.bitmaps(), vec![0, 0, 0, 2])),
+        ("a bitmap's table beyond the end", |i| (i.u64(i.bitmaps() + 16), (1u64 << 40).to_be_bytes().into())),
+        ("a bitmap's table that is no cluster", |i| {
+            let at = i.u64(i.bitmaps() + 16);
+            (at, (i.u64(at) + 512).to_be_bytes().into())
+        }),
+    ];
+    for (name, hide) in hidden {
+        let is_bitmap = name.contains("bitmap");
+        let image = if is_bitmap {
+            let image = Image::new(&scratch, "", "64M", &[]);
+            for command in bitmap {
+                let mut command = command.to_vec();
+                command.push(&image.path);
+                if command.contains(&"bitmap") {
+                    command.push("b");
+                }
+                tool(command[0], &command[1..]);
+            }
+            image
+        } else {
+            Image::new(&scratch, "", "64M", &[&snapshot, &change])
+        };
+        image.leak();
+        // The last cluster of data: its refcount is lost, so that all of them have to be made anew.
+        let data = image.u64(image.l2(512)) & OFFSET;
+        for lost in [false, true] {
+            let path = scratch.path("copy");
+            std::fs::copy(&image.path, &path).expect("a copy");
+            let copy = Image { path };
+            if lost {
+                copy.count(data, 0);
+            }
+            let (at, bytes) = hide(&copy);
+            let before = copy.bytes(at, bytes.len());
+            copy.put(at, &bytes);
+            for what in ["leaks", "all"] {
+                let ended = run(&["check", "-f", "qcow2", "-r", what, &copy.path]);
+                assert_eq!(ended.code, Some(2), "{name}, {what}, {lost}: {ended}");
+                assert!(ended.out.contains("not freed"), "{name}, {what}, {lost}: {ended}");
+            }
+            copy.put(at, &before);
+            // Readable again: all of it is there, and only what leaked before is a leak.
+            let found = qemu(&["check", "-f", "qcow2", &copy.path]);
+            assert_eq!(found.code, Some(3), "{name}, {lost}: {found}");
+            if !is_bitmap {
+                tool("qemu-img", &["snapshot", "-a", "keep", &copy.path]);
+                let read = tool("qemu-io", &["-f", "qcow2", "-c", "read -P 1 0 1M", &copy.path]);
+                assert!(!read.contains("failed"), "{name}, {lost}: {read}");
+            }
+        }
+    }
+}
+
+#[test]
+fn tables_of_snapshots_are_repaired() {
+    let scratch = Scratch::new();
+    let snapshots: [&[&str]; 2] =
+        [&["qemu-img", "snapshot", "-c", "one"], &["qemu-img", "snapshot", "-c", "two"]];
+    /// The first entry of the table as bytes, with this much extra data.
+    fn with_extra(i: &Image, extra: usize) {
+        let at = i.u64(64);
+        let old = i.bytes(at, 4096);
+        let had = u32::from_be_bytes(old[36..40].try_into().expect("four bytes")) as usize;
+        let mut new = old[..36].to_vec();
+        new.extend((extra as u32).to_be_bytes());
+        new.extend(&old[40..40 + had.min(extra)]);
+        new.resize(40 + extra, 0);
+        new.extend(&old[40 + had..40 + had + 4]);
+        let rest = (40 + had + 4).next_multiple_of(8);
+        new.resize(new.len().next_multiple_of(8), 0);
+        new.extend(&old[rest..rest + 100]);
+        i.put(at, &new);
+    }
+    let damages: [Damage; 4] = [
+        ("too much extra data", "", |i| with_extra(i, 1100)),
+        ("no disk size", "", |i| with_extra(i, 8)),
+        ("no extra data", "", |i| with_extra(i, 0)),
+        ("an entry that is not there", "", |i| i.put(60, &[0, 0, 0, 3])),
+    ];
+    for (name, options, damage) in damages {
+        let image = Image::new(&scratch, options, "64M", &snapshots);
+        damage(&image);
+        assert_eq!(run(&["check", &image.path]).code, Some(2), "{name}");
+        let repaired = run(&["check", "-r", "all", &image.path]);
+        assert_eq!(repaired.code, Some(0), "{name}: {repaired}");
+        assert_eq!(by_qemu(&image.path), Some(0), "{name}");
+        let list = qemu_json(&["info", "--output=json", &image.path])["snapshots"].clone();
+        let names: Vec<&Value> = list.as_array().expect("a list").iter().map(|s| &s["name"]).collect();
+        assert_eq!(names, ["one", "two"], "{name}");
+        tool("qemu-img", &["snapshot", "-a", "one", &image.path]);
+        tool("qemu-img", &["snapshot", "-d", "two", &image.path]);
+        assert_eq!(by_qemu(&image.path), Some(0), "{name}");
+    }
+}
+
+#[test]
+fn snapshots_of_small_clusters_and_long_tables() {
+    let scratch = Scratch::new();
+    for options in
+        ["cluster_size=512", "cluster_size=512,refcount_bits=64", "cluster_size=4k,refcount_bits=64"]
+    {
+        let path = scratch.path("image");
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, &path, "4G"]);
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 3 16M 512", "-c", "write -P 4 3G 64k", &path]);
+        let mut longest = 0;
+        for name in ["one", "two", "three"] {
+            ours(&["snapshot", "-c", name, &path]);
+            assert_eq!(by_qemu(&path), Some(0), "{options}");
+            ours(&["snapshot", "-d", name, &path]);
+            assert_eq!(by_qemu(&path), Some(0), "{options}");
+            // What one had is there for the next.
+            let len = std::fs::metadata(&path).expect("an image").len();
+            assert!(longest == 0 || len <= longest + MIB, "{options}: {longest} and {len}");
+            longest = longest.max(len);
+        }
+        let read =
+            tool("qemu-io", &["-f", "qcow2", "-c", "read -P 3 16M 512", "-c", "read -P 4 3G 64k", &path]);
+        assert!(!read.contains("failed"), "{read}");
+    }
+}
+
+#[test]
+fn measures_are_those_of_qemu_img() {
+    let scratch = Scratch::new();
+    let path = |name: &str| scratch.path(name);
+    let mut sources: Vec<Vec<String>> =
+        ["0", "1", "1M", "1G", "3T", "3P"].map(|size| vec!["--size".into(), size.into()]).into();
+    for mode in ["off", "metadata", "falloc", "full"] {
+        let image = path(mode);
+        let option = format!("preallocation={mode}");
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &option, &image, "100M"]);
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 1 3M 1M", "-c", "write -z 10M 5M", &image]);
+        sources.push(vec![image]);
+    }
+    tool("qemu-img", &["bitmap", "--add", "-g", "512", &path("off"), "a longer name"]);
+    tool("qemu-img", &["bitmap", "--add", &path("off"), "b"]);
+    for options in [
+        "preallocation=off",
+        "preallocation=metadata",
+        "preallocation=falloc",
+        "preallocation=full",
+        "cluster_size=4k",
+        "cluster_size=512,refcount_bits=64",
+        "cluster_size=2M",
+        "extended_l2=on",
+        "compat=0.10",
+        "data_file=elsewhere",
+        "backing_file=below,backing_fmt=raw",
+        "size=5G",
+        "cluster_size=3k",
+    ] {
+        for source in &sources {
+            let mut arguments = vec!["measure", "--output=json", "-O", "qcow2", "-o", options];
+            arguments.extend(source.iter().map(String::as_str));
+            let (mine, theirs) = (run(&arguments), qemu(&arguments));
+            assert_eq!(mine.code, theirs.code, "{arguments:?}: {mine} {theirs}");
+            if theirs.code == Some(0) {
+                assert_same_json(&our_json(&arguments), &qemu_json(&arguments));
+            }
+        }
+    }
+}
+
+#[test]
+fn preallocated_and_compressed_zeroes_are_known() {
+    let scratch = Scratch::new();
+    for options in
+        ["preallocation=metadata", "preallocation=metadata,cluster_size=4k", "preallocation=falloc"]
+    {
+        let image = scratch.path("image");
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, &image, "4M"]);
+        let arguments = ["map", "--output=json", &image];
+        assert_same_json(&our_json(&arguments), &qemu_json(&arguments));
+        let write = ["-c", "write -P 1 1M 64k", "-c", "write -z 2M 64k", "-c", "write -z -u 3M 64k"];
+        tool("qemu-io", &[&["-f", "qcow2"], &write[..], &[&image]].concat());
+        assert_same_json(&our_json(&arguments), &qemu_json(&arguments));
+        assert_eq!(ours(&["map", &image]), qemu(&["map", &image]).out, "{options}");
+        // A copy is as thin as the source says it is.
+        let copy = scratch.path("copy");
+        let _ = std::fs::remove_file(&copy);
+        ours(&["convert", "-q", "-O", "raw", &image, &copy]);
+        assert_eq!(ours(&["compare", &image, &copy]), "Images are identical.\n");
+    }
+    let source = scratch.holey("source", 16 * MIB, &[(MIB, 64 * KIB)]);
+    for how in [&["-c", "-S", "0"][..], &["-c", "-S", "0", "-o", "cluster_size=4k"], &["-c", "-S", "64k"]] {
+        let target = scratch.path("target");
+        let (a, b) = (["convert", "-q"], ["--force", "-f", "raw", "-O", "qcow2", &source, &target]);
+        ours(&[&a[..], how, &b[..]].concat());
+        assert!(allocated(&target) < 2 * MIB, "{how:?}: {}", allocated(&target));
+        assert_eq!(by_qemu(&target), Some(0), "{how:?}");
+        assert_eq!(
+            ours(&["compare", "-f", "raw", "-F", "qcow2", &source, &target]),
+            "Images are identical.\n"
+        );
+        let check = qemu_json(&["check", "--output=json", &target]);
+        // Without a look for zeroes, each cluster of the disk is there.
+        let is_whole = how.contains(&"0");
+        assert_eq!(check["allocated-clusters"] == check["total-clusters"], is_whole, "{how:?}: {check}");
+    }
+}
