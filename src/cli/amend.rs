@@ -29,8 +29,19 @@ const NAMES: [(&str, &str); 8] = [
     ("size", "Virtual disk size"),
 ];
 
+const AFTER: &str = "\
+Examples:
+  Make an image of version 2 one of version 3, with reference counts that may be written late:
+      blockferry amend -o compat=1.1,lazy_refcounts=on disk.qcow2
+
+  What can be changed:
+      blockferry amend -o help
+
+It is one write of the header: a power cut leaves the image as it was or as it is to be.";
+
 /// Change what a qcow2 image is, in place
 #[derive(Debug, Args)]
+#[command(after_help = AFTER)]
 pub struct AmendArgs {
     /// The image
     #[arg(value_name = "FILE", default_value = "", hide_default_value = true)]

@@ -22,6 +22,7 @@ use crate::engine::open::local_path;
 use crate::engine::qcow2::{open_backing, recorded_format};
 use crate::engine::remote::can_create;
 use crate::engine::{Engine, Format, ImageOptions, named};
+use crate::format::qcow2::gate::GateError;
 use crate::format::qcow2::{Gate, Role, Wanted};
 use crate::protocol::mark::{MarkInfo, TargetMark};
 
@@ -134,9 +135,16 @@ pub async fn open_new_backing(
 pub async fn warn_of_refusal(engine: &Engine, image: &str, backing: Option<&str>) {
     let Some(name) = backing.filter(|name| !name.is_empty()) else { return };
     let wanted = Wanted { role: Role::Backing, name, format: None, image, read_only: true };
-    if let Err(error) = named::followed(engine.ring(), &Gate::default(), &wanted).await {
-        let error = error.to_string();
-        tracing::warn!("'{image}' will be opened with an option only. {}", error.trim_end_matches('.'));
+    match named::followed(engine.ring(), &Gate::default(), &wanted).await {
+        Ok(_) => {}
+        Err(error @ (GateError::Outside(_) | GateError::Server(_))) => {
+            let error = error.to_string();
+            tracing::warn!("'{image}' will be opened with an option only. {}", error.trim_end_matches('.'));
+        }
+        Err(error) => {
+            let error = error.to_string();
+            tracing::warn!("'{image}' will not be opened by Blockferry. {}", error.trim_end_matches('.'));
+        }
     }
 }
 

@@ -193,8 +193,13 @@ fn usage(error: &clap::Error) -> Exit {
     if let Some(text) = not_here(error) {
         say!("{text}");
     }
-    let exit = u8::try_from(error.exit_code())
-        .map_or(Exit::Failed, |code| if code == 0 { Exit::Done } else { Exit::Code(code) });
+    let exit = match u8::try_from(error.exit_code()) {
+        Ok(0) => Exit::Done,
+        // There 2 says that corruptions were found.
+        Ok(_) if is_check() => Exit::Failed,
+        Ok(code) => Exit::Code(code),
+        Err(_) => Exit::Failed,
+    };
     if !is_help && wants_json() {
         // The first paragraph says what is wrong, the others how it is said.
         let message = error.render().to_string();
@@ -208,6 +213,14 @@ fn usage(error: &clap::Error) -> Exit {
 /// Whether JSON was asked for in a command line that could not be understood.
 fn wants_json() -> bool {
     std::env::args_os().skip(1).take_while(|word| word != "--").any(|word| word == "--json")
+}
+
+/// Whether the command line is for `check`.
+fn is_check() -> bool {
+    std::env::args_os()
+        .skip(1)
+        .find(|word| !word.as_encoded_bytes().starts_with(b"-"))
+        .is_some_and(|word| word == "check")
 }
 
 /// What users of `qemu-img` may look for, and what there is instead.

@@ -108,6 +108,12 @@ async fn resize(global: &Global, engine: &Engine, args: &ResizeArgs) -> Result<O
         let text = format!("The new length of '{}' makes no sense: it has {old} bytes", args.file);
         return Err(Failure::text(text));
     };
+    if new == 0 {
+        return Err(Failure::text(format!(
+            "A disk has at least one byte: '{}' cannot be resized to nothing",
+            args.file
+        )));
+    }
     if new < old && !args.shrink {
         return Err(Failure::text(format!(
             "'{}' has {old} bytes, and what lies beyond {new} would be lost. Say --shrink if that is meant",

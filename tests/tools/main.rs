@@ -8,11 +8,14 @@ mod nbd_peers;
 mod admit;
 mod convert;
 mod lengths;
+mod lines;
+mod names;
 mod places;
 mod qcow2;
 mod raw;
 mod rebase;
 mod repair;
+mod serve;
 mod share;
 
 use serde_json::Value;
