@@ -11,7 +11,7 @@ use blockferry::base::planted::{Bug, plant};
 use blockferry::base::rng::Rng;
 use blockferry::block::{BlockError, Driver, IoFuture, Permissions, WriteFlags, ZeroFlags};
 use blockferry::format::qcow2::{
-    Backing, Compat, CreateOptions, OpenFiles, OpenOptions, Preallocation, Qcow2, Repair, Wanted,
+    Amendment, Backing, Compat, CreateOptions, OpenFiles, OpenOptions, Preallocation, Qcow2, Repair, Wanted,
 };
 use blockferry::protocol::open::{Cache, OpenOptions as FileOptions};
 use blockferry_ring::sim::{Fault, FaultRule, FileModel, OpKind, World, WorldConfig};
@@ -352,7 +352,9 @@ async fn administer(image: &Qcow2, act: usize) {
         5 => image.snapshot_apply("s").await,
         6 => image.snapshot_delete("s").await,
         7 => image.set_backing(Some(("a-name-that-is-longer-than-the-other-one", Some("raw")))).await,
-        _ => image.set_backing(Some(("b", None))).await,
+        8 => image.set_backing(Some(("b", None))).await,
+        9 => image.make_empty().await,
+        _ => image.amend(&Amendment { lazy_refcounts: Some(true), ..Amendment::default() }).await,
     };
     result.expect("it works");
 }
@@ -410,9 +412,9 @@ fn open_after_cut(world: &World) -> Result<Found, String> {
 #[test]
 fn a_power_cut_at_every_event_of_what_else_changes_an_image() {
     let (mut inspected, mut dirty, mut damaged) = (0, 0, 0);
-    let resize_and_rename = [vec![0], vec![1], vec![2], vec![7, 8]];
-    let snapshots = [vec![3, 4, 5, 6], vec![3, 6], vec![3, 5, 4, 6]];
-    for (seed, acts) in resize_and_rename.into_iter().chain(snapshots).enumerate() {
+    let others = [vec![0], vec![1], vec![2], vec![7, 8], vec![9], vec![10, 9]];
+    let snapshots = [vec![3, 4, 5, 6], vec![3, 6], vec![3, 5, 4, 6], vec![3, 9, 5]];
+    for (seed, acts) in others.into_iter().chain(snapshots).enumerate() {
         for v2 in [false, true] {
             if v2 && acts[0] != 3 {
                 continue;

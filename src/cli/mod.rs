@@ -174,10 +174,7 @@ fn run(global: &Global, command: Command) -> Result<Exit, Failure> {
 fn usage(error: &clap::Error) -> Exit {
     let is_help = !error.use_stderr();
     let text = error.render();
-    let is_styled = match is_help {
-        true => print::has_colours(&std::io::stdout()),
-        false => print::has_colours(&std::io::stderr()),
-    };
+    let is_styled = print::is_styled(is_help);
     let mut text = if is_styled { text.ansi().to_string() } else { text.to_string() };
     // Words of the command line are quoted as they are.
     for word in std::env::args_os().skip(1) {

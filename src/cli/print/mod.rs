@@ -128,8 +128,16 @@ pub fn status(text: Option<&str>) {
     }
 }
 
+/// Whether what is printed there may have colours: on standard output, or on standard error.
+pub fn is_styled(on_output: bool) -> bool {
+    match on_output {
+        true => has_colours(&io::stdout()),
+        false => has_colours(&io::stderr()),
+    }
+}
+
 /// Whether what is printed there may be coloured.
-pub fn has_colours(stream: &impl IsTerminal) -> bool {
+fn has_colours(stream: &impl IsTerminal) -> bool {
     // https://no-color.org: set, and not empty.
     let is_unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     stream.is_terminal() && !is_unwanted && !is_dumb()
