@@ -114,11 +114,11 @@ fn by_qemu(path: &str) -> Option<i32> {
     qemu(&["check", "-f", "qcow2", path]).code
 }
 
-/// What QEMU shows of the disk; `None` if it does not open it.
-fn shown(scratch: &Scratch, path: &str) -> Option<Vec<u8>> {
+/// What QEMU shows of the disk, as a raw image; `None` if it does not open it.
+fn shown(scratch: &Scratch, path: &str) -> Option<String> {
     let raw = scratch.path("raw");
     let ended = qemu(&["convert", "-f", "qcow2", "-O", "raw", path, &raw]);
-    (ended.code == Some(0)).then(|| content(&raw))
+    (ended.code == Some(0)).then_some(raw)
 }
 
 /// A kind of damage: its name, the options of the image, and what is done to it.
@@ -185,7 +185,8 @@ const DAMAGES: [Damage; 31] = [
 fn checks_see_and_repair_what_qemu_sees_and_repairs() {
     let scratch = Scratch::new();
     for (name, options, damage) in DAMAGES {
-        let image = Image::new(&scratch, options, "2G", &[]);
+        let size = if name.contains("two L1 entries") { "2G" } else { "64M" };
+        let image = Image::new(&scratch, options, size, &[]);
         damage(&image);
         let before = shown(&scratch, &image.path);
         let looked = run(&["check", "-f", "qcow2", &image.path]);
@@ -205,8 +206,10 @@ fn checks_see_and_repair_what_qemu_sees_and_repairs() {
             );
             let again = run(&["check", "-f", "qcow2", &a]);
             assert_eq!(again.code, mine, "{name}, -r {what}: {again}");
-            if before.is_some() {
-                assert!(shown(&scratch, &a) == before, "{name}, -r {what}: the disk shows something else");
+            // Where the disk shows a table, it shows what was repaired there.
+            if let Some(before) = before.as_ref().filter(|_| name != "data on its own table") {
+                let same = qemu(&["compare", "-f", "qcow2", "-F", "raw", &a, before]);
+                assert_eq!(same.code, Some(0), "{name}, -r {what}: {same}");
             }
         }
     }
@@ -391,7 +394,8 @@ fn measures_are_those_of_qemu_img() {
             let (mine, theirs) = (run(&arguments), qemu(&arguments));
             assert_eq!(mine.code, theirs.code, "{arguments:?}: {mine} {theirs}");
             if theirs.code == Some(0) {
-                assert_same_json(&our_json(&arguments), &qemu_json(&arguments));
+                let document = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
+                assert_same_json(&document(&mine.out), &document(&theirs.out));
             }
         }
     }

@@ -430,6 +430,10 @@ impl<'a> Check<'a> {
                 self.unread(what);
             }
         }
+        if self.report.unread.is_some() {
+            // Where one entry leads astray, others may have been misread.
+            self.snapshots = None;
+        }
         Ok(())
     }
 

@@ -393,6 +393,9 @@ impl Header {
                         data.len()
                     ));
                 }
+                extension::BITMAPS if self.autoclear & autoclear::BITMAPS != 0 && data[4..8] != [0; 4] => {
+                    return invalid("a reserved field of its extension for bitmaps is not zero");
+                }
                 extension::ENCRYPTION if self.crypt_method == 0 => {
                     return invalid("it has a header for encryption, and says that it is not encrypted");
                 }
