@@ -192,7 +192,7 @@ fn qcow2_works_on_top(lab: &Lab) {
     let compared = lab.run(&["compare", "-F", "raw", &structured, &source]);
     assert_eq!(compared.code, Some(0), "{compared}");
     let back = scratch.path("back.img");
-    lab.run_json(&["mirror", "-f", "qcow2", &name, &back, "--verify"]);
+    lab.run_json(&["mirror", "-f", "qcow2", "-F", "raw", &name, &back, "--verify"]);
     assert_equal(&source, &back);
     // Anew, over what is there.
     let other = scratch.full("other.img", 4 * MIB);

@@ -184,7 +184,7 @@ fn commands_take_qcow2_at_both_ends() {
     });
     // A chain to a raw file.
     let raw = scratch.path("copy.raw");
-    run_json(&["mirror", "-f", "qcow2", "--verify", &top, &raw]);
+    run_json(&["mirror", "-f", "qcow2", "-F", "raw", "--verify", &top, &raw]);
     assert_bytes("a raw copy", &std::fs::read(&raw).expect("the copy"), &model);
     // That to an image with clusters larger than what is copied at once.
     let target = scratch.path("copy.qcow2");

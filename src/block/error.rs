@@ -95,10 +95,11 @@ impl std::fmt::Display for BlockError {
         if let Some((offset, len)) = self.place {
             write!(f, " at offset {offset} ({len} bytes)")?;
         }
-        write!(f, " failed: {}", self.errno)?;
         match &self.hint {
-            Some(hint) => write!(f, ". {}", without_secrets(hint)),
-            None => Ok(()),
+            // The number stands for a refusal of our own, or for a lock: the words behind it say what it means.
+            Some(hint) if self.is_told_by_hint() => write!(f, " failed: {}", without_secrets(hint)),
+            Some(hint) => write!(f, " failed: {}. {}", self.errno, without_secrets(hint)),
+            None => write!(f, " failed: {}", self.errno),
         }
     }
 }
@@ -118,6 +119,11 @@ impl BlockError {
             Errno::ENOTRECOVERABLE,
         ];
         unanswered.contains(&self.errno)
+    }
+
+    /// Whether the hint says all that the words of the number would.
+    fn is_told_by_hint(&self) -> bool {
+        self.errno == Errno::EINVAL || self.operation == Operation::Lock && self.errno == Errno::EBUSY
     }
 
     /// An error of a whole image.
@@ -162,6 +168,8 @@ mod tests {
             error.to_string(),
             "Writing '/a.img' at offset 4096 (512 bytes) failed: No space left on device. Make room."
         );
+        let error = BlockError::new(Operation::Open, "x", Errno::EINVAL).hint("It is none.");
+        assert_eq!(error.to_string(), "Opening 'x' failed: It is none.");
         let error =
             BlockError::new(Operation::Open, "ftp://u:sesame@h/x", Errno::EINVAL).hint("x://u:sesame@h/ ?");
         assert!(!error.to_string().contains("sesame"), "{error}");

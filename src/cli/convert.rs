@@ -302,7 +302,7 @@ impl Run {
         let mark = target.marker(engine);
         let drivers = [source.driver().clone(), target.node.driver().clone()];
         drop((source, target));
-        let ending = self.follow(&job).await?;
+        let ending = self.follow(&job, &tally).await?;
         if ending != Ending::Completed {
             // A target that is gone, or cannot be written, has no mark that could say it.
             let _ = mark.note(job.progress().offset(), job.progress().len()).await;
@@ -486,15 +486,21 @@ impl Run {
     }
 
     /// Watches the job to its end.
-    async fn follow(&self, job: &Job) -> Result<Ending, Failure> {
+    async fn follow(&self, job: &Job, tally: &Tally) -> Result<Ending, Failure> {
         let ring = self.engine.ring();
+        let compared = || {
+            let verifies = job.details().phase == "verify";
+            verifies.then(|| (tally.compared.get().total(), job.progress().len()))
+        };
         let mut progress = Progress::new(&self.global, self.args.quiet, ring.clock());
         let mut is_given_up = false;
         loop {
             let something = either(job.next_event(), self.signals.next());
             match either(something, ring.sleep(INTERVAL_NANOS)).await {
                 Either::First(Either::First(event)) => self.tell(&event),
-                Either::First(Either::Second(Signal::Report)) => progress.report(job, None, ring.clock()),
+                Either::First(Either::Second(Signal::Report)) => {
+                    progress.report(job, compared(), ring.clock())
+                }
                 Either::First(Either::Second(_)) if std::mem::replace(&mut is_given_up, true) => {
                     progress.finish();
                     at_once(Exit::Cancelled);
@@ -505,7 +511,7 @@ impl Run {
                         progress.say(&error.to_string());
                     }
                 }
-                Either::Second(()) => progress.update(job, None, ring.clock()),
+                Either::Second(()) => progress.update(job, compared(), ring.clock()),
             }
             if let Some(ending) = job.ending() {
                 progress.finish();

@@ -155,7 +155,7 @@ impl Progress {
         };
         match compared {
             _ if job.status().is_paused() => Far { phase: "paused", rate: 0, eta_ns: None, ..far },
-            Some((done, len)) if job.status().is_ready() => {
+            Some((done, len)) if job.status().is_ready() || details.phase == "verify" => {
                 Far { phase: "verify", done, len, rate: 0, eta_ns: None }
             }
             _ => far,
