@@ -36,6 +36,7 @@ pub mod tool;
 use std::process::ExitCode;
 
 use std::borrow::Cow;
+use std::ffi::OsString;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
@@ -74,7 +75,7 @@ Try `blockferry demo` to see it work, `blockferry doctor` to see what this machi
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = help::EVERYWHERE)]
 pub struct Global {
-    /// Print JSON, one object a line, on standard output
+    /// Print JSON, one object a line
     #[arg(long, global = true)]
     pub json: bool,
     /// Print the reactor's counters at the end (to standard error; with --json as an object)
@@ -173,19 +174,9 @@ fn run(global: &Global, command: Command) -> Result<Exit, Failure> {
 /// What clap has to say: help that was asked for, or what is wrong with the command line.
 fn usage(error: &clap::Error) -> Exit {
     let is_help = !error.use_stderr();
-    let text = error.render();
-    let is_styled = print::is_styled(is_help);
-    let mut text = if is_styled { text.ansi().to_string() } else { text.to_string() };
-    // Words of the command line are quoted as they are.
-    for word in std::env::args_os().skip(1) {
-        let word = os_name::from_word(&word);
-        let word = word.to_string_lossy();
-        for part in [&*word, word.split_once('=').map_or("", |(_, value)| value)] {
-            if let Cow::Owned(clean) = shown(part) {
-                text = text.replace(part, &clean);
-            }
-        }
-    }
+    let again = quoted();
+    let said = again.as_ref().unwrap_or(error).render();
+    let text = if print::has_colours(is_help) { said.ansi().to_string() } else { said.to_string() };
     print::usage(&text, is_help);
     if let Some(text) = not_here(error) {
         say!("{text}");
@@ -199,12 +190,23 @@ fn usage(error: &clap::Error) -> Exit {
     };
     if !is_help && wants_json() {
         // The first paragraph says what is wrong, the others how it is said.
-        let message = error.render().to_string();
+        let message = said.to_string();
         let message = message.split("\n\n").next().unwrap_or_default();
         let message = message.trim_start_matches("error: ").trim_end();
         print::ending(&json!({"event": "error", "message": message, "exit-code": exit.code()}));
     }
     exit
+}
+
+/// What is wrong with a command line that has control characters in it, with these shown: it quotes the words.
+fn quoted() -> Option<clap::Error> {
+    let words: Vec<_> = std::env::args_os().map(|word| os_name::from_word(&word)).collect();
+    let clean = words.iter().map(|word| shown(&word.to_string_lossy()).into_owned());
+    let is_clean = |word: &OsString| matches!(shown(&word.to_string_lossy()), Cow::Borrowed(_));
+    if words.iter().all(is_clean) {
+        return None;
+    }
+    command().try_get_matches_from(clean).err()
 }
 
 /// Whether JSON was asked for in a command line that could not be understood.

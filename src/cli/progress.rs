@@ -180,10 +180,18 @@ impl Progress {
 
     /// Prints a line now and then, where nothing else shows that something goes on.
     fn tell_line(&mut self, far: &Far, now_ns: u64) {
-        if !self.has_bar && !self.json && !self.quiet && now_ns >= self.line_at_ns + LINE_NANOS {
-            self.line_at_ns = now_ns;
+        if self.is_line_due(now_ns) {
             print::say_line(&line(far));
         }
+    }
+
+    fn is_line_due(&mut self, now_ns: u64) -> bool {
+        let is_wanted = !self.has_bar && !self.json && !self.quiet;
+        let is_due = is_wanted && now_ns >= self.line_at_ns + LINE_NANOS;
+        if is_due {
+            self.line_at_ns = now_ns;
+        }
+        is_due
     }
 
     /// Says how far a job is, whoever asks for it.
@@ -309,6 +317,18 @@ mod tests {
         assert!(bar(&far(0, 0)).contains(&format!("{} 100 %", "=".repeat(BAR_WIDTH))));
         assert!(bar(&far(9, 3)).contains(" 100 %"));
         assert!(!bar(&Far { eta_ns: None, ..far(1, 2) }).contains("left"));
+    }
+
+    #[test]
+    fn without_a_terminal_there_is_a_line_a_minute() {
+        let global = |json| Global { json, stats: false, verbose: 0, restrict: false, quiet: false };
+        let lines = |json, quiet| {
+            let mut progress = Progress::new(&global(json), quiet, 0);
+            progress.has_bar = false;
+            (0..=180).filter(|second| progress.is_line_due(second * 1_000_000_000)).collect::<Vec<u64>>()
+        };
+        assert_eq!(lines(false, false), [60, 120, 180]);
+        assert!(lines(false, true).is_empty() && lines(true, false).is_empty());
     }
 
     /// With the longest of all words, too, and nothing is cut off.

@@ -258,7 +258,9 @@ pub async fn make_file(
     remove_left_over(engine, place).await;
     let hidden = hidden_name(place);
     let made = CreateOptions { mode: beside.mode, ..CreateOptions::default() };
-    FileDriver::create(ring, &hidden, 0, made).await?;
+    // What goes wrong is told of the name that was given.
+    let named = |failure| of_target(failure, &os_name::from_path(&hidden), path);
+    FileDriver::create(ring, &hidden, 0, made).await.map_err(|error| named(error.into()))?;
     new.prepare(ring, &hidden).await;
     let mut is_written = false;
     let result = async {
@@ -278,7 +280,7 @@ pub async fn make_file(
         ring.rename_new(&hidden, place).map_err(failed)?;
         ring.sync_directory(&parent(place)).map_err(failed)
     };
-    let result = result.await;
+    let result = result.await.map_err(named);
     if result.is_err() {
         // It may have its name already; both removals are tidying up after an error that is told.
         let _ = ring.unlink(&hidden);
@@ -287,6 +289,17 @@ pub async fn make_file(
         }
     }
     result
+}
+
+/// An error about what has a hidden name still, as one about the target.
+fn of_target(failure: Failure, hidden: &str, path: &Path) -> Failure {
+    match failure {
+        Failure::Block(mut error) if *error.name == *hidden => {
+            error.name = os_name::from_path(path).into();
+            Failure::Block(error)
+        }
+        other => other,
+    }
 }
 
 fn parent(path: &Path) -> PathBuf {

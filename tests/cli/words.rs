@@ -78,7 +78,7 @@ fn mistakes_are_answered_with_what_is_needed_to_go_on() {
     says_of(1, &["which has no backing file"], &["rebase", "-b", "", &raw]);
     says_of(1, &["is a directory"], &["mirror", &raw, &dir]);
     says_of(1, &["itself"], &["mirror", &raw, &raw]);
-    says_of(1, &["--force", " -F raw"], &["mirror", &raw, &small]);
+    says_of(1, &["--force", "(-F raw"], &["mirror", &raw, &small]);
     says_of(2, &["'300' has no unit", "300ms"], &["mirror", "--max-downtime", "300", &raw, &path("x")]);
     says_of(2, &["'-5' is negative; a speed is not"], &["mirror", "--speed", "-5", &raw, &path("x")]);
     says_of(1, &["protocol is not supported"], &["mirror", "http://127.0.0.1/x", &path("x")]);

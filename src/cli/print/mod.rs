@@ -128,19 +128,12 @@ pub fn status(text: Option<&str>) {
     }
 }
 
-/// Whether what is printed there may have colours: on standard output, or on standard error.
-pub fn is_styled(on_output: bool) -> bool {
-    match on_output {
-        true => has_colours(&io::stdout()),
-        false => has_colours(&io::stderr()),
-    }
-}
-
-/// Whether what is printed there may be coloured.
-fn has_colours(stream: &impl IsTerminal) -> bool {
+/// Whether what is printed may be coloured: a product, or what is said of a mistake.
+pub fn has_colours(is_product: bool) -> bool {
     // https://no-color.org: set, and not empty.
     let is_unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    stream.is_terminal() && !is_unwanted && !is_dumb()
+    let is_terminal = if is_product { io::stdout().is_terminal() } else { io::stderr().is_terminal() };
+    is_terminal && !is_unwanted && !is_dumb()
 }
 
 /// Whether the terminal can do no more than to print.
