@@ -312,7 +312,7 @@ mod tests {
         );
         assert_eq!(
             message(parse_duration("5")),
-            "'5' has the unknown unit '': expected ns, us, ms, s, m, h or d"
+            "'5' has no unit: say which it is, such as 5ms or 5s (there are ns, us, ms, s, m, h or d)"
         );
         assert_eq!(message(parse_duration("")), "a duration is missing");
         assert_eq!(message(parse_duration("0.1ns")), "'0.1ns' is less than one nanosecond");

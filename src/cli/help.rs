@@ -237,8 +237,7 @@ pub fn dressed(subcommand: Command) -> Command {
     let subcommand = match has_quiet {
         true => subcommand,
         false => {
-            let help = "Nothing but what was asked for, and errors: no warnings";
-            let quiet = Arg::new(QUIET).short('q').long(QUIET).help(help);
+            let quiet = Arg::new(QUIET).short('q').long(QUIET);
             subcommand.arg(quiet.action(ArgAction::SetTrue))
         }
     };
@@ -270,6 +269,7 @@ fn in_group(arg: Arg, command: &str) -> Arg {
         None if id == "dry_run" => arg.help_heading(clap::builder::Resettable::Reset),
         None => arg,
     };
+    let arg = if id == QUIET { arg.help("Nothing but what was asked for, and errors") } else { arg };
     let is_long_only = group.is_some_and(|(_, _, is_long)| *is_long) || LONG_ONLY.contains(&id.as_str());
     if is_long_only {
         return arg.hide_short_help(true);
