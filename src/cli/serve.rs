@@ -25,7 +25,8 @@ const AFTER: &str = "\
 Examples:
   blockferry serve -f raw disk.img --export 'nbd+unix:///?socket=/run/disk.sock'
   blockferry serve --read-only disk.img --export nbd://127.0.0.1:10809/disk
-  blockferry serve -r -f raw --offset 1M -D 'the second half' disk.img --export nbd://127.0.0.1:10809/disk
+  blockferry serve -r -f raw --offset 1M -D 'the second half' disk.img \\
+      --export nbd://127.0.0.1:10809/disk
   blockferry serve --list nbd://127.0.0.1:10809/disk
 
 Clients may be many, with several connections each. The server ends with SIGINT or SIGTERM, or with
