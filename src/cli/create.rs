@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{parse_format, size, state_dir};
-use super::print::note;
+use super::print::{note, say};
 use super::target::{make_file, make_remote, try_length};
 use super::tool::{
     OutputArgs, PlanArgs, asks_for_help, option_pairs, print_options, warn_of_name, with_code,
@@ -131,7 +131,8 @@ pub async fn open_new_backing(
     Ok(Some(open_backing(engine.ring(), image, name, format, &options).await?))
 }
 
-/// An image may name any file, but not every file is opened for it: who makes one that needs a word is told at once.
+/// An image may name any file, but not every file is opened for it: who makes one that needs a word is told at once, quiet or
+/// not, because the next command will fail.
 pub async fn warn_of_refusal(engine: &Engine, image: &str, backing: Option<&str>) {
     let Some(name) = backing.filter(|name| !name.is_empty()) else { return };
     let wanted = Wanted { role: Role::Backing, name, format: None, image, read_only: true };
@@ -139,11 +140,11 @@ pub async fn warn_of_refusal(engine: &Engine, image: &str, backing: Option<&str>
         Ok(_) => {}
         Err(error @ (GateError::Outside(_) | GateError::Server(_))) => {
             let error = error.to_string();
-            tracing::warn!("'{image}' will be opened with an option only. {}", error.trim_end_matches('.'));
+            say!("blockferry: '{image}' will be opened with an option only. {}", error.trim_end_matches('.'));
         }
         Err(error) => {
             let error = error.to_string();
-            tracing::warn!("'{image}' will not be opened by Blockferry. {}", error.trim_end_matches('.'));
+            say!("blockferry: '{image}' will not be opened by Blockferry. {}", error.trim_end_matches('.'));
         }
     }
 }
