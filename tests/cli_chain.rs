@@ -234,7 +234,7 @@ fn bad_input_touches_nothing() {
         (&["commit", &top, "-b", &top], "top and base are the same"),
         (&["commit", &top, "--top", "base.raw"], no_chain),
         (&["commit", &top, "--backing-file", "x"], "'backing-file' specified, but 'top' is the active layer"),
-        (&["commit", &raw], "-f raw"),
+        (&["commit", &raw], "is a raw image, which has no backing file"),
         (&["commit", "-f", "raw", &raw], no_chain),
         (&["commit", &nothing], "No such file"),
         (&["commit", &top, "--buf-size", "9223372036854775808"], "--buf-size is too large"),
