@@ -110,8 +110,10 @@ fn a_qcow2_image_lies_on_a_server() {
         let uri = peer.uri();
         let to = ["mirror", "--force", "-f", "raw", "-F", "qcow2", "--verify", "--state-dir", &notes];
         run_json(&[&to[..], &[&source, &uri]].concat());
-        for (back, tool_of_ours) in [(scratch.path("m"), "mirror"), (scratch.path("c"), "convert")] {
-            run_json(&[tool_of_ours, "-f", "qcow2", &uri, &back]);
+        for (back, tool_of_ours, output) in
+            [(scratch.path("m"), "mirror", "-F"), (scratch.path("c"), "convert", "-O")]
+        {
+            run_json(&[tool_of_ours, "-f", "qcow2", output, "raw", &uri, &back]);
             assert_equal(&source, &back);
             std::fs::remove_file(&back).unwrap();
         }
