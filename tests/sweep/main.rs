@@ -7,7 +7,7 @@
 //! or by us in turns, after every few steps the whole chain. What has to be refused is tried, too, and then
 //! not a byte may have changed. Faults that were mended are put back, and have to be found.
 //!
-//! `SWEEP_STORIES` stories (300) are told from `SWEEP_SEED` (1) on; a failure prints the seed and the whole story as
+//! `SWEEP_STORIES` stories (150) are told from `SWEEP_SEED` (1) on; a failure prints the seed and the whole story as
 //! command lines: `SWEEP_SEED=1234 SWEEP_STORIES=1 cargo test --test sweep`. `SWEEP_BINARY` is another build of
 //! the command, and `SWEEP_WITHOUT=rebase,refuse` leaves out kinds of steps, to see what else goes wrong.
 
@@ -77,7 +77,7 @@ fn tell(first: u64, count: u64, planted: Option<Bug>) -> Found {
 
 #[test]
 fn chains_show_what_the_model_shows_whoever_changes_them() {
-    let (first, count) = (setting("SWEEP_SEED", 1), setting("SWEEP_STORIES", 300));
+    let (first, count) = (setting("SWEEP_SEED", 1), setting("SWEEP_STORIES", 150));
     let Found { faults, tally } = tell(first, count, None);
     println!("steps by kind and teller: {tally:#?}");
     assert!(faults.is_empty(), "{} of {count} stories went wrong:\n{}", faults.len(), faults.join("\n\n"));
