@@ -2,7 +2,8 @@
 
 /// Entries of the submission queue.
 pub const SQ_ENTRIES: u32 = 256;
-/// How long whoever holds a lock is looked for among all processes.
+/// How long whoever holds a lock is looked for among all processes. Who waits for the answer waits a little longer, so that
+/// those who were found are told.
 pub const LOCK_HOLDERS_NANOS: u64 = 250_000_000;
 /// Entries of the completion queue; operations in flight never exceed it, so it cannot overflow.
 pub const CQ_ENTRIES: u32 = 1024;

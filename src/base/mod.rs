@@ -6,10 +6,9 @@ pub mod bucket;
 pub mod latency;
 /// Every number that bounds something.
 pub mod limits;
-/// Deliberate bugs for tests.
 pub mod nearest;
-/// Names of files as text.
 pub mod os_name;
+/// Deliberate bugs for tests.
 pub mod planted;
 /// Which process did something.
 pub mod process;

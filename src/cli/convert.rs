@@ -104,7 +104,7 @@ pub struct ConvertArgs {
     target_is_zero: bool,
     /// Make an existing file anew; what is in it is lost
     #[arg(long, conflicts_with = "no_create")]
-    force: bool,
+    pub(super) force: bool,
     /// Look for zeroes in pieces of this size; 0: do not look, and allocate the target everywhere
     #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = size, default_value = "4096")]
     sparse_size: u64,
@@ -135,7 +135,7 @@ pub struct ConvertArgs {
     trust_holes: bool,
     /// Open the source though others may be writing it: no locks
     #[arg(short = 'U', long)]
-    force_share: bool,
+    pub(super) force_share: bool,
     /// Show progress (on a terminal it is shown anyway)
     #[arg(short, long)]
     progress: bool,
@@ -146,11 +146,11 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "DIR", value_parser = crate::cli::image::path)]
     state_dir: Option<PathBuf>,
     #[command(flatten)]
-    server: ServerArgs,
+    pub(super) server: ServerArgs,
     #[command(flatten)]
-    gate: GateArgs,
+    pub(super) gate: GateArgs,
     #[command(flatten)]
-    plan: PlanArgs,
+    pub(super) plan: PlanArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -191,20 +191,6 @@ impl ConvertArgs {
             plan: PlanArgs::default(),
             output: OutputArgs::default(),
         }
-    }
-}
-
-impl ConvertArgs {
-    /// The same as `dd` is told.
-    pub fn as_dd(
-        self,
-        force_share: bool,
-        force: bool,
-        server: ServerArgs,
-        gate: GateArgs,
-        plan: PlanArgs,
-    ) -> ConvertArgs {
-        ConvertArgs { force_share, force, server, gate, plan, ..self }
     }
 }
 

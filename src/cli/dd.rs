@@ -103,8 +103,10 @@ pub fn main(global: &Global, args: DdArgs) -> Result<Exit, Failure> {
         Err(text) => return with_code(global, 2, Err(Failure::Text(text))),
     };
     let window = operands.window();
-    let plain = ConvertArgs::plain(operands.input, operands.output, (args.format, args.output_format));
-    run(global, plain.as_dd(args.force_share, args.force, args.server, args.gate, args.plan), Some(window))
+    let mut copy = ConvertArgs::plain(operands.input, operands.output, (args.format, args.output_format));
+    (copy.force_share, copy.force) = (args.force_share, args.force);
+    (copy.server, copy.gate, copy.plan) = (args.server, args.gate, args.plan);
+    run(global, copy, Some(window))
 }
 
 #[cfg(test)]

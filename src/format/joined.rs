@@ -1,7 +1,7 @@
 //! Several disks as one that is read, one behind the other; or a part of one.
 //!
-//! Of several, each begins at a sector: where one ends within one, the rest of that sector reads as zeroes. The disks belong to whoever
-//! has opened them, and holds their locks for as long as this one is used.
+//! Of several, each begins at a sector: where one ends within one, the rest of that sector reads as zeroes. The disks
+//! belong to whoever has opened them, and holds their locks for as long as this one is used.
 
 use std::rc::Rc;
 

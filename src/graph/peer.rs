@@ -169,8 +169,8 @@ impl Peer {
         (done, Ok(()))
     }
 
-    /// A part about which nothing is known: the target is asked, and zeroed unless its own tables or a filesystem here say that it is a hole; a server may say so
-    /// of what it has lost sight of.
+    /// A part about which nothing is known: the target is asked, and zeroed unless its own tables or a filesystem here
+    /// say that it is a hole; a server may say so of what it has lost sight of.
     async fn zero_unknown(
         &self,
         at: u64,

@@ -3,8 +3,8 @@
 //! All of it lies in the first cluster: the fixed fields, extensions one after the other, and the name of
 //! the backing file wherever the header says. Fields and extensions that are not known here are kept as
 //! they are, because the specification asks for that. Of an extension that is there twice the last one counts, and a name
-//! ends with its first zero byte, because QEMU reads them so: both must open the same files. What an image must not say (tables beyond QEMU's
-//! limits, unaligned offsets, features that nobody here understands) is refused once, here.
+//! ends with its first zero byte, because QEMU reads them so: both must open the same files. What an image must not say
+//! (tables beyond QEMU's limits, unaligned offsets, features that nobody here understands) is refused once, here.
 
 use super::geometry::{
     CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, CLUSTER_BITS_SUBCLUSTERS_MIN, Geometry, L1_BYTES_MAX,
