@@ -1,8 +1,6 @@
 //! The examples for embedders, as built: a foreign epoll loop owns the engine, a job changes what lies under the guest,
 //! and no thread is started.
 
-mod common;
-
 use std::process::Command;
 
 use common::image::Scratch;

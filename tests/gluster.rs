@@ -5,8 +5,6 @@
 //!
 //! Needs root, and GlusterFS's server and client (tests/run installs them).
 
-mod common;
-
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};

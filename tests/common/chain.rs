@@ -8,6 +8,7 @@ pub const LEN: u64 = 8 * MIB;
 const UNIT: u64 = 4096;
 
 /// A chain of `layers` images over a raw base, each with random pieces of its own; and what the uppermost shows.
+#[derive(Debug)]
 pub struct Chain {
     /// The folder.
     pub scratch: Scratch,

@@ -30,6 +30,7 @@ pub fn blocks_of(image: &str, file: &str) -> Vec<u64> {
 }
 
 /// A mounted filesystem. Unmounted when it goes; its file goes with the folder it is in.
+#[derive(Debug)]
 pub struct Mounted {
     at: String,
 }

@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
 use super::image::Scratch;
-use super::{Ended, PATIENCE, Process, tool};
+use super::{Ended, PATIENCE, Process, command_path, tool};
 
 /// The volume of one brick.
 pub const PLAIN: &str = "testvol";
@@ -32,6 +32,7 @@ const ADDRESS: &str = "1:2:3:4:5:6:7:8";
 const NAMESPACE: &str = "bf-gluster-";
 
 /// See the head of this file.
+#[derive(Debug)]
 pub struct Lab {
     scratch: Scratch,
     namespace: String,
@@ -182,7 +183,7 @@ impl Lab {
 
     /// The built command, in the namespace.
     pub fn blockferry(&self, arguments: &[&str]) -> Command {
-        self.inside(env!("CARGO_BIN_EXE_blockferry"), arguments)
+        self.inside(&command_path().to_string_lossy(), arguments)
     }
 
     /// Runs the command to its end.

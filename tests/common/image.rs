@@ -10,6 +10,7 @@ pub const MIB: u64 = 1 << 20;
 pub const KIB: u64 = 1 << 10;
 
 /// A folder for one test, removed at the end.
+#[derive(Debug)]
 pub struct Scratch(tempfile::TempDir);
 
 impl Scratch {

@@ -2,8 +2,6 @@
 //!
 //! Each write puts a version of its own into all words of its sectors, so that a sector tells which write it is of.
 
-#![allow(dead_code)]
-
 /// The unit that is written as a whole.
 pub const SECTOR: usize = 512;
 /// Sectors of a backing file say so.

@@ -1,7 +1,5 @@
 //! Real NBD servers for tests: nbdkit and qemu-nbd on a Unix socket in a folder of their own, ended with the test.
 
-#![allow(dead_code)]
-
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,6 +9,7 @@ use std::time::{Duration, Instant};
 const START_MAX: Duration = Duration::from_secs(20);
 
 /// A running server.
+#[derive(Debug)]
 pub struct Peer {
     child: Child,
     folder: tempfile::TempDir,

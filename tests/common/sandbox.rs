@@ -5,7 +5,6 @@
 //! between fork and exec. There is no way back, which is why the thread is made for it.
 
 #![allow(unsafe_code)]
-#![allow(dead_code)]
 
 use std::io::{Error, Result};
 

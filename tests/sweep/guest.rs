@@ -5,9 +5,9 @@ use blockferry::engine::{Format, ImageOptions};
 use blockferry::graph::node::{Node, Root};
 use blockferry::protocol::open::Cache;
 
-use super::common::image::{Dice, pattern};
 use super::image::Image;
 use super::story::{Story, Teller, Told};
+use common::image::{Dice, pattern};
 
 /// One change of a disk.
 #[derive(Clone, Debug)]

@@ -2,8 +2,8 @@
 
 use blockferry::engine::Format;
 
-use super::common::image::Dice;
 use super::view::View;
+use common::image::Dice;
 
 /// A format, and how it is laid out.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,9 +11,6 @@
 //! command lines: `SWEEP_SEED=1234 SWEEP_STORIES=1 cargo test --test sweep`. `SWEEP_BINARY` is another build of
 //! the command, and `SWEEP_WITHOUT=rebase,refuse` leaves out kinds of steps, to see what else goes wrong.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 mod guest;
 mod image;
 mod steps;

@@ -12,10 +12,10 @@ use blockferry::protocol::open::Cache;
 use blockferry_ring::Ring;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::common::image::Dice;
 use super::image::{Image, Layout, any_len};
 use super::view::View;
 use super::{guest, steps};
+use common::image::Dice;
 
 /// How a step goes wrong: what was seen.
 pub type Told<T> = Result<T, String>;
@@ -185,7 +185,7 @@ impl Story {
 
     /// The ring by which our guests work.
     pub fn ring(&mut self) -> Ring {
-        self.ring.get_or_insert_with(super::common::qcow2::ring).clone()
+        self.ring.get_or_insert_with(common::qcow2::ring).clone()
     }
 
     /// Counts a step.

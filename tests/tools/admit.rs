@@ -6,9 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 
 use blockferry::base::planted::{Bug, VARIABLE};
 
-use super::common::image::{KIB, MIB, Scratch, assert_equal, content, scribble};
-use super::common::{LoopDevice, Process, blockferry, is_root};
 use super::{our_json, ours, qemu};
+use common::image::{KIB, MIB, Scratch, assert_equal, content, scribble};
+use common::{LoopDevice, Process, blockferry, is_root};
 
 /// Every file of a folder: its name, its bytes, its permission bits.
 fn all(scratch: &Scratch) -> BTreeMap<String, (Vec<u8>, u32)> {
@@ -30,7 +30,7 @@ fn chain() -> Scratch {
     let (mid, top) = (scratch.path("mid.qcow2"), scratch.path("top.qcow2"));
     qemu(&["create", "-q", "-f", "qcow2", "-b", &base, "-F", "raw", &mid]);
     qemu(&["create", "-q", "-f", "qcow2", "-b", &mid, "-F", "qcow2", &top]);
-    super::common::tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 64k 64k", &top]);
+    common::tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 64k 64k", &top]);
     scratch.full("other.raw", MIB);
     scratch.full("precious.raw", 2 * MIB);
     scratch.holey("third.raw", MIB, &[(0, 4 * KIB)]);
@@ -263,10 +263,10 @@ fn a_data_file_is_left_alone_or_emptied() {
         let option = format!("data_file={data}{raw}");
         ours(&["create", "-q", "--force", "-f", "qcow2", "-o", &option, &image, "1M"]);
         assert!(content(&data).iter().all(|byte| *byte == 0), "{option}");
-        super::common::tool("qemu-io", &["-f", "qcow2", "-c", "read -P 0 0 1M", &image]);
+        common::tool("qemu-io", &["-f", "qcow2", "-c", "read -P 0 0 1M", &image]);
         scribble(&data, 0, &vec![9; 2 * MIB as usize]);
         ours(&["convert", "-q", "--force", "-f", "raw", "-O", "qcow2", "-o", &option, &holes, &image]);
-        super::common::tool("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", &holes, &image]);
+        common::tool("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", &holes, &image]);
         if raw.contains("raw") {
             assert_equal(&holes, &data);
         }
@@ -279,7 +279,7 @@ fn a_data_file_is_left_alone_or_emptied() {
         let option = format!("data_file={},data_file_raw=on", device.0);
         let words = ["convert", "-q", "--force", "-f", "raw", "-O", "qcow2", "-o", &option, &holes, &image];
         ours(&words);
-        super::common::tool("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", &holes, &image]);
+        common::tool("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", &holes, &image]);
         assert!(content(&device.0)[..MIB as usize] == content(&holes)[..]);
     }
 }

@@ -1,8 +1,8 @@
 //! `convert` from raw to raw: thin copies, marks, limits, what it refuses.
 
-use super::common::image::{KIB, MIB, Scratch, allocated, assert_equal, content, is_all_hole, scribble};
-use super::common::{LoopDevice, Process, is_marked, is_root, run, run_json, tool};
 use super::{our_json, ours, qemu};
+use common::image::{KIB, MIB, Scratch, allocated, assert_equal, content, is_all_hole, scribble};
+use common::{LoopDevice, Process, is_marked, is_root, run, run_json, tool};
 
 #[test]
 fn a_copy_is_equal_and_thin() {

@@ -1,9 +1,9 @@
 //! Disks of any number of bytes, and files that end where nobody expects it.
 
-use super::common::image::{Scratch, content, difference, pattern};
-use super::common::{Process, run, tool};
 use super::nbd_peers::Peer;
 use super::ours;
+use common::image::{Scratch, content, difference, pattern};
+use common::{Process, run, tool};
 
 /// Bytes, and what can be compressed of them.
 fn odd(scratch: &Scratch, name: &str, len: u64) -> String {
@@ -128,7 +128,7 @@ fn qcow2_of_an_unknown_version_is_refused() {
     let (image, target) = (scratch.path("image"), scratch.path("target"));
     for version in [0, 4, 9] {
         tool("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1M"]);
-        super::common::image::scribble(&image, 4, &[0, 0, 0, version]);
+        common::image::scribble(&image, 4, &[0, 0, 0, version]);
         for arguments in
             [&["convert", "-O", "raw", &image, &target][..], &["info", &image], &["check", &image]]
         {

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 
-use super::common::image::{KIB, MIB, Scratch, scribble};
-use super::common::{Ended, blockferry, tool};
+use common::image::{KIB, MIB, Scratch, scribble};
+use common::{Ended, blockferry, tool};
 
 const LINES: &str = include_str!("lines.txt");
 const PAGE: &str = include_str!("../../docs/tools.md");
@@ -159,7 +159,7 @@ fn run_side(command: Command, words: &[&str], given: &BTreeMap<&str, &Vec<u8>>) 
     }
     let mut command = command;
     command.args(words).current_dir(scratch.dir());
-    let ended = super::common::Process::spawn(command).end();
+    let ended = common::Process::spawn(command).end();
     let files = files(scratch.dir());
     Side { ended, scratch, files }
 }
@@ -256,7 +256,7 @@ fn shown(side: &Side, name: &str, format: &str) -> Option<Vec<u8>> {
     let raw = side.scratch.path("shown by qemu-img");
     let mut command = Command::new("qemu-img");
     command.current_dir(side.scratch.dir()).args(["convert", "-f", format, "-O", "raw", name, &raw]);
-    let ended = super::common::Process::spawn(command).end();
+    let ended = common::Process::spawn(command).end();
     (ended.code == Some(0)).then(|| {
         let mut bytes = std::fs::read(&raw).expect("it was made");
         while bytes.last() == Some(&0) {
@@ -392,7 +392,7 @@ fn every_option_of_qemu_img_is_here_or_the_page_says_that_it_is_not() {
     assert!(commands.len() >= 14 && differing.len() > 10, "{commands:?} {differing:?}");
     let mut seen = BTreeSet::new();
     for command in &commands {
-        let ours: BTreeSet<String> = match super::common::run(&[command, "--help"]) {
+        let ours: BTreeSet<String> = match common::run(&[command, "--help"]) {
             ended if ended.code == Some(0) => {
                 // Other names are in brackets behind the help: [aliases: --cache]
                 let words = ended.out.split([' ', ',', '=', '[', ']', '\n', '|']);

@@ -1,9 +1,6 @@
 //! The image tools, against `qemu-img` on the same images: contents, JSON fields, exit codes.
 
-#[path = "../common/mod.rs"]
-mod common;
-#[path = "../common/nbd_peers.rs"]
-mod nbd_peers;
+use common::nbd_peers;
 
 mod admit;
 mod convert;

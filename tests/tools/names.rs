@@ -6,8 +6,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
-use super::common::image::{MIB, Scratch, assert_equal};
-use super::common::{Ended, Process, blockferry, tool};
+use common::image::{MIB, Scratch, assert_equal};
+use common::{Ended, Process, blockferry, tool};
 
 /// Runs a command in a folder, with words that need not be UTF-8.
 fn run_in(dir: &Path, program: Option<&str>, words: &[&OsStr]) -> Ended {

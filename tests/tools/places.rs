@@ -2,10 +2,10 @@
 
 use serde_json::Value;
 
-use super::common::image::{KIB, MIB, Scratch, content, difference};
-use super::common::{LoopDevice, is_root, run, tool};
 use super::nbd_peers::Peer;
 use super::{our_json, ours, qemu_json};
+use common::image::{KIB, MIB, Scratch, content, difference};
+use common::{LoopDevice, is_root, run, tool};
 
 /// An old image: another size, another version, a snapshot, data everywhere.
 fn old_image(place: &str) {

@@ -4,9 +4,9 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use super::common::image::{KIB, MIB, Scratch, allocated, assert_equal, content, scribble};
-use super::common::{PATIENCE, Process, is_marked, run, tool};
 use super::{assert_has_all, assert_same_json, our_json, ours, qemu, qemu_json};
+use common::image::{KIB, MIB, Scratch, allocated, assert_equal, content, scribble};
+use common::{PATIENCE, Process, is_marked, run, tool};
 
 /// Writes patterns into an image, as a guest would.
 fn write(image: &str, commands: &[&str]) {

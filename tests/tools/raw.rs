@@ -1,8 +1,8 @@
 //! Tools that look, on raw images.
 
-use super::common::image::{KIB, MIB, Scratch, scribble};
-use super::common::run;
 use super::{assert_has_all, assert_same_json, our_json, ours, qemu, qemu_json};
+use common::image::{KIB, MIB, Scratch, scribble};
+use common::run;
 
 #[test]
 fn info_map_and_measure_say_what_qemu_img_says() {
@@ -106,7 +106,7 @@ fn create_and_resize_make_what_qemu_img_makes() {
     ours(&["resize", "-f", "raw", "--shrink", &a, "-7M"]);
     assert_eq!(std::fs::metadata(&a).expect("a file").len(), MIB);
     ours(&["resize", "-f", "raw", "--preallocation=falloc", &a, "+1M"]);
-    assert!(super::common::image::allocated(&a) >= MIB);
+    assert!(common::image::allocated(&a) >= MIB);
     let unsaid = run(&["resize", &a, "1M"]);
     assert!(unsaid.code == Some(1) && unsaid.err.contains("-f raw"), "{unsaid}");
 }

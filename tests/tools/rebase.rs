@@ -1,9 +1,9 @@
 //! Safe rebases between backing files of any length and content: the image shows what it showed, whatever is below it
 //! afterwards.
 
-use super::common::image::{Dice, KIB, Scratch, content, difference};
-use super::common::tool;
 use super::ours;
+use common::image::{Dice, KIB, Scratch, content, difference};
+use common::tool;
 
 const OPTIONS: [&str; 5] = [
     "compat=1.1",

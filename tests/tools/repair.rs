@@ -5,9 +5,9 @@ use std::os::unix::fs::FileExt;
 
 use serde_json::Value;
 
-use super::common::image::{KIB, MIB, Scratch, allocated, content};
-use super::common::{run, tool};
 use super::{assert_same_json, our_json, ours, qemu, qemu_json};
+use common::image::{KIB, MIB, Scratch, allocated, content};
+use common::{run, tool};
 
 /// Where an entry of a table leads.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;

@@ -1,7 +1,7 @@
 //! What `serve` has of `qemu-nbd`: a window of a raw image, an internal snapshot, a description, a list.
 
-use super::common::image::{MIB, Scratch, content};
-use super::common::{Process, run, tool};
+use common::image::{MIB, Scratch, content};
+use common::{Process, run, tool};
 
 /// Serves an image at a socket, until the guard goes.
 fn serve(scratch: &Scratch, words: &[&str]) -> (Process, String) {

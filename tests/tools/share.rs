@@ -1,9 +1,9 @@
 //! Copies that are not read: blocks shared on XFS, and what happens where they cannot be.
 
-use super::common::filesystem::Mounted;
-use super::common::image::{MIB, Scratch, assert_equal};
-use super::common::{is_root, tool};
 use super::our_json;
+use common::filesystem::Mounted;
+use common::image::{MIB, Scratch, assert_equal};
+use common::{is_root, tool};
 
 /// How many of the file's extents are shared, and how many are not.
 fn extents(path: &str) -> (usize, usize) {
@@ -50,7 +50,7 @@ fn on_xfs_blocks_are_shared() {
     assert_eq!(extents(&c).0, 0);
 
     // A copy that is written to leaves its source alone.
-    super::common::image::scribble(&b, 5 * MIB, &[1; 4096]);
+    common::image::scribble(&b, 5 * MIB, &[1; 4096]);
     assert_equal(&a, &c);
 }
 
