@@ -321,7 +321,7 @@ impl Run {
         if self.global.json {
             let chain = moved.unwrap_or(front).chain();
             let chain: Vec<_> = chain.iter().map(|node| node.driver().name().to_owned()).collect();
-            print::ending(&json!({
+            let end = json!({
                 "event": "end",
                 "ending": ending_name(ending),
                 "message": failure.map(Failure::to_string),
@@ -330,7 +330,8 @@ impl Run {
                 "elapsed-ns": elapsed_ns,
                 "details": details,
                 "chain": chain,
-            }));
+            });
+            print::ending(end, exit);
         } else if *ending == Ending::Cancelled {
             say!("Cancelled. {}", started.undone);
         } else if *ending == Ending::Completed && !self.args.quiet {

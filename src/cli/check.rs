@@ -79,6 +79,7 @@ pub fn main(global: &Global, args: CheckArgs) -> Result<Exit, Failure> {
         Checked::Done(format, report) => (format, *report),
         Checked::Planned => return Ok(Exit::Done),
         Checked::NotSupported => {
+            print::failure_has(NOT_SUPPORTED);
             print::failure(
                 global.json,
                 &Failure::text(format!("'{}': This image format does not support checks", args.file)),

@@ -148,6 +148,7 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
     };
     let value = json!({
         "event": "end",
+        "exit-code": exit.code(),
         "result": word,
         "message": text,
         "offset": offset,

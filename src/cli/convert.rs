@@ -16,7 +16,7 @@ use super::exit::{Exit, Failure};
 use super::image::{
     CacheMode, GateArgs, OpenArgs, Reflink, ServerArgs, parse_format, size, speed, state_dir,
 };
-use super::job::{copy_rate, disk, keeps_nothing, left_behind};
+use super::job::{WhatItHolds, copy_rate, disk, keeps_nothing, left_behind};
 use super::print::{self, say};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::service::at_once;
@@ -511,7 +511,7 @@ impl Run {
 
     fn tell(&self, event: &JobEvent) {
         if self.global.json {
-            print::event(&json!({"event": event.name(), "data": event}));
+            print::job_event(event);
         }
     }
 
@@ -539,6 +539,7 @@ impl Run {
         let value = json!({
             "event": "end",
             "ending": word,
+            "exit-code": exit.code(),
             "message": failure.map(Failure::to_string),
             "elapsed-ns": elapsed_ns,
             "details": details,
@@ -570,7 +571,7 @@ impl Run {
                 if args.verify {
                     say!("Verified: {} compared, no difference ({compared})", fmt_bytes(compared.total()));
                 }
-                if tail > 0 {
+                if tail > 0 && args.no_create {
                     say!(
                         "The target is {} larger than the source: what lies behind the source's end holds what it \
                          held before",
@@ -578,16 +579,22 @@ impl Run {
                     );
                 }
                 let (source, target) = (disk(&self.source, from), disk(&self.target, to));
+                let snapshot = args.snapshot.as_ref().map(WhichSnapshot::to_string);
+                let holds = WhatItHolds {
+                    source: &source,
+                    snapshot: snapshot.as_deref(),
+                    len: from.len(),
+                    tail,
+                    is_incomplete: source_incomplete,
+                    as_of: None,
+                };
                 match lost {
                     _ if keeps_nothing(to) => {
                         say!("{target} was sent what {source} holds, and keeps nothing");
                     }
-                    0 if source_incomplete => {
-                        say!("{target} equals {source}, which is incomplete itself, and is marked so, too");
-                    }
-                    0 => say!("{target} equals {source}"),
+                    0 => say!("{target} {holds}"),
                     lost => say!(
-                        "{target} equals {source} but for {} that could not be read and are zeroes",
+                        "{target} {holds}, but for {} that could not be read and are zeroes",
                         fmt_bytes(lost)
                     ),
                 }

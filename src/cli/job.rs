@@ -5,7 +5,6 @@ use std::rc::Rc;
 use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Nanos, Patience, Ring};
 use clap::ValueEnum;
-use serde_json::json;
 
 use super::Global;
 use super::exit::{Exit, Failure};
@@ -108,6 +107,43 @@ pub fn disk(name: &str, driver: &Rc<dyn Driver>) -> String {
 /// Whether what is written to a disk is thrown away: nothing can be said of what it holds.
 pub fn keeps_nothing(driver: &Rc<dyn Driver>) -> bool {
     driver.kind() == "null" || driver.children().iter().any(keeps_nothing)
+}
+
+/// What a finished copy holds: what the sentence says that begins with its target. "Equals" is what `compare` would say.
+#[derive(Debug)]
+pub struct WhatItHolds<'a> {
+    /// The source, as [`disk`] names it.
+    pub source: &'a str,
+    /// Which of its snapshots was copied.
+    pub snapshot: Option<&'a str>,
+    /// Bytes of the source.
+    pub len: u64,
+    /// Bytes of the target behind the source's end.
+    pub tail: u64,
+    /// The source is incomplete itself.
+    pub is_incomplete: bool,
+    /// The moment whose content it is, where somebody may have written to the source since.
+    pub as_of: Option<String>,
+}
+
+impl std::fmt::Display for WhatItHolds<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.tail > 0 || self.snapshot.is_some() { "holds " } else { "equals " })?;
+        if let Some(snapshot) = self.snapshot {
+            write!(f, "{snapshot} of ")?;
+        }
+        f.write_str(self.source)?;
+        if let Some(moment) = &self.as_of {
+            write!(f, " as it was at {moment}")?;
+        }
+        if self.tail > 0 {
+            write!(f, " in its first {}", fmt_bytes(self.len))?;
+        }
+        if self.is_incomplete {
+            f.write_str(", which is incomplete itself, and is marked so, too")?;
+        }
+        Ok(())
+    }
 }
 
 /// What a job that failed has left of its target, which is called so.
@@ -270,7 +306,7 @@ impl Watch<'_> {
 
     fn tell(&self, job: &Job, progress: &Progress, told: &mut Told, event: &JobEvent) {
         if self.global.json {
-            print::event(&json!({"event": event.name(), "data": event}));
+            print::job_event(event);
         }
         match event {
             JobEvent::Ready(position) => progress.say(&format!(

@@ -193,7 +193,7 @@ fn usage(error: &clap::Error) -> Exit {
         let message = said.to_string();
         let message = message.split("\n\n").next().unwrap_or_default();
         let message = message.trim_start_matches("error: ").trim_end();
-        print::ending(&json!({"event": "error", "message": message, "exit-code": exit.code()}));
+        print::ending(json!({"event": "error", "message": message}), exit);
     }
     exit
 }

@@ -90,7 +90,12 @@ pub fn main(global: &Global, args: RebaseArgs) -> Result<Exit, Failure> {
             return Ok(Exit::Cancelled);
         }
     };
-    let value = json!({"event": "end", "filename": args.file, "bytes-written": written});
+    let value = json!({
+        "event": "end",
+        "exit-code": Exit::Done.code(),
+        "filename": args.file,
+        "bytes-written": written,
+    });
     if !args.output.note(global, &value) && !args.quiet {
         note!("Image rebased.");
     }

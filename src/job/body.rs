@@ -114,6 +114,7 @@ pub struct Details {
     /// Bytes that guests' changes sent to the target.
     pub bytes_mirrored: u64,
     /// How long the job has copied: the time that the rate of `bytes_copied` is about.
+    #[serde(rename = "copy-ns")]
     pub copy_nanos: Nanos,
     /// Bytes a second: what the job deals with.
     pub copy_bytes_per_sec: u64,
@@ -122,14 +123,17 @@ pub struct Details {
     /// Whether the job gains on its guests; `None` while that cannot be told.
     pub converges: Option<bool>,
     /// Nanoseconds until source and target are alike at these rates.
+    #[serde(rename = "eta-ns")]
     pub eta_nanos: Option<Nanos>,
     /// Bytes that the job may have in flight now.
     pub window_bytes: u64,
     /// The guests' latency that is not to be exceeded.
+    #[serde(rename = "goal-ns")]
     pub goal_nanos: Option<Nanos>,
     /// Bytes of touched chunks a second that guests are held to; 0 is no limit.
     pub pace_bytes_per_sec: u64,
     /// How long guests stood at a shut door at most, because of the job.
+    #[serde(rename = "downtime-ns")]
     pub downtime_nanos: Nanos,
 }
 

@@ -369,6 +369,18 @@ fn from_base64(text: &str) -> Vec<u8> {
 
 /// Reading is what happens without a word; writes take one, whatever the disk is, and nothing is opened without it.
 #[test]
+fn a_log_by_which_a_disk_may_have_to_be_judged_is_left_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let log = folder.path().join("acks.json");
+    let load = ["-n", "10", "--log", text(&log), "mem:1M"];
+    bench(&load).expect(0);
+    let kept = std::fs::read(&log).expect("a log");
+    let again = bench(&load).expect(1);
+    assert!(again.words.contains("is there already"), "{}", again.words);
+    assert!(std::fs::read(&log).expect("a log") == kept);
+}
+
+#[test]
 fn what_is_on_a_disk_is_only_lost_if_that_is_said() {
     let folder = tempfile::tempdir().unwrap();
     let path = image(folder.path(), 1 << 20);

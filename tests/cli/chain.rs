@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use common::chain::{Chain, LEN};
-use common::image::{MIB, Scratch, content};
+use common::image::{MIB, Scratch, allocated, content};
 use common::writer::{Plan, Writer};
 use common::{Ended, Process, event, run, run_json, stats, tool, wait_unlocked};
 use serde_json::Value;
@@ -86,8 +86,12 @@ fn a_commit_at_rest_does_what_qemu_img_does() {
                 .any(|extent| extent["depth"] == 0 && extent["present"] == true)
         };
         assert!(holds());
+        let before = allocated(&ours.top());
         run_json(&["commit", &ours.top()]);
         assert!(!holds());
+        // Its room is given back: what is left are tables.
+        let after = allocated(&ours.top());
+        assert!(after < before / 2 && after <= MIB / 2, "{before} and {after}");
         ours.check(&ours.top(), &ours.model, &[3, 4]);
         tool("qemu-img", &["check", "-q", &ours.top()]);
         // All the rest, down to the raw base.

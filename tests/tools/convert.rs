@@ -13,7 +13,7 @@ fn a_copy_is_equal_and_thin() {
     scribble(&a, 10 * MIB, &vec![0; 2 * MIB as usize]);
     let (b, c) = (scratch.path("b"), scratch.path("c"));
     let end = our_json(&["convert", "-f", "raw", "-O", "raw", "--verify", "--output=json", &a, &b]);
-    assert_eq!(end["ending"], "completed");
+    assert_eq!((&end["ending"], &end["exit-code"]), (&"completed".into(), &0.into()));
     assert!(end["bytes-compared"].as_u64() >= Some(20 * MIB), "{end:#}");
     // Data was read; local holes were not, and nobody else was trusted.
     let known = |how: &str| end["compared"][how].as_u64().expect("a number");
@@ -177,4 +177,32 @@ fn a_copy_over_another_backing_file_shows_the_same() {
             std::fs::remove_file(&copy).unwrap();
         }
     }
+}
+
+/// "Equals" is said where `compare` says it.
+#[test]
+fn the_last_line_says_what_is_true() {
+    let scratch = Scratch::new();
+    let (image, larger, part) =
+        (scratch.path("a.qcow2"), scratch.full("larger", 4 * MIB), scratch.path("part"));
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &image, "2M"]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 1 0 1M", &image]);
+    tool("qemu-img", &["snapshot", "-c", "one", &image]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 2 0 1M", &image]);
+    let room = allocated(&image);
+    let last = |arguments: &[&str]| {
+        let ended = run(arguments);
+        assert_eq!(ended.code, Some(0), "{ended}");
+        ended.err.lines().last().unwrap_or_default().to_owned()
+    };
+    let said = last(&["convert", "-l", "one", &image, &part]);
+    assert!(said.ends_with(&format!("holds snapshot 'one' of '{image}' (qcow2, 2 MiB)")), "{said}");
+    let said = last(&["convert", "-n", &image, "-f", "qcow2", "-O", "raw", &larger]);
+    assert!(said.ends_with(&format!("holds '{image}' (qcow2, 2 MiB) in its first 2 MiB")), "{said}");
+    let said = last(&["convert", "-n", &image, "-f", "qcow2", "-O", "raw", &part]);
+    assert!(said.ends_with(&format!("equals '{image}' (qcow2, 2 MiB)")), "{said}");
+    assert_eq!(run(&["compare", &image, &part]).code, Some(0));
+    // What only a snapshot held is given back with it.
+    ours(&["snapshot", "-d", "one", &image]);
+    assert!(allocated(&image) + MIB <= room, "{room} and {}", allocated(&image));
 }

@@ -456,7 +456,12 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     Ok(verdict(!report.is_good(), wrong))
 }
 
+/// Makes a log. One that is there may be what a disk is to be judged by.
 fn create(path: &Path) -> Result<std::fs::File, Failure> {
+    if std::fs::metadata(path).is_ok_and(|log| log.is_file() && log.len() > 0) {
+        let text = "is there already, and a disk may have to be judged by it. Remove it, or name another";
+        return Err(Failure::text(format!("The log '{}' {text}.", path.display())));
+    }
     std::fs::File::create(path).map_err(|error| cannot_write(path, &error))
 }
 

@@ -128,7 +128,7 @@ pub struct LoadReport {
 }
 
 /// A number that readers of JSON do not round: as text where their numbers, which are doubles, do not reach.
-fn exact<S: serde::Serializer>(n: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+pub(in crate::cli) fn exact<S: serde::Serializer>(n: &u64, serializer: S) -> Result<S::Ok, S::Error> {
     match *n <= SEED_END {
         true => serializer.serialize_u64(*n),
         false => serializer.collect_str(n),

@@ -32,6 +32,7 @@ use blockferry_ring::sync::{Either, either};
 use clap::Args;
 use rustix::time::{ClockId, clock_gettime};
 
+use super::bench::load::SEED_END;
 use super::exit::{Exit, Failure};
 use super::image::{failed, size, speed};
 use super::print::{self, product, say};
@@ -117,7 +118,7 @@ pub fn main(global: &Global, args: &DemoArgs) -> Result<Exit, Failure> {
         size: args.size,
         rate: args.rate,
         speed: i64::try_from(args.speed).map_err(|_| Failure::text("--speed is too large"))?,
-        seed: args.seed.unwrap_or_else(|| ring.random()),
+        seed: args.seed.unwrap_or_else(|| ring.random() % SEED_END),
         client: RefCell::default(),
         stop: Arc::default(),
     });

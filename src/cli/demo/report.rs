@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::check::CheckReport;
 use super::client::{BLOCK_BYTES, ClientReport, Latency};
 use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration, fmt_rate};
+use crate::cli::bench::report::exact;
 
 /// One load, in numbers.
 #[derive(Clone, Debug, Serialize)]
@@ -94,6 +95,7 @@ pub struct DemoReport {
     /// Writes a second that the client made.
     pub rate_per_sec: u64,
     /// Seed of everything random.
+    #[serde(serialize_with = "exact")]
     pub seed: u64,
     /// The job.
     pub job: JobRow,

@@ -172,7 +172,7 @@ impl Run {
         let outcome = exit_of(exit, ending, &target, is_there, is_marked);
         if let Some(mut end) = end {
             end["message"] = outcome.as_ref().err().map(Failure::to_string).into();
-            print::ending(&end);
+            print::ending(end, outcome.as_ref().map_or(Exit::Failed, |exit| *exit));
         }
         let exit = outcome.unwrap_or_else(|failure| {
             print::failure(self.global.json, &failure);

@@ -9,7 +9,7 @@ use super::args::Settings;
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::block::Driver;
 use crate::cli::exit::{Exit, Failure};
-use crate::cli::job::{copy_rate, disk, ending_name, exit_code, keeps_nothing, left_behind};
+use crate::cli::job::{WhatItHolds, copy_rate, disk, ending_name, exit_code, keeps_nothing, left_behind};
 use crate::cli::print::say;
 use crate::job::mirror::SyncMode;
 use crate::job::mirror::verify::{Report, Verifier};
@@ -112,30 +112,30 @@ impl Run {
             say_verified(report, self.engine.ring().clock());
         }
         let [source, target] = outcome.drivers;
+        let named = disk(&settings.source, source);
+        let now_ns = self.engine.ring().clock();
+        // Clients that stay on the source may have changed it since.
+        let is_served = !settings.export.is_empty() && !settings.pivot;
+        let holds = WhatItHolds {
+            source: &named,
+            snapshot: None,
+            len: source.len(),
+            tail: outcome.tail.unwrap_or(0),
+            is_incomplete: outcome.source_incomplete,
+            as_of: is_served.then(|| instant(now_ns, now_ns)),
+        };
         say!(
             "{} {}{}",
             disk(&settings.target, target),
-            match keeps_nothing(target) {
-                true => format!("was sent what {} holds, and keeps nothing", disk(&settings.source, source)),
-                false => {
-                    whats_true(settings.sync, outcome.source_incomplete, &disk(&settings.source, source))
+            match (keeps_nothing(target), settings.sync) {
+                (true, _) => format!("was sent what {named} holds, and keeps nothing"),
+                (_, SyncMode::Full | SyncMode::Top) => holds.to_string(),
+                (_, SyncMode::None) => {
+                    format!("holds what was written to {named} meanwhile, is no copy of it, and is marked so")
                 }
             },
             if settings.pivot { ", and is in use now" } else { "" },
         );
-    }
-}
-
-/// What is true of the target of a job that completed.
-fn whats_true(sync: SyncMode, source_incomplete: bool, source: &str) -> String {
-    match sync {
-        SyncMode::Full | SyncMode::Top if source_incomplete => {
-            format!("equals {source}, which is incomplete itself, and is marked so, too")
-        }
-        SyncMode::Full | SyncMode::Top => format!("equals {source}"),
-        SyncMode::None => {
-            format!("holds what was written to {source} meanwhile, is no copy of it, and is marked so")
-        }
     }
 }
 

@@ -17,6 +17,7 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -28,6 +29,7 @@ use crate::base::limits::{PRINT_AT_END_MAX, PRINT_BACKGROUND_LOOK};
 use crate::base::os_name;
 use crate::base::secret::without_secrets;
 use crate::base::shown::{shown, shown_line, shown_lines};
+use crate::job::event::JobEvent;
 use queue::{Kind, Piece, Pushed, Queue, Stream};
 
 /// Prints a line of what the command is for, on standard output. It may wait for the reader: not for commands that serve
@@ -81,15 +83,17 @@ pub fn usage(text: &str, is_product: bool) {
 /// Prints why the command failed, for people and, with JSON, for programs, unless they know it already.
 pub fn failure(json: bool, failure: &Failure) {
     if json && !ENDED.load(Ordering::Relaxed) {
-        ending(&json!({"event": "error", "message": failure.to_string()}));
+        let exit = Exit::Code(FAILURE.load(Ordering::Relaxed));
+        ending(json!({"event": "error", "message": failure.to_string()}), exit);
     }
     say!("blockferry: {failure}");
 }
 
 /// Prints the object that tells programs how the command ended: there is one, and not two.
-pub fn ending(value: &Value) {
+pub fn ending(mut value: Value, exit: Exit) {
     has_ended();
-    event(value);
+    value["exit-code"] = exit.code().into();
+    event(&value);
 }
 
 /// What was printed tells programs how the command ended.
@@ -105,6 +109,16 @@ pub fn failure_has(code: u8) {
 /// Prints an event for programs, on standard output.
 pub fn event(value: &Value) {
     PRINTER.out.print(Stream::Out, Kind::Message, &format!("{}\n", shown(&value.to_string())));
+}
+
+/// Prints what a job has told, as QMP has it: with the time of day.
+pub fn job_event(event_of_job: &JobEvent) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    event(&json!({
+        "event": event_of_job.name(),
+        "data": event_of_job,
+        "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()},
+    }));
 }
 
 /// Prints an event that may be left out when nobody reads.
@@ -151,7 +165,7 @@ pub fn has_status() -> bool {
 pub fn finish(exit: Exit) -> Exit {
     status(None);
     if WANTS_ENDING.load(Ordering::Relaxed) && !ENDED.load(Ordering::Relaxed) {
-        ending(&json!({"event": "end", "exit-code": exit.code()}));
+        ending(json!({"event": "end"}), exit);
     }
     PRINTER.out.settle();
     PRINTER.err.settle();

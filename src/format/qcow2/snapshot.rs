@@ -415,7 +415,7 @@ impl Qcow2 {
         for (cluster, count) in counts.iter() {
             self.let_others(count).await;
             let mut meta = self.meta.borrow_mut();
-            (0..count).for_each(|_| meta.free(Freed { first: cluster, count: 1, discard: false }));
+            (0..count).for_each(|_| meta.free(Freed { first: cluster, count: 1, discard: true }));
         }
         self.write_back().await?;
         while !self.meta.borrow().releasing.is_empty() {

@@ -287,7 +287,7 @@ fn no_figure_is_above_the_limit() {
         }
         let details = &event(&events, "end")["details"];
         let of = |name: &str| details[name].as_u64().unwrap();
-        assert!(of("copy-nanos") > 0 && of("bytes-copied") == 3 * MIB / 2, "{details}");
+        assert!(of("copy-ns") > 0 && of("bytes-copied") == 3 * MIB / 2, "{details}");
     }
 }
 
