@@ -14,7 +14,7 @@ use crate::block::Driver;
 use crate::engine::admit::Admission;
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
-use crate::format::qcow2::{Amendment, Compat, CreateOptions, Info, Preallocation, Qcow2};
+use crate::format::qcow2::{Amendment, Compat, CreateOptions, Info, Qcow2};
 use crate::graph::node::UseKind;
 
 /// What can be said; the others of new images cannot be changed.
@@ -72,13 +72,6 @@ pub struct AmendArgs {
     output: OutputArgs,
 }
 
-/// What is asked for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Wanted {
-    amendment: Amendment,
-    len: Option<u64>,
-}
-
 /// Runs the command.
 pub fn main(global: &Global, args: AmendArgs) -> Result<Exit, Failure> {
     if asks_for_help(&args.options) {
@@ -134,33 +127,27 @@ async fn amend(global: &Global, engine: &Engine, args: &AmendArgs) -> Result<Opt
         return Ok(None);
     }
     let _lock = node.attach_in_time(UseKind::JobTarget("amend")).await?;
-    image.amend(&wanted.amendment).await?;
-    if let Some(len) = wanted.len {
-        image.resize(len, Preallocation::Off).await?;
-    }
+    image.amend(&wanted).await?;
     image.flush().await?;
     Ok(Some(image.info().await?))
 }
 
 /// What is asked of an image, all of which can be done.
-async fn judge(image: &Qcow2, pairs: &[(String, String)]) -> Result<Wanted, Failure> {
+async fn judge(image: &Qcow2, pairs: &[(String, String)]) -> Result<Amendment, Failure> {
     let info = image.info().await?;
     let wanted = understand(&info, pairs).map_err(Failure::Text)?;
-    image.check_amend(&wanted.amendment).await?;
-    if let Some(len) = wanted.len {
-        if len < info.virtual_size {
-            return Err(Failure::text(format!(
-                "The disk has {} bytes, and what lies beyond {len} would be lost: use `blockferry resize --shrink`",
-                info.virtual_size
-            )));
-        }
-        image.check_resize(len, Preallocation::Off).await?;
+    if let Some(len) = wanted.len.filter(|len| *len < info.virtual_size) {
+        return Err(Failure::text(format!(
+            "The disk has {} bytes, and what lies beyond {len} would be lost: use `blockferry resize --shrink`",
+            info.virtual_size
+        )));
     }
+    image.check_amend(&wanted).await?;
     Ok(wanted)
 }
 
-fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Wanted, String> {
-    let (mut wanted, mut said) = (Wanted::default(), CreateOptions::default());
+fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Amendment, String> {
+    let (mut wanted, mut said) = (Amendment::default(), CreateOptions::default());
     for (name, value) in pairs {
         if !NAMES.iter().any(|(known, _)| known == name) {
             return Err(match CreateOptions::NAMES.iter().any(|(known, _)| known == name) {
@@ -170,8 +157,8 @@ fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Wanted, String>
         }
         said.set(name, value)?;
         match name.as_str() {
-            "compat" => wanted.amendment.compat = Some(said.compat),
-            "lazy_refcounts" => wanted.amendment.lazy_refcounts = Some(said.lazy_refcounts),
+            "compat" => wanted.compat = Some(said.compat),
+            "lazy_refcounts" => wanted.lazy_refcounts = Some(said.lazy_refcounts),
             "size" => wanted.len = Some(said.size),
             _ => {}
         }
@@ -203,8 +190,8 @@ fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Wanted, String>
         }
         None => {
             // Lazy reference counts go away with the version that has them.
-            let to_v2 = wanted.amendment.compat == Some(Compat::V2);
-            if to_v2 && wanted.amendment.lazy_refcounts == Some(true) {
+            let to_v2 = wanted.compat == Some(Compat::V2);
+            if to_v2 && wanted.lazy_refcounts == Some(true) {
                 return Err("Lazy refcounts need compatibility level 1.1 or above (compat=1.1)".into());
             }
             Ok(wanted)

@@ -215,6 +215,28 @@ fn checks_see_and_repair_what_qemu_sees_and_repairs() {
     }
 }
 
+/// Features that nobody need know belong to whoever keeps them up: a repair may free what only they know of, and so
+/// switches them off, as every program does that writes the image. A look leaves them.
+#[test]
+fn a_repair_switches_off_features_that_it_does_not_know() {
+    /// Where the header has them.
+    const AUTOCLEAR: u64 = 88;
+    let scratch = Scratch::new();
+    for damage in [|_: &Image| (), Image::leak] {
+        let image = Image::new(&scratch, "", "64M", &[]);
+        image.set(AUTOCLEAR, 1 << 63);
+        damage(&image);
+        run(&["check", "-f", "qcow2", &image.path]);
+        assert_eq!(image.u64(AUTOCLEAR), 1 << 63, "a look changes nothing");
+        for what in ["leaks", "all"] {
+            image.set(AUTOCLEAR, 1 << 63);
+            ours(&["check", "-f", "qcow2", "-r", what, &image.path]);
+            assert_eq!(image.u64(AUTOCLEAR), 0, "-r {what}");
+            assert_eq!(by_qemu(&image.path), Some(0));
+        }
+    }
+}
+
 /// The table of snapshots or the directory of bitmaps cannot be read: what they lead to is there when they can be read
 /// again, whatever was repaired meanwhile.
 #[test]
@@ -290,26 +312,57 @@ fn nothing_is_freed_that_could_not_be_read() {
     }
 }
 
+/// Gives the first entry of the table of snapshots this much extra data.
+fn with_extra(i: &Image, extra: usize) {
+    let at = i.u64(64);
+    let old = i.bytes(at, 4096);
+    let had = u32::from_be_bytes(old[36..40].try_into().expect("four bytes")) as usize;
+    let mut new = old[..36].to_vec();
+    new.extend((extra as u32).to_be_bytes());
+    new.extend(&old[40..40 + had.min(extra)]);
+    new.resize(40 + extra, 0);
+    new.extend(&old[40 + had..40 + had + 4]);
+    let rest = (40 + had + 4).next_multiple_of(8);
+    new.resize(new.len().next_multiple_of(8), 0);
+    new.extend(&old[rest..rest + 100]);
+    i.put(at, &new);
+}
+
+/// Version 2 cannot be resized with snapshots, and version 3 can: one command does both, and a snapshot whose old program
+/// did not write down how long its disk was is still as long as it was then.
+#[test]
+fn an_old_image_with_snapshots_grows_by_way_of_version_3() {
+    let scratch = Scratch::new();
+    for extra in [None, Some(8), Some(0)] {
+        let image = Image::new(&scratch, "compat=0.10", "64M", &[&["qemu-img", "snapshot", "-c", "one"]]);
+        if let Some(extra) = extra {
+            with_extra(&image, extra);
+        }
+        let before = content(&image.path);
+        let refused = run(&["amend", "-o", "size=128M", &image.path]);
+        assert_eq!(refused.code, Some(1), "{refused}");
+        assert!(refused.err.contains("amend -o compat=1.1"), "{refused}");
+        assert_eq!(content(&image.path), before, "{extra:?}: nothing has changed");
+        ours(&["amend", "-o", "compat=1.1,size=128M", &image.path]);
+        let shows = |size: u64| {
+            let info = qemu_json(&["info", "--output=json", &image.path]);
+            assert_eq!(info["virtual-size"], size, "{extra:?}");
+            assert_eq!(info["format-specific"]["data"]["compat"], "1.1", "{extra:?}");
+            assert_eq!(by_qemu(&image.path), Some(0), "{extra:?}");
+        };
+        shows(128 * MIB);
+        tool("qemu-img", &["snapshot", "-a", "one", &image.path]);
+        shows(64 * MIB);
+        let read = tool("qemu-io", &["-f", "qcow2", "-c", "read -P 1 0 1M", &image.path]);
+        assert!(!read.contains("failed"), "{extra:?}: {read}");
+    }
+}
+
 #[test]
 fn tables_of_snapshots_are_repaired() {
     let scratch = Scratch::new();
     let snapshots: [&[&str]; 2] =
         [&["qemu-img", "snapshot", "-c", "one"], &["qemu-img", "snapshot", "-c", "two"]];
-    /// The first entry of the table as bytes, with this much extra data.
-    fn with_extra(i: &Image, extra: usize) {
-        let at = i.u64(64);
-        let old = i.bytes(at, 4096);
-        let had = u32::from_be_bytes(old[36..40].try_into().expect("four bytes")) as usize;
-        let mut new = old[..36].to_vec();
-        new.extend((extra as u32).to_be_bytes());
-        new.extend(&old[40..40 + had.min(extra)]);
-        new.resize(40 + extra, 0);
-        new.extend(&old[40 + had..40 + had + 4]);
-        let rest = (40 + had + 4).next_multiple_of(8);
-        new.resize(new.len().next_multiple_of(8), 0);
-        new.extend(&old[rest..rest + 100]);
-        i.put(at, &new);
-    }
     let damages: [Damage; 4] = [
         ("too much extra data", "", |i| with_extra(i, 1100)),
         ("no disk size", "", |i| with_extra(i, 8)),
@@ -397,6 +450,28 @@ fn measures_are_those_of_qemu_img() {
                 let document = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
                 assert_same_json(&document(&mine.out), &document(&theirs.out));
             }
+        }
+    }
+}
+
+/// A preallocated file is as long as QEMU makes it, and as `measure` tells.
+#[test]
+fn preallocated_images_are_as_long_as_measured() {
+    let scratch = Scratch::new();
+    for mode in ["metadata", "falloc", "full"] {
+        for more in ["", "cluster_size=4k", "cluster_size=2M", "extended_l2=on", "data_file=DATA"] {
+            let (a, b, data) = (scratch.path("a"), scratch.path("b"), scratch.path("data"));
+            let options = format!("preallocation={mode},{more}").replace("DATA", &data);
+            let options = options.trim_end_matches(',');
+            ours(&["create", "--force", "-q", "-f", "qcow2", "-o", options, &a, "10M"]);
+            tool("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, &b, "10M"]);
+            let len = |path: &str| std::fs::metadata(path).expect("an image").len();
+            assert_eq!(len(&a), len(&b), "{options}");
+            if !more.starts_with("data_file") {
+                let measure = ["measure", "--output=json", "-O", "qcow2", "-o", options, "--size", "10M"];
+                assert_eq!(our_json(&measure)["fully-allocated"], len(&a), "{options}");
+            }
+            assert_eq!(by_qemu(&a), Some(0), "{options}");
         }
     }
 }

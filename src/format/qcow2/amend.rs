@@ -1,6 +1,7 @@
-//! Changing what an image is, in place: its version, and whether reference counts may be written late.
+//! Changing what an image is, in place: its version, whether reference counts may be written late, and the length of its
+//! disk, which may have to wait for the version that allows it.
 //!
-//! Both are fields of the first sector, which is written as a whole: a power cut leaves the one image or the other. What
+//! The first two are fields of the first sector, which is written as a whole: a power cut leaves the one image or the other. What
 //! cannot be said in version 2 (zero clusters, narrow or wide reference counts, ...) keeps an image from going back to it;
 //! nothing is rewritten for that.
 
@@ -9,7 +10,7 @@ use blockferry_ring::Errno;
 use super::entry::OFFSET_MASK;
 use super::header::{V2_BYTES, V3_BYTES_MIN, compatible, extension, incompatible};
 use super::image::{Fault, Qcow2};
-use super::options::Compat;
+use super::options::{Compat, Preallocation};
 
 /// What is to be different.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +19,8 @@ pub struct Amendment {
     pub compat: Option<Compat>,
     /// Whether reference counts may be written late.
     pub lazy_refcounts: Option<bool>,
+    /// The length of the disk.
+    pub len: Option<u64>,
 }
 
 impl Qcow2 {
@@ -32,6 +35,10 @@ impl Qcow2 {
         let lazy = to.lazy_refcounts.unwrap_or(lazy_now && to.compat != Some(Compat::V2));
         if lazy && compat == Compat::V2 {
             return refuse("Lazy refcounts need compatibility level 1.1 or above (compat=1.1).".into());
+        }
+        if let Some(len) = to.len {
+            let version = if compat == Compat::V2 { 2 } else { 3 };
+            self.judge_resize_as(version, len, Preallocation::Off)?;
         }
         if compat == Compat::V3 || version < 3 {
             return Ok(());
@@ -84,6 +91,10 @@ impl Qcow2 {
         self.check_writable()?;
         self.judge_amendment(to).await?;
         self.write_back().await?;
+        if to.compat == Some(Compat::V3) {
+            // What version 3 wants of them is nothing that version 2 minds.
+            self.complete_snapshots().await?;
+        }
         let amended = self.rearrange_header(|header| {
             match to.compat {
                 Some(Compat::V2) => {
@@ -105,11 +116,13 @@ impl Qcow2 {
                 None => {}
             }
         });
-        if amended.await? {
-            return Ok(());
+        if !amended.await? {
+            let why = "The header has no room for that: give its backing file a shorter name, or convert the image.";
+            return Err(Fault::Refused(Errno::ENOSPC, why.into()));
         }
-        let why =
-            "The header has no room for that: give its backing file a shorter name, or convert the image.";
-        Err(Fault::Refused(Errno::ENOSPC, why.into()))
+        match to.len {
+            Some(len) => self.resize_image(len, Preallocation::Off).await,
+            None => Ok(()),
+        }
     }
 }

@@ -246,12 +246,31 @@ impl Qcow2 {
         let image = Qcow2::open_image(ring, file.clone(), &Nothing, open).await?;
         let thin = options.backing_file.is_some();
         let made = match image.preallocate(0, size, preallocation, thin).await {
-            Ok(()) => image.flush().await,
+            Ok(()) => {
+                async {
+                    image.cut_slack().await?;
+                    image.flush().await
+                }
+                .await
+            }
             Err(fault) => Err(image.tell_whole(Operation::Create, fault).await),
         };
         // Said, not left to the closing of the file: a process that is started meanwhile may have a copy of it for a moment.
         let unlocked = image.set_permissions(Permissions::NONE);
         made.and(unlocked)
+    }
+
+    /// Nothing more will be allocated: the file ends with its last cluster, and is as long as `measure` tells.
+    async fn cut_slack(&self) -> IoResult {
+        let end = self.meta.borrow().virgin;
+        if end >= self.file.len() {
+            return Ok(());
+        }
+        match self.file.set_len(end).await {
+            // What has a length of its own keeps it.
+            Err(error) if error.errno == Errno::EOPNOTSUPP => Ok(()),
+            done => done,
+        }
     }
 
     /// Maps all clusters of a range of the disk that are not mapped yet.

@@ -286,20 +286,22 @@ impl Qcow2 {
     /// What has to be done before the first write: features that we do not keep up are switched off, and
     /// refcounts that may be off are repaired.
     pub(super) async fn make_writable(&self) -> Result<(), Fault> {
-        let (unknown, dirty) = {
-            let header = self.header.borrow();
-            (header.autoclear & !autoclear::KNOWN, header.incompatible & incompatible::DIRTY != 0)
-        };
-        if dirty {
+        if self.header.borrow().incompatible & incompatible::DIRTY != 0 {
             tracing::warn!(image = %self.name, "the image was not closed cleanly; its refcounts are repaired");
             self.repair_refcounts().await?;
         }
-        if unknown != 0 {
-            self.header.borrow_mut().autoclear &= autoclear::KNOWN;
-            self.write_header().await?;
-            self.flush_files().await?;
+        self.drop_unknown_features().await
+    }
+
+    /// Features that whoever writes an image without knowing them has to switch off: what belongs to them is no longer
+    /// kept up from here on, and clusters that only they know of may be freed.
+    pub(super) async fn drop_unknown_features(&self) -> Result<(), Fault> {
+        if self.header.borrow().autoclear & !autoclear::KNOWN == 0 {
+            return Ok(());
         }
-        Ok(())
+        self.header.borrow_mut().autoclear &= autoclear::KNOWN;
+        self.write_header().await?;
+        self.flush_files().await
     }
 }
 

@@ -36,6 +36,9 @@ impl Qcow2 {
         let first = check.report.clone();
         let is_right = first.corruptions == 0 && first.leaks == 0;
         // Where not all could be looked at, what is in use is not known.
+        if repair != Repair::None && first.check_errors == 0 {
+            self.drop_unknown_features().await?;
+        }
         if repair == Repair::None || is_right || first.check_errors > 0 {
             if repair == Repair::All && is_right && first.check_errors == 0 {
                 self.clear_marks().await?;

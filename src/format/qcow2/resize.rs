@@ -14,6 +14,12 @@ use crate::block::{BlockError, Operation, ZeroFlags};
 impl Qcow2 {
     /// Whether the disk can become so long; the length that it gets.
     pub(super) fn judge_resize(&self, len: u64, mode: Preallocation) -> Result<u64, Fault> {
+        let version = self.header.borrow().version;
+        self.judge_resize_as(version, len, mode)
+    }
+
+    /// The same for an image that will be of this version by then.
+    pub(super) fn judge_resize_as(&self, version: u32, len: u64, mode: Preallocation) -> Result<u64, Fault> {
         let refuse = |errno, why: &str| Err(Fault::Refused(errno, why.into()));
         let old = self.len.get();
         let len = match len.checked_next_multiple_of(512) {
@@ -32,8 +38,9 @@ impl Qcow2 {
                 "The image has bitmaps, which cannot be resized with it; remove them first.",
             );
         }
-        if self.header.borrow().nb_snapshots > 0 && self.header.borrow().version < 3 {
-            return refuse(Errno::EOPNOTSUPP, "A version 2 image with snapshots cannot be resized.");
+        if self.header.borrow().nb_snapshots > 0 && version < 3 {
+            let why = "A version 2 image with snapshots cannot be resized; `blockferry amend -o compat=1.1` makes it one of version 3.";
+            return refuse(Errno::EOPNOTSUPP, why);
         }
         if mode != Preallocation::Off && len < old {
             return refuse(Errno::EINVAL, "Room is set aside only where a disk grows.");

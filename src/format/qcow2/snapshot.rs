@@ -484,6 +484,18 @@ impl Qcow2 {
         noted
     }
 
+    /// Snapshots of old programs do not say how long their disk was: as long as it is now, until it is resized.
+    pub(super) async fn complete_snapshots(&self) -> Result<(), Fault> {
+        let (list, old_bytes) = self.read_snapshots().await?;
+        if list.iter().all(|snapshot| snapshot.extra.len() >= EXTRA_BYTES_MIN) {
+            return Ok(());
+        }
+        let len = self.len.get();
+        let whole: Vec<Snapshot> = list.into_iter().map(|snapshot| snapshot.completed(len)).collect();
+        self.write_snapshots(&whole, old_bytes).await?;
+        self.write_back().await
+    }
+
     /// Takes the marks of sole references off the active tables: all of it is shared now. They have been
     /// written back.
     async fn share_all(&self) -> Result<(), Fault> {
