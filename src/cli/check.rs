@@ -67,6 +67,8 @@ enum What {
     Leaks,
     /// Everything that can be repaired; wrong repairs can make things worse, so have a copy
     All,
+    /// The same, and drop snapshots and bitmaps that cannot be read; whoever could still rescue them no longer can
+    DropUnreadable,
 }
 
 /// Runs the command.
@@ -112,6 +114,7 @@ async fn check(global: &Global, engine: &Engine, args: &CheckArgs) -> Result<Che
         None => Repair::None,
         Some(What::Leaks) => Repair::Leaks,
         Some(What::All) => Repair::All,
+        Some(What::DropUnreadable) => Repair::DropUnreadable,
     };
     let look = ImageOptions {
         format: args.format,
@@ -233,7 +236,10 @@ fn tell(args: &CheckArgs, report: &CheckReport) {
             product!("\n{} leaked clusters were found on the image.", report.leaks);
             match &report.unread {
                 None => product!("This means waste of disk space, but no harm to data."),
-                Some(what) => product!("They may be in use: {what} cannot be read. So they are not freed."),
+                Some(what) => product!(
+                    "They may be in use: {what} cannot be read. So they are not freed, unless `--repair \
+                     drop-unreadable` is said."
+                ),
             }
         }
         if report.check_errors > 0 {

@@ -248,7 +248,9 @@ fn nothing_is_freed_that_could_not_be_read() {
         [&["qemu-img", "bitmap", "--add", "-g", "64k"], &change, &["qemu-img", "bitmap", "--disable"]];
     /// Where something is made unreadable, with which bytes.
     type Hide = fn(&Image) -> (u64, Vec<u8>);
-    let hidden: [(&str, Hide); 8] = [
+    let hidden: [(&str, Hide); 10] = [
+        ("an entry that was wiped", |i| (i.u64(64), vec![0; 72])),
+        ("a bitmap without a table", |i| (i.u64(i.bitmaps() + 16), vec![0; 12])),
         ("extra data without end", |i| (i.u64(64) + 36, vec![0xff; 4])),
         ("a table of snapshots beyond the end", |i| {
             (64, (i.len() + (1 << 30)).next_multiple_of(65_536).to_be_bytes().into())
@@ -299,6 +301,14 @@ fn nothing_is_freed_that_could_not_be_read() {
                 assert_eq!(ended.code, Some(2), "{name}, {what}, {lost}: {ended}");
                 assert!(ended.out.contains("not freed"), "{name}, {what}, {lost}: {ended}");
             }
+            // Who knows that nobody will read it has it dropped: the rest is whole then.
+            let dropped = Image { path: scratch.path("dropped") };
+            std::fs::copy(&copy.path, &dropped.path).expect("a copy");
+            let ended = run(&["check", "-f", "qcow2", "-r", "drop-unreadable", &dropped.path]);
+            assert_eq!(ended.code, Some(0), "{name}, {lost}: {ended}");
+            assert_eq!(by_qemu(&dropped.path), Some(0), "{name}, {lost}");
+            let read = tool("qemu-io", &["-f", "qcow2", "-c", "read -P 2 32M 128k", &dropped.path]);
+            assert!(!read.contains("failed"), "{name}, {lost}: {read}");
             copy.put(at, &before);
             // Readable again: all of it is there, and only what leaked before is a leak.
             let found = qemu(&["check", "-f", "qcow2", &copy.path]);
@@ -512,4 +522,63 @@ fn preallocated_and_compressed_zeroes_are_known() {
         let is_whole = how.contains(&"0");
         assert_eq!(check["allocated-clusters"] == check["total-clusters"], is_whole, "{how:?}: {check}");
     }
+}
+
+/// A file that was cut off: new refcounts must not come to lie where guest data or tables are said to be.
+#[test]
+fn what_is_named_behind_the_end_is_kept_free() {
+    let scratch = Scratch::new();
+    for cut in ["the last data", "a table"] {
+        let image = Image::new(&scratch, "", "1G", &[]);
+        // Another table, and data behind it.
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 3 512M 256k", &image.path]);
+        let table = image.u64(image.l1() + 8) & OFFSET;
+        let data = image.u64(image.l2(512)) & OFFSET;
+        image.count(data, 0);
+        let file = OpenOptions::new().write(true).open(&image.path).expect("an image");
+        file.set_len(if cut == "a table" { table } else { table + 128 * KIB }).expect("a cut");
+        let (bytes, disk) = (content(&image.path), scratch.path("before"));
+        std::fs::rename(shown(&scratch, &image.path).expect("a disk"), &disk).expect("another name");
+        let ended = run(&["check", "-f", "qcow2", "-r", "all", &image.path]);
+        if cut == "a table" {
+            // Grown over it the image would say that there was nothing.
+            assert!(ended.code == Some(2) && ended.err.contains("Nothing was repaired"), "{ended}");
+            assert!(content(&image.path) == bytes, "{cut}");
+        } else {
+            assert_eq!((ended.code, by_qemu(&image.path)), (Some(0), Some(0)), "{ended}");
+            tool("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", &disk, &image.path]);
+        }
+    }
+}
+
+#[test]
+fn tables_at_impossible_places_are_made_anew_or_dropped() {
+    let scratch = Scratch::new();
+    let snapshot: [&[&str]; 2] =
+        [&["qemu-img", "snapshot", "-c", "one"], &["qemu-io", "-f", "qcow2", "-c", "write -P 3 0 1M"]];
+    for (field, what, is_repaired) in [(64, "snapshots", false), (48, "reference counts", true)] {
+        let image = Image::new(&scratch, "", "64M", &snapshot);
+        let disk = content(&shown(&scratch, &image.path).expect("a disk"));
+        image.or(field, 0x1300);
+        let refused = run(&["info", "-f", "qcow2", &image.path]);
+        assert!(refused.code == Some(1) && refused.err.contains(what), "{refused}");
+        let all = run(&["check", "-f", "qcow2", "-r", "all", &image.path]);
+        assert_eq!(all.code, Some(if is_repaired { 0 } else { 2 }), "{all}");
+        let dropped = run(&["check", "-f", "qcow2", "-r", "drop-unreadable", &image.path]);
+        assert_eq!((dropped.code, by_qemu(&image.path)), (Some(0), Some(0)), "{dropped}");
+        assert!(content(&shown(&scratch, &image.path).expect("a disk")) == disk);
+    }
+}
+
+/// Small clusters leave offsets of compressed ones more bits than a file can be long.
+#[test]
+fn a_compressed_cluster_far_away_is_nowhere() {
+    let scratch = Scratch::new();
+    let image = Image::new(&scratch, "cluster_size=4k", "64M", &[]);
+    image.set(image.l2(100), 0x7900_0000_0000_0000);
+    for what in [&["check"][..], &["check", "-r", "all"]] {
+        let ended = run(&[what, &["-f", "qcow2", &image.path]].concat());
+        assert!(ended.code == Some(2) && ended.err.contains("beyond the end"), "{ended}");
+    }
+    assert_eq!(by_qemu(&image.path), Some(2));
 }

@@ -16,7 +16,7 @@ use super::image::{Fault, Qcow2};
 use super::meta::{Damage, Freed, Known, Meta, WholeTable};
 
 /// The file grows in steps of this many bytes at least, so that not every cluster changes its length.
-const GROWTH_BYTES: u64 = 1 << 20;
+pub(super) const GROWTH_BYTES: u64 = 1 << 20;
 
 /// Clusters that were reserved: their refcount is 1, and nothing refers to them yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

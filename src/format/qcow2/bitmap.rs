@@ -95,15 +95,21 @@ impl Bitmap {
     }
 
     /// What about it makes no sense, if anything does not.
-    pub(super) fn nonsense(&self, cluster: u64) -> Option<&'static str> {
+    pub(super) fn nonsense(&self, cluster: u64, disk_len: u64) -> Option<&'static str> {
+        let bits = u128::from(self.table_entries) * u128::from(cluster) * 8;
+        let covered = bits << u32::from(self.granularity_bits).min(64);
         if !self.table_offset.is_multiple_of(cluster) || self.table_offset >= 1 << 56 {
             Some("has its table at an impossible place")
+        } else if self.table_offset == 0 || self.table_entries == 0 {
+            Some("has no table")
         } else if self.table_bytes() > TABLE_BYTES_MAX {
             Some("has too large a table")
         } else if self.kind != TYPE_DIRTY || self.flags & !(IN_USE | AUTO | EXTRA_COMPATIBLE) != 0 {
             Some("is of a kind that is not known here")
         } else if !GRANULARITY_BITS.contains(&self.granularity_bits) {
             Some("has an impossible granularity")
+        } else if self.flags & IN_USE == 0 && covered < u128::from(disk_len) {
+            Some("has too short a table for the disk")
         } else {
             None
         }

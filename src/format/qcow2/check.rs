@@ -20,7 +20,7 @@ use super::entry::{
 };
 use super::header::autoclear;
 use super::image::{Fault, Qcow2};
-use super::info::CheckReport;
+use super::info::{CheckReport, Repair};
 use super::meta::L1_RESERVED;
 use super::snapshot::Snapshot;
 
@@ -82,6 +82,16 @@ pub(super) struct Check<'a> {
     pub(super) flawed_entries: u64,
     /// What an earlier look has found: its L2 entries are mended where that is safe.
     mending: Option<&'a Check<'a>>,
+    /// Clusters behind the end of the file that are named as guest data, and how often.
+    pub(super) data_beyond: Counts,
+    /// The same for tables.
+    pub(super) tables_beyond: Counts,
+    /// Snapshots and bitmaps that cannot be read are not to be kept for somebody who can.
+    drops: bool,
+    /// Entries of the table of snapshots say nothing.
+    may_lack_snapshots: bool,
+    /// There are bitmaps to be dropped.
+    pub(super) drops_bitmaps: bool,
 }
 
 impl<'a> Check<'a> {
@@ -101,7 +111,17 @@ impl<'a> Check<'a> {
             snapshots: None,
             flawed_entries: 0,
             mending: None,
+            data_beyond: Counts::default(),
+            tables_beyond: Counts::default(),
+            drops: false,
+            may_lack_snapshots: false,
+            drops_bitmaps: false,
         }
+    }
+
+    /// A check for a repair of this kind.
+    pub(super) fn new_for(image: &'a Qcow2, repair: Repair) -> Check<'a> {
+        Check { drops: repair == Repair::DropUnreadable, ..Check::new(image) }
     }
 
     /// Looks again, and mends L2 entries on the way.
@@ -125,6 +145,14 @@ impl<'a> Check<'a> {
         self.report.unread.get_or_insert_with(|| what.to_owned());
     }
 
+    /// The same for what belongs to bitmaps, which can be dropped as a whole.
+    fn unread_bitmap(&mut self, what: &str) {
+        match self.drops {
+            true => self.drops_bitmaps = true,
+            false => self.unread(what),
+        }
+    }
+
     /// Something could not be looked at.
     fn failed(&mut self, text: String) {
         self.report.check_errors += 1;
@@ -137,6 +165,21 @@ impl<'a> Check<'a> {
     }
 
     fn refer_often(&mut self, at: u64, len: u64, what: &str, times: u64) -> bool {
+        let is_there = self.count(at, len, what, times);
+        if !is_there {
+            note_beyond(self.image, &mut self.tables_beyond, at, len, times);
+        }
+        is_there
+    }
+
+    /// The same for what leads nowhere.
+    fn refer_to_data(&mut self, at: u64, len: u64, what: &str, times: u64) {
+        if !self.count(at, len, what, times) {
+            note_beyond(self.image, &mut self.data_beyond, at, len, times);
+        }
+    }
+
+    fn count(&mut self, at: u64, len: u64, what: &str, times: u64) -> bool {
         if len == 0 {
             return true;
         }
@@ -246,6 +289,10 @@ impl<'a> Check<'a> {
             return Ok(());
         }
         self.compare().await?;
+        if self.may_lack_snapshots && self.report.leaks > 0 {
+            self.unread("the table of snapshots");
+            self.snapshots = None;
+        }
         self.look_at_copied(&l1).await
     }
 
@@ -357,7 +404,7 @@ impl<'a> Check<'a> {
                     let host = raw.entry & OFFSET_MASK;
                     // What it touches may be in use.
                     if host != 0 && !is_compressed && image.data_file.is_none() {
-                        self.refer_often(host, g.cluster_size(), "a cluster of data", times);
+                        self.refer_to_data(host, g.cluster_size(), "a cluster of data", times);
                     }
                 }
             }
@@ -372,7 +419,7 @@ impl<'a> Check<'a> {
             if raw.entry & COPIED != 0 {
                 self.corrupt(format!("{}: compressed and marked as sole", here()));
             }
-            self.refer_often(host - host % 512, len + host % 512, "a compressed cluster", times);
+            self.refer_to_data(host - host % 512, len + host % 512, "a compressed cluster", times);
             if active {
                 self.report.compressed_clusters += 1;
                 self.report.allocated_clusters += 1;
@@ -390,7 +437,7 @@ impl<'a> Check<'a> {
             self.next_host = Some(host + image.g.cluster_size());
         }
         if image.data_file.is_none() {
-            self.refer_often(host, image.g.cluster_size(), "a cluster of data", times);
+            self.refer_to_data(host, image.g.cluster_size(), "a cluster of data", times);
         }
     }
 
@@ -406,19 +453,20 @@ impl<'a> Check<'a> {
         for what in listed.slips.iter().chain(&listed.flaws).chain(&listed.unread) {
             self.corrupt(what.clone());
         }
-        if !listed.unread.is_empty() {
-            self.unread("the table of snapshots");
-        }
-        self.snapshots = listed.mended(self.image.len.get());
+        // What an entry that was wiped has led to looks as if it had leaked.
+        self.may_lack_snapshots = listed.has_empty && !self.drops;
+        let mut is_unread = !listed.unread.is_empty();
         let at = self.image.header.borrow().snapshots_offset;
-        if !self.refer_alone(at, listed.bytes, "the table of snapshots") {
+        is_unread |= !self.refer_alone(at, listed.bytes, "the table of snapshots");
+        if is_unread && !self.drops {
             self.unread("the table of snapshots");
         }
         // Several snapshots may have one table, which is counted for each.
         let mut tables: BTreeMap<(u64, u64), u64> = BTreeMap::new();
         for snapshot in &listed.list {
-            *tables.entry((snapshot.l1_offset, u64::from(snapshot.l1_size) * 8)).or_default() += 1;
+            *tables.entry(snapshot.table()).or_default() += 1;
         }
+        let mut lost = BTreeSet::new();
         for ((at, len), times) in tables {
             let is_possible = at.is_multiple_of(self.image.g.cluster_size()) && at < 1 << 56;
             let what = "the L1 table of a snapshot";
@@ -426,13 +474,18 @@ impl<'a> Check<'a> {
                 let l1 = self.entries(at, len, what).await;
                 self.image.let_others(len / 8).await;
                 self.look_at_l1(&l1, times).await;
+            } else if self.drops {
+                lost.insert((at, len));
             } else {
                 self.unread(what);
             }
         }
-        if self.report.unread.is_some() {
-            // Where one entry leads astray, others may have been misread.
-            self.snapshots = None;
+        // Where one entry leads astray, others may have been misread.
+        if self.report.unread.is_none() {
+            is_unread |= !lost.is_empty();
+            let is_wrong = is_unread || !listed.slips.is_empty() || !listed.flaws.is_empty();
+            let kept = listed.list.iter().filter(|snapshot| !lost.contains(&snapshot.table()));
+            self.snapshots = is_wrong.then(|| Snapshot::mended(kept, self.image.len.get()));
         }
         Ok(())
     }
@@ -446,7 +499,7 @@ impl<'a> Check<'a> {
             Ok(None) => return Ok(()),
             Err(Fault::Damage(why)) => {
                 self.corrupt(why);
-                self.unread("the directory of bitmaps");
+                self.unread_bitmap("the directory of bitmaps");
                 return Ok(());
             }
             Err(Fault::Io(error)) => {
@@ -456,7 +509,7 @@ impl<'a> Check<'a> {
             Err(fault) => return Err(fault),
         };
         if !self.refer_alone(at, bytes.len() as u64, "the directory of bitmaps") {
-            self.unread("the directory of bitmaps");
+            self.unread_bitmap("the directory of bitmaps");
         }
         for bitmap in entries {
             self.look_at_bitmap(&bitmap).await;
@@ -467,24 +520,24 @@ impl<'a> Check<'a> {
     async fn look_at_bitmap(&mut self, bitmap: &Bitmap) {
         let size = self.image.g.cluster_size();
         let name = bitmap.name.escape_debug().to_string();
-        if let Some(why) = bitmap.nonsense(size) {
+        if let Some(why) = bitmap.nonsense(size, self.image.len.get()) {
             self.corrupt(format!("the bitmap '{name}' {why}"));
-            self.unread("a bitmap");
+            self.unread_bitmap("a bitmap");
         }
         let (at, len, what) = (bitmap.table_offset, bitmap.table_bytes(), "the table of a bitmap");
         let is_possible = at.is_multiple_of(size) && at < 1 << 56;
         if !is_possible || !self.refer_alone(at, len, what) {
-            self.unread("a bitmap");
+            self.unread_bitmap("a bitmap");
             return;
         }
         for (index, entry) in self.entries(at, len, what).await {
             let host = entry & OFFSET_MASK;
             if entry & ENTRY_RESERVED != 0 || !host.is_multiple_of(size) || (host != 0 && entry & 1 != 0) {
                 self.corrupt(format!("entry {index} of the bitmap '{name}' is impossible ({entry:#018x})"));
-                self.unread("a bitmap");
+                self.unread_bitmap("a bitmap");
             }
             if host != 0 {
-                self.refer(host, size, "a cluster of a bitmap");
+                self.refer_to_data(host, size, "a cluster of a bitmap", 1);
             }
         }
     }
@@ -632,5 +685,14 @@ impl<'a> Check<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// Notes clusters behind the end of the file that something names, as far as a file can ever reach.
+fn note_beyond(image: &Qcow2, beyond: &mut Counts, at: u64, len: u64, times: u64) {
+    if let Some(end) = at.checked_add(len).filter(|end| *end <= 1 << 56) {
+        for cluster in at >> image.g.cluster_bits..end.div_ceil(image.g.cluster_size()) {
+            beyond.add_many(cluster, times);
+        }
     }
 }

@@ -63,6 +63,16 @@ impl Counts {
         })
     }
 
+    /// The last cluster before `bound` with a reference.
+    pub(super) fn last_before(&self, bound: u64) -> Option<u64> {
+        let at_most = self.chunks.range(..bound.div_ceil(CHUNK)).rev();
+        at_most
+            .flat_map(|(number, chunk)| {
+                (0..CHUNK).rev().filter(|at| chunk[*at as usize] > 0).map(move |at| number * CHUNK + at)
+            })
+            .find(|cluster| *cluster < bound)
+    }
+
     /// One past the last cluster with a reference.
     pub(super) fn end(&self) -> u64 {
         for (number, chunk) in self.chunks.iter().rev() {
@@ -100,6 +110,9 @@ mod tests {
             assert!(counts.add(cluster));
         }
         assert_eq!((counts.get(0), counts.get(63), counts.get(64), counts.end()), (2, 1, 1, 1_000_001));
+        assert_eq!((counts.last_before(0), counts.last_before(64)), (None, Some(63)));
+        assert_eq!((counts.last_before(65), counts.last_before(1_000_000)), (Some(64), Some(64)));
+        assert_eq!(counts.last_before(u64::MAX), Some(1_000_000));
         assert_eq!(counts.blocks(64), [0, 1, 15_625]);
         assert_eq!(counts.blocks(8), [0, 7, 8, 125_000]);
         assert!(counts.add_many(70, 3));

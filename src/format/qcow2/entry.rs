@@ -97,7 +97,8 @@ impl Raw {
                 return Err(EntryError::Compressed);
             }
             let bits = g.compressed_offset_bits();
-            let host = entry & ((1 << bits) - 1) & 0x00ff_ffff_ffff_ffff;
+            // Where offsets have more bits than a file can be long, these count, too: such a place is none.
+            let host = entry & ((1 << bits) - 1);
             let sectors = (entry & !(COPIED | COMPRESSED)) >> bits;
             return Ok(Cluster::Compressed { host, len: (sectors + 1) * 512 - host % 512 });
         }

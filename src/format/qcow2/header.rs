@@ -326,14 +326,8 @@ impl Header {
         if self.l1_size > 0 && (!aligned(self.l1_offset) || self.l1_offset == 0) {
             return invalid("its L1 table lies at an impossible place");
         }
-        if !aligned(self.reftable_offset) {
-            return invalid("its table of reference counts lies at an impossible place");
-        }
         if u64::from(self.reftable_clusters) * g.cluster_size() > REFTABLE_BYTES_MAX.max(g.cluster_size()) {
             return invalid("its table of reference counts is larger than 8 MiB");
-        }
-        if self.nb_snapshots > 0 && (!aligned(self.snapshots_offset) || self.snapshots_offset == 0) {
-            return invalid("its table of snapshots lies at an impossible place");
         }
         let raw = self.autoclear & autoclear::DATA_FILE_RAW != 0;
         if raw && self.version >= 3 && !self.has_data_file() {
@@ -353,12 +347,19 @@ impl Header {
         if self.nb_snapshots > SNAPSHOTS_MAX {
             return invalid("it has more than 65536 snapshots");
         }
+        let is_place = |offset: u64| offset > 0 && offset.is_multiple_of(self.geometry().cluster_size());
+        if self.nb_snapshots > 0 && !is_place(self.snapshots_offset) {
+            return invalid(
+                "its table of snapshots lies at an impossible place; `blockferry check --repair drop-unreadable` drops it",
+            );
+        }
         Ok(())
     }
 
     /// It says where the refcounts are.
     pub fn has_reftable(&self) -> bool {
-        self.reftable_clusters > 0 && self.reftable_offset > 0
+        let is_place = self.reftable_offset.is_multiple_of(self.geometry().cluster_size());
+        self.reftable_clusters > 0 && self.reftable_offset > 0 && is_place
     }
 
     /// The sizes that follow from it.

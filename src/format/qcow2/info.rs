@@ -145,6 +145,15 @@ pub enum Repair {
     Leaks,
     /// Everything that can be is repaired.
     All,
+    /// The same, and snapshots and bitmaps that cannot be read are dropped: what they used is freed.
+    DropUnreadable,
+}
+
+impl Repair {
+    /// Everything that can be is repaired.
+    pub fn is_all(self) -> bool {
+        matches!(self, Repair::All | Repair::DropUnreadable)
+    }
 }
 
 /// How large a new image would become (`qemu-img measure`), in bytes.

@@ -11,15 +11,19 @@
 
 use std::collections::BTreeSet;
 
+use super::alloc::GROWTH_BYTES;
 use super::check::Check;
 use super::count::Counts;
 use super::entry::{COPIED, OFFSET_MASK, Raw, get_be64, get_refcount, set_be64, set_refcount};
 use super::geometry::REFTABLE_BYTES_MAX;
-use super::header::incompatible;
+use super::header::{autoclear, extension, incompatible};
 use super::image::{Fault, Qcow2};
 use super::info::{CheckReport, Repair};
-use super::snapshot::Snapshot;
+use super::snapshot::{Snapshot, TABLE_BYTES_MAX};
 use blockferry_ring::Errno;
+
+/// What can be done where snapshots or bitmaps cannot be read.
+const CURE: &str = "; `--repair drop-unreadable` drops snapshots and bitmaps that cannot be read";
 
 impl Qcow2 {
     /// Looks at everything, repairs what `repair` says, and looks again if it did.
@@ -31,22 +35,29 @@ impl Qcow2 {
         if self.meta.borrow().reftable.entries.is_empty() {
             self.load_tables(true).await?;
         }
-        let mut check = Check::new(self);
+        let mut check = Check::new_for(self, repair);
         check.look().await?;
-        let first = check.report.clone();
+        let mut first = check.report.clone();
         let is_right = first.corruptions == 0 && first.leaks == 0;
         // Where not all could be looked at, what is in use is not known.
         if repair != Repair::None && first.check_errors == 0 {
             self.drop_unknown_features().await?;
         }
         if repair == Repair::None || is_right || first.check_errors > 0 {
-            if repair == Repair::All && is_right && first.check_errors == 0 {
+            if repair.is_all() && is_right && first.check_errors == 0 {
                 self.clear_marks().await?;
             }
             return Ok(first);
         }
         let was_dirty = self.header.borrow().incompatible & incompatible::DIRTY != 0;
-        if repair == Repair::All && self.mend_tables(&check).await? {
+        if repair.is_all()
+            && check.snapshots.is_some()
+            && let Err(why) = check.room_for(check.room_max())
+        {
+            first.messages.push(why);
+            return Ok(first);
+        }
+        if repair.is_all() && self.mend_tables(&check).await? {
             self.reload().await?;
             check = Check::new(self);
             check.look().await?;
@@ -64,7 +75,7 @@ impl Qcow2 {
         report.corruptions_fixed = first.corruptions.saturating_sub(report.corruptions);
         report.messages = first.messages;
         report.messages.extend(said);
-        if repair == Repair::All && report.corruptions == 0 && report.check_errors == 0 {
+        if repair.is_all() && report.corruptions == 0 && report.check_errors == 0 {
             self.clear_marks().await?;
         } else if !was_dirty && self.header.borrow().incompatible & incompatible::DIRTY != 0 {
             self.header.borrow_mut().incompatible &= !incompatible::DIRTY;
@@ -194,10 +205,20 @@ impl Qcow2 {
             Check::mending(check).look().await?;
             self.flush_files().await?;
         }
-        if let Some(list) = &check.snapshots {
-            self.move_snapshots(list, check.end()).await?;
+        if check.drops_bitmaps {
+            {
+                let mut header = self.header.borrow_mut();
+                header.autoclear &= !autoclear::BITMAPS;
+                header.set_extension(extension::BITMAPS, None);
+            }
+            self.write_header().await?;
+            self.flush_files().await?;
         }
-        Ok(check.flawed_entries > 0 || check.snapshots.is_some())
+        if let Some(list) = &check.snapshots {
+            let room = check.room_for(check.room_max()).map_err(Fault::Damage)?;
+            self.move_snapshots(list, room).await?;
+        }
+        Ok(check.flawed_entries > 0 || check.snapshots.is_some() || check.drops_bitmaps)
     }
 
     /// Writes the table of snapshots behind everything, and switches over. Its clusters have no refcounts yet: the image
@@ -229,11 +250,53 @@ impl Check<'_> {
         self.counts.end().max(self.image.g.clusters(self.file_len))
     }
 
+    /// The most clusters that new tables take: refcounts for everything, or a table of snapshots.
+    fn room_max(&self) -> u64 {
+        let per_block = self.image.g.refblock_entries();
+        let of = |counts: &Counts| counts.blocks(per_block).len() as u64;
+        let unread = match &self.report.unread {
+            Some(_) => self.image.g.clusters(self.file_len).div_ceil(per_block),
+            None => 0,
+        };
+        let tables = (TABLE_BYTES_MAX.max(REFTABLE_BYTES_MAX)).div_ceil(self.image.g.cluster_size());
+        of(&self.counts) + of(&self.data_beyond) + unread + tables
+    }
+
+    /// Where so many clusters can be put: behind everything that is there, and behind the guest data that is named behind
+    /// the end of a file that was cut off. That reads as zeroes, and goes on doing so when the file reaches it. `Err` says
+    /// that a table is named there: as zeroes it would say something else than that it is lost.
+    fn room_for(&self, clusters: u64) -> Result<u64, String> {
+        let size = self.image.g.cluster_size();
+        let (file_end, growth) = (self.image.g.clusters(self.file_len), GROWTH_BYTES.div_ceil(size) + 1);
+        let mut end = self.end();
+        // As much again each time, so that few steps do.
+        while let Some(last) = self.data_beyond.last_before(2 * end - file_end + clusters + growth)
+            && last >= end
+        {
+            end = last + 1;
+        }
+        match self.tables_beyond.iter().next() {
+            Some((table, _)) if table < end + clusters + growth => Err(format!(
+                "Nothing was repaired: a table at {:#x} lies behind the end of the file, which is cut off, and would read \
+                 as zeroes if the file grew. What is left can be copied (`blockferry convert --salvage`)",
+                table * size
+            )),
+            _ => Ok(end),
+        }
+    }
+
+    /// Counts the guest data that is named behind the end of the file up to there: the file is about to reach it.
+    fn count_beyond(&mut self, end: u64) {
+        for (cluster, count) in self.data_beyond.iter().take_while(|(cluster, _)| *cluster < end) {
+            self.counts.add_many(cluster, count);
+        }
+    }
+
     /// Makes refcounts, and the marks that follow from them, as right as they can be. Gives what there is to say.
     async fn repair_refcounts(&mut self, repair: Repair) -> Result<Option<String>, Fault> {
         let image = self.image;
         let mut said = None;
-        let wants_all = repair == Repair::All && (self.rebuild || self.refcounts_too_low().await?);
+        let wants_all = repair.is_all() && (self.rebuild || self.refcounts_too_low().await?);
         let max = image.g.refcount_max();
         if wants_all && self.counts.iter().any(|(_, count)| count > max) {
             said = Some(format!(
@@ -242,9 +305,14 @@ impl Check<'_> {
                 image.g.refcount_bits()
             ));
         } else if wants_all {
-            self.rebuild_refcounts().await?;
-            image.reload().await?;
-            self.rebuild = false;
+            match self.room_for(self.room_max()) {
+                Ok(room) => {
+                    self.rebuild_refcounts(room).await?;
+                    image.reload().await?;
+                    self.rebuild = false;
+                }
+                Err(why) => return Ok(Some(why)),
+            }
         }
         if self.rebuild {
             return Ok(said);
@@ -252,12 +320,13 @@ impl Check<'_> {
         match &self.report.unread {
             None => self.lower_refcounts().await?,
             Some(what) if said.is_none() && self.report.leaks > 0 => {
-                said = Some(format!("Nothing was freed: {what} cannot be read and may use it"));
+                let cure = if repair == Repair::DropUnreadable { "" } else { CURE };
+                said = Some(format!("Nothing was freed: {what} cannot be read and may use it{cure}"));
             }
             Some(_) => {}
         }
         image.reload().await?;
-        let is_known = self.report.unread.is_none() || repair == Repair::All;
+        let is_known = self.report.unread.is_none() || repair.is_all();
         if self.has_l1 && is_known {
             image.repair_copied_of(Some(self)).await?;
         }
@@ -359,15 +428,15 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Makes all refcounts anew behind everything that is in use, and switches over.
-    async fn rebuild_refcounts(&mut self) -> Result<(), Fault> {
+    /// Makes all refcounts anew from the cluster `start` on, behind everything that is in use, and switches over.
+    async fn rebuild_refcounts(&mut self, start: u64) -> Result<(), Fault> {
         let image = self.image;
         let (size, per_block) = (image.g.cluster_size(), image.g.refblock_entries());
-        let start = self.end();
         let old = self.forget_refcount_tables();
         if self.report.unread.is_some() {
             self.keep_unknown(&old).await?;
         }
+        self.count_beyond(start);
         // Table and blocks lie behind everything; they count themselves.
         let mut blocks = self.counts.blocks(per_block);
         let (table_clusters, used) = loop {

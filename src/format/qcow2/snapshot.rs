@@ -23,7 +23,7 @@ use crate::base::os_name;
 use crate::base::range::ByteRange;
 
 /// Largest table of snapshots (QEMU's limit).
-const TABLE_BYTES_MAX: u64 = 64 << 20;
+pub(super) const TABLE_BYTES_MAX: u64 = 64 << 20;
 /// Longest extra data of one snapshot (QEMU's limit).
 const EXTRA_BYTES_MAX: u32 = 1024;
 /// Extra data that an image of version 3 has at least: the size of the state of the machine, and that of the disk.
@@ -67,6 +67,25 @@ impl Snapshot {
     /// An entry that says nothing: no name, no table.
     fn is_empty(&self) -> bool {
         self.id.is_empty() && self.name.is_empty() && self.l1_size == 0 && self.extra.is_empty()
+    }
+
+    /// Where its L1 table lies, and how long that is, in bytes.
+    pub(super) fn table(&self) -> (u64, u64) {
+        (self.l1_offset, u64::from(self.l1_size) * 8)
+    }
+
+    /// The table as it has to be: these, as far as they say something and there may be so many.
+    pub(super) fn mended<'a>(all: impl Iterator<Item = &'a Snapshot>, disk_size: u64) -> Vec<Snapshot> {
+        let mut bytes = 0;
+        let fits = |snapshot: &Snapshot| {
+            bytes += snapshot.encode().len() as u64;
+            bytes <= TABLE_BYTES_MAX
+        };
+        all.filter(|snapshot| !snapshot.is_empty())
+            .map(|snapshot| snapshot.clone().completed(disk_size))
+            .take(SNAPSHOTS_MAX as usize)
+            .take_while(fits)
+            .collect()
     }
 
     /// With the extra data that there has to be, and no more than there may be.
@@ -144,34 +163,14 @@ pub(super) struct Listed {
     pub(super) list: Vec<Snapshot>,
     /// Bytes of the table up to there.
     pub(super) bytes: u64,
+    /// There are entries that say nothing: too many were counted, or something has wiped them.
+    pub(super) has_empty: bool,
     /// What is wrong and does not keep the image from being used.
     pub(super) slips: Vec<String>,
     /// What is wrong and can be repaired.
     pub(super) flaws: Vec<String>,
     /// What cannot be read: nobody knows what is in use because of it.
     pub(super) unread: Vec<String>,
-}
-
-impl Listed {
-    /// The table as it has to be, if it is not and that can be made of it.
-    pub(super) fn mended(&self, disk_size: u64) -> Option<Vec<Snapshot>> {
-        if !self.unread.is_empty() || (self.slips.is_empty() && self.flaws.is_empty()) {
-            return None;
-        }
-        let mut bytes = 0;
-        let whole = self.list.iter().filter(|snapshot| !snapshot.is_empty());
-        let fits = |snapshot: &Snapshot| {
-            bytes += snapshot.encode().len() as u64;
-            bytes <= TABLE_BYTES_MAX
-        };
-        Some(
-            whole
-                .map(|snapshot| snapshot.clone().completed(disk_size))
-                .take(SNAPSHOTS_MAX as usize)
-                .take_while(fits)
-                .collect(),
-        )
-    }
 }
 
 impl Qcow2 {
@@ -193,6 +192,10 @@ impl Qcow2 {
         let mut found = Listed::default();
         let mut ahead = Ahead::default();
         let unread = |what: String| format!("its table of snapshots {what}");
+        if count > 0 && (start == 0 || !start.is_multiple_of(self.g.cluster_size())) {
+            found.unread.push(unread(format!("lies at an impossible place ({start:#x})")));
+            return Ok(found);
+        }
         for number in 0..count {
             self.let_others(1).await;
             let at = found.bytes;
@@ -230,6 +233,7 @@ impl Qcow2 {
             {
                 found.slips.push(unread(format!("has an incomplete entry {number}")));
             }
+            found.has_empty |= snapshot.is_empty();
             let entries_max = (super::geometry::L1_BYTES_MAX / 8) as u32;
             if !snapshot.l1_offset.is_multiple_of(self.g.cluster_size())
                 || snapshot.l1_offset >= 1 << 56
