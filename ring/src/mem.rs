@@ -205,8 +205,13 @@ impl Buf {
 
     /// Makes all bytes zero; works for regions too.
     pub fn fill_zero(&mut self) {
+        self.fill_zero_from(0);
+    }
+
+    /// Makes the bytes from offset `at` on zero; works for regions too.
+    pub fn fill_zero_from(&mut self, at: usize) {
         static ZEROES: [u8; 4096] = [0; 4096];
-        for at in (0..self.len()).step_by(ZEROES.len()) {
+        for at in (at..self.len()).step_by(ZEROES.len()) {
             self.copy_from(at, &ZEROES[..ZEROES.len().min(self.len() - at)]);
         }
     }

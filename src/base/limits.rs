@@ -240,8 +240,8 @@ pub const HISTOGRAM_BYTES_MAX: usize = 512 << 10;
 
 /// Events of one job that nobody has taken; the oldest go first.
 pub const JOB_EVENTS_KEPT_MAX: usize = 1024;
-/// Memory that a job sets aside for when guests hold all the rest.
-pub const JOB_RESERVE_BYTES: usize = 64 << 10;
+/// Memory that a leaf, an image or a job sets aside for when guests hold all the rest.
+pub const RESERVE_BYTES: usize = 64 << 10;
 /// Copies of one mirror in flight, where a path holds no more.
 pub const MIRROR_OPERATIONS: usize = 16;
 /// Copies of one mirror in flight at most: 64 KiB each, they are a mirror's `buf-size`.

@@ -24,10 +24,12 @@ pub mod patience;
 pub mod permission;
 pub mod pin;
 pub mod place;
+pub mod reserve;
 
 pub use error::{BlockError, Operation};
 pub use permission::{Permission, Permissions};
 pub use pin::Pin;
+pub use reserve::{Loan, NoMemory, Reserve};
 
 use blockferry_ring::{Buf, CopyHow, Errno, File, PooledFuture, SharedBuf};
 

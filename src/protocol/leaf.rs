@@ -2,7 +2,7 @@
 //!
 //! # Blocks
 //! With O_DIRECT the kernel takes only whole blocks at aligned addresses. What fits goes straight through.
-//! What does not is bounced ([`super::bounce`]): reads by reading the blocks around, writes of parts of
+//! What does not is bounced ([`super::rewrite`]): reads by reading the blocks around, writes of parts of
 //! blocks by read-modify-write, which is ordered against every other change ([`super::align`]).
 //!
 //! # The tail
@@ -37,16 +37,16 @@ use blockferry_ring::{Aside, Buf, CopyRange, Errno, File, FileExtent, FileInfo, 
 
 use super::align::{Change, Changes};
 use super::allocation::Allocation;
-use super::bounce::{Bounce, RESERVE_BYTES, zero_from};
 use super::length::Length;
 use super::open;
+use super::rewrite::{Blocks, Source};
 use crate::base::limits;
 use crate::base::os_name;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Capabilities, CopyFrom, Extent, IoFuture, IoResult, Limits, Operation, Resolved, Word,
-    WriteFlags, ZeroFlags,
+    BlockError, Capabilities, CopyFrom, Extent, IoFuture, IoResult, Limits, Operation, Reserve, Resolved,
+    Word, WriteFlags, ZeroFlags,
 };
 
 /// Pages are this large or smaller on every machine: the tail of a file starts at a multiple of it.
@@ -60,7 +60,7 @@ const FILE_BLOCK_BYTES: u32 = 4096;
 const LEN_MAX: u64 = i64::MAX as u64;
 
 /// The largest block of a leaf that is used with O_DIRECT.
-pub(super) const ALIGN_MAX: u32 = RESERVE_BYTES as u32;
+pub(super) const ALIGN_MAX: u32 = limits::RESERVE_BYTES as u32;
 
 /// An open file or block device.
 #[derive(Debug)]
@@ -78,7 +78,7 @@ pub(super) struct Leaf {
     tail: RefCell<Option<File>>,
     capabilities: Cell<Capabilities>,
     changes: Changes,
-    bounce: Bounce,
+    bounce: Reserve,
     flush_failed: Cell<Option<Errno>>,
     /// Calls under way that may be told of a loss, by number; the next number; told when one ends.
     tellers: RefCell<Vec<u64>>,
@@ -108,13 +108,6 @@ impl Drop for Held<'_> {
     }
 }
 
-/// What is to be written.
-#[derive(Clone, Copy)]
-enum Source<'a> {
-    Buf(&'a SharedBuf),
-    Zeroes,
-}
-
 /// What can be done through such a handle, until something is refused.
 fn capabilities(how: &OpenHow, info: &FileInfo) -> Capabilities {
     Capabilities {
@@ -142,7 +135,7 @@ impl Leaf {
         how: OpenHow,
     ) -> Result<Leaf, BlockError> {
         let name: Rc<str> = os_name::from_path(&path).into();
-        let bounce = Bounce::new(ring).map_err(|errno| {
+        let bounce = Reserve::new(ring, limits::RESERVE_BYTES).map_err(|errno| {
             BlockError::new(Operation::Open, name.clone(), errno)
                 .hint("All memory for I/O is in use; give the engine more of it.")
         })?;
@@ -431,28 +424,19 @@ impl Leaf {
         (buf, result.map_err(|errno| self.error(Operation::Read, range, errno)))
     }
 
-    async fn read_side(&self, side: &Side, range: ByteRange, mut buf: Buf) -> (Buf, Result<(), Errno>) {
+    async fn read_side(&self, side: &Side, range: ByteRange, buf: Buf) -> (Buf, Result<(), Errno>) {
         if range.is_empty() {
             return (buf, Ok(()));
         }
         if range.is_aligned(side.align) && buf.is_aligned(side.mem_align) {
             return self.get(&side.file, range.start(), buf).await;
         }
-        let outer = range.align_outward(side.align);
-        let mut lease = self.bounce.take(outer.len() as usize).await;
-        for piece in outer.chunks(lease.len() as u64) {
-            let len = piece.len() as usize;
-            let came = lease.read(&side.file, piece.start(), 0, len).await;
-            if let Err(errno) = came.and_then(|n| self.check_short(n, len)) {
-                return (buf, Err(errno));
-            }
-            if let Some(wanted) = piece.intersect(range) {
-                let at = (wanted.start() - piece.start()) as usize;
-                let bytes = &lease.bytes()[at..at + wanted.len() as usize];
-                buf.copy_from((wanted.start() - range.start()) as usize, bytes);
-            }
-        }
-        (buf, Ok(()))
+        let get = async |at: u64, part: Buf| self.get(&side.file, at, part).await;
+        self.blocks(side).read(range.align_outward(side.align), range, buf, get).await
+    }
+
+    fn blocks(&self, side: &Side) -> Blocks<'_> {
+        Blocks { memory: &self.bounce, block: side.align, bytes_max: BLOCK_MAX as u64 }
     }
 
     /// Reads straight into `buf`; beyond the end of a file there are zeroes.
@@ -464,7 +448,7 @@ impl Leaf {
         match self.ring.read(file, offset, buf).await {
             (buf, Ok(n)) if n as usize == wanted => (buf, Ok(())),
             (mut buf, Ok(n)) => {
-                zero_from(&mut buf, n as usize);
+                buf.fill_zero_from(n as usize);
                 (buf, self.check_short(n as usize, wanted))
             }
             (buf, Err(errno)) => (buf, Err(errno)),
@@ -545,33 +529,9 @@ impl Leaf {
         source: Source<'_>,
         fua: bool,
     ) -> Result<(), Errno> {
-        let outer = range.align_outward(side.align);
-        let mut lease = self.bounce.take(outer.len().min(BLOCK_MAX as u64) as usize).await;
-        let block = side.align as usize;
-        for piece in outer.chunks(lease.len() as u64) {
-            let Some(ours) = piece.intersect(range) else { continue };
-            let len = piece.len() as usize;
-            let (head, tail) = (ours.start() > piece.start(), ours.end() < piece.end());
-            if head {
-                let n = lease.read(&side.file, piece.start(), 0, block).await?;
-                self.check_short(n, block)?;
-            }
-            if tail && !(head && len == block) {
-                let n = lease.read(&side.file, piece.end() - side.align, len - block, block).await?;
-                self.check_short(n, block)?;
-            }
-            let at = (ours.start() - piece.start()) as usize;
-            let bytes = &mut lease.bytes()[at..at + ours.len() as usize];
-            match source {
-                Source::Buf(buf) => buf.copy_to((ours.start() - range.start()) as usize, bytes),
-                Source::Zeroes => bytes.fill(0),
-            }
-            lease
-                .write(len, async |buf| self.put(&side.file, piece.start(), buf, fua).await)
-                .await
-                .unwrap_or(Err(Errno::EIO))?;
-        }
-        Ok(())
+        let get = async |at: u64, part: Buf| self.get(&side.file, at, part).await;
+        let put = async |at: u64, buf: SharedBuf| self.put(&side.file, at, buf, fua).await;
+        self.blocks(side).rewrite(range.align_outward(side.align), range, source, get, put).await
     }
 
     /// Writes `buf` as it is. Where single writes cannot be made durable, a flush follows.

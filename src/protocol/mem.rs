@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 
 use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
 
-use super::bounce::zero_from;
 use crate::base::range::ByteRange;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, WriteFlags,
@@ -39,7 +38,7 @@ impl std::fmt::Debug for Pieces {
 
 impl Pieces {
     fn read(&self, offset: u64, buf: &mut Buf) {
-        zero_from(buf, 0);
+        buf.fill_zero();
         for part in parts(ByteRange::at_saturating(offset, buf.len() as u64)) {
             if let Some(piece) = self.0.get(&part.number) {
                 let bytes = &piece[part.inside.clone()];

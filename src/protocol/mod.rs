@@ -4,7 +4,6 @@
 
 mod align;
 mod allocation;
-mod bounce;
 pub mod delay;
 pub mod file;
 pub mod gluster;
@@ -18,6 +17,7 @@ pub mod nbd;
 pub mod null;
 pub mod open;
 mod place;
+mod rewrite;
 pub mod structured;
 mod uri;
 

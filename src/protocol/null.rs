@@ -4,7 +4,6 @@ use std::cell::Cell;
 
 use blockferry_ring::{Buf, Ring, SharedBuf};
 
-use super::bounce::zero_from;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Permissions, WriteFlags, ZeroFlags,
 };
@@ -64,7 +63,7 @@ impl Driver for NullDriver {
 
     fn read(&self, _offset: u64, mut buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {
         self.ring.boxed(async move {
-            zero_from(&mut buf, 0);
+            buf.fill_zero();
             (buf, Ok(()))
         })
     }

@@ -18,7 +18,7 @@ use super::quota::{Quota, QuotaLimits};
 use super::request::{self, Part, Whole};
 use super::session::{RequestStream, Window, pieces};
 use crate::base::limits;
-use crate::block::BlockError;
+use crate::block::{BlockError, Reserve};
 use crate::graph::heard::Heard;
 use crate::graph::node::Root;
 use crate::protocol::nbd::{
@@ -96,7 +96,7 @@ impl Client {
         root: Root,
         negotiated: &Negotiated,
         quota: QuotaLimits,
-        reserve: Buf,
+        reserve: Reserve,
     ) -> Rc<Client> {
         let contexts = &negotiated.meta_contexts;
         let allocation = contexts.iter().find(|(_, context)| *context == MetaContext::BaseAllocation);

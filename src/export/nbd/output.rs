@@ -23,6 +23,7 @@ use blockferry_ring::{Buf, Errno, File, Nanos, Ring, SharedBuf};
 
 use super::quota::Ticket;
 use crate::base::limits;
+use crate::block::Reserve;
 
 /// A part of the stream, and what is given back when it has been sent.
 #[derive(Debug)]
@@ -43,8 +44,6 @@ struct Open {
 struct State {
     ready: VecDeque<Piece>,
     open: Option<Open>,
-    /// Memory for headers when there is none else; away while it is in use.
-    reserve: Option<Buf>,
     /// The cookie of a reply that comes in several parts between which nothing else may be sent.
     turn: Option<u64>,
     ending: bool,
@@ -65,6 +64,8 @@ pub(super) struct Output {
     ring: Ring,
     stream: File,
     state: RefCell<State>,
+    /// Memory for headers when there is none else.
+    reserve: Reserve,
     /// When the send under way began.
     sending_since: Cell<Option<Nanos>>,
     /// The sending task waits here.
@@ -82,13 +83,13 @@ fn absorb(into: &mut Option<Ticket>, ticket: Ticket) {
 
 impl State {
     /// Sees to it that `bytes` more can be copied; false when there is no memory for them now.
-    fn make_room(&mut self, arena: &Arena, bytes: usize) -> bool {
+    fn make_room(&mut self, arena: &Arena, reserve: &Reserve, bytes: usize) -> bool {
         if self.open.as_ref().is_some_and(|open| open.buf.len() - open.filled >= bytes) {
             return true;
         }
         let lease = arena.try_alloc(limits::NBD_REPLY_LEASE_BYTES.max(bytes));
         let lease = lease.or_else(|| arena.try_alloc(bytes));
-        let lease = lease.or_else(|| self.reserve.take_if(|reserve| reserve.len() >= bytes));
+        let lease = lease.or_else(|| if bytes <= reserve.bytes() { reserve.try_take() } else { None });
         let Some(buf) = lease else { return false };
         self.seal();
         self.open = Some(Open { buf, filled: 0, ticket: None });
@@ -140,12 +141,13 @@ impl State {
 }
 
 impl Output {
-    /// The way out through `stream`; `reserve` is memory of [`Output::RESERVE_BYTES`] for headers.
-    pub(super) fn new(ring: &Ring, stream: &File, reserve: Buf) -> Output {
+    /// The way out through `stream`; `reserve` has [`Output::RESERVE_BYTES`] for headers.
+    pub(super) fn new(ring: &Ring, stream: &File, reserve: Reserve) -> Output {
         Output {
             ring: ring.clone(),
             stream: stream.clone(),
-            state: RefCell::new(State { reserve: Some(reserve), ..State::default() }),
+            state: RefCell::default(),
+            reserve,
             sending_since: Cell::new(None),
             work: ring.notify(),
             room: ring.notify(),
@@ -185,8 +187,8 @@ impl Output {
                     Some((Some(payload), _)) if payload.len() < limits::NBD_REPLY_COPY_BYTES => payload.len(),
                     _ => 0,
                 };
-                let is_copied = copied > 0 && state.make_room(arena, head_bytes_max + copied);
-                if !is_copied && !state.make_room(arena, head_bytes_max) {
+                let is_copied = copied > 0 && state.make_room(arena, &self.reserve, head_bytes_max + copied);
+                if !is_copied && !state.make_room(arena, &self.reserve, head_bytes_max) {
                     return None;
                 }
                 let (payload, mut ticket) = reply.take()?;
@@ -285,9 +287,7 @@ impl Output {
             // Idle sessions hold no memory but the reserve.
             state.open.take_if(|open| open.filled == 0);
         }
-        if state.reserve.is_none() {
-            state.reserve = self.ring.arena().try_alloc(Output::RESERVE_BYTES);
-        }
+        self.reserve.try_fill();
     }
 
     /// No more replies come: sending ends when all of them are out.

@@ -20,6 +20,7 @@ use super::pace::PaceLimits;
 use super::quota::{QuotaLimits, Seats};
 use crate::base::limits;
 use crate::base::process::Process;
+use crate::block::Reserve;
 use crate::graph::node::Root;
 use crate::protocol::nbd::{
     BlockSizes, ExportDirectory, ExportInfo, ExportListing, MetaContext, STRING_BYTES_MAX, ServerPolicy,
@@ -583,7 +584,8 @@ impl Inner {
             pace: self.config.pace,
             changes_of_export: entry.changes.clone(),
         };
-        let reserve = self.ring.alloc(Output::RESERVE_BYTES).await;
+        let reserve = Reserve::empty(&self.ring, Output::RESERVE_BYTES);
+        reserve.fill().await;
         let client = Client::new(&self.ring, id, stream, root, &negotiated, quota, reserve);
         drop((negotiated, answer));
         if let Some(session) = self.sessions.borrow_mut().get_mut(&id) {

@@ -12,11 +12,10 @@ use super::header::{
 };
 use super::image::{Fault, Qcow2, write_bytes};
 use super::info::Measured;
-use super::memory::Memory;
 use super::options::{Compat, CompressionType, CreateOptions, Preallocation};
 use super::{Backing, OpenFiles, OpenOptions, Wanted};
 use crate::base::os_name;
-use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation, Permissions, ZeroFlags};
+use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation, Permissions, Reserve, ZeroFlags};
 use blockferry_ring::Errno;
 
 /// How many clusters each table of a new image has, and where they are: header, refcount table, refcount
@@ -201,7 +200,7 @@ impl Qcow2 {
             return fail(Errno::EINVAL, "A data file was given and not named, or the reverse.".into());
         }
         let write = async {
-            let memory = Memory::new(ring, SLICE_BYTES_MAX as usize)
+            let memory = Reserve::new(ring, SLICE_BYTES_MAX as usize)
                 .map_err(|errno| Fault::Refused(errno, "All memory for I/O is in use.".into()))?;
             // What was there is gone first, so that no old header is taken for that of half a new image.
             match file.set_len(0).await {
@@ -388,7 +387,7 @@ impl Qcow2 {
 /// Takes the header off what is to hold an image and has a length of its own.
 async fn clear_head(
     file: &Rc<dyn Driver>,
-    memory: &Memory,
+    memory: &Reserve,
     layout: &Layout,
     g: &Geometry,
 ) -> Result<(), Fault> {
@@ -403,7 +402,7 @@ async fn clear_head(
 
 async fn write_tables(
     file: &Rc<dyn Driver>,
-    memory: &Memory,
+    memory: &Reserve,
     g: &Geometry,
     layout: &Layout,
     first: &[u8],

@@ -14,11 +14,10 @@ use super::compress::Packing;
 use super::geometry::Geometry;
 use super::header::Header;
 use super::locks::Claims;
-use super::memory::Memory;
 use super::meta::{Damage, Meta};
 use crate::base::range::ByteRange;
 use crate::block::pin::Epochs;
-use crate::block::{BlockError, Driver, Operation, WriteFlags};
+use crate::block::{BlockError, Driver, NoMemory, Operation, Reserve, WriteFlags};
 
 /// Pages that are written at the same time.
 const PAGES_AT_ONCE: usize = 16;
@@ -39,6 +38,12 @@ pub(super) enum Fault {
 impl From<BlockError> for Fault {
     fn from(error: BlockError) -> Fault {
         Fault::Io(error)
+    }
+}
+
+impl From<NoMemory> for Fault {
+    fn from(why: NoMemory) -> Fault {
+        Fault::Refused(why.into(), format!("It cannot go on: {why}."))
     }
 }
 
@@ -138,9 +143,9 @@ pub struct Qcow2 {
     pub(super) meta: RefCell<Meta>,
     pub(super) claims: Claims,
     pub(super) epochs: Rc<Epochs>,
-    pub(super) table_memory: Memory,
+    pub(super) table_memory: Reserve,
     /// There once the image was opened to be written.
-    pub(super) copy_memory: OnceCell<Memory>,
+    pub(super) copy_memory: OnceCell<Reserve>,
     /// Making an L2 table.
     pub(super) tables: Turn,
     /// Making a refcount block, or a larger refcount table.
@@ -445,7 +450,7 @@ impl Qcow2 {
 /// Reads bytes of a file; beyond its end there are zeroes.
 pub(super) async fn read_bytes(
     file: &Rc<dyn Driver>,
-    memory: &Memory,
+    memory: &Reserve,
     offset: u64,
     len: u64,
 ) -> Result<Vec<u8>, Fault> {
@@ -455,9 +460,8 @@ pub(super) async fn read_bytes(
         let wanted = (len - out.len() as u64).min(blockferry_ring::arena::BLOCK_MAX as u64);
         let mut lease = memory.take(wanted as usize).await;
         let n = lease.len();
-        let result = lease.fill(0, n, async |buf| Qcow2::get(file, at, buf).await).await;
-        result.unwrap_or(Ok(()))?;
-        out.extend_from_slice(lease.bytes());
+        lease.fill(0, n, async |buf| Qcow2::get(file, at, buf).await).await?;
+        out.extend_from_slice(lease.bytes()?);
     }
     Ok(out)
 }
@@ -465,7 +469,7 @@ pub(super) async fn read_bytes(
 /// Writes bytes to a file.
 pub(super) async fn write_bytes(
     file: &Rc<dyn Driver>,
-    memory: &Memory,
+    memory: &Reserve,
     offset: u64,
     bytes: &[u8],
 ) -> Result<(), Fault> {
@@ -473,10 +477,10 @@ pub(super) async fn write_bytes(
     while done < bytes.len() {
         let mut lease = memory.take((bytes.len() - done).min(64 << 10)).await;
         let n = lease.len();
-        lease.bytes().copy_from_slice(&bytes[done..done + n]);
+        lease.bytes()?.copy_from_slice(&bytes[done..done + n]);
         let at = offset + done as u64;
-        let write = async |buf| file.write(at, buf, WriteFlags::default()).await;
-        lease.write(0, n, write).await.unwrap_or(Ok(()))?;
+        let write = async |buf| Ok(file.write(at, buf, WriteFlags::default()).await?);
+        lease.write(0, n, write).await.map_err(|fault: Fault| fault)?;
         done += n;
     }
     Ok(())

@@ -14,25 +14,22 @@ use super::gate::{OpenFiles, Role, Wanted};
 use super::header::{Header, HeaderError, autoclear, extension, first_cluster_bytes, incompatible};
 use super::image::{Counters, Fault, Qcow2, SyncState, Turn, read_bytes};
 use super::locks::Claims;
-use super::memory::Memory;
 use super::meta::{Meta, WholeTable};
 use super::{Backing, OpenOptions, WhichSnapshot};
-use crate::base::limits::{QCOW2_L2_CACHE_BYTES, QCOW2_REFCOUNT_CACHE_BYTES};
+use crate::base::limits::{QCOW2_L2_CACHE_BYTES, QCOW2_REFCOUNT_CACHE_BYTES, RESERVE_BYTES};
 use crate::block::pin::Epochs;
-use crate::block::{BlockError, Driver, Operation, Permissions};
+use crate::block::{BlockError, Driver, Operation, Permissions, Reserve};
 
 /// Bytes that are read to learn how large the first cluster is.
 const HEAD_BYTES: u64 = 4096;
-/// Memory in reserve for pieces that are put together.
-pub(super) const COPY_RESERVE_BYTES: usize = 64 << 10;
 
 /// What an image is put together from.
 struct Parts {
     file: Rc<dyn Driver>,
     data_file: Option<Rc<dyn Driver>>,
     backing: Option<Rc<dyn Driver>>,
-    table_memory: Memory,
-    copy_memory: OnceCell<Memory>,
+    table_memory: Reserve,
+    copy_memory: OnceCell<Reserve>,
 }
 
 pub(super) fn refuse(name: &str, errno: Errno, why: impl Into<Rc<str>>) -> BlockError {
@@ -50,7 +47,7 @@ pub(super) fn plain(name: &str, fault: Fault) -> BlockError {
 /// Reads the header and the first cluster of an image.
 async fn read_header(
     file: &Rc<dyn Driver>,
-    memory: &Memory,
+    memory: &Reserve,
     for_check: bool,
 ) -> Result<(Header, Vec<u8>), BlockError> {
     let name = file.name();
@@ -76,14 +73,14 @@ impl Qcow2 {
         let name: Rc<str> = file.name().into();
         let read_only = options.read_only || file.is_read_only();
         let memory = |bytes| {
-            Memory::new(ring, bytes).map_err(|errno| {
+            Reserve::new(ring, bytes).map_err(|errno| {
                 refuse(&name, errno, "All memory for I/O is in use; give the engine more of it.")
             })
         };
         let table_memory = memory(SLICE_BYTES_MAX as usize)?;
         let copy_memory = OnceCell::new();
         if !read_only {
-            let _ = copy_memory.set(memory(COPY_RESERVE_BYTES)?);
+            let _ = copy_memory.set(memory(RESERVE_BYTES)?);
         }
         // Held from here on: nobody else changes what is read now.
         let held = if read_only { Permissions::STABLE_READER } else { Permissions::USER }.for_image();

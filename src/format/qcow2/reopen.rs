@@ -7,9 +7,9 @@ use blockferry_ring::Errno;
 
 use super::header::incompatible;
 use super::image::{Fault, Qcow2};
-use super::memory::Memory;
-use super::open::{COPY_RESERVE_BYTES, plain, refuse};
-use crate::block::{Driver, IoResult};
+use super::open::{plain, refuse};
+use crate::base::limits::RESERVE_BYTES;
+use crate::block::{Driver, IoResult, Reserve};
 
 impl Qcow2 {
     /// See [`Driver::reopen`].
@@ -36,7 +36,7 @@ impl Qcow2 {
             ));
         }
         if self.copy_memory.get().is_none() {
-            let memory = Memory::new(&self.ring, COPY_RESERVE_BYTES).map_err(|errno| {
+            let memory = Reserve::new(&self.ring, RESERVE_BYTES).map_err(|errno| {
                 refuse(&self.name, errno, "All memory for I/O is in use; give the engine more of it.")
             })?;
             let _ = self.copy_memory.set(memory);

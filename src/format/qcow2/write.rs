@@ -279,20 +279,20 @@ impl Qcow2 {
                 if !inside.is_empty() {
                     let (from, to) = place(inside);
                     let read = async |buf| self.read_guest(inside.start(), buf).await;
-                    lease.fill(from, to, read).await.unwrap_or(Ok(()))?;
+                    lease.fill(from, to, read).await?;
                 }
                 if !outside.is_empty() {
                     let (from, to) = place(outside);
-                    lease.bytes()[from..to].fill(0);
+                    lease.bytes()?[from..to].fill(0);
                 }
             }
             if !middle.is_empty() {
                 let (from, to) = ((middle.start() - at) as usize, (middle.end() - at) as usize);
-                buf.copy_to((middle.start() - range.start()) as usize, &mut lease.bytes()[from..to]);
+                buf.copy_to((middle.start() - range.start()) as usize, &mut lease.bytes()?[from..to]);
             }
             let n = lease.len();
             let target = host + at - wide_now.start();
-            lease.write(0, n, async |buf| self.put(target, buf).await).await.unwrap_or(Ok(()))?;
+            lease.write(0, n, async |buf| self.put(target, buf).await).await?;
             at = piece.end();
         }
         Ok(())

@@ -8,13 +8,12 @@ use blockferry_ring::sync::{Either, either, join, join_all};
 use blockferry_ring::{Buf, PooledFuture, Ring, SharedBuf};
 
 use super::machine::{Copied, Op, Outcome};
-use super::memory::{Lease, Memory};
 use super::verify::Verifier;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::base::zero::zero_runs;
-use crate::block::{BlockError, Driver, Holds, IoFuture, IoResult};
+use crate::block::{BlockError, Driver, Holds, IoFuture, IoResult, Loan, Reserve};
 use crate::graph::chain::held_by;
 use crate::graph::node::{Drained, Filter, Node, Use, UseKind};
 use crate::graph::peer::Peer;
@@ -55,7 +54,7 @@ impl Marker for TargetMark {
 
 pub(super) struct Parts {
     pub ring: Ring,
-    pub memory: Memory,
+    pub memory: Reserve,
     pub source: Use,
     /// The target's use, for as long as the job has it. Guests' writes to both sides hold on to it as well.
     pub target: Rc<RefCell<Option<Use>>>,
@@ -310,7 +309,7 @@ impl Parts {
         }
         while at < range.end() {
             let wanted = (range.end() - at).min(BLOCK_MAX as u64) as usize;
-            let Lease { buf, of_reserve } = self.memory.take(wanted).await;
+            let Loan { buf, of_reserve } = self.memory.lend(wanted).await;
             let piece = ByteRange::at_saturating(at, buf.len() as u64);
             let result = self.copy_piece(piece, buf, &mut done).await;
             self.memory.done(of_reserve).await;

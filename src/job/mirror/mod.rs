@@ -23,7 +23,6 @@ pub mod converge;
 mod hands;
 pub mod layers;
 pub mod machine;
-pub(super) mod memory;
 mod stage;
 pub mod verify;
 
@@ -42,7 +41,7 @@ use super::runner::{ErrorPolicies, Job};
 use super::tail::tail_of;
 use super::writable::Writable;
 use crate::base::limits;
-use crate::block::{BlockError, Driver};
+use crate::block::{BlockError, Driver, Reserve};
 use crate::graph::node::{Filter, Node, Use, UseKind};
 use crate::graph::peer::{Peer, PeerOptions};
 use crate::graph::tracker::Tracker;
@@ -52,7 +51,6 @@ use converge::OnDivergence;
 pub use hands::Marker;
 use hands::{MirrorHands, Parts};
 use machine::{Mirror, Settings};
-use memory::Memory;
 use verify::Verifier;
 
 /// What is copied.
@@ -358,8 +356,8 @@ async fn begin(
 ) -> Result<Job, MirrorError> {
     let (from, to) = (source.driver(), target.driver());
     let Settled { granularity, buf_size, job: job_options } = settled;
-    let memory = Memory::without_reserve(ring);
-    memory.reserve().await;
+    let memory = Reserve::empty(ring, limits::RESERVE_BYTES);
+    memory.fill().await;
     if let Some(verifier) = &options.verifier {
         verifier.reserve().await;
     }

@@ -16,11 +16,10 @@ use std::rc::Rc;
 use blockferry_ring::sync::join;
 use blockferry_ring::{Buf, Nanos, Ring};
 
-use super::memory::Memory;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
-use crate::block::{BlockError, Driver, Extent};
+use crate::block::{BlockError, Driver, Extent, Reserve};
 use crate::graph::dirty::DirtyMapError;
 use crate::graph::node::Filter;
 use crate::graph::tracker::Tracker;
@@ -64,7 +63,7 @@ pub struct Verifier {
     instant_ns: Cell<Nanos>,
     checksum: RefCell<String>,
     mismatch: Cell<Option<u64>>,
-    memory: [Memory; 2],
+    memory: [Reserve; 2],
 }
 
 impl std::fmt::Debug for Verifier {
@@ -96,7 +95,7 @@ impl Verifier {
             instant_ns: Cell::new(0),
             checksum: RefCell::default(),
             mismatch: Cell::new(None),
-            memory: [Memory::without_reserve(ring), Memory::without_reserve(ring)],
+            memory: std::array::from_fn(|_| Reserve::empty(ring, limits::RESERVE_BYTES)),
         }))
     }
 
@@ -119,7 +118,7 @@ impl Verifier {
     /// Sets memory aside. A verifier without it may have to wait for guests in the end.
     pub(super) async fn reserve(&self) {
         for memory in &self.memory {
-            memory.reserve().await;
+            memory.fill().await;
         }
     }
 
@@ -217,8 +216,8 @@ impl Verifier {
         let mut at = piece.start();
         while at < piece.end() {
             // Always in this order, so that nobody who has the one waits for somebody who has the other.
-            let a = self.memory[0].take((piece.end() - at) as usize).await;
-            let b = self.memory[1].take(a.buf.len()).await;
+            let a = self.memory[0].lend((piece.end() - at) as usize).await;
+            let b = self.memory[1].lend(a.buf.len()).await;
             let of_reserve = (a.of_reserve, b.of_reserve);
             let step = b.buf.len() as u64;
             let result = self.compare_step(at, a.buf.split_at(step as usize).0, b.buf, &mut hasher).await;

@@ -11,20 +11,19 @@ use super::machine::{Op, Outcome};
 use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::base::zero::zero_runs;
-use crate::block::BlockError;
+use crate::block::{BlockError, Loan, Reserve};
 use crate::graph::node::Hearing;
 use crate::graph::peer::Zeroed;
 use crate::job::body::Hands;
 use crate::job::error::JobFailure;
 use crate::job::lasting::Lasting;
 use crate::job::mirror::machine::Copied;
-use crate::job::mirror::memory::{Lease, Memory};
 use crate::job::plan::{What, plan};
 use crate::job::policy::{Failed, find, is_displaced};
 
 pub(super) struct Parts {
     pub ring: Ring,
-    pub memory: Memory,
+    pub memory: Reserve,
     pub lasting: Lasting,
     /// The target's unit of allocation.
     pub unit: u64,
@@ -127,7 +126,7 @@ impl Parts {
         let mut at = range.start();
         while at < range.end() {
             let wanted = (range.end() - at).min(BLOCK_MAX as u64) as usize;
-            let Lease { buf, of_reserve } = self.memory.take(wanted).await;
+            let Loan { buf, of_reserve } = self.memory.lend(wanted).await;
             let piece = ByteRange::at_saturating(at, buf.len() as u64);
             let result = self.copy_piece(piece, buf, done).await;
             self.memory.done(of_reserve).await;

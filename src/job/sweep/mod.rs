@@ -20,13 +20,12 @@ use super::governor::GuestFirst;
 use super::lasting::Lasting;
 use super::lifecycle::{JobOptions, parse_speed};
 use super::mirror::MirrorError;
-use super::mirror::memory::Memory;
 use super::plan::What;
 use super::policy::{Failed, IoOperation, OnError};
 use super::runner::{ErrorPolicies, Job};
 use crate::base::limits;
 use crate::base::range::ByteRange;
-use crate::block::{BlockError, IoFuture};
+use crate::block::{BlockError, IoFuture, Reserve};
 use crate::graph::node::{Drained, Node};
 use crate::graph::peer::ZeroResult;
 use hands::{Parts, SweepHands};
@@ -186,8 +185,8 @@ pub(super) async fn start(ring: &Ring, plan: Plan, options: &SweepOptions) -> Re
     job_options.speed_bytes_per_sec = parse_speed(options.speed)?;
     job_options.auto_finalize = options.auto_finalize;
     job_options.auto_dismiss = options.auto_dismiss;
-    let memory = Memory::without_reserve(ring);
-    memory.reserve().await;
+    let memory = Reserve::empty(ring, limits::RESERVE_BYTES);
+    memory.fill().await;
     let job =
         Job::new(ring, job_options, ErrorPolicies { source: options.on_error, target: options.on_error });
     let wishes = plan.follows_reads.then(|| Rc::new(Wishes::new(job.waker())));

@@ -48,7 +48,6 @@ use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, Word,
     WriteFlags, ZeroFlags,
 };
-use crate::protocol::bounce::zero_from;
 use crate::protocol::length::{Changing, Length};
 
 /// What bricks allocate and give back in.
@@ -315,7 +314,7 @@ impl GlusterNode {
             Err(errno) => (buf, Err(errno)),
             Ok(n) if n as usize >= len => (buf, Ok(())),
             Ok(0) => {
-                zero_from(&mut buf, 0);
+                buf.fill_zero();
                 (buf, Ok(()))
             }
             Ok(n) => self.read_tail(offset, n as usize, buf).await,
@@ -331,7 +330,7 @@ impl GlusterNode {
             self.ring.external_read(tail, keep, |mem, completer| file.start_read(from, mem, completer)).await;
         let result = match result {
             Ok(0) => {
-                zero_from(&mut tail, 0);
+                tail.fill_zero();
                 Ok(())
             }
             Ok(_) => Err(Errno::EIO),
@@ -446,7 +445,7 @@ impl GlusterNode {
             return Err(Errno::EOPNOTSUPP);
         }
         let mut buf = self.ring.alloc(ZERO_PIECE_BYTES).await;
-        zero_from(&mut buf, 0);
+        buf.fill_zero();
         let zeroes = buf.freeze();
         for piece in range.chunks(ZERO_PIECE_BYTES as u64) {
             self.write_all(piece.start(), zeroes.slice(0, piece.len() as usize)).await?;

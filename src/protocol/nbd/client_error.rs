@@ -12,6 +12,7 @@ use super::constants::{Command, OptionCode, ReplyCode};
 use super::errno::NbdErrno;
 use super::error::ProtocolError;
 use crate::base::units::fmt_duration;
+use crate::block::NoMemory;
 
 /// Why a connection could not be made, a request failed, or everything did.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -100,6 +101,9 @@ pub enum NbdClientError {
         /// Why.
         reason: NotSentReason,
     },
+    /// What was to be sent, or was read, has no memory.
+    #[error("A request cannot go on: {0}.")]
+    NoMemory(#[from] NoMemory),
 }
 
 /// What ended a connection.
@@ -184,6 +188,7 @@ impl NbdClientError {
             Self::Handshake { .. } => Errno::EPROTO,
             Self::ChangedExport { .. } => Errno::ESTALE,
             Self::LostTooOften { .. } => Errno::ENOTRECOVERABLE,
+            Self::NoMemory(why) => (*why).into(),
             Self::Lost { reason, .. } => match reason {
                 LostReason::ClosedByServer | LostReason::HungUp { .. } => Errno::ECONNRESET,
                 LostReason::ClosedHere | LostReason::ShuttingDown => Errno::ESHUTDOWN,

@@ -216,8 +216,8 @@ impl Connection {
         let (negotiated, stream, rest) = match ready {
             Ok(ready) => ready,
             Err(error) => {
-                kept.give(ring, received_into);
-                kept.give(ring, gathered_in);
+                kept.give(received_into);
+                kept.give(gathered_in);
                 return Err(error);
             }
         };

@@ -103,7 +103,7 @@ async fn shake_hands(
 ) -> Result<(HandshakeEnd, Vec<u8>), NbdClientError> {
     let mut buf = Some(kept.take(ring, HANDSHAKE_BYTES).await);
     let result = converse(ring, stream, name, goal, kept, &mut buf).await;
-    buf.into_iter().for_each(|buf| kept.give(ring, buf));
+    buf.into_iter().for_each(|buf| kept.give(buf));
     result
 }
 
@@ -159,7 +159,7 @@ async fn send_all(ring: &Ring, stream: &File, out: &mut Vec<u8>, kept: &Kept) ->
         buf.copy_from(0, piece);
         let shared = buf.freeze();
         let sent = ring.send(stream, shared.slice(0, piece.len())).await;
-        shared.try_thaw().into_iter().for_each(|buf| kept.give(ring, buf));
+        shared.try_thaw().into_iter().for_each(|buf| kept.give(buf));
         sent?;
     }
     out.clear();

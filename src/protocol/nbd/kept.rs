@@ -4,11 +4,12 @@
 //! it, neither would ever come. So what one connection needs is taken when the disk is opened, used by the connections
 //! that come and go, and given back at their ends. Connections beside the first take theirs from the arena.
 
-use std::cell::RefCell;
 use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MIN;
 use blockferry_ring::{Buf, Errno, Ring};
+
+use crate::block::Reserve;
 
 /// Bytes received at once during the handshake.
 pub(super) const HANDSHAKE_BYTES: usize = 16 << 10;
@@ -24,13 +25,13 @@ const WHOLE: [usize; 4] = [HANDSHAKE_BYTES, SPEECH_BYTES, RECEIVE_BYTES, GATHER_
 
 /// See the module's head. Clones are the same memory; the default keeps nothing.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Kept(Option<Rc<RefCell<Vec<Buf>>>>);
+pub(super) struct Kept(Option<Rc<[Reserve; WHOLE.len()]>>);
 
 impl Kept {
     /// Sets memory for one connection aside; `ENOMEM` when there is none.
     pub(super) fn new(ring: &Ring) -> Result<Kept, Errno> {
-        let bufs: Option<Vec<Buf>> = WHOLE.iter().map(|bytes| ring.arena().try_alloc(*bytes)).collect();
-        Ok(Kept(Some(Rc::new(RefCell::new(bufs.ok_or(Errno::ENOMEM)?)))))
+        let whole = WHOLE.map(|bytes| Reserve::empty(ring, bytes));
+        if whole.iter().all(Reserve::try_fill) { Ok(Kept(Some(Rc::new(whole)))) } else { Err(Errno::ENOMEM) }
     }
 
     /// Memory of one of the lengths above: from what is kept, else from the arena, whichever has some first. The
@@ -41,19 +42,16 @@ impl Kept {
     }
 
     fn try_take(&self, bytes: usize) -> Option<Buf> {
-        let mut bufs = self.0.as_ref()?.borrow_mut();
-        let at = bufs.iter().position(|buf| buf.len() == bytes)?;
-        Some(bufs.swap_remove(at))
+        self.0
+            .iter()
+            .flat_map(|whole| whole.iter())
+            .filter(|part| part.bytes() == bytes)
+            .find_map(Reserve::try_take)
     }
 
     /// Gives memory back, whole.
-    pub(super) fn give(&self, ring: &Ring, buf: Buf) {
-        let Some(bufs) = &self.0 else { return };
-        let count = |lens: &mut dyn Iterator<Item = usize>| lens.filter(|len| *len == buf.len()).count();
-        let there = count(&mut bufs.borrow().iter().map(Buf::len));
-        if there < count(&mut WHOLE.iter().copied()) {
-            bufs.borrow_mut().push(buf);
-            ring.arena().freed().notify();
-        }
+    pub(super) fn give(&self, buf: Buf) {
+        // What nobody has to keep goes back to the arena.
+        let _ = self.0.iter().flat_map(|whole| whole.iter()).try_fold(buf, |buf, part| part.give(buf));
     }
 }

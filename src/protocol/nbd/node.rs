@@ -25,15 +25,15 @@ use super::known::Known;
 use super::remote::{Facts, Remote, RemoteOptions, flush};
 use super::transmission::StatusExtent;
 use super::unstable::Change as Sent;
-use crate::base::limits::{COPY_BYTES_REMOTE, DISK_LEN_MAX, NBD_STATUS_AHEAD_BYTES};
+use crate::base::limits::{COPY_BYTES_REMOTE, DISK_LEN_MAX, NBD_STATUS_AHEAD_BYTES, RESERVE_BYTES};
 use crate::base::range::ByteRange;
 use crate::base::units::fmt_duration;
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
-    Word, WriteFlags, ZeroFlags,
+    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, NoMemory, Operation, Permission,
+    Permissions, Reserve, Word, WriteFlags, ZeroFlags,
 };
 use crate::protocol::align::{Change, Changes};
-use crate::protocol::bounce::Bounce;
+use crate::protocol::rewrite::{Blocks, Source};
 
 /// Bytes of one request that carries no data: a multiple of every block size, below 4 GiB.
 const RANGE_BYTES_MAX: u64 = 1 << 31;
@@ -52,7 +52,7 @@ pub struct NbdNode {
     read_only: Cell<bool>,
     changes: Changes,
     /// Memory for parts of blocks, where blocks are larger than a byte.
-    bounce: Bounce,
+    bounce: Reserve,
     /// The server refuses longer ranges than this to be zeroed or trimmed.
     range_bytes_max: Cell<u64>,
     /// The server refuses to zero.
@@ -63,13 +63,6 @@ pub struct NbdNode {
     /// Answers about the allocation so far, and who waits for one.
     answers: Cell<u64>,
     answered: Notify,
-}
-
-/// What is to be written.
-#[derive(Clone, Copy)]
-enum Source<'a> {
-    Buf(&'a SharedBuf),
-    Zeroes,
 }
 
 impl NbdNode {
@@ -85,7 +78,7 @@ impl NbdNode {
             BlockError::new(Operation::Open, name.as_str(), error.errno()).hint(error.to_string())
         })?;
         let facts = remote.facts();
-        let bounce = Bounce::for_blocks(ring, facts.block_bytes as usize).map_err(|errno| {
+        let bounce = Reserve::new(ring, RESERVE_BYTES.max(facts.block_bytes as usize)).map_err(|errno| {
             remote.close();
             BlockError::new(Operation::Open, name.as_str(), errno)
                 .hint("All memory for I/O is in use; give the engine more of it.")
@@ -230,7 +223,7 @@ impl NbdNode {
         let result = self
             .remote
             .call(async |connection: &Connection| {
-                let Some(buf) = memory.take() else { return Ok(()) };
+                let buf = memory.take().ok_or(NoMemory)?;
                 let (buf, result) = connection.read(offset, buf).await;
                 memory = Some(buf);
                 result
@@ -269,27 +262,19 @@ impl NbdNode {
         (joined(done, rest), result)
     }
 
-    async fn read_any(&self, range: ByteRange, mut buf: Buf) -> (Buf, NbdResult<()>) {
+    async fn read_any(&self, range: ByteRange, buf: Buf) -> (Buf, NbdResult<()>) {
         if range.is_empty() {
             return (buf, Ok(()));
         }
         if self.is_whole(range) {
             return self.get_all(range.start(), buf).await;
         }
-        let outer = self.around(range);
-        let mut lease = self.bounce.take(outer.len().min(self.payload_max()) as usize).await;
-        for piece in outer.chunks(self.payload_max().min(lease.len() as u64)) {
-            let came = lease.fill(0, piece.len() as usize, async |part| self.get(piece.start(), part).await);
-            if let Err(error) = came.await {
-                return (buf, Err(error));
-            }
-            if let Some(wanted) = piece.intersect(range) {
-                let at = (wanted.start() - piece.start()) as usize;
-                let bytes = &lease.bytes()[at..at + wanted.len() as usize];
-                buf.copy_from((wanted.start() - range.start()) as usize, bytes);
-            }
-        }
-        (buf, Ok(()))
+        let get = async |at: u64, part: Buf| self.get(at, part).await;
+        self.blocks().read(self.around(range), range, buf, get).await
+    }
+
+    fn blocks(&self) -> Blocks<'_> {
+        Blocks { memory: &self.bounce, block: self.block(), bytes_max: self.payload_max() }
     }
 
     // Writing.
@@ -320,32 +305,9 @@ impl NbdNode {
             }
             return Ok(());
         }
-        let outer = self.around(range);
-        let block = self.block() as usize;
-        let mut lease = self.bounce.take(outer.len().min(self.payload_max()) as usize).await;
-        for piece in outer.chunks(self.payload_max().min(lease.len() as u64)) {
-            let Some(ours) = piece.intersect(range) else { continue };
-            let len = piece.len() as usize;
-            // What belongs to others in the first and the last block.
-            if ours.start() > piece.start() {
-                let head = block.min(len);
-                lease.fill(0, head, async |part| self.get(piece.start(), part).await).await?;
-            }
-            if ours.end() < piece.end() && !(ours.start() > piece.start() && len <= block) {
-                let from = (len - 1) / block * block;
-                let at = piece.start() + from as u64;
-                lease.fill(from, len - from, async |part| self.get(at, part).await).await?;
-            }
-            let at = (ours.start() - piece.start()) as usize;
-            let bytes = &mut lease.bytes()[at..at + ours.len() as usize];
-            match source {
-                Source::Buf(buf) => buf.copy_to((ours.start() - range.start()) as usize, bytes),
-                Source::Zeroes => bytes.fill(0),
-            }
-            let written = lease.write(len, async |buf| self.put(piece.start(), buf, fua).await).await;
-            written.unwrap_or(Ok(()))?;
-        }
-        Ok(())
+        let get = async |at: u64, part: Buf| self.get(at, part).await;
+        let put = async |at: u64, buf: SharedBuf| self.put(at, buf, fua).await;
+        self.blocks().rewrite(self.around(range), range, source, get, put).await
     }
 
     async fn write_any(&self, range: ByteRange, buf: SharedBuf, fua: bool) -> NbdResult<()> {

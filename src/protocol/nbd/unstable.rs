@@ -30,10 +30,10 @@ use blockferry_ring::{Errno, Ring, SharedBuf};
 use super::client_error::NbdClientError;
 use super::connection::Connection;
 use super::constants::{CommandFlags, TransmissionFlags};
-use crate::base::limits::{NBD_AGAIN_BYTES, NBD_AGAIN_CHANGES, NBD_UNFLUSHED_BYTES};
+use crate::base::limits::{NBD_AGAIN_BYTES, NBD_AGAIN_CHANGES, NBD_UNFLUSHED_BYTES, RESERVE_BYTES};
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
-use crate::protocol::bounce::Bounce;
+use crate::block::Reserve;
 
 /// What a change is counted as besides its bytes.
 const CHANGE_BYTES: u64 = 64;
@@ -83,7 +83,7 @@ pub(super) struct Unstable {
     waiting: Cell<usize>,
     /// Told when there is more room.
     pub(super) room: Notify,
-    bounce: Bounce,
+    bounce: Reserve,
 }
 
 #[derive(Debug, Default)]
@@ -138,7 +138,7 @@ impl Unstable {
             promised: Cell::new(0),
             waiting: Cell::new(0),
             room: ring.notify(),
-            bounce: Bounce::new(ring)?,
+            bounce: Reserve::new(ring, RESERVE_BYTES)?,
         })
     }
 
@@ -308,7 +308,7 @@ impl Unstable {
         let piece_max = (lease.len() as u64 / block * block).max(block).min(lease.len() as u64);
         for piece in range.chunks(piece_max) {
             let len = piece.len() as usize;
-            let bytes = &mut lease.bytes()[..len];
+            let bytes = &mut lease.bytes()?[..len];
             match what {
                 What::Data { chunk, at } => {
                     let from = at + (piece.start() - range.start()) as usize;
@@ -316,8 +316,7 @@ impl Unstable {
                 }
                 _ => bytes.fill(0),
             }
-            let written = lease.write(len, async |buf| connection.write(piece.start(), buf, false).await);
-            written.await.unwrap_or(Ok(()))?;
+            lease.write(0, len, async |buf| connection.write(piece.start(), buf, false).await).await?;
         }
         Ok(())
     }

@@ -30,7 +30,7 @@ pub(super) async fn send(shared: Rc<Shared>, memory: Buf, kept: Kept) {
         if shared.is_lost() {
             shared.sent_count.set(u64::MAX);
             shared.moved.notify();
-            return spare.into_iter().for_each(|memory| kept.give(&shared.ring, memory));
+            return spare.into_iter().for_each(|memory| kept.give(memory));
         }
         let memory = match spare.take() {
             Some(memory) => memory,
@@ -112,8 +112,7 @@ fn gather(mut memory: Buf, outbox: &mut VecDeque<Outgoing>, plan: &mut Vec<Piece
 
 /// Receives answers, as long as the connection lasts. `rest` came with the handshake.
 pub(super) async fn receive(shared: Rc<Shared>, rest: Vec<u8>, buf: Buf, kept: Kept) {
-    let ring = shared.ring.clone();
-    kept.give(&ring, receive_all(shared, rest, buf).await);
+    kept.give(receive_all(shared, rest, buf).await);
 }
 
 /// Gives the memory back in the end.
