@@ -5,7 +5,7 @@
 //! be tested by feeding it events. Its [`Hands`] carry the operations out; the runner
 //! ([`super::runner`]) stands between the two, and between them and the people who give orders.
 
-use blockferry_ring::{Nanos, PooledFuture};
+use blockferry_ring::{Errno, Nanos, PooledFuture};
 
 use super::error::JobFailure;
 use super::policy::{CopyMode, ErrorAction, IoOperation};
@@ -73,7 +73,7 @@ pub struct Context<'a, Op> {
     /// What to tell the life cycle.
     pub report: &'a mut Option<Report>,
     /// Asks the error policy what to do about a failed request; the event is sent.
-    pub on_error: &'a mut dyn FnMut(IoOperation, i32) -> ErrorAction,
+    pub on_error: &'a mut dyn FnMut(IoOperation, Errno) -> ErrorAction,
 }
 
 impl<Op> Context<'_, Op> {

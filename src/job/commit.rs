@@ -190,7 +190,7 @@ impl Down {
         let Some(overlay) = self.overlay() else {
             let text =
                 format!("'{}' is no longer in the chain of '{}'", self.layers[0].name(), self.front.name());
-            return Err(Failed { operation: IoOperation::Write, errno: Errno::EPERM.0, text });
+            return Err(Failed { operation: IoOperation::Write, errno: Errno::EPERM, text });
         };
         let editor = overlay.attach_in_time(UseKind::Editor).await.map_err(Failed::write)?;
         overlay.hold_writable().await.map_err(Failed::write)?;

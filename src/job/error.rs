@@ -4,6 +4,7 @@
 //! are those that QEMU's QMP gives, because clients match on them. [`JobFailure`] is why a job ended without
 //! success: an errno, and a sentence where the errno alone would not tell.
 
+use blockferry_ring::Errno;
 use serde::Serialize;
 use thiserror::Error;
 
@@ -103,43 +104,29 @@ impl JobError {
     }
 }
 
-/// `ECANCELED`: the errno of a job that was cancelled by force.
-pub const ECANCELED: i32 = 125;
-/// `ENOSPC`: the errno that the `enospc` policy and the `nospace` status look for.
-pub const ENOSPC: i32 = 28;
-
 /// Why a job ended without success. Shown as the `error` of events and queries.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{text}")]
 pub struct JobFailure {
-    /// The positive errno.
-    pub errno: i32,
+    /// Its number.
+    pub errno: Errno,
     text: String,
 }
 
 impl JobFailure {
     /// A failure that its errno explains.
-    pub fn from_errno(errno: i32) -> Self {
-        Self { errno, text: errno_text(errno) }
+    pub fn from_errno(errno: Errno) -> Self {
+        Self { errno, text: errno.to_string() }
     }
 
     /// A failure with a sentence of its own, such as `Source and target image have different sizes`.
-    pub fn with_text(errno: i32, text: impl Into<String>) -> Self {
+    pub fn with_text(errno: Errno, text: impl Into<String>) -> Self {
         Self { errno, text: text.into() }
     }
 
     /// The end of a job that was cancelled by force.
     pub fn cancelled() -> Self {
-        Self::from_errno(ECANCELED)
-    }
-}
-
-/// The system's sentence for a positive errno, without the number that Rust's standard library appends.
-pub fn errno_text(errno: i32) -> String {
-    let text = std::io::Error::from_raw_os_error(errno).to_string();
-    match text.rfind(" (os error ") {
-        Some(end) => text[..end].to_owned(),
-        None => text,
+        Self::from_errno(Errno::ECANCELED)
     }
 }
 
@@ -166,13 +153,13 @@ mod tests {
 
     #[test]
     fn a_failure_speaks_like_strerror() {
-        assert_eq!(JobFailure::from_errno(5).to_string(), "Input/output error");
-        assert_eq!(JobFailure::from_errno(ENOSPC).to_string(), "No space left on device");
+        assert_eq!(JobFailure::from_errno(Errno::EIO).to_string(), "Input/output error");
+        assert_eq!(JobFailure::from_errno(Errno::ENOSPC).to_string(), "No space left on device");
         assert_eq!(JobFailure::cancelled().to_string(), "Operation canceled");
-        let sizes = JobFailure::with_text(22, "Source and target image have different sizes");
+        let sizes = JobFailure::with_text(Errno::EINVAL, "Source and target image have different sizes");
         assert_eq!(
             (sizes.errno, sizes.to_string().as_str()),
-            (22, "Source and target image have different sizes")
+            (Errno::EINVAL, "Source and target image have different sizes")
         );
     }
 }

@@ -63,5 +63,5 @@ impl Drop for Lasting {
 /// Whether a failure is one of those that no error policy forgives: what was written is lost, or what is found under the
 /// name now is another disk. Neither gets better by another attempt.
 pub(super) fn is_final(failed: &Failed) -> bool {
-    [Errno::ENOTRECOVERABLE.0, Errno::ESTALE.0].contains(&failed.errno)
+    [Errno::ENOTRECOVERABLE, Errno::ESTALE].contains(&failed.errno)
 }

@@ -27,6 +27,8 @@
 //! pending job can still meet errors ([`fail_pending`](Lifecycle::fail_pending)), and a cancel can arrive while it
 //! prepares: the owner then stops if it still can, and what `prepared` is told decides.
 
+use blockferry_ring::Errno;
+
 use super::error::{JobError, JobFailure};
 use super::event::{EventQueue, JobEvent, JobPosition, JobType};
 use super::info::JobInfo;
@@ -413,7 +415,7 @@ impl Lifecycle {
     ///
     /// Once the body is over no verb can resume a job. So a pending job does not stop: the range stays dirty and is
     /// tried again, and the last drain tells whether that helped.
-    pub fn io_error(&mut self, operation: IoOperation, policy: OnError, errno: i32) -> ErrorAction {
+    pub fn io_error(&mut self, operation: IoOperation, policy: OnError, errno: Errno) -> ErrorAction {
         let action = match policy.action(errno) {
             ErrorAction::Stop if !self.status.accepts(Verb::Resume) => ErrorAction::Ignore,
             action => action,

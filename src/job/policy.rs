@@ -9,7 +9,7 @@ use std::rc::Rc;
 use blockferry_ring::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::error::{ENOSPC, JobFailure};
+use super::error::JobFailure;
 use crate::block::{BlockError, Driver, place};
 
 /// What the user wants done about a failed request.
@@ -41,13 +41,13 @@ pub enum ErrorAction {
 }
 
 impl OnError {
-    /// What this policy does about a request that failed with `errno` (positive).
-    pub fn action(self, errno: i32) -> ErrorAction {
+    /// What this policy does about a request that failed with `errno`.
+    pub fn action(self, errno: Errno) -> ErrorAction {
         match self {
             OnError::Report => ErrorAction::Report,
             OnError::Ignore => ErrorAction::Ignore,
             OnError::Stop => ErrorAction::Stop,
-            OnError::Enospc if errno == ENOSPC => ErrorAction::Stop,
+            OnError::Enospc if errno == Errno::ENOSPC => ErrorAction::Stop,
             OnError::Enospc => ErrorAction::Report,
         }
     }
@@ -99,9 +99,9 @@ pub enum IoStatus {
 
 impl IoStatus {
     /// The status after a `stop` because of `errno`: the first error stays until a resume.
-    pub fn stopped_by(self, errno: i32) -> IoStatus {
+    pub fn stopped_by(self, errno: Errno) -> IoStatus {
         match self {
-            IoStatus::Ok if errno == ENOSPC => IoStatus::Nospace,
+            IoStatus::Ok if errno == Errno::ENOSPC => IoStatus::Nospace,
             IoStatus::Ok => IoStatus::Failed,
             already => already,
         }
@@ -113,8 +113,8 @@ impl IoStatus {
 pub struct Failed {
     /// Which side.
     pub operation: IoOperation,
-    /// Its number (positive).
-    pub errno: i32,
+    /// Its number.
+    pub errno: Errno,
     /// The whole sentence.
     pub text: String,
 }
@@ -122,19 +122,19 @@ pub struct Failed {
 impl Failed {
     /// The source could not be read.
     pub fn read(error: BlockError) -> Failed {
-        Failed { operation: IoOperation::Read, errno: error.errno.0, text: error.to_string() }
+        Failed { operation: IoOperation::Read, errno: error.errno, text: error.to_string() }
     }
 
     /// The target could not be changed or flushed.
     pub fn write(error: BlockError) -> Failed {
-        Failed { operation: IoOperation::Write, errno: error.errno.0, text: error.to_string() }
+        Failed { operation: IoOperation::Write, errno: error.errno, text: error.to_string() }
     }
 }
 
 /// Whether an error of [`find`] says that somebody has removed, replaced or cut one of the two, rather than that nobody can
 /// tell for the moment. No policy forgives the former.
 pub(super) fn is_displaced(failed: &Failed) -> bool {
-    [Errno::ENOENT.0, Errno::ESTALE.0].contains(&failed.errno)
+    [Errno::ENOENT, Errno::ESTALE].contains(&failed.errno)
 }
 
 /// Looks whether both sides still are where they were, the target by its name; an error says on which side they are not.
@@ -153,8 +153,6 @@ impl From<Failed> for JobFailure {
 mod tests {
     use super::*;
 
-    const EIO: i32 = 5;
-
     #[test]
     fn each_policy_against_a_full_and_a_broken_target() {
         let table = [
@@ -164,8 +162,8 @@ mod tests {
             (OnError::Enospc, ErrorAction::Stop, ErrorAction::Report),
         ];
         for (policy, when_full, when_broken) in table {
-            assert_eq!(policy.action(ENOSPC), when_full, "{policy:?}");
-            assert_eq!(policy.action(EIO), when_broken, "{policy:?}");
+            assert_eq!(policy.action(Errno::ENOSPC), when_full, "{policy:?}");
+            assert_eq!(policy.action(Errno::EIO), when_broken, "{policy:?}");
         }
     }
 
@@ -179,9 +177,9 @@ mod tests {
 
     #[test]
     fn the_first_stop_decides_the_status() {
-        assert_eq!(IoStatus::Ok.stopped_by(ENOSPC), IoStatus::Nospace);
-        assert_eq!(IoStatus::Ok.stopped_by(EIO), IoStatus::Failed);
-        assert_eq!(IoStatus::Nospace.stopped_by(EIO), IoStatus::Nospace);
-        assert_eq!(IoStatus::Failed.stopped_by(ENOSPC), IoStatus::Failed);
+        assert_eq!(IoStatus::Ok.stopped_by(Errno::ENOSPC), IoStatus::Nospace);
+        assert_eq!(IoStatus::Ok.stopped_by(Errno::EIO), IoStatus::Failed);
+        assert_eq!(IoStatus::Nospace.stopped_by(Errno::EIO), IoStatus::Nospace);
+        assert_eq!(IoStatus::Failed.stopped_by(Errno::ENOSPC), IoStatus::Failed);
     }
 }

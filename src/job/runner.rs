@@ -17,7 +17,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use blockferry_ring::sync::{Notify, either};
-use blockferry_ring::{Nanos, Ring};
+use blockferry_ring::{Errno, Nanos, Ring};
 
 use super::body::{Body, Context, Details, Event, Hands, Orders, Report};
 use super::error::{JobError, JobFailure};
@@ -455,7 +455,7 @@ fn step<B: Body>(
     let policies = shared.policies.get();
     let mut orders = shared.orders();
     orders.hold |= shared.life.borrow().status().is_paused();
-    let mut on_error = |operation: IoOperation, errno: i32| -> ErrorAction {
+    let mut on_error = |operation: IoOperation, errno: Errno| -> ErrorAction {
         let policy = match operation {
             IoOperation::Read => policies.source,
             IoOperation::Write => policies.target,

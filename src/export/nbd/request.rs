@@ -101,14 +101,7 @@ fn explain(client: &Client, error: &BlockError) -> (NbdErrno, String) {
     if !error.errno.is_unsupported() {
         client.note_failure(error);
     }
-    // Error numbers of the system are below 4096.
-    let known = (1..4096).contains(&error.errno.0);
-    let errno = if known {
-        NbdErrno::from_errno(rustix::io::Errno::from_raw_os_error(error.errno.0))
-    } else {
-        NbdErrno::Io
-    };
-    (errno, error.errno.to_string())
+    (NbdErrno::from_errno(error.errno), error.errno.to_string())
 }
 
 /// Answers with success and no data.

@@ -359,7 +359,7 @@ impl Parts {
             Ok(Some(offset)) => {
                 self.tally.mismatch.set(Some(offset));
                 let text = format!("Verifying failed: source and target differ at offset {offset}");
-                Err(Failed { operation: IoOperation::Write, errno: blockferry_ring::Errno::EIO.0, text })
+                Err(Failed { operation: IoOperation::Write, errno: blockferry_ring::Errno::EIO, text })
             }
             Err(error) if comparer.failed_disk() == Some(1) => Err(Failed::write(error)),
             Err(error) => Err(Failed::read(error)),

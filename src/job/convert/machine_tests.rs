@@ -1,5 +1,7 @@
 //! The conversion's machine, fed with events by hand.
 
+use blockferry_ring::Errno;
+
 use super::*;
 use crate::base::bucket::Limiter;
 use crate::job::body::Orders;
@@ -85,7 +87,7 @@ fn copied(range: ByteRange) -> Outcome {
 }
 
 fn broken(operation: IoOperation) -> Failed {
-    Failed { operation, errno: 5, text: "broken".into() }
+    Failed { operation, errno: Errno::EIO, text: "broken".into() }
 }
 
 #[test]
@@ -205,7 +207,7 @@ fn a_difference_is_never_forgiven_and_a_cancel_does_not_wait() {
     b.done(Outcome::Status(Ok(vec![(range(0, 2), What::Data)])));
     b.orders.force_cancel = true;
     assert!(b.step(Event::Wake).is_empty());
-    assert!(matches!(&b.report, Some(Report::Returned(Err(failure))) if failure.errno == 125));
+    assert!(matches!(&b.report, Some(Report::Returned(Err(failure))) if failure.errno == Errno::ECANCELED));
     // What still ends is nobody's business.
     assert!(b.done(copied(range(0, 1))).is_empty() && b.report.is_none());
 }

@@ -3,8 +3,8 @@
 
 use super::*;
 
-const EIO: i32 = 5;
-const ENOSPC: i32 = 28;
+const EIO: Errno = Errno::EIO;
+const ENOSPC: Errno = Errno::ENOSPC;
 
 fn options() -> JobOptions {
     JobOptions { auto_finalize: false, auto_dismiss: false, ..JobOptions::new("j", JobType::Mirror) }
@@ -154,7 +154,7 @@ fn events_carry_where_the_job_stood() {
 #[test]
 fn a_failing_body_ends_with_its_reason() {
     let mut job = running(options());
-    let sizes = JobFailure::with_text(22, "Source and target image have different sizes");
+    let sizes = JobFailure::with_text(Errno::EINVAL, "Source and target image have different sizes");
     assert_eq!(job.run_returned(Err(sizes)), Next::CleanUp);
     assert_eq!(heard(&mut job), ["aborting"]);
     assert_eq!(job.cleaned_up(progress()), Next::Concluded);
@@ -171,7 +171,7 @@ fn a_failing_body_ends_with_its_reason() {
 fn a_failing_pivot_takes_the_job_down() {
     let mut job = pending();
     assert_eq!(job.finalize(), Ok(Next::Prepare));
-    assert_eq!(job.prepared(Err(JobFailure::from_errno(1)), progress()), Next::CleanUp);
+    assert_eq!(job.prepared(Err(JobFailure::from_errno(Errno::EPERM)), progress()), Next::CleanUp);
     assert_eq!(job.cleaned_up(progress()), Next::Concluded);
     assert_eq!(heard(&mut job), ["aborting", "BLOCK_JOB_COMPLETED: Operation not permitted", "concluded"]);
 }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::sync::{Either, either, join, join_all};
-use blockferry_ring::{Buf, PooledFuture, Ring, SharedBuf};
+use blockferry_ring::{Buf, Errno, PooledFuture, Ring, SharedBuf};
 
 use super::machine::{Copied, Op, Outcome};
 use super::verify::Verifier;
@@ -403,7 +403,7 @@ impl Parts {
 
     /// Lets the source's users use the target instead. Locks first; a refusal changes nothing.
     fn pivot(&self) -> Result<(), JobFailure> {
-        let refused = |error: BlockError| JobFailure::with_text(error.errno.0, error.to_string());
+        let refused = |error: BlockError| JobFailure::with_text(error.errno, error.to_string());
         // Whoever writes a base is no longer above it.
         let lowest = self.layers.last().filter(|_| self.base.is_some());
         let cut = match lowest {
@@ -424,11 +424,11 @@ impl Parts {
     }
 
     fn pivot_to_target(&self) -> Result<(), JobFailure> {
-        let refused = |error: BlockError| JobFailure::with_text(error.errno.0, error.to_string());
+        let refused = |error: BlockError| JobFailure::with_text(error.errno, error.to_string());
         let source = self.source.node();
         let roots = source.roots();
         let Some(using) = self.target.borrow_mut().take() else {
-            return Err(JobFailure::from_errno(blockferry_ring::Errno::EPERM.0));
+            return Err(JobFailure::from_errno(Errno::EPERM));
         };
         let mut uses = Vec::new();
         for (i, root) in roots.iter().enumerate() {
@@ -452,7 +452,7 @@ impl Parts {
             *drained = Some(source.shut());
         }
         let Some(drained) = &*drained else {
-            return Err(JobFailure::with_text(1, "The source was not drained before the pivot"));
+            return Err(JobFailure::with_text(Errno::EPERM, "The source was not drained before the pivot"));
         };
         source.replace_with(&self.target_node, drained);
         uses.insert(0, using);

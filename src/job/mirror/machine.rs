@@ -32,7 +32,7 @@
 
 use std::rc::Rc;
 
-use blockferry_ring::Nanos;
+use blockferry_ring::{Errno, Nanos};
 
 use super::conduct::Conduct;
 pub use super::stage::Stage;
@@ -156,9 +156,6 @@ struct Piece {
     weight: u64,
 }
 
-const EINVAL: i32 = 22;
-const ETIMEDOUT: i32 = 110;
-
 /// The machine.
 #[derive(Debug)]
 pub struct Mirror {
@@ -257,7 +254,7 @@ impl Mirror {
             Event::Start => {
                 if self.settings.sizes_differ {
                     let text = "Source and target image have different sizes";
-                    self.retries.fail(JobFailure::with_text(EINVAL, text));
+                    self.retries.fail(JobFailure::with_text(Errno::EINVAL, text));
                 }
             }
             Event::Wake => {}
@@ -368,7 +365,8 @@ impl Mirror {
                     self.stage = Stage::Closing;
                 } else {
                     let text = "Draining the source timed out: a guest's request does not end";
-                    let failed = Failed { operation: IoOperation::Read, errno: ETIMEDOUT, text: text.into() };
+                    let failed =
+                        Failed { operation: IoOperation::Read, errno: Errno::ETIMEDOUT, text: text.into() };
                     self.error(cx, failed);
                 }
             }

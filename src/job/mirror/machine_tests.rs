@@ -25,7 +25,7 @@ struct Bench {
     now: u64,
     wake_at: Option<u64>,
     answer: ErrorAction,
-    errors: Vec<(IoOperation, i32)>,
+    errors: Vec<(IoOperation, Errno)>,
     report: Option<Report>,
 }
 
@@ -134,7 +134,7 @@ impl Bench {
 }
 
 fn eio(operation: IoOperation) -> Failed {
-    Failed { operation, errno: 5, text: "EIO".into() }
+    Failed { operation, errno: Errno::EIO, text: "EIO".into() }
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn a_failed_last_flush_opens_the_door_and_keeps_the_job_ready() {
     bench.step(Event::Wake);
     assert_eq!(bench.done(Outcome::Drained(true)), [Op::FlushBoth]);
     assert_eq!(bench.done(Outcome::Flushed(Err(eio(IoOperation::Write)))), [Op::Undrain]);
-    assert_eq!(bench.errors, [(IoOperation::Write, 5)]);
+    assert_eq!(bench.errors, [(IoOperation::Write, Errno::EIO)]);
     assert!(bench.report.is_none() && bench.wake_at.is_some(), "tried again after a pause");
     bench.now = bench.wake_at.take().unwrap();
     let ops = bench.step(Event::Wake);
@@ -278,7 +278,7 @@ fn a_failed_piece_is_dirty_again_and_report_waits_for_what_is_in_flight() {
     for op in &copies[2..] {
         bench.done(Outcome::Piece(piece(op), Copied::default(), None));
     }
-    assert!(matches!(&bench.report, Some(Report::Returned(Err(failure))) if failure.errno == 5));
+    assert!(matches!(&bench.report, Some(Report::Returned(Err(failure))) if failure.errno == Errno::EIO));
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockferry_ring::sync::join;
-use blockferry_ring::{Buf, Nanos, Ring};
+use blockferry_ring::{Buf, Errno, Nanos, Ring};
 
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
@@ -28,7 +28,6 @@ use crate::job::policy::{Failed, IoOperation};
 
 /// Bytes of one piece: what one buffer holds.
 const PIECE_BYTES: u64 = 1 << 20;
-const EIO: i32 = 5;
 
 /// What a verification found.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -149,7 +148,7 @@ impl Verifier {
         self.workers(&|| self.mismatch.get().is_some(), true).await?;
         if let Some(offset) = self.mismatch.get() {
             let text = format!("Verifying failed: source and target differ at offset {offset}");
-            return Err(Failed { operation: IoOperation::Write, errno: EIO, text });
+            return Err(Failed { operation: IoOperation::Write, errno: Errno::EIO, text });
         }
         let mut all = blake3::Hasher::new();
         for hash in self.hashes.borrow().iter() {

@@ -1,5 +1,7 @@
 //! The sweep's machine, fed with events by hand.
 
+use blockferry_ring::Errno;
+
 use super::*;
 use crate::base::bucket::Limiter;
 use crate::job::body::Orders;
@@ -24,7 +26,7 @@ fn range(from: u64, to: u64) -> ByteRange {
     ByteRange::at_saturating(from, to - from)
 }
 
-fn failed(operation: IoOperation, errno: i32) -> Failed {
+fn failed(operation: IoOperation, errno: Errno) -> Failed {
     Failed { operation, errno, text: "told".into() }
 }
 
@@ -147,7 +149,7 @@ fn what_was_written_is_flushed_meanwhile_and_all_of_it_in_the_end() {
 fn a_flush_that_fails_meanwhile_ends_the_job() {
     let (mut bench, operations) = beside_guests(20);
     assert!(operations.contains(&Op::FlushMeanwhile), "{operations:?}");
-    let error = failed(IoOperation::Write, 5);
+    let error = failed(IoOperation::Write, Errno::EIO);
     assert_eq!(bench.done(Outcome::FlushedMeanwhile(Err(error))), [], "what is in flight is waited for");
     let Some(Op::Copy(last)) = operations.iter().find(|op| matches!(op, Op::Copy(_))).copied() else {
         panic!("{operations:?}")
@@ -166,10 +168,10 @@ fn a_chain_that_cannot_be_changed_is_given_back_before_the_job_fails() {
     assert_eq!(bench.step(Event::Wake), []);
     assert!(bench.report.is_none());
     bench.orders.force_cancel = false;
-    assert_eq!(bench.done(Outcome::Relinked(Err(failed(IoOperation::Write, 5)))), [Op::Restore]);
+    assert_eq!(bench.done(Outcome::Relinked(Err(failed(IoOperation::Write, Errno::EIO)))), [Op::Restore]);
     assert!(bench.report.is_none());
     assert_eq!(bench.done(Outcome::Restored), []);
-    assert!(matches!(&bench.report, Some(Report::Prepared(Err(failure))) if failure.errno == 5));
+    assert!(matches!(&bench.report, Some(Report::Prepared(Err(failure))) if failure.errno == Errno::EIO));
 }
 
 #[test]
@@ -186,7 +188,7 @@ fn a_failed_piece_is_tried_again_after_a_pause_that_doubles() {
     let (mut bench, _) = Bench::begun(MIB, vec![(range(0, MIB), What::Data)]);
     bench.answer = ErrorAction::Ignore;
     for pause in [1, 2, 4] {
-        let error = Some((MIB / 2, failed(IoOperation::Write, 28)));
+        let error = Some((MIB / 2, failed(IoOperation::Write, Errno::ENOSPC)));
         let half = Copied { data: MIB / 2, ..Copied::default() };
         let from = if pause == 1 { 0 } else { MIB / 2 };
         assert_eq!(bench.done(Outcome::Piece(range(from, MIB), What::Data, half, error)), []);
@@ -202,7 +204,7 @@ fn a_failed_piece_is_tried_again_after_a_pause_that_doubles() {
 fn an_error_that_stops_the_job_holds_it_until_it_is_resumed() {
     let (mut bench, _) = Bench::begun(MIB, vec![(range(0, MIB), What::Data)]);
     bench.answer = ErrorAction::Stop;
-    let error = Some((0, failed(IoOperation::Write, 28)));
+    let error = Some((0, failed(IoOperation::Write, Errno::ENOSPC)));
     assert_eq!(bench.done(Outcome::Piece(range(0, MIB), What::Data, Copied::default(), error)), []);
     bench.orders.hold = true;
     assert_eq!(bench.step(Event::Wake), []);
@@ -213,12 +215,12 @@ fn an_error_that_stops_the_job_holds_it_until_it_is_resumed() {
 #[test]
 fn an_error_that_is_reported_waits_for_what_is_in_flight_and_gives_everything_back() {
     let (mut bench, _) = Bench::begun(2 * MIB, vec![(range(0, 2 * MIB), What::Data)]);
-    let error = Some((0, failed(IoOperation::Read, 5)));
+    let error = Some((0, failed(IoOperation::Read, Errno::EIO)));
     assert_eq!(bench.done(Outcome::Piece(range(0, MIB), What::Data, Copied::default(), error)), []);
     assert!(bench.report.is_none());
     assert_eq!(bench.copied(range(MIB, 2 * MIB)), [Op::Restore]);
     assert_eq!(bench.done(Outcome::Restored), []);
-    assert!(matches!(&bench.report, Some(Report::Returned(Err(failure))) if failure.errno == 5));
+    assert!(matches!(&bench.report, Some(Report::Returned(Err(failure))) if failure.errno == Errno::EIO));
 }
 
 #[test]

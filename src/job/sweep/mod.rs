@@ -163,7 +163,7 @@ pub(super) trait Direction: std::fmt::Debug {
 pub(super) async fn drained(front: &Rc<Node>) -> Result<Drained, Failed> {
     front.drain(limits::DRAIN_NANOS_MAX).await.map_err(|errno| Failed {
         operation: IoOperation::Write,
-        errno: errno.0,
+        errno,
         text: "Draining the disk timed out: a guest's request does not end".into(),
     })
 }

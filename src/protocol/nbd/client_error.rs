@@ -196,7 +196,7 @@ impl NbdClientError {
                 LostReason::TimedOut | LostReason::GivenUp { .. } => Errno::ETIMEDOUT,
                 LostReason::Protocol(_) | LostReason::UnknownCookie { .. } => Errno::EPROTO,
             },
-            Self::Refused { errno, .. } => errno.errno().into(),
+            Self::Refused { errno, .. } => errno.errno(),
             Self::NotSent { reason, .. } => match reason {
                 NotSentReason::NotOffered => Errno::EOPNOTSUPP,
                 NotSentReason::ReadOnly => Errno::EROFS,

@@ -3,8 +3,7 @@
 //! The wire values look like Linux error numbers but are the protocol's own; both directions map by name. What the
 //! protocol has no word for becomes `Invalid` when it is read (as the document asks) and `Io` when it is written.
 
-use rustix::io::Errno;
-use std::io;
+use blockferry_ring::Errno;
 
 /// An error value of a reply (`NBD_E*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -68,13 +67,13 @@ impl NbdErrno {
     /// What to tell a client when the system said `errno`.
     pub fn from_errno(errno: Errno) -> Self {
         match errno {
-            Errno::PERM | Errno::ACCESS | Errno::ROFS => Self::NotPermitted,
-            Errno::NOMEM => Self::NoMemory,
-            Errno::INVAL => Self::Invalid,
-            Errno::NOSPC | Errno::DQUOT | Errno::FBIG => Self::NoSpace,
-            Errno::OVERFLOW => Self::Overflow,
-            Errno::OPNOTSUPP => Self::NotSupported,
-            Errno::SHUTDOWN => Self::Shutdown,
+            Errno::EPERM | Errno::EACCES | Errno::EROFS => Self::NotPermitted,
+            Errno::ENOMEM => Self::NoMemory,
+            Errno::EINVAL => Self::Invalid,
+            Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG => Self::NoSpace,
+            Errno::EOVERFLOW => Self::Overflow,
+            Errno::EOPNOTSUPP => Self::NotSupported,
+            Errno::ESHUTDOWN => Self::Shutdown,
             _ => Self::Io,
         }
     }
@@ -82,27 +81,15 @@ impl NbdErrno {
     /// The system's number for this error.
     pub const fn errno(self) -> Errno {
         match self {
-            Self::NotPermitted => Errno::PERM,
-            Self::Io => Errno::IO,
-            Self::NoMemory => Errno::NOMEM,
-            Self::Invalid => Errno::INVAL,
-            Self::NoSpace => Errno::NOSPC,
-            Self::Overflow => Errno::OVERFLOW,
-            Self::NotSupported => Errno::OPNOTSUPP,
-            Self::Shutdown => Errno::SHUTDOWN,
+            Self::NotPermitted => Errno::EPERM,
+            Self::Io => Errno::EIO,
+            Self::NoMemory => Errno::ENOMEM,
+            Self::Invalid => Errno::EINVAL,
+            Self::NoSpace => Errno::ENOSPC,
+            Self::Overflow => Errno::EOVERFLOW,
+            Self::NotSupported => Errno::EOPNOTSUPP,
+            Self::Shutdown => Errno::ESHUTDOWN,
         }
-    }
-}
-
-impl From<&io::Error> for NbdErrno {
-    fn from(error: &io::Error) -> Self {
-        Errno::from_io_error(error).map_or(Self::Io, Self::from_errno)
-    }
-}
-
-impl From<NbdErrno> for io::Error {
-    fn from(error: NbdErrno) -> Self {
-        error.errno().into()
     }
 }
 
@@ -126,7 +113,6 @@ mod tests {
         for error in ALL {
             assert_eq!(NbdErrno::from_wire(error.to_wire()), Some(error));
             assert_eq!(NbdErrno::from_errno(error.errno()), error);
-            assert_eq!(NbdErrno::from(&io::Error::from(error)), error);
         }
     }
 
@@ -134,9 +120,8 @@ mod tests {
     fn what_the_protocol_cannot_say_is_rounded() {
         assert_eq!(NbdErrno::from_wire(0), None);
         assert_eq!(NbdErrno::from_wire(4711), Some(NbdErrno::Invalid));
-        assert_eq!(NbdErrno::from_errno(Errno::DQUOT), NbdErrno::NoSpace);
-        assert_eq!(NbdErrno::from_errno(Errno::FBIG), NbdErrno::NoSpace);
-        assert_eq!(NbdErrno::from_errno(Errno::TIMEDOUT), NbdErrno::Io);
-        assert_eq!(NbdErrno::from(&io::Error::other("no number")), NbdErrno::Io);
+        assert_eq!(NbdErrno::from_errno(Errno::EDQUOT), NbdErrno::NoSpace);
+        assert_eq!(NbdErrno::from_errno(Errno::EFBIG), NbdErrno::NoSpace);
+        assert_eq!(NbdErrno::from_errno(Errno::ETIMEDOUT), NbdErrno::Io);
     }
 }
