@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use blockferry_ring::rand::Rand;
+use blockferry_ring::rng::Rng;
 use serde_json::{Value, json};
 
 use crate::copy::{Task, a_gib, words};
@@ -86,10 +86,7 @@ impl Lab {
         for layer in 1..=DEPTH {
             stop::check()?;
             let mut order: Vec<u64> = (0..all).collect();
-            let mut rand = Rand::new(layer as u64);
-            for at in (1..order.len()).rev() {
-                order.swap(at, rand.below(at as u64 + 1) as usize);
-            }
+            Rng::new(layer as u64).shuffle(&mut order);
             order.truncate(all as usize / 4);
             let image = lab.layer(layer);
             let below = match layer {

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use blockferry_ring::rand::Rand;
+use blockferry_ring::rng::Rng;
 
 use crate::Fallible;
 use crate::stop;
@@ -61,7 +61,7 @@ fn open_direct(path: &Path, write: bool) -> Fallible<File> {
 impl Content {
     fn template(self, chunk: &mut [u8]) {
         if let Content::Random(seed) | Content::Tenth(seed) | Content::Half(seed) = self {
-            let mut rand = Rand::new(seed);
+            let mut rand = Rng::new(seed);
             chunk.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&rand.next_u64().to_le_bytes()));
         }
     }

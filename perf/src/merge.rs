@@ -17,7 +17,7 @@ use blockferry::graph::node::Node;
 use blockferry::job::runner::Ending;
 use blockferry::job::stream::Floor;
 use blockferry::job::sweep::SweepOptions;
-use blockferry_ring::rand::Rand;
+use blockferry_ring::rng::Rng;
 use serde_json::{Value, json};
 
 use crate::convert::{tool, write_clusters};
@@ -81,10 +81,7 @@ impl Lab {
         write_clusters(&base, &(0..all).collect::<Vec<_>>(), 1)?;
         tool("qemu-img", &format!("create -q -f qcow2 -b base -F qcow2 {} {bytes}", quarter.display()))?;
         let mut order: Vec<u64> = (0..all).collect();
-        let mut rand = Rand::new(7);
-        for at in (1..order.len()).rev() {
-            order.swap(at, rand.below(at as u64 + 1) as usize);
-        }
+        Rng::new(7).shuffle(&mut order);
         order.truncate(all as usize / 4);
         write_clusters(&quarter, &order, 2)?;
         Ok(lab)

@@ -238,7 +238,7 @@ mod tests {
     use crate::backend::RemoteWaker;
     use crate::exec::Exec;
     use crate::pool::Pool;
-    use crate::rand::Rand;
+    use crate::rng::Rng;
 
     fn arena(bytes: usize) -> Arena {
         let notify = Notify::new(Exec::new(Pool::default(), RemoteWaker::none()));
@@ -250,7 +250,7 @@ mod tests {
     #[test]
     fn blocks_never_overlap_and_all_come_back() {
         let arena = arena(4 << 20);
-        let mut rand = Rand::new(7);
+        let mut rand = Rng::new(7);
         let mut held: Vec<(Buf, u8)> = Vec::new();
         for round in 0..20_000u32 {
             if rand.chance(32_768) || held.is_empty() {

@@ -14,8 +14,8 @@ pub mod planted;
 pub mod process;
 /// Half-open byte ranges.
 pub mod range;
-/// Seeded random numbers with a frozen stream.
-pub mod rng;
+/// Seeded random numbers with a frozen stream: the simulated world draws from the same ones.
+pub use blockferry_ring::rng;
 /// Passwords in names, hidden from those who read messages.
 pub mod secret;
 pub mod shown;

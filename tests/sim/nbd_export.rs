@@ -12,7 +12,7 @@ use blockferry::export::nbd::{Export, NbdServer, ServerConfig};
 use blockferry::graph::node::{Node, Root};
 use blockferry::protocol::nbd::{CommandFlags, ConnectOptions, Connection, NbdClientError, NbdUri};
 use blockferry::protocol::open::{OpenOptions, open};
-use blockferry_ring::rand::Rand;
+use blockferry_ring::rng::Rng;
 use blockferry_ring::sim::{FileModel, World, WorldConfig};
 use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Config, Ring, SocketAddress};
@@ -39,7 +39,7 @@ struct Worker {
     ring: Ring,
     connection: Rc<Connection>,
     begin: u64,
-    rand: Rand,
+    rand: Rng,
     /// What the part holds.
     model: Vec<u8>,
 }
@@ -130,7 +130,7 @@ async fn live(ring: Ring, world: World, seed: u64, ending: Ending) -> (u64, u64)
             ring: ring.clone(),
             connection,
             begin: 100 + i * PART,
-            rand: Rand::new(seed ^ i << 32),
+            rand: Rng::new(seed ^ i << 32),
             model: vec![0; PART as usize],
         };
         let (left, steps, done, ended) = (left.clone(), steps.clone(), done.clone(), ended.clone());

@@ -16,7 +16,7 @@ use blockferry::export::nbd::{Export, NbdServer, ServerConfig};
 use blockferry::graph::node::{Node, Root};
 use blockferry::protocol::nbd::{NbdNode, RemoteOptions};
 use blockferry::protocol::open::{OpenOptions, open};
-use blockferry_ring::rand::Rand;
+use blockferry_ring::rng::Rng;
 use blockferry_ring::sim::{FileModel, World, WorldConfig};
 use blockferry_ring::{Config, Errno, Nanos, Ring, SocketAddress};
 
@@ -86,7 +86,7 @@ struct Worker {
     ring: Ring,
     node: Rc<NbdNode>,
     begin: u64,
-    rand: Rand,
+    rand: Rng,
     model: Vec<u8>,
 }
 
@@ -135,7 +135,7 @@ async fn work_while_links_break(ring: Ring, world: World, seed: u64) -> u64 {
             ring: ring.clone(),
             node: node.clone(),
             begin: 100 + i * PART,
-            rand: Rand::new(seed ^ i << 32),
+            rand: Rng::new(seed ^ i << 32),
             model: vec![0; PART as usize],
         };
         let (left, ended) = (left.clone(), ended.clone());
@@ -148,7 +148,7 @@ async fn work_while_links_break(ring: Ring, world: World, seed: u64) -> u64 {
             ended.notify();
         });
     }
-    let mut rand = Rand::new(seed);
+    let mut rand = Rng::new(seed);
     let mut resets = 0;
     while left.get() > 0 {
         ring.sleep(rand.below(12) * MILLI).await;

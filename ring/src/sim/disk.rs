@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use super::pages::Pages;
-use crate::rand::Rand;
+use crate::rng::Rng;
 
 /// A change of contents.
 #[derive(Clone, Debug)]
@@ -179,14 +179,14 @@ impl Disk {
     }
 
     /// A sync that was submitted at event `submitted`.
-    pub(super) fn sync(&mut self, submitted: u64, rand: &mut Rand) {
+    pub(super) fn sync(&mut self, submitted: u64, rand: &mut Rng) {
         self.settle(|m| m.completed.is_some_and(|at| at < submitted) || rand.chance(32_768));
     }
 
     /// A sync that fails. Reads go on to see what was to become durable, a later sync may succeed, and
     /// some of it is lost all the same: the kernel forgets pages whose write-back failed. What is in
     /// `apart` makes itself durable or fails for itself. Gives the number of changes lost.
-    pub(super) fn sync_failed(&mut self, apart: &[u64], rand: &mut Rand) -> u64 {
+    pub(super) fn sync_failed(&mut self, apart: &[u64], rand: &mut Rng) -> u64 {
         self.settle(|_| rand.chance(16_384));
         let before = self.pending.len();
         self.pending.retain(|m| {
@@ -238,7 +238,7 @@ impl Disk {
         &mut self,
         cut: Cut,
         in_flight: Vec<(u64, Rc<[u8]>)>,
-        rand: &mut Rand,
+        rand: &mut Rng,
     ) -> CutCounts {
         let mut counts = CutCounts::default();
         for (offset, data) in in_flight {
@@ -268,7 +268,7 @@ impl Disk {
 
 /// Some of the sectors of some ranges. Most tears are one cut between a part that arrived and one that
 /// did not; some leave any pattern.
-pub(super) fn tear(ranges: &[Range<u64>], sector_bytes: u64, rand: &mut Rand) -> Vec<Range<u64>> {
+pub(super) fn tear(ranges: &[Range<u64>], sector_bytes: u64, rand: &mut Rng) -> Vec<Range<u64>> {
     let mut torn = Vec::new();
     let pattern = rand.chance(16_384);
     for range in ranges {
@@ -279,7 +279,7 @@ pub(super) fn tear(ranges: &[Range<u64>], sector_bytes: u64, rand: &mut Rand) ->
             let kept = (first..last).filter(|_| rand.chance(32_768)).collect::<Vec<_>>();
             torn.extend(kept.into_iter().map(|n| sector(n)..sector(n + 1)));
         } else {
-            let at = sector(rand.range(first, last));
+            let at = sector(rand.range(first..last + 1));
             torn.push(if rand.chance(32_768) { range.start..at } else { at..range.end });
         }
     }
@@ -307,7 +307,7 @@ mod tests {
 
     #[test]
     fn a_sync_covers_what_had_completed_and_a_cut_takes_the_rest() {
-        let mut rand = Rand::new(1);
+        let mut rand = Rng::new(1);
         let mut disk = Disk::new(8192);
         write(&mut disk, 1, 0, 512, 1);
         disk.complete(1, 2);
@@ -323,7 +323,7 @@ mod tests {
 
     #[test]
     fn an_older_change_never_undoes_a_newer_one() {
-        let mut rand = Rand::new(1);
+        let mut rand = Rng::new(1);
         let mut disk = Disk::new(8192);
         write(&mut disk, 1, 0, 4096, 1);
         write(&mut disk, 2, 512, 512, 2);
@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn lengths_become_durable_in_order() {
-        let mut rand = Rand::new(1);
+        let mut rand = Rng::new(1);
         let mut disk = Disk::new(0);
         write(&mut disk, 1, 0, 1000, 1);
         disk.change(2, Change::SetLen(100), 0..0);
@@ -357,11 +357,11 @@ mod tests {
     #[test]
     fn a_cut_that_keeps_all_is_what_reads_saw() {
         for seed in 0..200 {
-            let mut rand = Rand::new(seed);
+            let mut rand = Rng::new(seed);
             let mut disk = Disk::new(0);
             for id in 1..60 {
                 let offset = rand.below(20_000);
-                let len = rand.range(1, 6_000);
+                let len = rand.range(1..6_001);
                 match rand.below(8) {
                     0 => disk.change(id, Change::SetLen(offset), 0..0),
                     1 => disk.change(id, Change::Zero { keep: rand.chance(32_768) }, offset..offset + len),
@@ -390,7 +390,7 @@ mod tests {
 
     #[test]
     fn tears_stay_within_the_range_and_fall_on_sectors() {
-        let mut rand = Rand::new(5);
+        let mut rand = Rng::new(5);
         for _ in 0..500 {
             let whole = 700..5000;
             for range in tear(std::slice::from_ref(&whole), 512, &mut rand) {

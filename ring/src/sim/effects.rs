@@ -92,7 +92,7 @@ impl Inner {
             return Ok(n);
         }
         self.faults.counts.shorts += 1;
-        Ok(self.rand.range(1, (n - 1) / grain) * grain)
+        Ok(self.rand.range(1..(n - 1) / grain + 1) * grain)
     }
 
     fn read(

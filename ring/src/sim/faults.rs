@@ -13,7 +13,7 @@ use std::ops::BitOr;
 use crate::Nanos;
 use crate::errno::Errno;
 use crate::op::{Fallocate, Op};
-use crate::rand::Rand;
+use crate::rng::Rng;
 
 /// What an operation or a control call does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -177,7 +177,7 @@ impl FaultRule {
     /// everything fails a little is always the same world; one in which some things never fail and
     /// others often do reaches deeper. Nothing here makes data unreachable for good: errors of reads,
     /// writes and syncs are left to rules that a test writes itself.
-    pub fn swarm(rand: &mut Rand, path_prefix: &str) -> Vec<FaultRule> {
+    pub fn swarm(rand: &mut Rng, path_prefix: &str) -> Vec<FaultRule> {
         let span = Fault::Delay { nanos_min: 1_000_000, nanos_max: 200_000_000 };
         let candidates = [
             (OpKind::Read | OpKind::Write, Fault::Short),
@@ -190,7 +190,7 @@ impl FaultRule {
         let mut rules = Vec::new();
         for (kinds, fault) in candidates {
             if rand.chance(32_768) {
-                let chance = 1 << rand.range(5, 13);
+                let chance = 1 << rand.range(5..14);
                 rules.push(FaultRule::new(kinds, path_prefix, chance, fault));
             }
         }
@@ -290,7 +290,7 @@ impl Faults {
         self.hanging.retain(|hanging| !hanging.starts_with(prefix));
     }
 
-    pub(super) fn decide(&mut self, kind: OpKind, path: &str, rand: &mut Rand) -> Verdict {
+    pub(super) fn decide(&mut self, kind: OpKind, path: &str, rand: &mut Rng) -> Verdict {
         let mut verdict = Verdict::default();
         let is_operation = kind <= OpKind::Send;
         // All of them count the operation, so that two for one path do not shift one another.
@@ -341,7 +341,7 @@ impl Faults {
                     break;
                 }
                 Fault::Delay { nanos_min, nanos_max } if is_operation => {
-                    verdict.delay_nanos += rand.range(nanos_min, nanos_max);
+                    verdict.delay_nanos += rand.range(nanos_min..nanos_max + 1);
                     self.counts.delays += 1;
                 }
                 Fault::Short => verdict.short = true,
@@ -357,7 +357,7 @@ impl Faults {
     }
 }
 
-fn again(rand: &mut Rand) -> Errno {
+fn again(rand: &mut Rng) -> Errno {
     if rand.chance(32_768) { Errno::EAGAIN } else { Errno::EINTR }
 }
 
@@ -368,7 +368,7 @@ mod tests {
     #[test]
     fn a_one_shot_strikes_once_at_its_turn() {
         let mut faults = Faults::default();
-        let mut rand = Rand::new(1);
+        let mut rand = Rng::new(1);
         faults.fail_nth(OpKind::Write, "/a".into(), 3, Errno::EIO);
         faults.fail_nth(OpKind::Write, "/a".into(), 4, Errno::ENOSPC);
         let mut next = |kind, path| faults.decide(kind, path, &mut rand).error;
@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn rules_keep_to_their_kinds_paths_and_weights() {
-        let mut rand = Rand::new(2);
+        let mut rand = Rng::new(2);
         let kinds = OpKind::Read | OpKind::Open;
         let mut faults = Faults {
             rules: vec![

@@ -17,7 +17,7 @@ use crate::Nanos;
 use crate::backend::Work;
 use crate::errno::Errno;
 use crate::op::Op;
-use crate::rand::Rand;
+use crate::rng::Rng;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Event {
@@ -36,11 +36,11 @@ pub(super) struct Inner {
     pub(super) now: Nanos,
     sequence: u64,
     /// Times and orders.
-    pub(super) rand: Rand,
+    pub(super) rand: Rng,
     /// What goes wrong. Apart, so that switching a rule off does not turn every other die.
-    pub(super) fault_rand: Rand,
+    pub(super) fault_rand: Rng,
     /// What rings ask for.
-    pub(super) user_rand: Rand,
+    pub(super) user_rand: Rng,
     pub(super) trace: Trace,
     pub(super) faults: Faults,
     pub(super) fs: Fs,
@@ -54,8 +54,8 @@ pub(super) struct Inner {
 
 impl Inner {
     pub(super) fn new(config: WorldConfig) -> Inner {
-        let mut seeds = Rand::new(config.seed);
-        let mut rand = || Rand::new(seeds.next_u64());
+        let mut seeds = Rng::new(config.seed);
+        let mut rand = || Rng::new(seeds.next_u64());
         Inner {
             now: 0,
             sequence: 0,
@@ -242,7 +242,7 @@ impl Inner {
         flight.verdict.hang = false;
         flight.result = -errno.0;
         self.flights.insert(id, flight);
-        let span = self.rand.range(100, 2_000);
+        let span = self.rand.range(100..2_001);
         self.at(self.now + span, Event::End(id));
     }
 
@@ -412,8 +412,8 @@ impl Inner {
             })
             .collect();
         for id in hung {
-            let effect = self.now + self.rand.range(1, 100_000);
-            let end = effect + self.rand.range(1, 100_000);
+            let effect = self.now + self.rand.range(1..100_001);
+            let end = effect + self.rand.range(1..100_001);
             match self.flights.get(&id).map(|flight| flight.target) {
                 Some(Target::Disk(_)) => {
                     self.at(effect, Event::Effect(id));

@@ -4,7 +4,7 @@
 //! machines, and then the same seed would tell two histories.
 
 use crate::Nanos;
-use crate::rand::Rand;
+use crate::rng::Rng;
 
 /// The time an operation takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ impl Latency {
     }
 
     /// One sample; at least 1, so that time passes whatever is asked for.
-    pub(super) fn draw(&self, rand: &mut Rand) -> Nanos {
+    pub(super) fn draw(&self, rand: &mut Rng) -> Nanos {
         let mut nanos = self.nanos_min.saturating_add(exponential(self.tail_nanos_mean, rand));
         if self.slow_chance > 0 && rand.chance(self.slow_chance) {
             nanos = nanos.saturating_add(self.slow_nanos);
@@ -50,7 +50,7 @@ impl Latency {
 
 /// Close to an exponential distribution of the given mean: the leading zeroes of a random number are
 /// the whole part of its negative binary logarithm, the bits behind them make a straight-line fraction.
-fn exponential(mean: Nanos, rand: &mut Rand) -> Nanos {
+fn exponential(mean: Nanos, rand: &mut Rng) -> Nanos {
     if mean == 0 {
         return 0;
     }
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn the_mean_is_near_what_was_asked_for() {
-        let mut rand = Rand::new(9);
+        let mut rand = Rng::new(9);
         let n = 20_000;
         let sum: u64 = (0..n).map(|_| exponential(10_000, &mut rand)).sum();
         let mean = sum / n;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::rand::Rand;
+use crate::rng::Rng;
 
 /// Keys and what they are set to; `None` removes.
 pub(super) type Changes<K, V> = Vec<(K, Option<V>)>;
@@ -65,7 +65,7 @@ impl<K: Ord + Clone, V: Clone> Ledger<K, V> {
     }
 
     /// Keeps some of what was not durable; what is left is what is seen from now on.
-    pub(super) fn power_cut(&mut self, keep_chance: u32, rand: &mut Rand) {
+    pub(super) fn power_cut(&mut self, keep_chance: u32, rand: &mut Rng) {
         self.settle(|_, _| rand.chance(keep_chance));
         self.pending.clear();
         self.live = self.durable.clone();
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn a_newer_change_that_is_durable_ends_the_older_ones() {
-        let mut rand = Rand::new(1);
+        let mut rand = Rng::new(1);
         let mut names: Ledger<&str, u32> = Ledger::default();
         names.change(1, vec![("a", Some(1))]);
         names.change(2, vec![("a", None), ("b", Some(1))]);

@@ -133,18 +133,18 @@ impl Pages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rand::Rand;
+    use crate::rng::Rng;
 
     #[test]
     fn they_do_what_a_plain_vector_does() {
-        let mut rand = Rand::new(3);
+        let mut rand = Rng::new(3);
         let size = 8 * PAGE;
         for _ in 0..50 {
             let mut pages = Pages::default();
             let mut plain = vec![0u8; size as usize];
             for _ in 0..40 {
                 let start = rand.below(size);
-                let end = rand.range(start, size - 1);
+                let end = rand.range(start..size);
                 let part = start as usize..end as usize;
                 match rand.below(5) {
                     0 | 1 => {

@@ -16,7 +16,7 @@ use super::inner::Inner;
 use super::stream::Net;
 use super::trace::Entry;
 use crate::op::Op;
-use crate::rand::Rand;
+use crate::rng::Rng;
 
 /// What is to be kept of what was not durable, each out of 65536.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ impl PowerCut {
     /// Everything is kept, as after a crash of the program alone.
     pub const ALL_KEPT: PowerCut = PowerCut { keep_chance: 65_536, torn_chance: 0 };
 
-    fn draw(rand: &mut Rand) -> PowerCut {
+    fn draw(rand: &mut Rng) -> PowerCut {
         let levels = [0, 6_554, 32_768, 32_768, 58_982, 65_536];
         PowerCut {
             keep_chance: levels[rand.below(levels.len() as u64) as usize],
@@ -46,13 +46,13 @@ impl PowerCut {
 type InFlight = BTreeMap<u64, Vec<(u64, Rc<[u8]>)>>;
 
 impl Fs {
-    fn power_cut(&mut self, how: PowerCut, mut in_flight: InFlight, rand: &mut Rand) -> CutCounts {
+    fn power_cut(&mut self, how: PowerCut, mut in_flight: InFlight, rand: &mut Rng) -> CutCounts {
         let mut total = CutCounts::default();
         for (number, inode) in &mut self.inodes {
             let sector_bytes = u64::from(inode.model.sector_bytes);
             let cut = Cut { keep_chance: how.keep_chance, torn_chance: how.torn_chance, sector_bytes };
             let mut writes = in_flight.remove(number).unwrap_or_default();
-            shuffle(&mut writes, rand);
+            rand.shuffle(&mut writes);
             let counts = inode.disk.power_cut(cut, writes, rand);
             total.torn += counts.torn;
             total.lost += counts.lost;
@@ -63,12 +63,6 @@ impl Fs {
         self.names.power_cut(how.keep_chance, rand);
         self.forget_unreachable(|_| false);
         total
-    }
-}
-
-fn shuffle<T>(list: &mut [T], rand: &mut Rand) {
-    for i in (1..list.len()).rev() {
-        list.swap(i, rand.below(i as u64 + 1) as usize);
     }
 }
 
@@ -93,7 +87,7 @@ impl Inner {
         in_flight
     }
 
-    fn power_cut(&mut self, how: PowerCut, rand: &mut Rand) {
+    fn power_cut(&mut self, how: PowerCut, rand: &mut Rng) {
         let in_flight = self.writes_under_way();
         let counts = self.fs.power_cut(how, in_flight, rand);
         self.faults.counts.torn += counts.torn;
@@ -130,7 +124,7 @@ impl World {
 
     /// The same with a seed of its own: all that the cut decides follows from it.
     pub fn power_cut_seeded(&self, seed: u64) {
-        let mut rand = Rand::new(seed);
+        let mut rand = Rng::new(seed);
         let how = PowerCut::draw(&mut rand);
         self.0.borrow_mut().power_cut(how, &mut rand);
     }
@@ -138,7 +132,7 @@ impl World {
     /// The same with a given severity.
     pub fn power_cut_with(&self, how: PowerCut) {
         let mut inner = self.0.borrow_mut();
-        let mut rand = Rand::new(inner.fault_rand.next_u64());
+        let mut rand = Rng::new(inner.fault_rand.next_u64());
         inner.power_cut(how, &mut rand);
     }
 
@@ -149,7 +143,7 @@ impl World {
         let mut config = inner.config.clone();
         config.seed = seed;
         let mut forked = Inner::new(config);
-        let mut rand = Rand::new(seed);
+        let mut rand = Rng::new(seed);
         let how = PowerCut::draw(&mut rand);
         forked.fs = inner.fs.clone();
         let counts = forked.fs.power_cut(how, inner.writes_under_way(), &mut rand);

@@ -340,7 +340,7 @@ impl Inner {
         if flight.verdict.short || self.rand.chance(model.cut_chance) {
             self.faults.counts.shorts += u64::from(flight.verdict.short);
             let one = self.rand.chance(model.one_byte_chance);
-            n = if one { 1 } else { self.rand.range(1, n as u64) as usize };
+            n = if one { 1 } else { self.rand.range(1..n as u64 + 1) as usize };
         }
         let mut hash = Hash::new();
         let (first, second) = direction.bytes.as_slices();
@@ -398,7 +398,7 @@ impl Inner {
         let short = n > 1 && (flight.verdict.short || self.rand.chance(model.short_send_chance));
         if short {
             self.faults.counts.shorts += 1;
-            n = self.rand.range(1, n as u64 - 1) as usize;
+            n = self.rand.range(1..n as u64) as usize;
         }
         let mut bytes = vec![0; n];
         let (mut skip, mut done) = (flight.moved, 0);

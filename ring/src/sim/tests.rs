@@ -8,7 +8,7 @@ use super::*;
 use crate::backend::{FileKind, OpenHow, SocketAddress};
 use crate::mem::{Buf, SharedBuf};
 use crate::op::{Fallocate, File};
-use crate::rand::Rand;
+use crate::rng::Rng;
 use crate::sync::join;
 use crate::{Config, Ring};
 
@@ -286,7 +286,7 @@ fn streams_carry_every_byte_through_every_cut() {
             let (nanos_min, nanos_max) = (1, SECOND);
             world.add_fault(FaultRule::new(OpKinds::STREAM, "", 300, Fault::Delay { nanos_min, nanos_max }));
         }
-        let mut rand = Rand::new(seed);
+        let mut rand = Rng::new(seed);
         let bytes: Vec<u8> = (0..400_000).map(|_| rand.next_u64() as u8).collect();
         let address = match seed % 3 {
             0 => SocketAddress::Unix("/run/echo".into()),
@@ -307,9 +307,9 @@ fn history(seed: u64, tasks: u64) -> (u64, u64) {
         let r = ring.clone();
         let file = open(&ring, "/disk");
         ring.spawn(async move {
-            let mut rand = Rand::new(r.random() ^ task);
+            let mut rand = Rng::new(r.random() ^ task);
             for _ in 0..20 {
-                let (offset, len) = (rand.below(200) * 512, rand.range(1, 30) as usize * 512);
+                let (offset, len) = (rand.below(200) * 512, rand.range(1..31) as usize * 512);
                 match rand.below(6) {
                     0..=2 => drop(r.write(&file, offset, filled(&r, len, task as u8).await, false).await),
                     3 => drop(r.read(&file, offset, r.alloc(len).await).await),
@@ -644,10 +644,10 @@ fn promises_hold(seed: u64) -> u64 {
     for task in 0..4 {
         let (r, promises, file) = (ring.clone(), promises.clone(), open(&ring, "/disk"));
         ring.spawn(async move {
-            let mut rand = Rand::new(r.random());
+            let mut rand = Rng::new(r.random());
             for version in 1..60u64 {
                 let first = task * SECTORS + rand.below(SECTORS);
-                let last = rand.range(first, (task + 1) * SECTORS - 1);
+                let last = rand.range(first..(task + 1) * SECTORS);
                 let (range, part) = (first * 512..(last + 1) * 512, first as usize..=last as usize);
                 if rand.chance(16_384) {
                     let before = promises.borrow().clone();
@@ -671,7 +671,7 @@ fn promises_hold(seed: u64) -> u64 {
             }
         });
     }
-    let turns = Rand::new(seed).below(400);
+    let turns = Rng::new(seed).below(400);
     for _ in 0..turns {
         let _ = ring.turn_blocking();
     }

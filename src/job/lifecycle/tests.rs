@@ -2,6 +2,7 @@
 //! state, and random lives that must never take a step that the table forbids.
 
 use super::*;
+use crate::base::rng::Rng;
 
 const EIO: Errno = Errno::EIO;
 const ENOSPC: Errno = Errno::ENOSPC;
@@ -460,15 +461,12 @@ fn members_of_a_group_wait_for_each_other() {
     assert_eq!(heard(&mut failed_with_another), told);
 }
 
-/// A small generator with a seed: what the test draws is the same on every machine.
-struct Draws(u64);
+/// What a life draws.
+struct Draws(Rng);
 
 impl Draws {
     fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % bound as u64) as usize
+        self.0.below(bound as u64) as usize
     }
 
     fn coin(&mut self) -> bool {
@@ -565,7 +563,7 @@ fn no_random_life_makes_an_illegal_step() {
     let mut ended = 0;
     let mut states_seen = std::collections::BTreeSet::new();
     for seed in 1..=3000_u64 {
-        let mut draws = Draws(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut draws = Draws(Rng::new(seed));
         let mut job = Lifecycle::new(JobOptions {
             auto_finalize: draws.coin(),
             auto_dismiss: draws.coin(),

@@ -16,21 +16,22 @@ use super::wire::{
     BlockSizes, ExportListing, Greeting, InfoReply, InfoRequest, MetaContextRequest, OptionHeader,
     OptionReplyHeader, write_option, write_option_reply,
 };
+use crate::base::rng::Rng;
 
-/// SplitMix64: enough randomness for cuts and noise.
-pub(super) struct Noise(pub(super) u64);
+/// What cuts and noise are drawn from.
+pub(super) struct Noise(Rng);
 
 impl Noise {
+    pub(super) fn new(seed: u64) -> Noise {
+        Noise(Rng::new(seed))
+    }
+
     pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.next_u64()
     }
 
     pub(super) fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
+        self.0.below(bound)
     }
 
     /// An index of a list of `count`.
@@ -139,7 +140,7 @@ fn converse(
     goal: ClientGoal,
     cuts: Cuts,
 ) -> (Option<ServerEnd>, Option<ClientEnd>) {
-    let mut noise = Noise(if let Cuts::Random(seed) = cuts { seed } else { 0 });
+    let mut noise = Noise::new(if let Cuts::Random(seed) = cuts { seed } else { 0 });
     let (mut server, mut client) = (ServerHandshake::new(policy), ClientHandshake::new(goal));
     let (mut to_server, mut to_client) = (Pipe::new(), Pipe::new());
     let (mut server_end, mut client_end) = (None, None);
@@ -603,7 +604,7 @@ fn noise_never_panics_a_server_and_never_makes_it_verbose() {
     let exports = exports();
     let mut outcomes = [0; 4];
     for seed in 0..3000 {
-        let mut noise = Noise(seed);
+        let mut noise = Noise::new(seed);
         let input = if seed % 10 == 0 {
             (0..noise.index(400)).map(|_| noise.next() as u8).collect()
         } else {
@@ -809,7 +810,7 @@ fn a_client_takes_only_contexts_that_it_asked_for_and_each_once() {
 #[test]
 fn noise_never_panics_a_client() {
     for seed in 0..3000 {
-        let mut noise = Noise(seed);
+        let mut noise = Noise::new(seed);
         let mut bytes = Vec::new();
         for _ in 0..noise.index(12) {
             let option = OptionCode::from_wire([3, 7, 8, 10, 11][noise.index(5)]);

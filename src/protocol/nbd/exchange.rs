@@ -112,7 +112,7 @@ fn random_style(noise: &mut Noise) -> HeaderStyle {
 fn reads_end_with_the_right_bytes_or_the_right_error() {
     let (mut good, mut bad) = (0, 0);
     for seed in 0..2000 {
-        let mut noise = Noise(seed);
+        let mut noise = Noise::new(seed);
         let style = random_style(&mut noise);
         let sent = random_request(&mut noise, Command::Read);
         let bytes = sent.write(style).unwrap();
@@ -144,7 +144,7 @@ fn reads_end_with_the_right_bytes_or_the_right_error() {
 fn a_damaged_reply_never_panics_and_never_leaves_the_buffer() {
     let mut refused = 0;
     for seed in 0..20_000 {
-        let mut noise = Noise(seed);
+        let mut noise = Noise::new(seed);
         let style = random_style(&mut noise);
         let command = [Command::Read, Command::BlockStatus, Command::Write][noise.below(3) as usize];
         let request = random_request(&mut noise, command);
@@ -173,7 +173,7 @@ fn a_damaged_reply_never_panics_and_never_leaves_the_buffer() {
 #[test]
 fn noise_never_panics_the_parsers() {
     for seed in 0..20_000 {
-        let mut noise = Noise(seed);
+        let mut noise = Noise::new(seed);
         let style = random_style(&mut noise);
         let magic = [
             REQUEST_MAGIC,

@@ -13,7 +13,7 @@ use blockferry::graph::node::{Node, Root};
 use blockferry::protocol::nbd::{ConnectOptions, Connection, NbdUri};
 use blockferry::protocol::open::{OpenOptions, open};
 use blockferry_ring::mem::Region;
-use blockferry_ring::rand::Rand;
+use blockferry_ring::rng::Rng;
 use blockferry_ring::sim::{FileModel, World, WorldConfig};
 use blockferry_ring::sync::{Either, either, join};
 use blockferry_ring::{Config, File, Nanos, Ring, SharedBuf, SocketAddress};
@@ -62,7 +62,7 @@ struct Attacker {
     memory: Region,
     script_bytes: usize,
     handshake_bytes: usize,
-    rand: Rand,
+    rand: Rng,
 }
 
 impl Attacker {
@@ -200,7 +200,7 @@ async fn siege(ring: Ring, seed: u64, script: Rc<Script>, plans: Vec<Plan>) {
     let (node, server) = serve(&ring, config());
     let uri: NbdUri = format!("nbd+unix:///disk?socket={}", LISTENERS[1]).parse().unwrap();
     let connection = Connection::connect(&ring, &uri, &ConnectOptions::default()).await.unwrap();
-    let rand = Rand::new(seed);
+    let rand = Rng::new(seed);
     let model = vec![0; PART as usize];
     let worker = Worker { ring: ring.clone(), connection: connection.clone(), begin: 100, rand, model };
     let over = Rc::new(Cell::new(false));
@@ -216,7 +216,7 @@ async fn siege(ring: Ring, seed: u64, script: Rc<Script>, plans: Vec<Plan>) {
                     memory: region.clone(),
                     script_bytes: script.bytes.len(),
                     handshake_bytes: script.handshake_bytes,
-                    rand: Rand::new(seed ^ (wave * MANY + i) as u64),
+                    rand: Rng::new(seed ^ (wave * MANY + i) as u64),
                 };
                 ring.spawn_with_result(attacker.attack(*plan))
             })
@@ -290,7 +290,7 @@ async fn greed(ring: Ring, reads: bool) -> usize {
         memory: region.clone(),
         script_bytes: script.bytes.len(),
         handshake_bytes: script.handshake_bytes,
-        rand: Rand::new(1),
+        rand: Rng::new(1),
     };
     let seen = most.clone();
     let (all, watched) = (script.bytes.len(), ring.clone());

@@ -10,7 +10,7 @@ use blockferry::job::mirror::{self, MirrorOptions};
 use blockferry::job::runner::{Ending, Job};
 use blockferry::protocol::nbd::NbdNode;
 use blockferry::protocol::open::{OpenOptions, open};
-use blockferry_ring::rand::Rand;
+use blockferry_ring::rng::Rng;
 use blockferry_ring::sim::{FileModel, World, WorldConfig};
 use blockferry_ring::{Config, Nanos, Ring};
 
@@ -20,7 +20,7 @@ pub const LEN: usize = 4 << 20;
 
 pub fn local(ring: &Ring, world: &World, seed: u64) -> Rc<Node> {
     world.add_file("/local", FileModel::regular(LEN as u64));
-    let mut rand = Rand::new(seed);
+    let mut rand = Rng::new(seed);
     let bytes: Vec<u8> = (0..LEN).map(|_| rand.next_u64() as u8).collect();
     world.write_raw("/local", 0, &bytes);
     Node::new(ring, "local", open(ring, Path::new("/local"), &OpenOptions::default()).unwrap())

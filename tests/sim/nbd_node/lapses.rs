@@ -14,7 +14,7 @@ use blockferry::job::mirror::{self, MirrorOptions};
 use blockferry::job::policy::{CopyMode, OnError};
 use blockferry::job::runner::{Ending, ErrorPolicies};
 use blockferry::protocol::nbd::{NbdNode, RemoteOptions};
-use blockferry_ring::rand::Rand;
+use blockferry_ring::rng::Rng;
 use blockferry_ring::sim::{FileModel, OpKind, World};
 use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Errno, Ring};
@@ -45,7 +45,7 @@ struct Writer {
     ring: Ring,
     node: Rc<NbdNode>,
     begin: u64,
-    rand: Rand,
+    rand: Rng,
     model: Vec<u16>,
     wrong: Rc<RefCell<Vec<String>>>,
 }
@@ -103,7 +103,7 @@ async fn live_through(ring: Ring, world: World, seed: u64, unflushed_bytes_max: 
                 ring: ring.clone(),
                 node: node.clone(),
                 begin: 100 + i * PART,
-                rand: Rand::new(seed ^ i << 32),
+                rand: Rng::new(seed ^ i << 32),
                 model: vec![0; PART as usize],
                 wrong: wrong.clone(),
             };
@@ -118,7 +118,7 @@ async fn live_through(ring: Ring, world: World, seed: u64, unflushed_bytes_max: 
             })
         })
         .collect();
-    let mut rand = Rand::new(seed);
+    let mut rand = Rng::new(seed);
     let mut lapses = 0;
     while left.get() > 0 {
         while node.connections() == 0 && left.get() > 0 {
