@@ -25,6 +25,7 @@ pub mod permission;
 pub mod pin;
 pub mod place;
 pub mod reserve;
+pub mod serial;
 
 pub use error::{BlockError, Operation};
 pub use permission::{Permission, Permissions};

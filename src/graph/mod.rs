@@ -12,6 +12,5 @@ pub mod node;
 /// A job's target.
 pub mod peer;
 /// Who may touch which part of a disk now.
-pub mod ranges;
 /// The filter by which a job knows what its guests change.
 pub mod tracker;

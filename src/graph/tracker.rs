@@ -32,11 +32,11 @@ use blockferry_ring::sync::{Notify, either};
 use super::dirty::{DirtyMap, DirtyMapError};
 use super::node::{Below, Filter, Mutation};
 use super::peer::Peer;
-use super::ranges::{LockId, LockKind, RangeLocks};
 use crate::base::bucket::TokenBucket;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
+use crate::block::serial::{LockId, LockKind, RangeLocks};
 use crate::block::{BlockError, IoFuture, IoResult};
 
 /// What guests did, in sums since the start.
@@ -258,7 +258,7 @@ impl Tracker {
         let mut locks = self.locks.borrow_mut();
         // For their turn, or for room in the table.
         let others_wait = locks.waiting() > 0 || locks.is_full();
-        let _ = locks.release(lock);
+        locks.release(lock, |_| ());
         drop(locks);
         if others_wait {
             self.moved.notify();

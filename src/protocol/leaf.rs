@@ -3,7 +3,7 @@
 //! # Blocks
 //! With O_DIRECT the kernel takes only whole blocks at aligned addresses. What fits goes straight through.
 //! What does not is bounced ([`super::rewrite`]): reads by reading the blocks around, writes of parts of
-//! blocks by read-modify-write, which is ordered against every other change ([`super::align`]).
+//! blocks by read-modify-write, which is ordered against every other change ([`super::rewrite`]).
 //!
 //! # The tail
 //! The last block of a file whose length is no multiple of the block cannot be written with O_DIRECT
@@ -35,15 +35,15 @@ use blockferry_ring::op::Fallocate;
 use blockferry_ring::sync::{Notify, join};
 use blockferry_ring::{Aside, Buf, CopyRange, Errno, File, FileExtent, FileInfo, FileKind, Ring, SharedBuf};
 
-use super::align::{Change, Changes};
 use super::allocation::Allocation;
 use super::length::Length;
 use super::open;
-use super::rewrite::{Blocks, Source};
+use super::rewrite::{Blocks, Source, kind_of_change};
 use crate::base::limits;
 use crate::base::os_name;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
+use crate::block::serial::{Claim, Serial};
 use crate::block::{
     BlockError, Capabilities, CopyFrom, Extent, IoFuture, IoResult, Limits, Operation, Reserve, Resolved,
     Word, WriteFlags, ZeroFlags,
@@ -77,7 +77,8 @@ pub(super) struct Leaf {
     /// The buffered handle for the tail, where there is one.
     tail: RefCell<Option<File>>,
     capabilities: Cell<Capabilities>,
-    changes: Changes,
+    /// Changes under way, by whole blocks.
+    changes: Serial,
     bounce: Reserve,
     flush_failed: Cell<Option<Errno>>,
     /// Calls under way that may be told of a loss, by number; the next number; told when one ends.
@@ -99,9 +100,9 @@ struct Side {
 }
 
 /// Nobody else does the same while this lives.
-struct Held<'a>(&'a Cell<bool>, &'a Notify);
+struct Looking<'a>(&'a Cell<bool>, &'a Notify);
 
-impl Drop for Held<'_> {
+impl Drop for Looking<'_> {
     fn drop(&mut self) {
         self.0.set(false);
         self.1.notify();
@@ -149,7 +150,7 @@ impl Leaf {
             info,
             len: Length::new(ring, info.len),
             tail: RefCell::default(),
-            changes: Changes::new(ring),
+            changes: Serial::new(ring),
             bounce,
             flush_failed: Cell::new(None),
             tellers: RefCell::default(),
@@ -295,7 +296,7 @@ impl Leaf {
         // One look at a file at a time: whoever comes meanwhile mostly finds the answer, and however many ask, others
         // have the rest of the pool.
         self.looked.until(|| (!self.looking.replace(true)).then_some(())).await;
-        let _looking = Held(&self.looking, &self.looked);
+        let _looking = Looking(&self.looking, &self.looked);
         if tell(&mut self.allocation.borrow().from(range.start(), range.end())) {
             return;
         }
@@ -384,11 +385,12 @@ impl Leaf {
         aligned && range.is_aligned(self.align()) && range.end() <= self.border()
     }
 
-    async fn enter(&self, range: ByteRange, rewrite: bool) -> Option<Change<'_>> {
+    /// Waits until a change of `range` may go on ([`super::rewrite`]); it ends when what this gives is dropped.
+    async fn enter(&self, range: ByteRange, rewrite: bool) -> Option<Claim<'_>> {
         if self.align() == 1 {
             return None;
         }
-        Some(self.changes.enter(range.align_outward(self.align()), rewrite).await)
+        Some(self.changes.enter(range.align_outward(self.align()), kind_of_change(rewrite)).await)
     }
 
     // Reading.

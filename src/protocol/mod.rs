@@ -2,7 +2,6 @@
 //!
 //! See docs/architecture.md. [`open()`] takes a path of this machine and finds out which driver it needs.
 
-mod align;
 mod allocation;
 pub mod delay;
 pub mod file;

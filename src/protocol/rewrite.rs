@@ -2,13 +2,20 @@
 //!
 //! A file with O_DIRECT and a server with a minimum block size take whole blocks. What is read lies inside of the blocks
 //! around it; what is written takes their place: the first and the last of them are read first, for what belongs to
-//! others in them. Both go through memory in between ([`Reserve`]), piece by piece. That nobody else changes those blocks
-//! meanwhile is up to the caller ([`super::align`]).
+//! others in them. Both go through memory in between ([`Reserve`]), piece by piece.
+//!
+//! # Order
+//! Between the reading and the writing of such a *rewrite* nobody else may change its blocks, or it puts old bytes back. So
+//! every change of the disk (write, zeroes, discard) claims the blocks that it touches ([`crate::block::serial`]): a rewrite
+//! alone, a change of whole blocks together with its like. What two overlapping plain writes leave behind is their owner's
+//! business, as on any disk. Reads claim nothing: a rewrite puts the bytes that it does not own back as they were. Where a
+//! block is one byte there are no rewrites, and no claims.
 
 use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::{Buf, SharedBuf};
 
 use crate::base::range::ByteRange;
+use crate::block::serial::LockKind;
 use crate::block::{NoMemory, Reserve};
 
 /// What is to be written.
@@ -18,6 +25,11 @@ pub(super) enum Source<'a> {
     Buf(&'a SharedBuf),
     /// As many zeroes.
     Zeroes,
+}
+
+/// How a change claims the blocks that it touches.
+pub(super) fn kind_of_change(rewrite: bool) -> LockKind {
+    if rewrite { LockKind::Exclusive } else { LockKind::Shared }
 }
 
 /// How whole blocks are had.

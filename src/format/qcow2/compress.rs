@@ -16,6 +16,7 @@ use super::entry::Raw;
 use super::image::{Fault, Qcow2, Turn};
 use super::options::CompressionType;
 use crate::base::range::ByteRange;
+use crate::block::serial::LockKind;
 
 /// Lengths of disks are multiples of this.
 const SECTOR_BYTES: u64 = 512;
@@ -149,7 +150,7 @@ impl Qcow2 {
         })?;
         let Some(packed) = packed else { return self.write_plain(offset, &bytes[..rest]).await };
         self.mark_bitmaps().await?;
-        let _claim = self.claims.enter(ByteRange::at_saturating(offset, size), true).await;
+        let _claim = self.claims.enter(ByteRange::at_saturating(offset, size), LockKind::Exclusive).await;
         let raw = self.load_entry(offset).await?;
         let old = self.decode(raw, offset)?;
         if old.masks().0 != 0 {

@@ -7,12 +7,13 @@ use super::count::Counts;
 use super::entry::OFFSET_MASK;
 use super::image::{Fault, Qcow2};
 use crate::base::range::ByteRange;
+use crate::block::serial::LockKind;
 
 impl Qcow2 {
     pub(super) async fn make_empty_image(&self) -> Result<(), Fault> {
         self.check_writable()?;
         self.mark_bitmaps().await?;
-        let _claim = self.claims.enter(ByteRange::ALL, true).await;
+        let _claim = self.claims.enter(ByteRange::ALL, LockKind::Exclusive).await;
         self.write_back().await?;
         let now = self.meta.borrow().l1.entries.clone();
         if now.iter().all(|entry| entry & OFFSET_MASK == 0) {

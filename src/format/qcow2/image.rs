@@ -13,10 +13,10 @@ use super::cache::{PAGE_BYTES_MAX, Page};
 use super::compress::Packing;
 use super::geometry::Geometry;
 use super::header::Header;
-use super::locks::Claims;
 use super::meta::{Damage, Meta};
 use crate::base::range::ByteRange;
 use crate::block::pin::Epochs;
+use crate::block::serial::Serial;
 use crate::block::{BlockError, Driver, NoMemory, Operation, Reserve, WriteFlags};
 
 /// Pages that are written at the same time.
@@ -141,7 +141,7 @@ pub struct Qcow2 {
     /// What others see as the length while the disk grows: the new part is not all zeroes yet.
     pub(super) len_before: Cell<Option<u64>>,
     pub(super) meta: RefCell<Meta>,
-    pub(super) claims: Claims,
+    pub(super) claims: Serial,
     pub(super) epochs: Rc<Epochs>,
     pub(super) table_memory: Reserve,
     /// There once the image was opened to be written.

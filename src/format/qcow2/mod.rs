@@ -10,7 +10,7 @@
 //! | `gate` | which other files an image may have opened |
 //! | `cache`, `meta` | tables in memory; what is not there is named, not loaded |
 //! | `plan` | what a request means in terms of places |
-//! | `image`, `locks` | the state of an open image; who may touch what |
+//! | `image` | the state of an open image |
 //! | `alloc` | the one place where clusters get and lose references |
 //! | `read`, `gather`, `write`, `zero`, `populate`, `compress` | requests, straight down |
 //! | `sync` | the order in which all of it reaches the disk |
@@ -35,7 +35,6 @@ pub mod header;
 mod holes;
 mod image;
 pub mod info;
-mod locks;
 mod map;
 mod meta;
 mod open;

@@ -13,11 +13,11 @@ use super::entry::get_be64;
 use super::gate::{OpenFiles, Role, Wanted};
 use super::header::{Header, HeaderError, autoclear, extension, first_cluster_bytes, incompatible};
 use super::image::{Counters, Fault, Qcow2, SyncState, Turn, read_bytes};
-use super::locks::Claims;
 use super::meta::{Meta, WholeTable};
 use super::{Backing, OpenOptions, WhichSnapshot};
 use crate::base::limits::{QCOW2_L2_CACHE_BYTES, QCOW2_REFCOUNT_CACHE_BYTES, RESERVE_BYTES};
 use crate::block::pin::Epochs;
+use crate::block::serial::Serial;
 use crate::block::{BlockError, Driver, Operation, Permissions, Reserve};
 
 /// Bytes that are read to learn how large the first cluster is.
@@ -181,7 +181,7 @@ impl Qcow2 {
             header: RefCell::new(header),
             head: RefCell::new(head),
             meta: RefCell::new(meta),
-            claims: Claims::new(ring),
+            claims: Serial::new(ring),
             epochs: Rc::new(Epochs::default()),
             table_memory,
             copy_memory,

@@ -10,6 +10,7 @@ use super::plan::Place;
 use super::zero::Change;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
+use crate::block::serial::LockKind;
 use crate::block::{Fill, Held, Holds};
 
 /// Largest buffer of zeroes.
@@ -44,7 +45,7 @@ impl Qcow2 {
             let end =
                 range.end().min(self.g.cluster_start(at).saturating_add(step.max(self.g.cluster_size())));
             let part = ByteRange::at_saturating(at, end - at);
-            let claim = self.claims.enter(self.clusters_of(part), true).await;
+            let claim = self.claims.enter(self.clusters_of(part), LockKind::Exclusive).await;
             self.populate_claimed(range, part, fill).await?;
             drop(claim);
             self.write_back_if_crowded().await?;

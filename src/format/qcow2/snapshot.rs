@@ -21,6 +21,7 @@ use super::info::SnapshotInfo;
 use super::meta::Freed;
 use crate::base::os_name;
 use crate::base::range::ByteRange;
+use crate::block::serial::LockKind;
 
 /// Largest table of snapshots (QEMU's limit).
 pub(super) const TABLE_BYTES_MAX: u64 = 64 << 20;
@@ -535,7 +536,7 @@ impl Qcow2 {
         if name.len() > usize::from(u16::MAX) {
             return Err(Fault::Refused(Errno::EINVAL, "The name of the snapshot is too long.".into()));
         }
-        let _claim = self.claims.enter(ByteRange::ALL, true).await;
+        let _claim = self.claims.enter(ByteRange::ALL, LockKind::Exclusive).await;
         self.write_back().await?;
         let (mut list, old_bytes) = self.read_snapshots().await?;
         let id = list.iter().filter_map(|s| s.id.parse::<u64>().ok()).max().unwrap_or(0).saturating_add(1);
@@ -607,7 +608,7 @@ impl Qcow2 {
     pub(super) async fn apply_snapshot(&self, name_or_id: &str) -> Result<(), Fault> {
         self.check_snapshots()?;
         self.mark_bitmaps().await?;
-        let _claim = self.claims.enter(ByteRange::ALL, true).await;
+        let _claim = self.claims.enter(ByteRange::ALL, LockKind::Exclusive).await;
         self.write_back().await?;
         let (list, _) = self.read_snapshots().await?;
         let snapshot = &list[Self::find(&list, name_or_id)?];
@@ -645,7 +646,7 @@ impl Qcow2 {
 
     pub(super) async fn delete_snapshot(&self, name_or_id: &str) -> Result<(), Fault> {
         self.check_snapshots()?;
-        let _claim = self.claims.enter(ByteRange::ALL, true).await;
+        let _claim = self.claims.enter(ByteRange::ALL, LockKind::Exclusive).await;
         self.write_back().await?;
         let (mut list, old_bytes) = self.read_snapshots().await?;
         let snapshot = list.remove(Self::find(&list, name_or_id)?);

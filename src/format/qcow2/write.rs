@@ -12,6 +12,7 @@ use super::meta::{Freed, Known, L2Table};
 use super::plan::WriteStep;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
+use crate::block::serial::LockKind;
 
 /// Largest piece that is put together from old and new bytes.
 const COPY_BYTES_MAX: u64 = 256 << 10;
@@ -34,13 +35,11 @@ impl Qcow2 {
             return Ok(());
         }
         let clusters = self.clusters_of(range);
-        {
-            let _claim = self.claims.enter(clusters, false).await;
-            if let Some(pieces) = self.all_in_place(range).await? {
-                return self.put_pieces(buf, pieces).await;
-            }
+        let claim = self.claims.enter(clusters, LockKind::Shared).await;
+        if let Some(pieces) = self.all_in_place(range).await? {
+            return self.put_pieces(buf, pieces).await;
         }
-        let claim = self.claims.enter(clusters, true).await;
+        let claim = claim.upgrade().await;
         if let Some(pieces) = self.all_in_place(range).await? {
             // Whoever came before has made the places: nobody need wait for this one.
             claim.share();

@@ -8,6 +8,7 @@ use super::image::{Fault, Qcow2};
 use super::meta::L2Table;
 use crate::base::range::ByteRange;
 use crate::block::ZeroFlags;
+use crate::block::serial::LockKind;
 
 /// Largest buffer of zeroes.
 const ZERO_BYTES: u64 = 64 << 10;
@@ -71,7 +72,7 @@ impl Qcow2 {
     }
 
     async fn reads_as_zero_now(&self, part: ByteRange) -> Result<bool, Fault> {
-        let _claim = self.claims.enter(self.clusters_of(part), false).await;
+        let _claim = self.claims.enter(self.clusters_of(part), LockKind::Shared).await;
         if self.is_data_raw() {
             return Ok(false);
         }
@@ -102,7 +103,7 @@ impl Qcow2 {
             }
             let part = ByteRange::at_saturating(at, end - at);
             let written_out = {
-                let _claim = self.claims.enter(self.clusters_of(part), true).await;
+                let _claim = self.claims.enter(self.clusters_of(part), LockKind::Exclusive).await;
                 let raw = self.load_entry(at).await?;
                 let old = self.decode(raw, start)?;
                 let change = self.zero_entry(old, part, self.nothing_below(start), flags.may_unmap);
@@ -241,7 +242,7 @@ impl Qcow2 {
             }
             {
                 let part = ByteRange::at_saturating(at, size);
-                let _claim = self.claims.enter(part, true).await;
+                let _claim = self.claims.enter(part, LockKind::Exclusive).await;
                 let raw = self.load_entry(at).await?;
                 let old = self.decode(raw, at)?;
                 let bare = self.below().is_none();

@@ -32,10 +32,10 @@ use super::Tracker;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
+use crate::block::serial::{LockId, LockKind};
 use crate::block::{BlockError, IoResult, ZeroFlags};
 use crate::graph::node::{Below, Mutation};
 use crate::graph::peer::Peer;
-use crate::graph::ranges::{LockId, LockKind};
 
 /// A lock on a range; dropping it lets others in.
 struct Locked<'a> {

@@ -2,7 +2,7 @@
 //! blocks and may not know every command.
 //!
 //! What the server does not take as it is, is brought into a form that it takes: long requests are cut, parts of blocks
-//! are read, changed and written back (in order with every other change that overlaps, [`Changes`]), durable writes
+//! are read, changed and written back (in order with every other change that overlaps, `rewrite`), durable writes
 //! become a write and a flush, zeroes become data. Only what was to be fast or not at all is refused. A discard that the
 //! server does not know is left out: not doing so is no error.
 //!
@@ -28,12 +28,12 @@ use super::unstable::Change as Sent;
 use crate::base::limits::{COPY_BYTES_REMOTE, DISK_LEN_MAX, NBD_STATUS_AHEAD_BYTES, RESERVE_BYTES};
 use crate::base::range::ByteRange;
 use crate::base::units::fmt_duration;
+use crate::block::serial::{Claim, Serial};
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, NoMemory, Operation, Permission,
     Permissions, Reserve, Word, WriteFlags, ZeroFlags,
 };
-use crate::protocol::align::{Change, Changes};
-use crate::protocol::rewrite::{Blocks, Source};
+use crate::protocol::rewrite::{Blocks, Source, kind_of_change};
 
 /// Bytes of one request that carries no data: a multiple of every block size, below 4 GiB.
 const RANGE_BYTES_MAX: u64 = 1 << 31;
@@ -50,7 +50,7 @@ pub struct NbdNode {
     request_max: u64,
     /// Nothing is written to it, whatever the server allows.
     read_only: Cell<bool>,
-    changes: Changes,
+    changes: Serial,
     /// Memory for parts of blocks, where blocks are larger than a byte.
     bounce: Reserve,
     /// The server refuses longer ranges than this to be zeroed or trimmed.
@@ -98,7 +98,7 @@ impl NbdNode {
             facts,
             request_max,
             read_only: Cell::new(read_only || facts.read_only),
-            changes: Changes::new(ring),
+            changes: Serial::new(ring),
             bounce,
             range_bytes_max: Cell::new(whole_blocks(request_max, facts.block_bytes).min(RANGE_BYTES_MAX)),
             zeroes_refused: Cell::new(false),
@@ -160,10 +160,10 @@ impl NbdNode {
         ByteRange::new(start, end).ok().filter(|range| !range.is_empty())
     }
 
-    async fn enter(&self, range: ByteRange, rewrite: bool) -> Option<Change<'_>> {
+    async fn enter(&self, range: ByteRange, rewrite: bool) -> Option<Claim<'_>> {
         match self.block() {
             1 => None,
-            _ => Some(self.changes.enter(self.around(range), rewrite).await),
+            _ => Some(self.changes.enter(self.around(range), kind_of_change(rewrite)).await),
         }
     }
 
