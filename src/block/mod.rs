@@ -20,6 +20,7 @@
 //! buffer can go to two places. The length of the buffer is the length of the request.
 
 pub mod error;
+pub mod extent;
 pub mod patience;
 pub mod permission;
 pub mod pin;
@@ -28,6 +29,7 @@ pub mod reserve;
 pub mod serial;
 
 pub use error::{BlockError, Operation};
+pub use extent::{Extent, Holds, Word};
 pub use permission::{Permission, Permissions};
 pub use pin::Pin;
 pub use reserve::{Loan, NoMemory, Reserve};
@@ -107,53 +109,6 @@ pub struct ZeroFlags {
     pub no_fallback: bool,
 }
 
-/// On whose word a range reads as zeroes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Word {
-    /// This program's own: tables of an image say so, or the end of a disk.
-    #[default]
-    Own,
-    /// A filesystem of this machine keeps a hole there.
-    Filesystem,
-    /// Another party's: a server, or a filesystem that lies on one. Whoever must be certain reads.
-    Claim,
-}
-
-/// What is known of a range.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
-    /// Bytes from the offset that was asked for; never 0, never more than was asked for.
-    pub len: u64,
-    /// Reads as zeroes for certain.
-    pub zero: bool,
-    /// Occupies space in this layer (for a layer with a backing file: hides what is below).
-    pub allocated: bool,
-    /// Who says that it is zero, if it is.
-    pub word: Word,
-}
-
-impl Extent {
-    /// Data, as far as is known.
-    pub fn data(len: u64) -> Extent {
-        Extent { len, zero: false, allocated: true, word: Word::Own }
-    }
-
-    /// A hole that reads as zeroes.
-    pub fn hole(len: u64) -> Extent {
-        Extent { len, zero: true, allocated: false, word: Word::Own }
-    }
-
-    /// Whether it reads as zeroes, and not only because another party says so: nothing needs to be zeroed there.
-    pub fn is_surely_zero(&self) -> bool {
-        self.zero && self.word != Word::Claim
-    }
-
-    /// The same on somebody else's word.
-    pub fn on(self, word: Word) -> Extent {
-        Extent { word, ..self }
-    }
-}
-
 /// Where a read leads without any I/O of metadata: the fast lane.
 #[derive(Debug)]
 pub enum Resolved {
@@ -195,26 +150,6 @@ pub fn cannot_copy_range(errno: Errno) -> bool {
         )
 }
 
-/// What a layer holds itself, whatever lies below it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Held {
-    /// Bytes from the offset that was asked for; never 0, never more than was asked for.
-    pub len: u64,
-    /// What it holds of them.
-    pub what: Holds,
-}
-
-/// What a layer says of a range itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holds {
-    /// It holds data.
-    Data,
-    /// It says that there are zeroes.
-    Zero,
-    /// Nothing: what lies below shows.
-    Nothing,
-}
-
 /// Bytes for [`Layer::populate`].
 #[derive(Clone, Debug)]
 pub enum Fill {
@@ -247,8 +182,8 @@ pub trait Layer {
     /// The backing file as the image itself records it, and its format.
     fn recorded_backing(&self) -> Option<(String, Option<String>)>;
 
-    /// What this layer holds itself from `offset` on, for at most `len` bytes (above 0).
-    fn holds(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Held, BlockError>>;
+    /// What this layer holds itself from `offset` on, for at most `len` bytes (above 0): [`Extent::holds`].
+    fn holds(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>>;
 
     /// Holds bytes itself from now on where it held nothing; what it holds already stays as it is. They are those that
     /// a read has given since the layers below last changed: nobody who reads notices. Others may write meanwhile.

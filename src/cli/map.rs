@@ -10,7 +10,7 @@ use super::image::{GateArgs, ServerArgs, parse_format, size};
 use super::print::{self, product};
 use super::tool::{OutputArgs, read_options};
 use super::{Global, config};
-use crate::block::{BlockError, Driver};
+use crate::block::{BlockError, Driver, Extent};
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format};
 use crate::format::qcow2::MapExtent;
@@ -51,27 +51,30 @@ struct Line {
 impl Line {
     /// Whether `next`, which begins where this one ends, is more of the same.
     fn goes_on_with(&self, next: &MapExtent) -> bool {
-        let e = &self.extent;
-        let offset = match (e.offset, next.offset) {
-            (Some(offset), Some(next)) => offset + e.len == next,
+        let this = &self.extent;
+        let offset = match (this.offset, next.offset) {
+            (Some(offset), Some(next)) => offset + this.extent.len == next,
             (None, None) => true,
             _ => false,
         };
-        offset
-            && (e.depth, e.present, e.zero, e.data, e.compressed)
-                == (next.depth, next.present, next.zero, next.data, next.compressed)
-            && e.file == next.file
+        let kind =
+            |e: &MapExtent| (e.extent.depth, e.present, e.extent.zero, e.extent.allocated, e.compressed);
+        offset && kind(this) == kind(next) && this.file == next.file
+    }
+
+    fn is_data(&self) -> bool {
+        self.extent.extent.allocated && !self.extent.extent.zero
     }
 
     fn to_json(&self) -> Value {
         let e = &self.extent;
         let mut value = json!({
             "start": self.start,
-            "length": e.len,
-            "depth": e.depth,
+            "length": e.extent.len,
+            "depth": e.extent.depth,
             "present": e.present,
-            "zero": e.zero,
-            "data": e.data,
+            "zero": e.extent.zero,
+            "data": e.extent.allocated,
             "compressed": e.compressed,
         });
         if let (Some(offset), Some(object)) = (e.offset, value.as_object_mut()) {
@@ -100,7 +103,7 @@ pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
         return Ok(Exit::Done);
     }
     product!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
-    for Line { start, extent } in lines.iter().filter(|line| line.extent.data && !line.extent.zero) {
+    for Line { start, extent } in lines.iter().filter(|line| line.is_data()) {
         let (Some(offset), Some(file)) = (extent.offset, &extent.file) else {
             return Err(Failure::text(
                 "The image has clusters that are compressed or stored elsewhere, which have no place of their own in \
@@ -108,7 +111,7 @@ pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
             ));
         };
         let hex = |n: u64| if n == 0 { "0".to_owned() } else { format!("{n:#x}") };
-        product!("{:<16}{:<16}{:<16}{file}", hex(*start), hex(extent.len), hex(offset));
+        product!("{:<16}{:<16}{:<16}{file}", hex(*start), hex(extent.extent.len), hex(offset));
     }
     Ok(Exit::Done)
 }
@@ -129,21 +132,22 @@ async fn map(
             None => {
                 let extent = driver.block_status(at, end - at).await?;
                 MapExtent {
-                    len: extent.len,
-                    depth: 0,
+                    // Bytes that nobody says are zero are stored somewhere.
+                    extent: Extent { allocated: !extent.zero, depth: 0, ..extent },
                     present: true,
-                    zero: extent.zero,
-                    data: !extent.zero,
                     compressed: false,
                     offset: Some(at),
                     file: Some(name.to_owned()),
                 }
             }
         };
-        let len = extent.len.clamp(1, end - at);
+        let len = extent.extent.len.clamp(1, end - at);
         match lines.last_mut() {
-            Some(last) if last.goes_on_with(&extent) => last.extent.len += len,
-            _ => lines.push(Line { start: at, extent: MapExtent { len, ..extent } }),
+            Some(last) if last.goes_on_with(&extent) => last.extent.extent.len += len,
+            _ => {
+                let extent = MapExtent { extent: Extent { len, ..extent.extent }, ..extent };
+                lines.push(Line { start: at, extent });
+            }
         }
         at += len;
     }
@@ -151,10 +155,12 @@ async fn map(
 }
 
 /// What reads as zeroes because the backing file ends before it is not present, as QEMU sees it.
-async fn present(driver: &Rc<dyn Driver>, at: u64, extent: MapExtent) -> Result<MapExtent, BlockError> {
-    if extent.depth > 0 || extent.data || !extent.zero || !extent.present {
-        return Ok(extent);
+async fn present(driver: &Rc<dyn Driver>, at: u64, found: MapExtent) -> Result<MapExtent, BlockError> {
+    let extent = found.extent;
+    if extent.depth > 0 || extent.allocated || !extent.zero || !found.present {
+        return Ok(found);
     }
     let status = driver.block_status(at, extent.len).await?;
-    Ok(MapExtent { present: status.allocated, len: extent.len.min(status.len), ..extent })
+    let extent = Extent { len: extent.len.min(status.len), ..extent };
+    Ok(MapExtent { extent, present: status.allocated, ..found })
 }

@@ -18,7 +18,8 @@ use super::qcow2::qcow2;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::base::zero::is_zero;
-use crate::block::{BlockError, Driver, Fill, Holds, IoResult, Layer, Operation, ZeroFlags};
+use crate::block::extent::status_of;
+use crate::block::{BlockError, Driver, Extent, Fill, Holds, IoResult, Layer, Operation, ZeroFlags};
 
 /// Bytes looked at in one step.
 const STEP_BYTES: u64 = BLOCK_MAX as u64;
@@ -56,12 +57,12 @@ impl Rebase {
         let held = self.layer()?.holds(at, len - at).await?;
         let end = at + held.len.clamp(1, len - at);
         // What the image holds itself hides every backing file.
-        if held.what != Holds::Nothing {
+        if held.holds() != Holds::Nothing {
             return Ok((end, 0));
         }
         let (old, new) = (status(&self.old, at, end - at).await?, status(&self.new, at, end - at).await?);
-        if old.1 && new.1 {
-            return Ok((at + old.0.min(new.0), 0));
+        if old.zero && new.zero {
+            return Ok((at + old.len.min(new.len).max(1), 0));
         }
         let end = end.min(at + STEP_BYTES - at % STEP_BYTES);
         let range = ByteRange::at_saturating(at, end - at);
@@ -126,12 +127,9 @@ impl Rebase {
 }
 
 /// Bytes from `at` on of which the second answer is true: they are zero for certain.
-async fn status(disk: &Option<Rc<dyn Driver>>, at: u64, len: u64) -> Result<(u64, bool), BlockError> {
-    match disk.as_ref().map(|disk| (disk, disk.len().saturating_sub(at))) {
-        Some((disk, rest)) if rest > 0 => {
-            let extent = disk.block_status(at, len.min(rest)).await?;
-            Ok((extent.len.max(1), extent.zero))
-        }
-        _ => Ok((len, true)),
+async fn status(disk: &Option<Rc<dyn Driver>>, at: u64, len: u64) -> Result<Extent, BlockError> {
+    match disk {
+        Some(disk) => status_of(&**disk, at, len).await,
+        None => Ok(Extent::hole(len)),
     }
 }

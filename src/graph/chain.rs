@@ -9,35 +9,32 @@ use std::rc::Rc;
 use super::node::Node;
 use crate::base::os_name;
 use crate::base::planted::{Bug, is_planted};
-use crate::block::{BlockError, Held, Holds};
+use crate::block::{BlockError, Extent, Holds};
 
 /// What the `layers` (from above) hold together from `offset` on, for at most `len` bytes (above 0): the uppermost that
 /// holds something decides. Bytes beyond the end of the first of them count as zeroes, too.
-pub async fn held_by(layers: &[Rc<Node>], offset: u64, len: u64) -> Result<Held, BlockError> {
+pub async fn held_by(layers: &[Rc<Node>], offset: u64, len: u64) -> Result<Extent, BlockError> {
     let mut len = len;
-    for node in layers {
+    for (depth, node) in (0..).zip(layers) {
         let driver = node.driver();
         if offset >= driver.len() {
             if is_planted(Bug::ShortLayerShows) {
                 continue;
             }
-            return Ok(Held { len, what: Holds::Zero });
+            return Ok(Extent { depth, ..Extent::zero(len) });
         }
         len = len.min(driver.len() - offset);
         let held = match driver.as_layer() {
             Some(layer) => layer.holds(offset, len).await?,
             // It has no backing file: it holds everything.
-            None => {
-                let extent = driver.block_status(offset, len).await?;
-                Held { len: extent.len, what: if extent.zero { Holds::Zero } else { Holds::Data } }
-            }
+            None => Extent { allocated: true, ..driver.block_status(offset, len).await? },
         };
         len = held.len.clamp(1, len);
-        if held.what != Holds::Nothing {
-            return Ok(Held { len, what: held.what });
+        if held.holds() != Holds::Nothing {
+            return Ok(Extent { len, depth, ..held });
         }
     }
-    Ok(Held { len, what: Holds::Nothing })
+    Ok(Extent::nothing(len))
 }
 
 /// The layer of the chain below `front` that is called so: by the name of its node, or the name or path of its file.

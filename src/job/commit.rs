@@ -246,7 +246,7 @@ impl Direction for Down {
     fn what(&self, offset: u64, len: u64) -> IoFuture<'_, Result<(u64, What), BlockError>> {
         self.ring.boxed(async move {
             let held = held_by(&self.layers, offset, len).await?;
-            let what = match held.what {
+            let what = match held.holds() {
                 Holds::Data => What::Data,
                 Holds::Zero => What::Zero,
                 Holds::Nothing => What::Skip,

@@ -18,6 +18,7 @@ use super::grounds::{Grounds, Way, way};
 use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::base::zero::is_zero;
+use crate::block::extent::status_of;
 use crate::block::{BlockError, Driver, Extent};
 
 /// Compares two disks.
@@ -225,12 +226,7 @@ impl Comparer {
     }
 
     async fn status(&self, which: usize, at: u64, len: u64) -> Result<Extent, BlockError> {
-        let disk = &self.disks[which];
-        match disk.len().checked_sub(at).filter(|rest| *rest > 0) {
-            Some(rest) => disk.block_status(at, len.min(rest)).await,
-            // Beyond its end a disk is zero.
-            None => Ok(Extent::hole(len)),
-        }
+        status_of(&*self.disks[which], at, len).await
     }
 
     /// The first offset at which the disks differ within a piece.

@@ -146,11 +146,11 @@ impl Up {
 
     async fn look(&self, offset: u64, len: u64) -> Result<(u64, What), BlockError> {
         let own = self.layer()?.holds(offset, len).await?;
-        if own.what != Holds::Nothing {
+        if own.holds() != Holds::Nothing {
             return Ok((own.len, What::Skip));
         }
         let held = held_by(&self.mids, offset, own.len.clamp(1, len)).await?;
-        let what = match held.what {
+        let what = match held.holds() {
             Holds::Data => What::Data,
             // Without a backing file what is not held reads as zeroes.
             Holds::Zero if !self.whole => What::Zero,

@@ -176,7 +176,7 @@ async fn look_around(ring: &Ring, image: &Qcow2, rng: &mut Rng, way: &mut Way) {
         let (_, result) = image.read(at, ring.alloc(n).await).await;
         way.ended(result);
         for extent in [
-            image.map(at, n as u64).await.map(|e| e.len),
+            image.map(at, n as u64).await.map(|e| e.extent.len),
             image.block_status(at, n as u64).await.map(|e| e.len),
         ] {
             if let Some(len) = way.ended(extent) {

@@ -262,14 +262,14 @@ fn what_a_guest_reads_is_filled_first() {
         for cluster in (0..LEN / 2 / 65_536).rev() {
             let at = cluster * 65_536;
             let held = layer.holds(at, 65_536).await.unwrap();
-            if held.what != Holds::Nothing
+            if held.holds() != Holds::Nothing
                 || node.chain()[0].driver().block_status(at, 4096).await.unwrap().zero
             {
                 continue;
             }
             let (_, result) = root.read(at + 512, ring.alloc(512).await).await;
             result.unwrap();
-            while layer.holds(at, 65_536).await.unwrap().what == Holds::Nothing {
+            while layer.holds(at, 65_536).await.unwrap().holds() == Holds::Nothing {
                 ring.sleep(100_000).await;
             }
             filled += 1;
@@ -298,7 +298,7 @@ async fn is_filled(
 ) -> bool {
     let held = async |layer: usize, at| {
         let layer = layers[layer].driver().as_layer().expect("a layer");
-        layer.holds(at, 65_536).await.expect("what it holds").what
+        layer.holds(at, 65_536).await.expect("what it holds").holds()
     };
     for at in clusters {
         if held(0, at).await != Holds::Nothing || held(1, at).await != Holds::Data {

@@ -3,9 +3,7 @@
 
 use crate::base::limits;
 use crate::block::Extent;
-use crate::protocol::nbd::{
-    AllocationFlags, HeaderStyle, ProtocolError, RequestHeader, StatusExtent, parse_request,
-};
+use crate::protocol::nbd::{HeaderStyle, ProtocolError, RequestHeader, StatusExtent, parse_request};
 
 /// The longest request header.
 const HEADER_BYTES_MAX: usize = 32;
@@ -128,12 +126,12 @@ impl Extents {
 
     /// Adds what follows; false when there was no room for it, and the list is complete.
     pub(super) fn add(&mut self, extent: Extent) -> bool {
-        let flags = allocation_flags(extent);
+        let told = StatusExtent::of(extent);
         let is_full = self.list.len() == self.list_max;
         match self.list.last_mut() {
-            Some(last) if last.flags == flags => last.length += extent.len,
+            Some(last) if last.flags == told.flags => last.length += told.length,
             _ if is_full => return false,
-            _ => self.list.push(StatusExtent { length: extent.len, flags }),
+            _ => self.list.push(told),
         }
         self.covered += extent.len;
         true
@@ -152,18 +150,6 @@ impl Extents {
     pub(super) fn into_spare(self) -> Vec<StatusExtent> {
         self.list
     }
-}
-
-/// A hole is told only where it reads as zeroes: clients skip holes, and a range that this layer does not hold may
-/// still read as data of a layer below.
-fn allocation_flags(extent: Extent) -> u64 {
-    let zero = AllocationFlags::ZERO;
-    let flags = match (extent.zero, extent.allocated) {
-        (false, _) => AllocationFlags::EMPTY,
-        (true, true) => zero,
-        (true, false) => zero.with(AllocationFlags::HOLE),
-    };
-    flags.0.into()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use super::header::autoclear;
 use super::image::{Fault, Qcow2};
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, Fill, Held, IoFuture, IoResult, Layer, Limits, Operation,
+    BlockError, Capabilities, Driver, Extent, Fill, IoFuture, IoResult, Layer, Limits, Operation,
     Permissions, Resolved, WriteFlags, ZeroFlags,
 };
 
@@ -230,7 +230,7 @@ impl Layer for Qcow2 {
         Some((name, header.text(super::header::extension::BACKING_FORMAT)))
     }
 
-    fn holds(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Held, BlockError>> {
+    fn holds(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
         self.ring.boxed(async move {
             match self.held(offset, len).await {
                 Ok(held) => Ok(held),

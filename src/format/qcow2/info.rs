@@ -1,6 +1,7 @@
 //! What can be told of an image: for `info`, `map`, `snapshot -l` and `check`.
 
 use super::options::{Compat, CompressionType};
+use crate::block::Extent;
 
 /// Facts about an open image. Names and meanings are those of `qemu-img info --output=json`
 /// (`format-specific` and around it).
@@ -78,19 +79,13 @@ pub struct BitmapInfo {
     pub auto: bool,
 }
 
-/// One extent of a chain, for `map`.
+/// One extent of a chain, for `map`: what is known of it, and where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MapExtent {
-    /// Bytes.
-    pub len: u64,
-    /// The layer that decides: 0 is this image, 1 its backing file, and so on.
-    pub depth: u32,
+    /// `length`, `depth`, `zero`, and as `allocated` what is called `data`: the layer that decides stores bytes of it.
+    pub extent: Extent,
     /// `present`: some layer of the chain has it (as data or as zeroes).
     pub present: bool,
-    /// `zero`: reads as zeroes.
-    pub zero: bool,
-    /// `data`: bytes of it are stored.
-    pub data: bool,
     /// `compressed`.
     pub compressed: bool,
     /// `offset`: where in the file of that layer, if it is stored as it is.

@@ -7,7 +7,7 @@ use super::info::{Info, MapExtent};
 use super::options::Compat;
 use super::plan::Place;
 use crate::base::limits::BACKING_CHAIN_MAX;
-use crate::block::{Driver, IoFuture};
+use crate::block::{Driver, Extent, IoFuture};
 
 impl Qcow2 {
     pub(super) async fn info_now(&self) -> Result<Info, Fault> {
@@ -47,41 +47,29 @@ impl Qcow2 {
             let _pin = self.epochs.enter();
             let piece = self.piece(offset, offset + len).await?;
             let file = |at: Option<u64>| at.map(|_| self.data().name().to_owned());
-            let own = |zero, data, compressed, at: Option<u64>| MapExtent {
-                len: piece.len,
-                depth,
+            let own = |extent, compressed, at: Option<u64>| MapExtent {
+                extent: Extent { depth, ..extent },
                 present: true,
-                zero,
-                data,
                 compressed,
                 offset: at,
                 file: file(at),
             };
-            let nothing = |len| MapExtent {
-                len,
-                depth,
-                present: false,
-                zero: true,
-                data: false,
-                compressed: false,
-                offset: None,
-                file: None,
-            };
+            let hole = own(Extent::hole(piece.len), false, None);
             Ok(match piece.place {
                 Place::Data(host) => {
                     let found = self.data_status(host, piece.len).await?;
-                    MapExtent { len: found.len, ..own(found.zero, true, false, Some(host)) }
+                    own(found, false, Some(host))
                 }
-                Place::Zero { host } => own(true, false, false, host),
-                Place::Compressed { .. } => own(false, true, true, None),
+                Place::Zero { host } => own(Extent::hole(piece.len), false, host),
+                Place::Compressed { .. } => own(Extent::data(piece.len), true, None),
                 Place::Below => match self.below() {
                     Some(below) if offset < below.len() => {
                         let len = piece.len.min(below.len() - offset);
                         map_below(&*below, offset, len, depth + 1).await?
                     }
                     // The layer below ends before this; it reads as zeroes by this one's length.
-                    Some(_) => MapExtent { present: true, ..nothing(piece.len) },
-                    None => nothing(piece.len),
+                    Some(_) => hole,
+                    None => MapExtent { present: false, ..hole },
                 },
             })
         })
@@ -97,11 +85,8 @@ async fn map_below(below: &dyn Driver, offset: u64, len: u64, depth: u32) -> Res
     }
     let extent = below.block_status(offset, len).await?;
     Ok(MapExtent {
-        len: extent.len,
-        depth,
+        extent: Extent { depth, ..extent },
         present: true,
-        zero: extent.zero,
-        data: extent.allocated,
         compressed: false,
         offset: Some(offset),
         file: Some(below.name().to_owned()),

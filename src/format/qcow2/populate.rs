@@ -11,7 +11,7 @@ use super::zero::Change;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::block::serial::LockKind;
-use crate::block::{Fill, Held, Holds};
+use crate::block::{Extent, Fill};
 
 /// Largest buffer of zeroes.
 const ZERO_BYTES: u64 = 64 << 10;
@@ -20,14 +20,13 @@ const CLUSTERS_AT_ONCE: u64 = 64;
 
 impl Qcow2 {
     /// See [`crate::block::Layer::holds`].
-    pub(super) async fn held(&self, offset: u64, len: u64) -> Result<Held, Fault> {
+    pub(super) async fn held(&self, offset: u64, len: u64) -> Result<Extent, Fault> {
         let piece = self.piece(offset, offset + len).await?;
-        let what = match piece.place {
-            Place::Data(_) | Place::Compressed { .. } => Holds::Data,
-            Place::Zero { .. } => Holds::Zero,
-            Place::Below => Holds::Nothing,
-        };
-        Ok(Held { len: piece.len, what })
+        Ok(match piece.place {
+            Place::Data(_) | Place::Compressed { .. } => Extent::data(piece.len),
+            Place::Zero { .. } => Extent::zero(piece.len),
+            Place::Below => Extent::nothing(piece.len),
+        })
     }
 
     /// See [`crate::block::Layer::populate`]. The range lies within the disk.

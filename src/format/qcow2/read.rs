@@ -5,7 +5,7 @@ use blockferry_ring::Buf;
 use super::image::{Fault, Qcow2};
 use super::meta::Known;
 use super::plan::{Frame, Piece, Place};
-use crate::block::{Extent, Resolved, Word};
+use crate::block::{Extent, Resolved};
 
 impl Qcow2 {
     pub(super) fn frame(&self) -> Frame {
@@ -109,17 +109,16 @@ impl Qcow2 {
     pub(super) async fn status(&self, offset: u64, len: u64) -> Result<Extent, Fault> {
         let _pin = self.epochs.enter();
         let piece = self.piece(offset, offset + len).await?;
-        let extent = |zero, allocated| Ok(Extent { len: piece.len, zero, allocated, word: Word::Own });
         match piece.place {
             Place::Data(host) => self.data_status(host, piece.len).await,
-            Place::Compressed { .. } => extent(false, true),
-            Place::Zero { .. } => extent(true, true),
+            Place::Compressed { .. } => Ok(Extent::data(piece.len)),
+            Place::Zero { .. } => Ok(Extent::zero(piece.len)),
             Place::Below => match self.below() {
                 Some(below) if offset < below.len() => {
                     let found = below.block_status(offset, piece.len.min(below.len() - offset)).await?;
-                    Ok(Extent { allocated: false, ..found })
+                    Ok(found.seen_from_above())
                 }
-                _ => extent(true, false),
+                _ => Ok(Extent::hole(piece.len)),
             },
         }
     }

@@ -274,7 +274,7 @@ impl Parts {
 
     async fn status(&self, range: ByteRange) -> Outcome {
         let status = self.from().block_status(range.start(), range.len()).await;
-        Outcome::Status(range, status.map(|extent| (extent.len, extent.zero)).map_err(Failed::read))
+        Outcome::Status(range, status.map_err(Failed::read))
     }
 
     /// Makes dirty what the layers hold, data and zeroes. What guests change meanwhile is dirty by their own doing.
@@ -284,7 +284,7 @@ impl Parts {
         while at < len && !self.over.get() {
             let held = held_by(&self.layers, at, len - at).await?;
             let range = ByteRange::at_saturating(at, held.len.clamp(1, len - at));
-            if held.what != Holds::Nothing {
+            if held.holds() != Holds::Nothing {
                 self.tracker.set(range);
             }
             at = range.end();

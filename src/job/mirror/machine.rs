@@ -39,6 +39,7 @@ pub use super::stage::Stage;
 use crate::base::limits;
 use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
+use crate::block::Extent;
 use crate::graph::tracker::{GuestTally, Tracker};
 use crate::job::body::{Body, Context, Details, Event, Report};
 use crate::job::copytime::CopyTime;
@@ -99,7 +100,7 @@ pub enum Outcome {
     /// What the layers hold is dirty.
     Scanned(Result<(), Failed>),
     /// From the start of the range on, so many bytes are a hole or not.
-    Status(ByteRange, Result<(u64, bool), Failed>),
+    Status(ByteRange, Result<Extent, Failed>),
     /// A piece ended: what was done, the offset from which on it was not done, and why if it failed.
     /// (Not done without a failure: what was thought to be a hole is none any more.)
     Piece(ByteRange, Copied, Option<(u64, Option<Failed>)>),
@@ -268,9 +269,9 @@ impl Mirror {
             Outcome::Status(range, result) => {
                 self.asking = false;
                 match result {
-                    Ok((len, hole)) => {
+                    Ok(Extent { len, zero, .. }) => {
                         let range = ByteRange::at_saturating(range.start(), len.max(1));
-                        self.hint = Some(Hint { range, hole });
+                        self.hint = Some(Hint { range, hole: zero });
                     }
                     Err(failed) => self.error(cx, failed),
                 }

@@ -104,7 +104,7 @@ impl Bench {
             let more = match op {
                 Op::Mark => self.done(Outcome::Marked(Ok(()))),
                 Op::Scan => self.done(Outcome::Scanned(Ok(()))),
-                Op::Status(range) => self.done(Outcome::Status(range, Ok((range.len(), false)))),
+                Op::Status(range) => self.done(Outcome::Status(range, Ok(Extent::data(range.len())))),
                 Op::Copy(range) | Op::Zero(range) => {
                     self.done(Outcome::Piece(range, Copied::default(), None))
                 }
@@ -263,7 +263,7 @@ fn a_failed_piece_is_dirty_again_and_report_waits_for_what_is_in_flight() {
     bench.step(Event::Start);
     let ops = bench.done(Outcome::Marked(Ok(())));
     let [Op::Status(range)] = ops[..] else { panic!("{ops:?}") };
-    let copies = bench.done(Outcome::Status(range, Ok((range.len(), false))));
+    let copies = bench.done(Outcome::Status(range, Ok(Extent::data(range.len()))));
     assert_eq!(copies.len(), 4);
     let piece = |op: &Op| match op {
         Op::Copy(range) => *range,
@@ -287,7 +287,7 @@ fn force_cancel_does_not_wait() {
     bench.step(Event::Start);
     let ops = bench.done(Outcome::Marked(Ok(())));
     let [Op::Status(range)] = ops[..] else { panic!("{ops:?}") };
-    assert!(!bench.done(Outcome::Status(range, Ok((range.len(), false)))).is_empty());
+    assert!(!bench.done(Outcome::Status(range, Ok(Extent::data(range.len())))).is_empty());
     bench.orders.force_cancel = true;
     bench.step(Event::Wake);
     assert!(matches!(&bench.report, Some(Report::Returned(Err(_)))));
@@ -299,7 +299,7 @@ fn holes_go_in_one_piece_until_guests_write() {
     bench.step(Event::Start);
     let ops = bench.done(Outcome::Marked(Ok(())));
     let [Op::Status(range)] = ops[..] else { panic!("{ops:?}") };
-    let ops = bench.done(Outcome::Status(range, Ok((range.len(), true))));
+    let ops = bench.done(Outcome::Status(range, Ok(Extent::hole(range.len()))));
     assert_eq!(ops, [Op::Zero(ByteRange::at_saturating(0, 64 * MIB))]);
     // It turned out to hold data from 1 MiB on: that is dirty again, and asked about anew.
     let Op::Zero(piece) = ops[0] else { unreachable!() };
@@ -315,7 +315,7 @@ fn the_speed_limit_holds_back_and_names_its_time() {
     bench.step(Event::Start);
     let ops = bench.done(Outcome::Marked(Ok(())));
     let [Op::Status(range)] = ops[..] else { panic!("{ops:?}") };
-    let ops = bench.done(Outcome::Status(range, Ok((range.len(), false))));
+    let ops = bench.done(Outcome::Status(range, Ok(Extent::data(range.len()))));
     assert_eq!(ops.len(), 1, "one request may overshoot, a second may not start");
     assert!(bench.wake_at.is_some());
 }

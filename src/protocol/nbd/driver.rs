@@ -10,11 +10,12 @@ use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
 
 use super::client_error::{NbdClientError, NotSentReason};
 use super::connection::Connection;
-use super::constants::{AllocationFlags, CommandFlags, TransmissionFlags};
+use super::constants::{CommandFlags, TransmissionFlags};
+use super::transmission::StatusExtent;
 use crate::base::limits::COPY_BYTES_REMOTE;
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permission, Permissions,
-    Word, WriteFlags, ZeroFlags,
+    WriteFlags, ZeroFlags,
 };
 
 /// Bytes of one request that carries no data: a multiple of every block size, below 4 GiB.
@@ -180,15 +181,10 @@ impl Driver for NbdDriver {
                 extents => extents.map_err(|error| self.error(Operation::BlockStatus, place, &error))?,
             };
             let Some(first) = extents.first() else { return Ok(Extent::data(len)) };
-            let has = |flag: AllocationFlags| first.flags & u64::from(flag.0) != 0;
             // Neighbours with the same flags are one extent to who asks.
             let same = extents.iter().take_while(|extent| extent.flags == first.flags);
-            Ok(Extent {
-                len: same.map(|extent| extent.length).sum(),
-                zero: has(AllocationFlags::ZERO),
-                allocated: !has(AllocationFlags::HOLE),
-                word: Word::Claim,
-            })
+            let length = same.map(|extent| extent.length).sum();
+            Ok(StatusExtent { length, ..*first }.extent())
         })
     }
 

@@ -20,7 +20,7 @@ use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
 
 use super::client_error::{LostReason, NbdClientError, NotSentReason};
 use super::connection::Connection;
-use super::constants::{AllocationFlags, Command, CommandFlags, TransmissionFlags};
+use super::constants::{Command, CommandFlags, TransmissionFlags};
 use super::known::Known;
 use super::remote::{Facts, Remote, RemoteOptions, flush};
 use super::transmission::StatusExtent;
@@ -31,7 +31,7 @@ use crate::base::units::fmt_duration;
 use crate::block::serial::{Claim, Serial};
 use crate::block::{
     BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, NoMemory, Operation, Permission,
-    Permissions, Reserve, Word, WriteFlags, ZeroFlags,
+    Permissions, Reserve, WriteFlags, ZeroFlags,
 };
 use crate::protocol::rewrite::{Blocks, Source, kind_of_change};
 
@@ -429,7 +429,7 @@ impl NbdNode {
             known = get();
         }
         if let Some(known) = known {
-            return Ok(extent(known.flags, known.length));
+            return Ok(known.extent());
         }
         let outer = self.around(range);
         // Who asks of a little asks of the rest soon, and many servers tell of no more than they are asked.
@@ -461,7 +461,7 @@ impl NbdNode {
         let from = range.start() - outer.start();
         // A block that begins before the range may be told of alone: what is asked for has to move.
         match first.length.checked_sub(from).filter(|len| *len > 0) {
-            Some(len) => Ok(extent(first.flags, len.min(range.len()))),
+            Some(len) => Ok(StatusExtent { length: len.min(range.len()), ..first }.extent()),
             None => Ok(Extent::data((self.block() - from % self.block()).min(range.len()))),
         }
     }
@@ -490,12 +490,6 @@ fn joined(left: Buf, right: Buf) -> Buf {
         Ok(buf) => buf,
         Err(_) => unreachable!("the parts of one buffer join again"),
     }
-}
-
-fn extent(flags: u64, len: u64) -> Extent {
-    let has = |flag: AllocationFlags| flags & u64::from(flag.0) != 0;
-    let (zero, allocated) = (has(AllocationFlags::ZERO), !has(AllocationFlags::HOLE));
-    Extent { len, zero, allocated, word: Word::Claim }
 }
 
 /// Whether the server does not do this at all.

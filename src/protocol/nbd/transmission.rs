@@ -9,13 +9,14 @@
 //! to reply with; the payload, if there is one, has to be read past first (`payload_bytes`).
 
 use super::constants::{
-    ChunkCode, ChunkFlags, Command, CommandFlags, EXTENDED_REPLY_MAGIC, EXTENDED_REQUEST_MAGIC, HeaderStyle,
-    REQUEST_MAGIC, REQUEST_PAYLOAD_BYTES_MAX, SIMPLE_REPLY_MAGIC, STATUS_EXTENTS_MAX, STRING_BYTES_MAX,
-    STRUCTURED_REPLY_MAGIC, TransmissionFlags,
+    AllocationFlags, ChunkCode, ChunkFlags, Command, CommandFlags, EXTENDED_REPLY_MAGIC,
+    EXTENDED_REQUEST_MAGIC, HeaderStyle, REQUEST_MAGIC, REQUEST_PAYLOAD_BYTES_MAX, SIMPLE_REPLY_MAGIC,
+    STATUS_EXTENTS_MAX, STRING_BYTES_MAX, STRUCTURED_REPLY_MAGIC, TransmissionFlags,
 };
 use super::cursor::{Head, Reader, clip};
 use super::errno::NbdErrno;
 use super::error::ProtocolError;
+use crate::block::{Extent, Word};
 
 /// The front of every request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,6 +189,27 @@ pub struct StatusExtent {
     pub flags: u64,
 }
 
+impl StatusExtent {
+    /// What `base:allocation` is to say of a range. A hole is told only where it reads as zeroes: clients skip holes, and a
+    /// range that this layer does not hold may still read as data of a layer below.
+    pub fn of(extent: Extent) -> StatusExtent {
+        let zero = AllocationFlags::ZERO;
+        let flags = match (extent.zero, extent.allocated) {
+            (false, _) => AllocationFlags::EMPTY,
+            (true, true) => zero,
+            (true, false) => zero.with(AllocationFlags::HOLE),
+        };
+        StatusExtent { length: extent.len, flags: flags.0.into() }
+    }
+
+    /// What `base:allocation` says of a range, on the server's word.
+    pub fn extent(&self) -> Extent {
+        let has = |flag: AllocationFlags| self.flags & u64::from(flag.0) != 0;
+        let (zero, allocated) = (has(AllocationFlags::ZERO), !has(AllocationFlags::HOLE));
+        Extent { zero, allocated, ..Extent::data(self.length) }.on(Word::Claim)
+    }
+}
+
 /// Makes the replies to one request in the negotiated style.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplyTo {
@@ -332,6 +354,18 @@ mod tests {
 
     fn request(command: Command, flags: CommandFlags, offset: u64, length: u64) -> RequestHeader {
         RequestHeader { flags, command, cookie: 0x0102_0304_0506_0708, offset, length }
+    }
+
+    #[test]
+    fn a_client_believes_no_more_of_an_extent_than_a_server_knows() {
+        let told = [Extent::data(8), Extent::zero(8), Extent::hole(8), Extent::nothing(8)];
+        let heard = told.map(|extent| StatusExtent::of(extent).extent());
+        // What the layer does not hold may be data of a layer below.
+        let wanted = [Extent::data(8), Extent::zero(8), Extent::hole(8), Extent::data(8)];
+        assert_eq!(heard, wanted.map(|extent| extent.on(Word::Claim)));
+        // A server may tell of holes that do not read as zeroes.
+        let hole = StatusExtent { length: 8, flags: AllocationFlags::HOLE.0.into() };
+        assert_eq!(hole.extent(), Extent::nothing(8).on(Word::Claim));
     }
 
     #[test]
