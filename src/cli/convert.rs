@@ -341,6 +341,9 @@ impl Run {
         let disks: Vec<_> = nodes.iter().map(|node| node.driver().clone()).collect();
         let joined = match (self.window, &*disks) {
             (Some(Window { from, to }), [disk]) => {
+                if from > disk.len() {
+                    tracing::warn!("skip= leads behind the end of '{}': nothing is copied", self.source);
+                }
                 Some(JoinedDriver::part(ring, disk.clone(), from, to.saturating_sub(from)))
             }
             _ => JoinedDriver::new(ring, disks),

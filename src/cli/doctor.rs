@@ -165,8 +165,13 @@ pub fn main(global: &Global, args: &DoctorArgs) -> Result<Exit, Failure> {
     for line in engine.ring().describe() {
         findings.0.push(chosen("io_uring, as chosen", &line));
     }
-    for line in uring::probe()? {
-        findings.0.push(offered("io_uring, as offered", &line));
+    match uring::probe() {
+        Ok(lines) => findings.0.extend(lines.iter().map(|line| offered("io_uring, as offered", line))),
+        // A second ring beside that of the engine: what is locked for it counts against the user, too.
+        Err(error) => {
+            let verdict = Verdict::Slower(error.to_string(), "there is hardly room for one ring");
+            findings.add("io_uring, as offered", "asked", "no", verdict);
+        }
     }
     let mut paths = args.paths.clone();
     if paths.is_empty() {

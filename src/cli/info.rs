@@ -84,6 +84,7 @@ async fn look(engine: &Engine, args: &InfoArgs) -> Result<Vec<Layer>, Failure> {
     let gate = args.gate.gate();
     let mut options = ImageOptions {
         format: args.format,
+        warns_of_header: args.format == Some(Format::Raw),
         lock: false,
         gate: gate.clone(),
         // It tells of the mark itself, and a warning is a second pair of eyes for who reads only some lines.

@@ -94,6 +94,7 @@ pub fn main(global: &Global, args: ResizeArgs) -> Result<Exit, Failure> {
 async fn resize(global: &Global, engine: &Engine, args: &ResizeArgs) -> Result<Option<(u64, u64)>, Failure> {
     let options = ImageOptions {
         format: args.format,
+        warns_of_header: args.format == Some(Format::Raw),
         gate: args.gate.gate(),
         read_only: args.plan.dry_run,
         marks: args.gate.marks().warned(),

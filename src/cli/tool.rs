@@ -100,10 +100,10 @@ pub fn warn_of_name(name: &str, format: Format) {
 /// is flushed before it counts as complete, whatever the mode.
 pub fn cache(text: &str) -> Result<CacheMode, String> {
     match text {
-        "none" | "directsync" | "direct" => Ok(CacheMode::Direct),
+        "none" | "off" | "directsync" | "direct" => Ok(CacheMode::Direct),
         "writeback" | "writethrough" | "unsafe" | "buffered" => Ok(CacheMode::Buffered),
         _ => Err(format!(
-            "'{text}' is no cache mode: none and directsync go past the page cache; writeback, writethrough and \
+            "'{text}' is no cache mode: none (off) and directsync go past the page cache; writeback, writethrough and \
              unsafe go through it"
         )),
     }

@@ -10,6 +10,7 @@ use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::op::Fallocate;
 use blockferry_ring::{Errno, Ring};
 
+use super::admit::place;
 use super::{Format, ImageOptions, named};
 use crate::base::limits::DISK_LEN_MAX;
 use crate::base::os_name;
@@ -281,7 +282,7 @@ impl Beside<'_> {
             }
             return Ok(there.clone());
         }
-        let path = data_file_path(image, name)?;
+        let path = place::leads_to(ring, &data_file_path(image, name)?).await;
         let options = FileOptions { mode: self.mode, ..FileOptions::default() };
         FileDriver::create(ring, &path, 0, options).await?;
         super::open::open(ring, &format!("file:{}", os_name::from_path(&path)), &ImageOptions::raw()).await
@@ -292,7 +293,7 @@ impl Beside<'_> {
         let name = new.data_file().filter(|_| self.data_file.is_none());
         if let Some(path) = name.and_then(|name| data_file_path(image, name).ok()) {
             // Tidying up after an error that is told.
-            let _ = ring.unlink(&path);
+            let _ = ring.unlink(&place::end_of_links(&path));
         }
     }
 }

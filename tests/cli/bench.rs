@@ -378,6 +378,21 @@ fn a_log_by_which_a_disk_may_have_to_be_judged_is_left_alone() {
     let again = bench(&load).expect(1);
     assert!(again.words.contains("is there already"), "{}", again.words);
     assert!(std::fs::read(&log).expect("a log") == kept);
+    let again = bench(&["-n", "10", "--histogram", text(&log), "mem:1M"]).expect(1);
+    assert!(again.words.contains("is there already"), "{}", again.words);
+    assert!(std::fs::read(&log).expect("a log") == kept);
+}
+
+/// A disk that answers at once does not keep the load from being ended.
+#[test]
+fn a_load_on_memory_hears_a_signal() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let log = folder.path().join("log");
+    let child = running(&["--until-signal", "--log", text(&log), "mem:1M"]);
+    wait_for(grown_beyond(&log, 60_000));
+    let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
+    assert!(status.success());
+    judge(&child.wait_with_output().expect("it ends")).expect(DONE);
 }
 
 #[test]

@@ -416,7 +416,10 @@ async fn work(load: Rc<Load>, number: usize) {
     let mut memory = load.ring.alloc(load.config.block_bytes as usize).await;
     // Without verification the content never changes but for a stamp; noise it is all the same.
     Rng::new(load.seed ^ number as u64).fill(memory.as_mut_slice());
+    // A disk that answers at once would leave nobody else a turn, not even who is to end it.
+    let mut stint = load.ring.stint();
     while let Some(assignment) = load.next() {
+        stint.step().await;
         if let Some(due_ns) = assignment.due_ns
             && !load.wait_until_due(due_ns).await
         {

@@ -417,6 +417,9 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
             return Ok(Exit::Done);
         }
     }
+    if let Some(path) = &args.histogram {
+        left_alone("histogram", path)?;
+    }
     let log: Option<Box<dyn std::io::Write>> = match &args.log {
         Some(path) => Some(Box::new(BufWriter::with_capacity(1 << 16, create(path)?))),
         None => None,
@@ -456,12 +459,17 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     Ok(verdict(!report.is_good(), wrong))
 }
 
-/// Makes a log. One that is there may be what a disk is to be judged by.
-fn create(path: &Path) -> Result<std::fs::File, Failure> {
-    if std::fs::metadata(path).is_ok_and(|log| log.is_file() && log.len() > 0) {
-        let text = "is there already, and a disk may have to be judged by it. Remove it, or name another";
-        return Err(Failure::text(format!("The log '{}' {text}.", path.display())));
+/// A file that is there is left alone: it may be what a disk is to be judged by, or anything.
+fn left_alone(what: &str, path: &Path) -> Result<(), Failure> {
+    if std::fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() > 0) {
+        let text = "is there already, and left alone. Remove it, or name another";
+        return Err(Failure::text(format!("The {what} '{}' {text}.", path.display())));
     }
+    Ok(())
+}
+
+fn create(path: &Path) -> Result<std::fs::File, Failure> {
+    left_alone("log", path)?;
     std::fs::File::create(path).map_err(|error| cannot_write(path, &error))
 }
 
