@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod block;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod engine;
 pub mod export;

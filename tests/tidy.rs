@@ -476,6 +476,41 @@ fn hold(paths: &[String], rule: &dyn Fn(&str, &str) -> Vec<String>) {
     assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
 }
 
+/// The crates that an embedder gets, who does without the command.
+fn crates(features: &[&str]) -> Vec<String> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let tree = std::process::Command::new(cargo)
+        .args([
+            "tree",
+            "--offline",
+            "--locked",
+            "--edges",
+            "normal",
+            "--prefix",
+            "none",
+            "--package",
+            "blockferry",
+        ])
+        .args(features)
+        .current_dir(root())
+        .output()
+        .expect("cargo runs");
+    assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
+    let text = String::from_utf8(tree.stdout).expect("text");
+    text.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned).collect()
+}
+
+#[test]
+fn embedders_get_no_command_line() {
+    const OF_THE_COMMAND: [&str; 3] = ["clap", "signal-hook", "tracing-subscriber"];
+    let is_there = |crates: &[String], name: &str| crates.iter().any(|found| found == name);
+    let (all, embedded) = (crates(&[]), crates(&["--no-default-features"]));
+    for name in OF_THE_COMMAND {
+        assert!(is_there(&all, name) && !is_there(&embedded, name), "{name}");
+    }
+    assert!(is_there(&embedded, "io-uring"));
+}
+
 #[test]
 fn rooms_use_only_rooms_below() {
     hold(&files("src", "rs"), &floor_faults);

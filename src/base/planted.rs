@@ -1,8 +1,8 @@
 //! Deliberate bugs, for showing that the tests would find them.
 //!
-//! Without the feature `planted-bugs` every question is answered with a constant `false` and the
-//! bugs are not in the program. With it, a test plants one bug in its own thread, or names one in the environment of a
-//! command that it runs.
+//! In a build without debug assertions (a release) every question is answered with a constant `false`, and the bugs are not
+//! in the program; nothing that a user can switch on brings them back. In others a test plants one bug in its own thread, or
+//! names one in the environment of a command that it runs.
 
 /// A bug that the simulator must find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,21 +106,28 @@ impl Bug {
     ];
 }
 
-/// Names one of [`Bug::COMMANDS`] to a command that is built with the feature.
+/// Names one of [`Bug::COMMANDS`] to a command that is built with debug assertions.
 pub const VARIABLE: &str = "BLOCKFERRY_PLANTED";
 
-#[cfg(feature = "planted-bugs")]
+#[cfg(debug_assertions)]
 mod in_this_thread {
     use super::{Bug, VARIABLE};
     use std::cell::Cell;
+    use std::sync::OnceLock;
+
+    /// What threads begin with.
+    static AT_FIRST: OnceLock<Bug> = OnceLock::new();
 
     thread_local! {
-        static PLANTED: Cell<Option<Bug>> = Cell::new(named());
+        static PLANTED: Cell<Option<Bug>> = Cell::new(AT_FIRST.get().copied());
     }
 
-    fn named() -> Option<Bug> {
-        let name = std::env::var(VARIABLE).ok()?;
-        Bug::COMMANDS.into_iter().find(|bug| format!("{bug:?}") == name)
+    /// Plants what [`VARIABLE`] names in every thread that begins, and in this one: for the command.
+    pub fn plant_what_is_named() {
+        let name = std::env::var(VARIABLE).unwrap_or_default();
+        if let Some(bug) = Bug::COMMANDS.into_iter().find(|bug| format!("{bug:?}") == name) {
+            plant(Some(*AT_FIRST.get_or_init(|| bug)));
+        }
     }
 
     /// Plants one bug in this thread, or none.
@@ -134,11 +141,22 @@ mod in_this_thread {
     }
 }
 
-#[cfg(feature = "planted-bugs")]
-pub use in_this_thread::{is_planted, plant};
+#[cfg(not(debug_assertions))]
+mod in_this_thread {
+    use super::Bug;
 
-/// Whether this bug is planted here: never, in a program without the feature.
-#[cfg(not(feature = "planted-bugs"))]
-pub const fn is_planted(_bug: Bug) -> bool {
-    false
+    /// Does nothing.
+    pub const fn plant_what_is_named() {}
+
+    /// Plants nothing: whoever wants to see a bug found has to build with debug assertions.
+    pub fn plant(bug: Option<Bug>) {
+        assert!(bug.is_none(), "bugs can be planted in builds with debug assertions only");
+    }
+
+    /// Whether this bug is planted here: never.
+    pub const fn is_planted(_bug: Bug) -> bool {
+        false
+    }
 }
+
+pub use in_this_thread::{is_planted, plant, plant_what_is_named};

@@ -41,8 +41,8 @@ use std::ffi::OsString;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
 
-use crate::base::os_name;
 use crate::base::shown::shown;
+use crate::base::{os_name, planted};
 pub use exit::{Exit, Failure};
 use print::say;
 
@@ -122,6 +122,7 @@ pub fn command() -> clap::Command {
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
+    planted::plant_what_is_named();
     let words = std::env::args_os().map(|word| os_name::from_word(&word));
     let parsed = command().try_get_matches_from(words).and_then(|matches| {
         let mut cli = Cli::from_arg_matches(&matches)?;

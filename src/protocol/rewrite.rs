@@ -146,14 +146,14 @@ mod tests {
                     let disk = RefCell::new(before.clone());
                     let gets = RefCell::new(Vec::new());
                     let get = async |at: u64, mut buf: Buf| {
-                        assert!(at % BLOCK == 0 && buf.len() as u64 <= bytes_max);
+                        assert!(at.is_multiple_of(BLOCK) && buf.len() as u64 <= bytes_max);
                         gets.borrow_mut().push(at);
                         buf.copy_from(0, &disk.borrow()[at as usize..at as usize + buf.len()]);
                         (buf, Ok::<(), Errno>(()))
                     };
                     let put = async |at: u64, buf: SharedBuf| {
                         let end = at + buf.len() as u64;
-                        assert!(at % BLOCK == 0 && (end % BLOCK == 0 || end == LEN));
+                        assert!(at.is_multiple_of(BLOCK) && (end.is_multiple_of(BLOCK) || end == LEN));
                         buf.copy_to(0, &mut disk.borrow_mut()[at as usize..end as usize]);
                         Ok::<(), Errno>(())
                     };

@@ -3,6 +3,9 @@
 //! Every process here is ended by its own id when its guard goes, and every wait has a limit that is far
 //! beyond what is expected, so that a hang is a failure with a text and not a silent machine.
 
+// Conventions for the users of a library that many have; this one has the tests.
+#![allow(clippy::new_without_default, clippy::should_implement_trait, clippy::len_without_is_empty)]
+
 pub mod chain;
 pub mod ext4;
 pub mod filesystem;

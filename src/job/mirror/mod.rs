@@ -434,5 +434,5 @@ async fn begin(
     Ok(job)
 }
 
-#[cfg(all(test, feature = "planted-bugs"))]
+#[cfg(all(test, debug_assertions))]
 mod tests_sim;
