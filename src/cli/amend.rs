@@ -37,7 +37,8 @@ Examples:
   What can be changed:
       blockferry amend -o help
 
-It is one write of the header: a power cut leaves the image as it was or as it is to be.";
+Version and reference counts are changed by one write of the header: a power cut leaves the image as it was or as it is
+to be. A size grows after that.";
 
 /// Change what a qcow2 image is, in place
 #[derive(Debug, Args)]
@@ -74,7 +75,7 @@ pub struct AmendArgs {
 
 /// Runs the command.
 pub fn main(global: &Global, args: AmendArgs) -> Result<Exit, Failure> {
-    if asks_for_help(&args.options) {
+    if asks_for_help(&args.options)? {
         if args.format == Some(Format::Raw) {
             return Err(Failure::text("A raw image has nothing that could be amended"));
         }

@@ -75,7 +75,7 @@ pub struct ConvertArgs {
     #[arg(short = 'O', long = "target-format", value_name = "FORMAT", value_parser = parse_format, default_value = "raw")]
     target_format: Format,
     /// Options of the target's format, as NAME=VALUE,NAME=VALUE (may be said more than once); `-o help` lists them
-    #[arg(short = 'o', long = "target-options", value_name = "OPTIONS")]
+    #[arg(short = 'o', long = "target-options", value_name = "OPTIONS", conflicts_with = "no_create")]
     options: Vec<String>,
     /// The target shows this image where nothing is written to it: only what the source has above its own backing file
     /// is copied. Both backing files have to hold the same
@@ -205,7 +205,7 @@ pub struct Window {
 
 /// Runs the command.
 pub fn main(global: &Global, args: ConvertArgs) -> Result<Exit, Failure> {
-    if asks_for_help(&args.options) {
+    if asks_for_help(&args.options)? {
         print_options(args.target_format, "Options for new images", NewImage::options(args.target_format));
         return Ok(Exit::Done);
     }

@@ -67,7 +67,7 @@ pub struct CreateArgs {
 
 /// Runs the command.
 pub fn main(global: &Global, args: CreateArgs) -> Result<Exit, Failure> {
-    if asks_for_help(&args.options) {
+    if asks_for_help(&args.options)? {
         print_options(args.format, "Options for new images", NewImage::options(args.format));
         return Ok(Exit::Done);
     }

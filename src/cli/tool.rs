@@ -143,26 +143,34 @@ pub fn with_code(global: &Global, code: u8, result: Result<Exit, Failure>) -> Re
     }
 }
 
-/// Options said as `-o NAME=VALUE,NAME=VALUE`, any number of times. A doubled comma is a comma.
-pub fn option_pairs(said: &[String]) -> Result<Vec<(String, String)>, Failure> {
-    let mut pairs = Vec::new();
+/// What lists of options say, one by one. A doubled comma is a comma. A list that begins with one, or ends with a single
+/// one, is cut off somewhere, or was meant to be another: nothing of it is believed.
+fn listed(said: &[String]) -> Result<Vec<String>, Failure> {
+    let mut all = Vec::new();
     for text in said {
-        for part in text.replace(",,", "\0").split(',').filter(|part| !part.is_empty()) {
-            let part = part.replace('\0', ",");
-            match part.split_once('=') {
-                Some((name, value)) => pairs.push((name.trim().to_owned(), value.to_owned())),
-                None => {
-                    return Err(Failure::text(format!("The option '{part}' has no value: say NAME=VALUE")));
-                }
-            }
+        let parts = text.replace(",,", "\0");
+        if text.is_empty() || text.starts_with(',') || parts.ends_with(',') {
+            return Err(Failure::text(format!(
+                "'{text}' is no list of options: say NAME=VALUE,NAME=VALUE (a comma in a value is doubled)"
+            )));
         }
+        all.extend(parts.split(',').map(|part| part.replace('\0', ",")));
     }
-    Ok(pairs)
+    Ok(all)
+}
+
+/// Options said as `-o NAME=VALUE,NAME=VALUE`, any number of times.
+pub fn option_pairs(said: &[String]) -> Result<Vec<(String, String)>, Failure> {
+    let pair = |part: String| match part.split_once('=') {
+        Some((name, value)) => Ok((name.trim().to_owned(), value.to_owned())),
+        None => Err(Failure::text(format!("The option '{part}' has no value: say NAME=VALUE"))),
+    };
+    listed(said)?.into_iter().map(pair).collect()
 }
 
 /// Whether the options ask for what there is instead of saying something: `-o help`, as `qemu-img` has it.
-pub fn asks_for_help(said: &[String]) -> bool {
-    said.iter().flat_map(|text| text.split(',')).any(|part| matches!(part, "help" | "?"))
+pub fn asks_for_help(said: &[String]) -> Result<bool, Failure> {
+    Ok(listed(said)?.iter().any(|part| matches!(part.as_str(), "help" | "?")))
 }
 
 /// Tells which options a format has.
@@ -206,6 +214,13 @@ mod tests {
         let pairs: Vec<_> = pairs.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
         assert_eq!(pairs, [("a", "1"), ("b", "x,y"), ("c", "")]);
         assert!(option_pairs(&["a".into()]).is_err());
+        for cut_off in ["", ",", ",a=1", ",,", "a=1,", "a=x,,,", ",help", "help,"] {
+            assert!(option_pairs(&[cut_off.into()]).is_err(), "{cut_off}");
+            assert!(asks_for_help(&["help".into(), cut_off.into()]).is_err(), "{cut_off}");
+        }
+        for (text, asks) in [("a=1,help", true), ("?", true), ("a=x,,help", false), ("a=help", false)] {
+            assert_eq!(asks_for_help(&[text.into()]).unwrap(), asks, "{text}");
+        }
     }
 
     #[test]

@@ -464,6 +464,63 @@ fn measures_are_those_of_qemu_img() {
     }
 }
 
+/// QEMU sets room aside behind the end of the file, and fails where that lies behind the end of what is used of it.
+#[test]
+fn qemu_sets_room_aside_in_what_was_converted_or_resized_here() {
+    let scratch = Scratch::new();
+    let (source, target) = (scratch.path("source"), scratch.path("target"));
+    tool("qemu-img", &["create", "-q", "-f", "raw", &source, "4M"]);
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 1 64k 200k", "-c", "write -P 2 3M 8k", &source]);
+    let grow = |how: &str| {
+        tool("qemu-img", &["resize", "-q", "-f", "qcow2", "--preallocation=falloc", &target, "+1M"]);
+        assert_eq!(by_qemu(&target), Some(0), "{how}");
+    };
+    for how in ["", "-c"] {
+        let convert = ["convert", "--force", "-q", "-f", "raw", "-O", "qcow2", how, &source, &target];
+        ours(&convert.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>());
+        assert!(
+            std::fs::metadata(&target).expect("an image").len() < MIB,
+            "{how}: what is used, and no more"
+        );
+        ours(&["compare", "-f", "raw", "-F", "qcow2", &source, &target]);
+        grow(how);
+    }
+    for mode in ["metadata", "falloc", "full"] {
+        let _ = std::fs::remove_file(&target);
+        ours(&["create", "-q", "-f", "qcow2", &target, "1M"]);
+        ours(&["resize", "-q", "-f", "qcow2", &format!("--preallocation={mode}"), &target, "+2M"]);
+        grow(mode);
+    }
+}
+
+/// Room is set aside for all of the part that is added, also where it begins inside a cluster that is there already.
+#[test]
+fn a_disk_that_grows_inside_a_cluster_has_the_room_that_was_asked_for() {
+    let scratch = Scratch::new();
+    for options in ["preallocation=metadata", "preallocation=metadata,extended_l2=on", "data_file=DATA"] {
+        for mode in ["falloc", "full"] {
+            let (path, data) = (scratch.path("image"), scratch.path("data"));
+            let options = options.replace("DATA", &data);
+            ours(&["create", "--force", "-q", "-f", "qcow2", "-o", &options, &path, "2000k"]);
+            tool("qemu-io", &["-f", "qcow2", "-c", "write -P 1 1984k 4k", &path]);
+            ours(&["resize", "-q", "-f", "qcow2", &format!("--preallocation={mode}"), &path, "+16k"]);
+            let file = if options.contains("data_file") { &data } else { &path };
+            let before = allocated(file);
+            tool(
+                "qemu-io",
+                &["-f", "qcow2", "-c", "read -P 0 1988k 28k", "-c", "write -P 3 2000k 16k", &path],
+            );
+            assert_eq!(allocated(file), before, "{options}, {mode}: there is room for what is written");
+            let read = ["read -P 1 1984k 4k", "read -P 0 1988k 12k", "read -P 3 2000k 16k"];
+            for what in read {
+                let said = tool("qemu-io", &["-f", "qcow2", "-c", what, &path]);
+                assert!(!said.contains("failed"), "{options}, {mode}: {said}");
+            }
+            assert_eq!(by_qemu(&path), Some(0), "{options}, {mode}");
+        }
+    }
+}
+
 /// A preallocated file is as long as QEMU makes it, and as `measure` tells.
 #[test]
 fn preallocated_images_are_as_long_as_measured() {

@@ -14,6 +14,7 @@ use super::entry::{set_be64, set_refcount};
 use super::geometry::REFTABLE_BYTES_MAX;
 use super::image::{Fault, Qcow2};
 use super::meta::{Damage, Freed, Known, Meta, WholeTable};
+use crate::block::IoResult;
 
 /// The file grows in steps of this many bytes at least, so that not every cluster changes its length.
 pub(super) const GROWTH_BYTES: u64 = 1 << 20;
@@ -270,6 +271,21 @@ impl Qcow2 {
                 Err(Fault::Refused(Errno::ENOSPC, why.into()))
             }
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The file ends with the last cluster that was ever used, where it is longer only because it grows in steps: QEMU
+    /// sets room aside behind the end of a file, and not behind the end of what is used of it. Nobody writes meanwhile.
+    pub async fn cut_slack(&self) -> IoResult {
+        let _turn = self.lengthening.take().await;
+        let end = self.meta.borrow().virgin;
+        if end >= self.file.len() {
+            return Ok(());
+        }
+        match self.file.set_len(end).await {
+            // What has a length of its own keeps it.
+            Err(error) if error.errno == Errno::EOPNOTSUPP => Ok(()),
+            done => done,
         }
     }
 

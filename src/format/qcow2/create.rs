@@ -5,7 +5,7 @@ use std::rc::Rc;
 use blockferry_ring::Ring;
 
 use super::cache::SLICE_BYTES_MAX;
-use super::entry::{Raw, set_be64, set_refcount};
+use super::entry::{Cluster, Raw, set_be64, set_refcount};
 use super::geometry::{Geometry, L1_BYTES_MAX, REFTABLE_BYTES_MAX};
 use super::header::{
     Extension, Header, V2_BYTES, V3_BYTES, autoclear, compatible, extension, feature_names, incompatible,
@@ -259,19 +259,6 @@ impl Qcow2 {
         made.and(unlocked)
     }
 
-    /// Nothing more will be allocated: the file ends with its last cluster, and is as long as `measure` tells.
-    async fn cut_slack(&self) -> IoResult {
-        let end = self.meta.borrow().virgin;
-        if end >= self.file.len() {
-            return Ok(());
-        }
-        match self.file.set_len(end).await {
-            // What has a length of its own keeps it.
-            Err(error) if error.errno == Errno::EOPNOTSUPP => Ok(()),
-            done => done,
-        }
-    }
-
     /// Maps all clusters of a range of the disk that are not mapped yet.
     pub(super) async fn preallocate(
         &self,
@@ -319,6 +306,30 @@ impl Qcow2 {
         let Some(raw) = self.load_entry(at).await? else { return Ok(true) };
         let is_zero = || raw == Raw::zero(&self.g);
         Ok(raw == Raw::UNALLOCATED || !thin && is_zero())
+    }
+
+    /// The disk was `old` bytes long and is `len` now: the rest of the cluster that its end lay in, where that has a place
+    /// of its own, has room and is zero.
+    pub(super) async fn prepare_rest_of_cluster(
+        &self,
+        old: u64,
+        len: u64,
+        mode: Preallocation,
+    ) -> Result<(), Fault> {
+        let start = self.g.cluster_start(old);
+        let end = len.min(start.saturating_add(self.g.cluster_size()));
+        if start == old || !matches!(mode, Preallocation::Falloc | Preallocation::Full) {
+            return Ok(());
+        }
+        let raw = self.load_entry(start).await?;
+        match self.decode(raw, start)? {
+            Cluster::Data { host, copied: true }
+            | Cluster::ZeroAt { host, copied: true }
+            | Cluster::Sub { host, has_host: true, copied: true, .. } => {
+                self.prepare_room(host + (old - start), end - old, mode, false).await
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn prepare_room(

@@ -82,6 +82,8 @@ impl Qcow2 {
                 let whole =
                     if self.below().is_some() { old.next_multiple_of(self.g.cluster_size()) } else { old };
                 self.preallocate(whole, len, mode, false).await?;
+                self.prepare_rest_of_cluster(old, len, mode).await?;
+                self.cut_slack().await?;
             }
             self.write_back().await?;
             self.header.borrow_mut().size = len;

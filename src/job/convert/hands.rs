@@ -12,6 +12,7 @@ use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::base::zero::{is_zero, zero_runs};
 use crate::block::{BlockError, Driver, Extent, IoResult, WriteFlags, ZeroFlags};
+use crate::format::qcow2::Qcow2;
 use crate::graph::node::Use;
 use crate::job::body::Hands;
 use crate::job::compare::Comparer;
@@ -120,7 +121,7 @@ impl Parts {
                     _ => Outcome::Found,
                 },
             },
-            Op::Flush => match self.lasting.flush().await {
+            Op::Flush => match self.end().await {
                 Err(error) => Outcome::Flushed(Err(Failed::write(error))),
                 Ok(()) => match self.ring.boxed(find(self.from(), self.to())).await {
                     Err(failed) if is_displaced(&failed) => Outcome::Displaced(failed),
@@ -130,6 +131,14 @@ impl Parts {
             // In a future of its own: copies must not carry its size.
             Op::Verify => Outcome::Verified(self.ring.boxed(self.verify()).await),
         }
+    }
+
+    /// All is written: what is durable now is the whole copy, and nothing beside it.
+    async fn end(&self) -> IoResult {
+        if let Some(image) = self.to().as_any().and_then(|any| any.downcast_ref::<Qcow2>()) {
+            image.cut_slack().await?;
+        }
+        self.lasting.flush().await
     }
 
     async fn mark(&self) -> IoResult {
