@@ -61,13 +61,18 @@ impl Rebase {
             return Ok((end, 0));
         }
         let (old, new) = (status(&self.old, at, end - at).await?, status(&self.new, at, end - at).await?);
+        let cluster = self.unit();
         if old.zero && new.zero {
-            return Ok((at + old.len.min(new.len).max(1), 0));
+            let to = at + old.len.min(new.len).max(1);
+            // A cluster that differs farther on is seen to as a whole.
+            let whole = if to < end { to - to % cluster } else { to };
+            if whole > at {
+                return Ok((whole, 0));
+            }
         }
         let end = end.min(at + STEP_BYTES - at % STEP_BYTES);
         let range = ByteRange::at_saturating(at, end - at);
         let (was, is) = (self.read(&self.old, range).await?.freeze(), self.read(&self.new, range).await?);
-        let cluster = u64::from(self.image.limits().cluster_size.unwrap_or(65_536));
         let mut written = 0;
         // A cluster that is given bytes gets them as a whole: it is compared as a whole.
         let mut from = range.start();
@@ -89,6 +94,14 @@ impl Rebase {
             from = to;
         }
         Ok((end, written))
+    }
+
+    /// What is compared as a whole: what is compressed as a whole, or becomes data as a whole.
+    fn unit(&self) -> u64 {
+        match qcow2(&self.image).filter(|_| self.compress) {
+            Some(image) => image.cluster_size(),
+            None => u64::from(self.image.limits().cluster_size.unwrap_or(65_536)),
+        }
     }
 
     fn layer(&self) -> Result<&dyn Layer, BlockError> {

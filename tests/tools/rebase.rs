@@ -1,7 +1,7 @@
 //! Safe rebases between backing files of any length and content: the image shows what it showed, whatever is below it
 //! afterwards.
 
-use super::ours;
+use super::{ours, qemu, qemu_json};
 use common::image::{Dice, KIB, Scratch, content, difference};
 use common::tool;
 
@@ -73,4 +73,33 @@ fn a_rebase_within_the_chain_keeps_what_a_short_layer_hid() {
     let before = shown(&scratch, &top);
     ours(&["rebase", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", &top]);
     assert_eq!(difference(&before, &shown(&scratch, &top)), None);
+}
+
+/// Clusters are compressed as wholes, however small the piece is that differs, and whatever else they are made of.
+#[test]
+fn what_a_rebase_compresses_are_whole_clusters() {
+    let scratch = Scratch::new();
+    let [new, old, top, shown] = ["new", "old", "top", "shown"].map(|name| scratch.path(name));
+    for (options, compressed) in [
+        ("cluster_size=512", 128),
+        ("cluster_size=2k", 32),
+        ("cluster_size=64k", 2),
+        ("cluster_size=1M,extended_l2=on", 2),
+        ("cluster_size=64k,extended_l2=on,preallocation=metadata", 2),
+    ] {
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", &new, "3M"]);
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &new, "-F", "qcow2", &old]);
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, "-b", &old, "-F", "qcow2", &top]);
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 1 1M 1M", &new]);
+        let write = ["-c", "write -P 2 992k 32k", "-c", "write -P 3 2M 32k", "-c", "write -z 1M 64k"];
+        tool("qemu-io", &[&["-f", "qcow2"], &write[..], &[old.as_str()]].concat());
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 4 2112k 2k", &top]);
+        tool("qemu-img", &["convert", "-O", "raw", &top, &shown]);
+        ours(&["rebase", "-q", "-c", "-f", "qcow2", "-b", &new, "-F", "qcow2", &top]);
+        let same = qemu(&["compare", "-f", "qcow2", "-F", "raw", &top, &shown]);
+        assert_eq!(same.code, Some(0), "{options}: {same}");
+        let found = qemu_json(&["check", "--output=json", "-f", "qcow2", &top]);
+        assert!(found["corruptions"].is_null() && found["leaks"].is_null(), "{options}: {found}");
+        assert_eq!(found["compressed-clusters"], compressed, "{options}: {found}");
+    }
 }

@@ -242,6 +242,11 @@ impl Qcow2 {
         *self.backing.borrow_mut() = backing;
     }
 
+    /// Bytes of a cluster, which is compressed as a whole.
+    pub fn cluster_size(&self) -> u64 {
+        self.g.cluster_size()
+    }
+
     /// Compresses one cluster and writes it. `offset` is a multiple of the cluster size, and `buf` a whole
     /// cluster, or what there is up to the end of the disk. What does not become smaller is written as it is.
     /// Several may be under way at once; the work is done on the ring's offload threads.
