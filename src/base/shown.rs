@@ -62,9 +62,22 @@ pub fn shown_line(text: &str) -> Cow<'_, str> {
     }
 }
 
+/// An error of the system in its own words, without the number that the standard library puts behind them.
+pub fn plain(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.rsplit_once(" (os error ").map_or(text.as_str(), |(words, _)| words).to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_of_the_system_is_told_in_words() {
+        let error = std::io::Error::from_raw_os_error(2);
+        assert_eq!(plain(&error), "No such file or directory");
+        assert_eq!(plain(&std::io::Error::other("it (os error) x")), "it (os error) x");
+    }
 
     #[test]
     fn what_a_terminal_would_obey_is_shown() {

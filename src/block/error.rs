@@ -69,6 +69,8 @@ pub struct BlockError {
     pub errno: Errno,
     /// What to know or to do about it, if there is something.
     pub hint: Option<Rc<str>>,
+    /// The hint says all of it: nothing but this program has refused it, or the hint names what the number stands for.
+    pub is_told: bool,
     /// A lock stands in the way that no process is seen to hold: whoever had it was killed, perhaps, and the kernel is
     /// about to end what it had in flight.
     pub is_orphaned: bool,
@@ -123,7 +125,9 @@ impl BlockError {
 
     /// Whether the hint says all that the words of the number would.
     fn is_told_by_hint(&self) -> bool {
-        self.errno == Errno::EINVAL || self.operation == Operation::Lock && self.errno == Errno::EBUSY
+        self.is_told
+            || self.errno == Errno::EINVAL
+            || self.operation == Operation::Lock && self.errno == Errno::EBUSY
     }
 
     /// An error of a whole image.
@@ -134,6 +138,7 @@ impl BlockError {
             place: None,
             errno,
             hint: None,
+            is_told: false,
             is_orphaned: false,
             conflict: None,
         }
@@ -155,6 +160,17 @@ impl BlockError {
         self.hint = Some(hint.into());
         self
     }
+
+    /// Says all of it, where the words of the number would mislead or say it twice: a refusal of our own, above all.
+    pub fn because(mut self, why: impl Into<Rc<str>>) -> BlockError {
+        self.is_told = true;
+        self.hint(why)
+    }
+
+    /// Why it is refused, if that is a refusal of our own.
+    pub fn refusal(&self) -> Option<&str> {
+        self.hint.as_deref().filter(|_| self.is_told || self.errno == Errno::EINVAL)
+    }
 }
 
 #[cfg(test)]
@@ -170,6 +186,9 @@ mod tests {
         );
         let error = BlockError::new(Operation::Open, "x", Errno::EINVAL).hint("It is none.");
         assert_eq!(error.to_string(), "Opening 'x' failed: It is none.");
+        // Who reads "Operation not permitted" changes permissions.
+        let error = BlockError::new(Operation::Open, "x", Errno::EPERM).because("It is no whole disk.");
+        assert_eq!(error.to_string(), "Opening 'x' failed: It is no whole disk.");
         let error =
             BlockError::new(Operation::Open, "ftp://u:sesame@h/x", Errno::EINVAL).hint("x://u:sesame@h/ ?");
         assert!(!error.to_string().contains("sesame"), "{error}");

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{CacheMode, GateArgs, parse_format};
+use super::image::{CacheMode, GateArgs, parse_format, refused};
 use super::print::note;
 use super::tool::{OutputArgs, PlanArgs, asks_for_help, cache, option_pairs, print_options, with_code};
 use super::{Global, config};
@@ -136,14 +136,14 @@ async fn amend(global: &Global, engine: &Engine, args: &AmendArgs) -> Result<Opt
 /// What is asked of an image, all of which can be done.
 async fn judge(image: &Qcow2, pairs: &[(String, String)]) -> Result<Amendment, Failure> {
     let info = image.info().await?;
-    let wanted = understand(&info, pairs).map_err(Failure::Text)?;
+    let wanted = understand(&info, pairs).map_err(Failure::Usage)?;
     if let Some(len) = wanted.len.filter(|len| *len < info.virtual_size) {
         return Err(Failure::text(format!(
             "The disk has {} bytes, and what lies beyond {len} would be lost: use `blockferry resize --shrink`",
             info.virtual_size
         )));
     }
-    image.check_amend(&wanted).await?;
+    image.check_amend(&wanted).await.map_err(|error| refused("The image", error))?;
     Ok(wanted)
 }
 

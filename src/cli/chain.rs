@@ -14,7 +14,7 @@ use serde_json::json;
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, parse_format, size, speed, state_dir};
 use super::job::{
-    AtReady, Policy, Watch, Words, bytes, copy_rate, disk, ending_name, exit_code, guest_first, suit_bulk,
+    AtReady, Policy, Watch, Words, bytes, copied, disk, ending_name, exit_code, guest_first, suit_bulk,
 };
 use super::print::{self, say};
 use super::serve::{ClientArgs, Exports, check_exports, export_uri};
@@ -25,7 +25,7 @@ use super::tool::PlanArgs;
 use super::{Global, config, stats};
 use crate::base::limits::STOP_NANOS_MAX;
 use crate::base::os_name;
-use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::base::units::{fmt_bytes, fmt_duration};
 use crate::engine::admit::Admission;
 use crate::engine::marks::{Marks, unfinished};
 use crate::engine::open::{local_path, said_by_header};
@@ -258,7 +258,8 @@ impl Run {
         let Manner { words, at_ready, .. } = self.manner;
         let places = layers.iter().map(|layer| layer.driver().clone()).collect();
         let compared = &|| None;
-        let watch = Watch { global, ring, signals, quiet, words, at_ready, places, compared };
+        let watch =
+            Watch { global, ring, signals, quiet, words, at_ready, places, compared, holes: Rc::default() };
         let watched = watch.follow(job, || true, || clients.at_once(Exit::Cancelled)).await?;
         let (ending, mut asked) = (watched.ending, watched.asked);
         let elapsed_ns = ring.clock() - began;
@@ -336,10 +337,9 @@ impl Run {
             say!("Cancelled. {}", started.undone);
         } else if *ending == Ending::Completed && !self.args.quiet {
             say!(
-                "Completed in {}: {} copied ({}), {} zeroed, {} skipped",
+                "Completed in {}: {}, {} zeroed, {} skipped",
                 fmt_duration(elapsed_ns),
-                fmt_bytes(details.bytes_copied),
-                fmt_rate(copy_rate(&started.job)),
+                copied(&started.job),
                 fmt_bytes(details.bytes_zeroed),
                 fmt_bytes(details.bytes_skipped),
             );

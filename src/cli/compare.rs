@@ -11,7 +11,7 @@ use super::image::{CacheMode, GateArgs, ServerArgs, parse_format};
 use super::print::{product, say};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::service::at_once;
-use super::signals::{Signal, Signals};
+use super::signals::{Signal, Signals, begin};
 use super::tool::{OutputArgs, cache, read_options, with_code};
 use super::{Global, config, stats};
 use crate::base::units::fmt_bytes;
@@ -90,6 +90,7 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
             a.attach_in_time(UseKind::JobSource("compare")).await?,
             b.attach_in_time(UseKind::JobSource("compare")).await?,
         );
+        begin();
         // A disk that is counted in sectors is no other disk for that, as long as the rest of the sector is zero.
         let sectors = |node: &Node| node.driver().len().div_ceil(512);
         let sizes_differ = sectors(&a) != sectors(&b);

@@ -16,9 +16,9 @@ use super::exit::{Exit, Failure};
 use super::image::{
     CacheMode, GateArgs, OpenArgs, Reflink, ServerArgs, parse_format, size, speed, state_dir,
 };
-use super::job::{WhatItHolds, copy_rate, disk, keeps_nothing, left_behind};
+use super::job::{WhatItHolds, copied, disk, keeps_nothing, left_behind};
 use super::print::{self, say};
-use super::progress::{INTERVAL_NANOS, Progress};
+use super::progress::{Holes, INTERVAL_NANOS, Progress};
 use super::service::at_once;
 use super::signals::{Signal, Signals};
 use super::target::{Target, TargetOptions, is_left_by};
@@ -28,7 +28,7 @@ use super::tool::{
 };
 use super::{Global, config, stats};
 use crate::base::limits;
-use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::base::units::{fmt_bytes, fmt_duration};
 use crate::block::{Driver, place};
 use crate::engine::admit::{Admission, IfThere, Wish};
 use crate::engine::create::NewImage;
@@ -115,7 +115,7 @@ pub struct ConvertArgs {
     #[arg(short = 'W', long = "oob-writes")]
     out_of_order: bool,
     /// Limit the copying, such as 200MiB (a second)
-    #[arg(short = 'r', long, value_name = "RATE", value_parser = speed, default_value = "0")]
+    #[arg(short = 'r', long, visible_alias = "speed", value_name = "RATE", value_parser = speed, default_value = "0")]
     rate: u64,
     /// Share blocks with the source where the filesystem can
     #[arg(long, value_enum, default_value_t = Reflink::Auto, value_name = "WHEN")]
@@ -141,7 +141,7 @@ pub struct ConvertArgs {
     progress: bool,
     /// No output but errors
     #[arg(short, long)]
-    quiet: bool,
+    pub(super) quiet: bool,
     /// Where to note unfinished targets that cannot carry a mark themselves (block devices, some filesystems)
     #[arg(long, value_name = "DIR", value_parser = crate::cli::image::path)]
     state_dir: Option<PathBuf>,
@@ -287,8 +287,9 @@ impl Run {
         };
         let mark = target.marker(engine);
         let drivers = [source.driver().clone(), target.node.driver().clone()];
+        let holes = Holes::count(ring, &drivers[0], matches!(target_state, TargetState::Backed { .. }));
         drop((source, target));
-        let ending = self.follow(&job, &tally).await?;
+        let ending = self.follow(&job, &tally, holes).await?;
         if ending != Ending::Completed {
             // A target that is gone, or cannot be written, has no mark that could say it.
             let _ = mark.note(job.progress().offset(), job.progress().len()).await;
@@ -316,13 +317,13 @@ impl Run {
         let (args, engine, ring) = (&self.args, &*self.engine, self.engine.ring());
         let several = self.sources.len() > 1;
         if several && args.snapshot.is_some() {
-            return Err(Failure::text(
+            return Err(Failure::usage(
                 "Snapshots of several images cannot be strung together: name one source",
             ));
         }
         if several && args.backing.is_some() {
             let text = "A backing file makes no sense for several images strung together: name one source";
-            return Err(Failure::text(text));
+            return Err(Failure::usage(text));
         }
         let options = ImageOptions { snapshot: args.snapshot.clone(), ..options.clone() };
         let (mut nodes, mut incomplete) = (Vec::new(), false);
@@ -371,15 +372,15 @@ impl Run {
         );
         if args.compress && args.target_format != Format::Qcow2 {
             let text = format!("Images of the format '{}' cannot be compressed", args.target_format);
-            return Err(Failure::text(text));
+            return Err(Failure::usage(text));
         }
         speed_of(args.rate)?;
         let mut pairs = option_pairs(&args.options)?;
         add_backing(&mut pairs, args.backing.as_deref(), args.backing_format);
         let new = NewImage::parse(args.target_format, &pairs, Some(source.driver().len()));
-        let new = new.map_err(Failure::text)?;
+        let new = new.map_err(Failure::usage)?;
         if args.compress && new.data_file().is_some() {
-            return Err(Failure::text(
+            return Err(Failure::usage(
                 "Compressed clusters cannot be in a data file: leave out -c or data_file",
             ));
         }
@@ -475,13 +476,13 @@ impl Run {
     }
 
     /// Watches the job to its end.
-    async fn follow(&self, job: &Job, tally: &Tally) -> Result<Ending, Failure> {
+    async fn follow(&self, job: &Job, tally: &Tally, holes: Rc<Holes>) -> Result<Ending, Failure> {
         let ring = self.engine.ring();
         let compared = || {
             let verifies = job.details().phase == "verify";
             verifies.then(|| (tally.compared.get().total(), job.progress().len()))
         };
-        let mut progress = Progress::new(&self.global, self.args.quiet, ring.clock());
+        let mut progress = Progress::new(&self.global, self.args.quiet, ring.clock()).knowing(holes);
         let mut is_given_up = false;
         loop {
             let something = either(job.next_event(), self.signals.next());
@@ -564,10 +565,9 @@ impl Run {
                     n => format!(", {} of it by sharing blocks", fmt_bytes(n)),
                 };
                 say!(
-                    "Completed in {}: {} copied ({}){shared}, {} zeroed, {} skipped",
+                    "Completed in {}: {}{shared}, {} zeroed, {} skipped",
                     fmt_duration(elapsed_ns),
-                    fmt_bytes(details.bytes_copied),
-                    fmt_rate(copy_rate(job)),
+                    copied(job),
                     fmt_bytes(details.bytes_zeroed),
                     fmt_bytes(details.bytes_skipped),
                 );
@@ -581,7 +581,18 @@ impl Run {
                         fmt_bytes(tail)
                     );
                 }
-                let (source, target) = (disk(&self.source, from), disk(&self.target, to));
+                let source = match self.window {
+                    Some(window) => {
+                        format!(
+                            "{} of '{}' from offset {} on",
+                            fmt_bytes(from.len()),
+                            self.source,
+                            window.from
+                        )
+                    }
+                    None => disk(&self.source, from),
+                };
+                let target = disk(&self.target, to);
                 let snapshot = args.snapshot.as_ref().map(WhichSnapshot::to_string);
                 let holds = WhatItHolds {
                     source: &source,
@@ -616,5 +627,5 @@ impl Run {
 }
 
 fn speed_of(rate: u64) -> Result<i64, Failure> {
-    i64::try_from(rate).map_err(|_| Failure::text("--rate is too large"))
+    i64::try_from(rate).map_err(|_| Failure::usage("--rate is too large"))
 }

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{parse_format, size, state_dir};
-use super::print::{note, say};
+use super::print::{self, note};
 use super::target::{make_file, make_remote, try_length};
 use super::tool::{
     OutputArgs, PlanArgs, asks_for_help, option_pairs, print_options, warn_of_name, with_code,
@@ -122,7 +122,7 @@ pub async fn open_new_backing(
 ) -> Result<Option<Rc<dyn Driver>>, Failure> {
     let Some(name) = last(pairs, "backing_file") else { return Ok(None) };
     let Some(format) = last(pairs, "backing_fmt") else {
-        return Err(Failure::text(format!(
+        return Err(Failure::usage(format!(
             "The format of the backing file '{name}' has to be said (-F FORMAT, or backing_fmt in -o)"
         )));
     };
@@ -140,11 +140,17 @@ pub async fn warn_of_refusal(engine: &Engine, image: &str, backing: Option<&str>
         Ok(_) => {}
         Err(error @ (GateError::Outside(_) | GateError::Server(_))) => {
             let error = error.to_string();
-            say!("blockferry: '{image}' will be opened with an option only. {}", error.trim_end_matches('.'));
+            print::warning(&format!(
+                "'{image}' will be opened with an option only. {}",
+                error.trim_end_matches('.')
+            ));
         }
         Err(error) => {
             let error = error.to_string();
-            say!("blockferry: '{image}' will not be opened by Blockferry. {}", error.trim_end_matches('.'));
+            print::warning(&format!(
+                "'{image}' will not be opened by Blockferry. {}",
+                error.trim_end_matches('.')
+            ));
         }
     }
 }
@@ -172,9 +178,9 @@ async fn create(
         admission.keeps(&args.file, name).await;
     }
     if args.size.is_some() && last(pairs, "size").is_some() {
-        return Err(Failure::text("The size of the image is said twice: say it once"));
+        return Err(Failure::usage("The size of the image is said twice: say it once"));
     }
-    let new = NewImage::parse(args.format, pairs, size).map_err(Failure::text)?;
+    let new = NewImage::parse(args.format, pairs, size).map_err(Failure::usage)?;
     let if_there = if args.force { IfThere::Remake } else { IfThere::Refuse };
     let image = ImageOptions { format: Some(args.format), ..ImageOptions::default() }.overwriting();
     admission.target(&Wish { if_there, ..Wish::new(&args.file, image, &new) }).await;

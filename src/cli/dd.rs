@@ -105,6 +105,7 @@ pub fn main(global: &Global, args: DdArgs) -> Result<Exit, Failure> {
     let window = operands.window();
     let mut copy = ConvertArgs::plain(operands.input, operands.output, (args.format, args.output_format));
     (copy.force_share, copy.force) = (args.force_share, args.force);
+    copy.quiet = global.quiet;
     (copy.server, copy.gate, copy.plan) = (args.server, args.gate, args.plan);
     run(global, copy, Some(window))
 }

@@ -6,7 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
-use blockferry_ring::{SetupError, uring};
+use blockferry_ring::sync::{Either, either};
+use blockferry_ring::{Errno, Nanos, SetupError, uring};
 use clap::Args;
 use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
@@ -17,7 +18,8 @@ use super::{Global, config, room};
 use crate::base::limits::NBD_CLIENTS_PER_SERVER;
 use crate::base::os_name;
 use crate::base::units::fmt_bytes;
-use crate::block::{BlockError, Driver, WriteFlags, ZeroFlags};
+use crate::block::{BlockError, Driver, Operation, WriteFlags, ZeroFlags};
+use crate::engine::remote::is_remote;
 use crate::engine::{Engine, ImageOptions};
 
 const AFTER: &str = "\
@@ -92,8 +94,12 @@ impl Fact {
         match &self.verdict {
             Verdict::Told => fact,
             Verdict::Good => format!("{fact} (good)"),
-            Verdict::Slower(because, cure) => format!("{fact} (slower because {because}; {cure})"),
-            Verdict::Bad(because, cure) => format!("{fact} (does not work: {because}; {cure})"),
+            Verdict::Slower(because, cure) => {
+                format!("{fact} (slower because {}; {cure})", because.trim_end_matches('.'))
+            }
+            Verdict::Bad(because, cure) => {
+                format!("{fact} (does not work: {}; {cure})", because.trim_end_matches('.'))
+            }
         }
     }
 }
@@ -278,6 +284,9 @@ fn offered(about: &str, line: &str) -> Fact {
     Fact { about: about.into(), name: name.into(), value: value.into(), verdict }
 }
 
+/// How long a server may take to tell what it has.
+const SERVER_NANOS: Nanos = 10_000_000_000;
+
 /// Tries things out on a scratch file in a directory, or looks at a file or device without writing to it.
 fn look_at(engine: &Engine, path: &Path, is_default: bool, findings: &mut Findings) {
     let about = format!("path {}", os_name::from_path(path));
@@ -288,19 +297,34 @@ fn look_at(engine: &Engine, path: &Path, is_default: bool, findings: &mut Findin
                 true => Verdict::Told,
                 false => Verdict::Bad(error.to_string(), "name a directory that you may write to".into()),
             };
-            findings.add(&about, "writable", format!("no: {error}"), verdict);
+            let value = if is_default { format!("no: {error}") } else { "no".to_owned() };
+            findings.add(&about, "writable", value, verdict);
         }
         return;
     }
     let options = ImageOptions { lock: false, read_only: true, ..ImageOptions::raw() };
-    match engine.open_as_said(&os_name::from_path(path), &options) {
+    let name = os_name::from_path(path);
+    let opened = match is_remote(&name) {
+        true => {
+            let (ring, asked) = (engine.ring().clone(), engine.start_open(&name, &options));
+            engine.run(async move {
+                let waited = ring.sleep(SERVER_NANOS);
+                match either(asked.take(), waited).await {
+                    Either::First(opened) => opened,
+                    Either::Second(()) => Err(BlockError::new(Operation::Open, name, Errno::ETIMEDOUT)),
+                }
+            })
+        }
+        false => engine.open_as_said(&name, &options),
+    };
+    match opened {
         Ok(node) => {
             findings.add(&about, "size", fmt_bytes(node.driver().len()), Verdict::Told);
             describe(&**node.driver(), &about, findings);
         }
         Err(error) => {
-            let verdict =
-                Verdict::Bad(error.to_string(), "name a file, a directory or a block device".into());
+            let cure = "name a file, a directory, a block device or a server's disk";
+            let verdict = Verdict::Bad(error.to_string(), cure.into());
             findings.add(&about, "can be opened", "no", verdict);
         }
     }

@@ -60,12 +60,28 @@ pub enum Failure {
     /// Something speaks against it, before anything was changed.
     #[error(transparent)]
     Refused(#[from] crate::engine::admit::Refusal),
+    /// The command line makes no sense.
+    #[error("{0}")]
+    Usage(String),
     /// Anything else, said in full.
     #[error("{0}")]
     Text(String),
 }
 
 impl Failure {
+    /// What is wrong with the command line, as a sentence.
+    pub fn usage(text: impl Into<String>) -> Failure {
+        Failure::Usage(text.into())
+    }
+
+    /// The exit code of a command that ends with it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Failure::Usage(_) => Exit::Code(2),
+            _ => Exit::Failed,
+        }
+    }
+
     /// A failure with its sentence.
     pub fn text(text: impl Into<String>) -> Failure {
         Failure::Text(text.into())

@@ -1,6 +1,8 @@
 //! The help of all subcommands in one form: options in groups, examples for each command, and a short help that fits a
 //! screen. Each command says what its options are; here is what they have in common.
 
+use std::ffi::OsString;
+
 use clap::{Arg, ArgAction, Command};
 
 /// The id of the option of all subcommands that makes them quiet.
@@ -227,6 +229,102 @@ Examples:
   A disk of 64 MiB that moves under its client:
       blockferry demo --size 64MiB";
 
+/// Usage lines of commands whose words depend on each other in ways that clap does not see.
+const USAGES: [(&str, &str); 5] = [
+    ("amend", "blockferry amend [OPTIONS] -o <OPTIONS> <FILE>"),
+    ("convert", "blockferry convert [OPTIONS] <SRC>... <DST>"),
+    ("dd", "blockferry dd [OPTIONS] if=<INPUT> of=<OUTPUT> [bs=<SIZE>] [count=<N>] [skip=<N>]"),
+    ("mirror", "blockferry mirror [OPTIONS] <SRC> <DST>"),
+    (
+        "serve",
+        "blockferry serve [OPTIONS] --export <URI> <IMAGE>\n       blockferry serve [OPTIONS] --list <URI>",
+    ),
+];
+
+/// Options that mean nothing to a command: it has no clients, or writes nothing.
+const MEANINGLESS: [(&str, &[&str]); 6] = [
+    ("compare", &["guest_timeout", "unflushed"]),
+    ("convert", &["guest_timeout"]),
+    ("dd", &["guest_timeout"]),
+    ("info", &["guest_timeout", "unflushed"]),
+    ("map", &["guest_timeout", "unflushed"]),
+    ("measure", &["guest_timeout", "unflushed"]),
+];
+
+/// The id of `--output` where it says the same as `--json`.
+const AS_JSON: &str = "output_as_json";
+
+/// The command line for these words: where they ask which options a format has (`-o help`), no image need be named.
+pub fn relaxed(whole: Command, words: &[OsString]) -> Command {
+    let asks = words.windows(2).any(|pair| {
+        ["-o", "--options", "--target-options"].iter().any(|option| pair[0] == *option) && pair[1] == "help"
+    });
+    match asks {
+        true => whole.mut_subcommand("mirror", |mirror| {
+            mirror.mut_arg("source", |arg| arg.required(false)).mut_arg("target", |arg| arg.required(false))
+        }),
+        false => whole,
+    }
+}
+
+/// Whether `--output=json` was said to a command that has it for `--json` only.
+pub fn wants_json(of_command: &clap::ArgMatches) -> bool {
+    let said = of_command.try_get_one::<String>(AS_JSON).ok().flatten();
+    said.is_some_and(|said| said == "json")
+}
+
+/// The usage line of the subcommand that the process was started with.
+pub fn usage_of_said_command() -> Option<clap::builder::StyledStr> {
+    let mut whole = super::command();
+    whole.build();
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    let name = words.iter().find(|word| whole.find_subcommand(word.as_str()).is_some())?;
+    Some(whole.find_subcommand_mut(name)?.render_usage())
+}
+
+/// Ranges of numbers as people write them: `from 1 to 16` for `1..=16`.
+pub fn ranges_in_words(text: &str) -> String {
+    const IS_NOT_IN: &str = "is not in ";
+    let Some((before, rest)) = text.split_once(IS_NOT_IN) else { return text.to_owned() };
+    let end = rest.find(|c: char| !c.is_ascii_digit() && !"-.=".contains(c)).unwrap_or(rest.len());
+    let (range, after) = rest.split_at(end);
+    let words = range.split_once("..").and_then(|(from, to)| {
+        let (to, includes) = to.strip_prefix('=').map_or((to, false), |to| (to, true));
+        let last = to.parse::<u64>().ok()?.saturating_sub(u64::from(!includes));
+        let is_open = last >= i64::MAX as u64 - 1;
+        Some(if is_open {
+            format!("has to be at least {from}")
+        } else {
+            format!("has to be from {from} to {last}")
+        })
+    });
+    match words {
+        Some(words) => format!("{before}{words}{after}"),
+        None => text.to_owned(),
+    }
+}
+
+/// Text that was wrapped by hand, with each paragraph on one line: whoever shows it knows how wide the terminal is. Commands
+/// and tables stay as they are.
+fn unwrapped(text: &str) -> String {
+    let mut lines: Vec<String> = Vec::new();
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    let is_prose = |line: &str| {
+        let words = line.trim();
+        !words.is_empty() && indent(line) <= 2 && !words.starts_with("blockferry ") && !words.contains("  ")
+    };
+    for line in text.lines() {
+        match lines.last_mut() {
+            Some(last) if is_prose(last) && is_prose(line) && indent(last) == indent(line) => {
+                last.push(' ');
+                last.push_str(line.trim());
+            }
+            _ => lines.push(line.to_owned()),
+        }
+    }
+    lines.join("\n")
+}
+
 /// Gives a subcommand what all of them have.
 pub fn dressed(subcommand: Command) -> Command {
     let name = subcommand.get_name().to_owned();
@@ -241,6 +339,20 @@ pub fn dressed(subcommand: Command) -> Command {
             subcommand.arg(quiet.action(ArgAction::SetTrue))
         }
     };
+    let has = |subcommand: &Command, id: &str| subcommand.get_arguments().any(|arg| arg.get_id() == id);
+    let subcommand = match has(&subcommand, "output") {
+        true => subcommand,
+        false => {
+            let output =
+                Arg::new(AS_JSON).long("output").value_name("FORMAT").value_parser(["human", "json"]);
+            let output = output.help("json: the same as --json").help_heading(EVERYWHERE);
+            subcommand.arg(output.hide_short_help(true).hide_possible_values(true))
+        }
+    };
+    let subcommand = match USAGES.iter().find(|(of, _)| *of == name) {
+        Some((_, usage)) => subcommand.override_usage(*usage),
+        None => subcommand,
+    };
     let examples = match name.as_str() {
         "demo" => DEMO,
         name => EXAMPLES.iter().find(|(of, _)| *of == name).map_or("", |(_, text)| text),
@@ -252,7 +364,7 @@ pub fn dressed(subcommand: Command) -> Command {
         (false, false) => format!("{examples}\n\n{after}"),
     };
     let more = format!("`blockferry {name} --help` tells all options, with examples.");
-    subcommand.after_long_help(after).after_help(more).mut_args(|arg| in_group(arg, &name))
+    subcommand.after_long_help(unwrapped(&after)).after_help(more).mut_args(|arg| in_group(arg, &name))
 }
 
 fn in_group(arg: Arg, command: &str) -> Arg {
@@ -270,6 +382,9 @@ fn in_group(arg: Arg, command: &str) -> Arg {
         None => arg,
     };
     let arg = if id == QUIET { arg.help("Nothing but what was asked for, and errors") } else { arg };
+    if MEANINGLESS.iter().any(|(of, ids)| *of == command && ids.contains(&id.as_str())) {
+        return arg.hide(true);
+    }
     let is_long_only = group.is_some_and(|(_, _, is_long)| *is_long) || LONG_ONLY.contains(&id.as_str());
     if is_long_only {
         return arg.hide_short_help(true);
@@ -297,6 +412,35 @@ fn first_part(help: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::super::command;
+
+    #[test]
+    fn ranges_are_told_in_words() {
+        let said = |text: &str| super::ranges_in_words(text);
+        assert_eq!(said("'--a <N>': 0 is not in 1..=16\n\nx"), "'--a <N>': 0 has to be from 1 to 16\n\nx");
+        assert_eq!(said("0 is not in 1..18446744073709551615"), "0 has to be at least 1");
+        assert_eq!(said("0 is not in 1..=18446744073709551615"), "0 has to be at least 1");
+        assert_eq!(said("it is not in here"), "it is not in here");
+    }
+
+    #[test]
+    fn paragraphs_are_one_line_each_and_commands_stay() {
+        let text =
+            "A b\nc d.\n\nExamples:\n  One,\n  two:\n      blockferry x \\\n          y\n  blockferry z\n";
+        let flat = "A b c d.\n\nExamples:\n  One, two:\n      blockferry x \\\n          y\n  blockferry z";
+        assert_eq!(super::unwrapped(text), flat);
+    }
+
+    /// What means nothing to a command is understood, because scripts say it everywhere, and not offered.
+    #[test]
+    fn what_is_named_as_meaningless_is_there() {
+        for (of, ids) in super::MEANINGLESS {
+            let whole = command();
+            let arguments: Vec<_> = whole.find_subcommand(of).unwrap().get_arguments().collect();
+            for id in ids {
+                assert!(arguments.iter().any(|arg| arg.get_id() == *id && arg.is_hide_set()), "{of} {id}");
+            }
+        }
+    }
 
     #[test]
     fn the_command_line_makes_sense() {

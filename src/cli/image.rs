@@ -1,9 +1,12 @@
 //! Options by which images are named and opened, the same for every subcommand.
 
+use std::sync::{Mutex, PoisonError};
+
 use clap::{Args, ValueEnum, value_parser};
 
 use super::exit::Failure;
 use crate::base::{limits, os_name};
+use crate::block::BlockError;
 use crate::engine::marks::Marks;
 use crate::engine::remote::ServerOptions;
 use crate::engine::{Format, ImageOptions};
@@ -206,7 +209,28 @@ pub fn size(text: &str) -> Result<u64, String> {
 
 /// A speed as people write it.
 pub fn speed(text: &str) -> Result<u64, String> {
-    crate::base::units::parse_speed(text).map_err(|error| error.to_string())
+    let speed = crate::base::units::parse_speed(text).map_err(|error| error.to_string())?;
+    if is_odd_speed(text, speed) {
+        ODD_SPEEDS.lock().unwrap_or_else(PoisonError::into_inner).push(text.trim().to_owned());
+    }
+    Ok(speed)
+}
+
+/// Speeds that were said without a unit and are hardly meant: the log has not begun when they are read.
+static ODD_SPEEDS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// A speed without a unit below this is hardly meant.
+const SPEED_MIN: u64 = 64 << 10;
+
+fn is_odd_speed(text: &str, speed: u64) -> bool {
+    (1..SPEED_MIN).contains(&speed) && text.trim().bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// Warns of speeds without a unit that are hardly meant.
+pub fn warn_of_speeds() {
+    for text in ODD_SPEEDS.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        tracing::warn!("a speed of {text} is {text} bytes a second: say {text}M if MiB a second are meant");
+    }
 }
 
 /// A span of time as people write it, in nanoseconds.
@@ -224,6 +248,14 @@ pub enum Reflink {
     Never,
 }
 
+/// A refusal of something that nobody has tried: not what failed, but why it cannot be. Other errors stay what they are.
+pub fn refused(what: &str, error: BlockError) -> Failure {
+    match error.refusal() {
+        Some(why) => Failure::text(format!("{what} cannot be made so: {why}")),
+        None => error.into(),
+    }
+}
+
 /// The text of an error as a failure.
 pub fn failed(error: impl std::fmt::Display) -> Failure {
     Failure::text(error.to_string())
@@ -236,4 +268,24 @@ pub fn state_dir(said: Option<&std::path::Path>) -> Option<std::path::PathBuf> {
     let is_root = rustix::process::geteuid().is_root();
     said.map(std::path::Path::to_path_buf)
         .or_else(|| default_state_dir(is_root, state_home.as_deref(), own_home.as_deref()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_speed_without_a_unit_is_hardly_meant_when_it_is_low() {
+        for (text, is_odd) in [
+            ("200", true),
+            ("65535", true),
+            ("65536", false),
+            ("0", false),
+            ("200k", false),
+            ("1B", false),
+            ("unlimited", false),
+        ] {
+            assert_eq!(is_odd_speed(text, speed(text).unwrap()), is_odd, "{text}");
+        }
+    }
 }

@@ -10,11 +10,11 @@ use super::Global;
 use super::exit::{Exit, Failure};
 use super::image::duration;
 use super::print;
-use super::progress::{INTERVAL_NANOS, Progress};
+use super::progress::{Holes, INTERVAL_NANOS, Progress};
 use super::signals::{Asked, Signal, Signals};
 use crate::base::limits;
 use crate::base::secret::without_secrets;
-use crate::base::units::fmt_bytes;
+use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
 use crate::block::Driver;
 use crate::engine::qcow2::format;
 use crate::job::event::JobEvent;
@@ -58,7 +58,7 @@ impl From<Policy> for OnError {
 
 /// A number of bytes as the library takes it.
 pub fn bytes(name: &str, bytes: u64) -> Result<i64, Failure> {
-    i64::try_from(bytes).map_err(|_| Failure::text(format!("--{name} is too large")))
+    i64::try_from(bytes).map_err(|_| Failure::usage(format!("--{name} is too large")))
 }
 
 /// The name of an ending in JSON.
@@ -84,6 +84,17 @@ pub fn exit_code(ending: &Ending) -> Exit {
 pub fn copy_rate(job: &Job) -> u64 {
     let details = job.details();
     within_limit(job, rate(details.bytes_copied, details.copy_nanos))
+}
+
+/// What was copied, and how fast, in words: the time of the copying, which may be a part of the whole, or the limit.
+pub fn copied(job: &Job) -> String {
+    let details = job.details();
+    let (bytes, rate) = (fmt_bytes(details.bytes_copied), rate(details.bytes_copied, details.copy_nanos));
+    match job.info().speed {
+        _ if details.bytes_copied == 0 => format!("{bytes} copied"),
+        limit if limit > 0 && rate > limit => format!("{bytes} copied ({}, the limit)", fmt_rate(limit)),
+        _ => format!("{bytes} copied in {} ({})", fmt_duration(details.copy_nanos), fmt_rate(rate)),
+    }
 }
 
 /// No more than the job's limit, where it has one.
@@ -196,6 +207,8 @@ pub struct Watch<'a> {
     pub places: Vec<Rc<dyn Driver>>,
     /// How much of a comparing that goes on beside it is done.
     pub compared: &'a dyn Fn() -> Option<(u64, u64)>,
+    /// Where there is nothing to be copied.
+    pub holes: Rc<Holes>,
 }
 
 /// How a watch ended.
@@ -225,7 +238,8 @@ impl Watch<'_> {
         mut may_end: impl FnMut() -> bool,
         at_once: impl Fn(),
     ) -> Result<Watched, Failure> {
-        let mut progress = Progress::new(self.global, self.quiet, self.ring.clock());
+        let mut progress =
+            Progress::new(self.global, self.quiet, self.ring.clock()).knowing(self.holes.clone());
         let (mut asked, mut order) = (None, None);
         let mut told = Told::default();
         let mut is_ended_at_ready = false;

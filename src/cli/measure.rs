@@ -6,9 +6,9 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, ServerArgs, parse_format, size};
+use super::image::{GateArgs, ServerArgs, parse_format, refused, size};
 use super::print::product;
-use super::tool::{OutputArgs, option_pairs, read_options};
+use super::tool::{OutputArgs, asks_for_help, option_pairs, print_options, read_options};
 use super::{Global, config};
 use crate::block::patience::for_job;
 use crate::block::{BlockError, Driver};
@@ -63,6 +63,10 @@ struct Sizes {
 
 /// Runs the command.
 pub fn main(global: &Global, args: MeasureArgs) -> Result<Exit, Failure> {
+    if asks_for_help(&args.target_options)? {
+        print_options(args.target_format, "Options for new images", NewImage::options(args.target_format));
+        return Ok(Exit::Done);
+    }
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
@@ -94,8 +98,8 @@ async fn measure(engine: &Engine, args: &MeasureArgs) -> Result<Sizes, Failure> 
     // The length of what is measured counts, and not one among the options.
     let mut pairs = option_pairs(&args.target_options)?;
     pairs.retain(|(name, _)| name != "size");
-    let new = NewImage::parse(args.target_format, &pairs, len).map_err(Failure::text)?;
-    new.check(NEW_IMAGE)?;
+    let new = NewImage::parse(args.target_format, &pairs, len).map_err(Failure::usage)?;
+    new.check(NEW_IMAGE).map_err(|error| refused("Such an image", error))?;
     let options = match new {
         NewImage::Raw { len, .. } => {
             let len = len.next_multiple_of(SECTOR_BYTES);

@@ -65,8 +65,8 @@ Exit codes:
   0  done as promised
   1  failed; the message names what, where, and what to do
   2  the command line makes no sense
-  3  cancelled before the target was complete, which is marked so; or before a chain was
-     changed, which is as it was
+  3  cancelled: before anything was changed; or before the target was complete, which is
+     marked so; or before a chain was changed, which is as it was
   4  source and target (or data and pattern) differ
 
 Try `blockferry demo` to see it work, `blockferry doctor` to see what this machine allows.";
@@ -123,26 +123,37 @@ pub fn command() -> clap::Command {
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     planted::plant_what_is_named();
-    let words = std::env::args_os().map(|word| os_name::from_word(&word));
-    let parsed = command().try_get_matches_from(words).and_then(|matches| {
+    let words: Vec<_> = std::env::args_os().map(|word| os_name::from_word(&word)).collect();
+    let parsed = help::relaxed(command(), &words).try_get_matches_from(words).and_then(|matches| {
         let mut cli = Cli::from_arg_matches(&matches)?;
-        cli.global.quiet =
-            matches.subcommand().is_some_and(|(_, of_command)| of_command.get_flag(help::QUIET));
+        if let Some((_, of_command)) = matches.subcommand() {
+            cli.global.quiet = of_command.get_flag(help::QUIET);
+            cli.global.json |= help::wants_json(of_command);
+        }
         Ok(cli)
     });
     let cli = match parsed {
         Ok(cli) => cli,
-        Err(error) => return print::finish(usage(&error)).into(),
+        Err(mut error) => return print::finish(usage(&mut error)).into(),
     };
     start_log(&cli.global);
     if cli.global.json {
         print::wants_ending();
     }
     let global = &cli.global;
-    let result = signals::defuse().and_then(|()| room::prepare()).and_then(|()| run(global, cli.command));
+    // For `check` 3 says that clusters leaked, and 2 that there are corruptions.
+    let cancelled = if matches!(cli.command, Command::Check(_)) { Exit::Failed } else { Exit::Cancelled };
+    if cancelled == Exit::Failed {
+        print::failure_has(1);
+    }
+    image::warn_of_speeds();
+    let result = signals::defuse()
+        .and_then(|()| signals::watch(global.json, cancelled))
+        .and_then(|()| room::prepare())
+        .and_then(|()| run(global, cli.command));
     let exit = result.unwrap_or_else(|failure| {
         print::failure(global.json, &failure);
-        Exit::Failed
+        print::exit_of(&failure)
     });
     signals::let_go();
     print::finish(exit).into()
@@ -173,11 +184,15 @@ fn run(global: &Global, command: Command) -> Result<Exit, Failure> {
 }
 
 /// What clap has to say: help that was asked for, or what is wrong with the command line.
-fn usage(error: &clap::Error) -> Exit {
+fn usage(error: &mut clap::Error) -> Exit {
     let is_help = !error.use_stderr();
-    let again = quoted();
-    let said = again.as_ref().unwrap_or(error).render();
+    let mut again = quoted();
+    let said = match again.as_mut() {
+        Some(again) => without_tips(again),
+        None => without_tips(error),
+    };
     let text = if print::has_colours(is_help) { said.ansi().to_string() } else { said.to_string() };
+    let text = if is_help { text } else { help::ranges_in_words(&text) };
     print::usage(&text, is_help);
     if let Some(text) = not_here(error) {
         say!("{text}");
@@ -191,12 +206,35 @@ fn usage(error: &clap::Error) -> Exit {
     };
     if !is_help && wants_json() {
         // The first paragraph says what is wrong, the others how it is said.
-        let message = said.to_string();
+        let message = help::ranges_in_words(&said.to_string());
         let message = message.split("\n\n").next().unwrap_or_default();
         let message = message.trim_start_matches("error: ").trim_end();
         print::ending(json!({"event": "error", "message": message}), exit);
     }
     exit
+}
+
+/// What clap has to say, without what it guesses: options that look alike seldom do the same, and a usage line with one that
+/// was never said explains nothing.
+fn without_tips(error: &mut clap::Error) -> clap::builder::StyledStr {
+    use clap::error::{ContextKind, ContextValue};
+    let guesses = [
+        ContextKind::Suggested,
+        ContextKind::SuggestedArg,
+        ContextKind::SuggestedSubcommand,
+        ContextKind::SuggestedValue,
+        ContextKind::SuggestedCommand,
+        ContextKind::TrailingArg,
+    ];
+    for kind in guesses {
+        error.remove(kind);
+    }
+    if error.kind() == clap::error::ErrorKind::UnknownArgument
+        && let Some(usage) = help::usage_of_said_command()
+    {
+        error.insert(ContextKind::Usage, ContextValue::StyledStr(usage));
+    }
+    error.render()
 }
 
 /// What is wrong with a command line that has control characters in it, with these shown: it quotes the words.
@@ -246,7 +284,9 @@ fn not_here(error: &clap::Error) -> Option<&'static str> {
 }
 
 fn start_log(global: &Global) {
+    use tracing_subscriber::field::MakeExt;
     use tracing_subscriber::filter::EnvFilter;
+    use tracing_subscriber::fmt::format;
     let verbose = global.verbose;
     let default = match verbose {
         0 if global.quiet => "error",
@@ -259,10 +299,24 @@ fn start_log(global: &Global) {
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(print::LogLine::default);
     // A line of the log may quote anything, and what would colour it is not told from what has no business there.
     let log = log.with_ansi(false).with_target(false);
+    let log = log.fmt_fields(format::debug_fn(field).delimited(""));
     // Timestamps are noise beside a progress bar.
     let result = if verbose > 1 { log.try_init() } else { log.without_time().try_init() };
     // A second start (tests call this more than once) keeps the first log.
     drop(result);
+}
+
+/// A field of a message in the log, as a sentence goes on: errors behind a colon, the rest in brackets.
+fn field(
+    writer: &mut tracing_subscriber::fmt::format::Writer<'_>,
+    field: &tracing::field::Field,
+    value: &dyn std::fmt::Debug,
+) -> std::fmt::Result {
+    match field.name() {
+        "message" => write!(writer, "{value:?}"),
+        "error" | "errno" | "reason" => write!(writer, ": {value:?}"),
+        name => write!(writer, " ({name} {value:?})"),
+    }
 }
 
 /// The ring as the global options want it.

@@ -2,16 +2,23 @@
 //!
 //! Rate and ETA are of the job's own work: the rate is that of data that it copied, and never above its speed limit. People
 //! see how far the job is with the data: holes, which take no time, count neither as done nor as left. (Programs get both.)
-//! The phase is named, because "100 %" and "ready" are not the same: comparing is a phase, and so is a pause.
+//! Those that the job has not come to yet are counted beforehand, by [`Holes`]. The phase is named, because "100 %" and
+//! "ready" are not the same: comparing is a phase, and so is a pause.
 //!
-//! The bar fits a terminal of [`WIDTH`] columns; what a wider one has room for comes behind that. Where there is no terminal
-//! that can draw over a line, people get a line a minute.
+//! The bar fits a terminal of [`WIDTH`] columns; what a wider one has room for comes behind that, and a narrower one gets
+//! fewer fields, each of them whole. Where there is no terminal that can draw over a line, people get a line a minute.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
+use blockferry_ring::Ring;
 use serde_json::json;
 
 use super::job::within_limit;
 use super::{Global, print};
 use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::block::Driver;
+use crate::job::event::JobType;
 use crate::job::policy::CopyMode;
 use crate::job::runner::Job;
 use crate::job::status::Status;
@@ -19,7 +26,11 @@ use crate::job::status::Status;
 /// How often progress is looked at.
 pub const INTERVAL_NANOS: u64 = 200_000_000;
 
+/// Extents that are looked at beforehand, at most: a disk with more is shown as if the rest held data.
+const EXTENTS_MAX: usize = 1 << 16;
+
 /// Columns that have to suffice.
+#[cfg(test)]
 const WIDTH: usize = 60;
 
 /// Characters of a bar.
@@ -27,6 +38,53 @@ const BAR_WIDTH: usize = 6;
 
 /// How often a line is printed where no bar can be drawn.
 const LINE_NANOS: u64 = 60_000_000_000;
+
+/// Bytes of a disk that need no copying, as far as they are known by now: its tables, or its filesystem, are asked while the
+/// job runs.
+#[derive(Debug, Default)]
+pub struct Holes {
+    bytes: Cell<u64>,
+}
+
+impl Holes {
+    /// Begins to count those of `disk`, until nobody wants to know any more; with `top_only`, what its uppermost layer does
+    /// not hold needs no copying either. A disk on a server is not asked twice for what the job asks anyway.
+    pub fn count(ring: &Ring, disk: &Rc<dyn Driver>, top_only: bool) -> Rc<Holes> {
+        let holes = Rc::new(Holes::default());
+        if !is_local(disk) {
+            return holes;
+        }
+        let (wanted, disk) = (Rc::downgrade(&holes), disk.clone());
+        ring.spawn(async move {
+            let (mut at, mut looks) = (0, 0);
+            while at < disk.len() && looks < EXTENTS_MAX {
+                let Ok(extent) = disk.block_status(at, disk.len() - at).await else { break };
+                let Some(holes) = wanted.upgrade() else { break };
+                let len = extent.len.clamp(1, disk.len() - at);
+                if extent.zero || top_only && !extent.allocated {
+                    holes.bytes.set(holes.bytes.get() + len);
+                }
+                (at, looks) = (at + len, looks + 1);
+            }
+        });
+        holes
+    }
+
+    /// Those that a job has not come to, and which it counts as left.
+    fn ahead(&self, job: &Job) -> u64 {
+        let details = job.details();
+        match job.status().is_ready() {
+            true => 0,
+            false => self.bytes.get().saturating_sub(details.bytes_skipped + details.bytes_zeroed),
+        }
+    }
+}
+
+/// Whether all that a disk lies in is on this machine.
+fn is_local(disk: &Rc<dyn Driver>) -> bool {
+    let below = disk.children();
+    if below.is_empty() { disk.local_file().is_some() } else { below.iter().all(is_local) }
+}
 
 /// Shows how far a job is.
 #[derive(Debug)]
@@ -45,6 +103,7 @@ pub struct Progress {
     copy_rate: f64,
     looks: u32,
     copy_mode: Option<CopyMode>,
+    holes: Rc<Holes>,
 }
 
 /// How far something is, as people see it.
@@ -73,7 +132,13 @@ impl Progress {
             copy_rate: 0.0,
             looks: 0,
             copy_mode: None,
+            holes: Rc::default(),
         }
+    }
+
+    /// Knows where the source has holes.
+    pub fn knowing(self, holes: Rc<Holes>) -> Progress {
+        Progress { holes, ..self }
     }
 
     /// Looks at the job. `compared`: so much of a comparing that goes on beside it, or comes before its end.
@@ -98,13 +163,17 @@ impl Progress {
         let eta_ns = (self.rate > 0.0).then(|| (progress.remaining() as f64 / self.rate * 1e9) as u64);
         let far = self.far(job, compared);
         if self.has_bar {
-            let more = match (details.copy_mode, details.converges) {
-                (CopyMode::WriteBlocking, _) => "  write-blocking",
-                (_, Some(false)) => "  does not converge",
-                _ => "",
-            };
-            let dirty = fmt_bytes(details.bytes_dirty);
-            print::status(Some(&format!("{}  dirty {dirty}{more}", bar(&far))));
+            let mut fields = fields(&far);
+            // Only a mirror has clients that make dirty what was copied.
+            if matches!(job.info().job_type, JobType::Mirror | JobType::Commit) && details.phase != "bulk" {
+                fields.push((7, format!("  dirty {}", fmt_bytes(details.bytes_dirty))));
+            }
+            match (details.copy_mode, details.converges) {
+                (CopyMode::WriteBlocking, _) => fields.push((6, "  write-blocking".to_owned())),
+                (_, Some(false)) => fields.push((6, "  does not converge".to_owned())),
+                _ => {}
+            }
+            print::status(Some(&fitted(fields, print::status_columns())));
         }
         self.tell_line(&far, now_ns);
         if self.json {
@@ -144,12 +213,13 @@ impl Progress {
     fn far(&self, job: &Job, compared: Option<(u64, u64)>) -> Far {
         let (progress, details) = (job.progress(), job.details());
         let skipped = details.bytes_skipped.min(progress.offset());
-        let (rate, left) = (within_limit(job, self.copy_rate as u64), progress.remaining());
+        let ahead = self.holes.ahead(job).min(progress.remaining());
+        let (rate, left) = (within_limit(job, self.copy_rate as u64), progress.remaining() - ahead);
         let eta_ns = (self.rate > 0.0).then(|| (left as f64 / self.rate * 1e9) as u64);
         let far = Far {
             phase: details.phase,
             done: progress.offset() - skipped,
-            len: progress.len().saturating_sub(skipped),
+            len: progress.len().saturating_sub(skipped + ahead),
             rate,
             eta_ns,
         };
@@ -172,7 +242,8 @@ impl Progress {
         }
         self.say(match mode {
             CopyMode::WriteBlocking => {
-                "Copy mode: write-blocking from now on, because clients write faster than the job copies"
+                "Copy mode: write-blocking from now on, because more than a quarter of what the job copies would have to be \
+                 copied again (whole chunks, of which clients may write little)"
             }
             CopyMode::Background => "Copy mode: background from now on",
         });
@@ -234,7 +305,7 @@ impl Progress {
         let eta_ns = (self.rate > 0.0).then(|| (left / self.rate * 1e9) as u64);
         let far = Far { phase, done, len, rate: self.rate as u64, eta_ns };
         if self.has_bar {
-            print::status(Some(&bar(&far)));
+            print::status(Some(&fitted(fields(&far), print::status_columns())));
         }
         self.tell_line(&far, now_ns);
         if self.json {
@@ -261,14 +332,16 @@ impl Progress {
     /// Prints a line that people have to know, whatever they asked for.
     pub fn insist(&self, text: &str) {
         if !self.json {
+            // What was true before it is not drawn again behind it.
+            self.finish();
             print::say_line(text);
         }
     }
 
     /// Prints a line above the bar.
     pub fn say(&self, text: &str) {
-        if !self.json && !self.quiet {
-            print::say_line(text);
+        if !self.quiet {
+            self.insist(text);
         }
     }
 }
@@ -285,27 +358,46 @@ fn line(far: &Far) -> String {
     format!("Progress: {phase}, {share} %, {} of {}, {}", fmt_bytes(done), fmt_bytes(len), fmt_rate(rate))
 }
 
-/// How far something is, as a line of [`WIDTH`] columns at most.
-fn bar(far: &Far) -> String {
+/// A field of a bar, and how early it is left out where there is no room for all: the highest goes first.
+type Field = (u8, String);
+
+/// How far something is, as the fields of a bar.
+fn fields(far: &Far) -> Vec<Field> {
     let Far { phase, done, len, rate, eta_ns } = *far;
     let share = if len == 0 { 1.0 } else { (done as f64 / len as f64).min(1.0) };
     let filled = (share * BAR_WIDTH as f64) as usize;
     let head = if filled < BAR_WIDTH { ">" } else { "" };
-    let eta = eta_ns.map_or_else(String::new, |ns| format!("  {} left", fmt_duration(ns)));
     let phase = if phase == "final-flush" { "flush" } else { phase };
-    let line = format!(
-        "{phase:<8} {:<BAR_WIDTH$} {:>3} % of {}  {}{eta}",
-        "=".repeat(filled) + head,
-        (share * 100.0) as u64,
-        fmt_bytes(len),
-        fmt_rate(rate),
-    );
-    line.chars().take(WIDTH).collect()
+    let mut fields = vec![
+        (1, format!("{phase:<8}")),
+        (5, format!(" {:<BAR_WIDTH$}", "=".repeat(filled) + head)),
+        (0, format!(" {:>3} %", (share * 100.0) as u64)),
+        (4, format!(" of {}", fmt_bytes(len))),
+        (3, format!("  {}", fmt_rate(rate))),
+    ];
+    if let Some(ns) = eta_ns {
+        fields.push((2, format!("  {} left", fmt_duration(ns))));
+    }
+    fields
+}
+
+/// The fields as a line of so many columns at most.
+fn fitted(mut fields: Vec<Field>, columns: usize) -> String {
+    let width = |fields: &[Field]| fields.iter().map(|(_, text)| text.chars().count()).sum::<usize>();
+    while width(&fields) > columns && fields.len() > 1 {
+        let last = fields.iter().map(|(rank, _)| *rank).max();
+        fields.retain(|(rank, _)| Some(*rank) != last);
+    }
+    fields.iter().map(|(_, text)| text.as_str()).collect::<String>().trim().to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn bar(far: &Far) -> String {
+        fitted(fields(far), WIDTH)
+    }
 
     fn far(done: u64, len: u64) -> Far {
         Far { phase: "bulk", done, len, rate: 1 << 20, eta_ns: Some(3_000_000_000) }
@@ -317,6 +409,24 @@ mod tests {
         assert!(bar(&far(0, 0)).contains(&format!("{} 100 %", "=".repeat(BAR_WIDTH))));
         assert!(bar(&far(9, 3)).contains(" 100 %"));
         assert!(!bar(&Far { eta_ns: None, ..far(1, 2) }).contains("left"));
+    }
+
+    #[test]
+    fn fields_are_left_out_whole() {
+        let all = fields(&far(1 << 20, 4 << 20));
+        for (columns, line) in [
+            (80, "bulk     =>      25 % of 4 MiB  1 MiB/s  3 s left"),
+            (42, "bulk      25 % of 4 MiB  1 MiB/s  3 s left"),
+            (36, "bulk      25 %  1 MiB/s  3 s left"),
+            (30, "bulk      25 %  3 s left"),
+            (20, "bulk      25 %"),
+            (8, "25 %"),
+            (1, "25 %"),
+        ] {
+            let said = fitted(all.clone(), columns);
+            assert_eq!(said, line, "{columns}");
+            assert!(said.chars().count() <= columns || columns == 1);
+        }
     }
 
     #[test]

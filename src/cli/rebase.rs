@@ -121,7 +121,7 @@ async fn rebase(
         (Some(name), _) => name.as_str(),
         (None, true) => "",
         (None, false) => {
-            return Err(Failure::text(
+            return Err(Failure::usage(
                 "Say the new backing file (-b NAME); -b '' for none, so that the image holds everything itself; or -u to \
                  take only the name of the old one away",
             ));
@@ -149,7 +149,7 @@ async fn rebase(
         return Err(Failure::text("Compressed clusters cannot be in a data file: leave out -c"));
     }
     if !backing.is_empty() && args.backing_format.is_none() {
-        return Err(Failure::text("The format of the new backing file has to be said (-F FORMAT)"));
+        return Err(Failure::usage("The format of the new backing file has to be said (-F FORMAT)"));
     }
     let mut admission = Admission::new(engine.ring(), "rebase");
     admission.changes("image", &node, UseKind::JobTarget("rebase")).await;

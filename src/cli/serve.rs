@@ -12,11 +12,12 @@ use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, duration, failed, parse_format, size, speed};
 use super::print::{self, product, say};
 use super::service::at_once;
-use super::signals::Signals;
+use super::signals::{Signals, begin};
 use super::{Global, config, room, stats};
 use crate::base::limits::{self, STOP_NANOS_MAX};
+use crate::base::shown::plain;
 use crate::engine::{Engine, Format, ImageOptions};
-use crate::export::nbd::{Export, NbdServer, PaceLimits, ServerConfig};
+use crate::export::nbd::{Export, NbdServer, PaceLimits, ServerConfig, ServerError};
 use crate::format::qcow2::WhichSnapshot;
 use crate::graph::node::{Node, Root, UseKind};
 use crate::protocol::nbd::{NbdAddress, NbdUri, list_exports};
@@ -146,13 +147,15 @@ pub fn main(global: &Global, args: &ServeArgs) -> Result<Exit, Failure> {
     engine.run(async move {
         let ring = e.ring();
         let node = e.open(&name, &image).await?;
+        begin();
         let mut exports = Exports { description, ..Exports::with_limits(e.ring(), &clients) };
         for uri in &uris {
             exports.add(&e, &node, uri, read_only, &global).await?;
         }
         if let Some(path) = &pid_file {
-            std::fs::write(path, format!("{}\n", std::process::id()))
-                .map_err(|error| Failure::text(format!("Writing '{}' failed: {error}", path.display())))?;
+            std::fs::write(path, format!("{}\n", std::process::id())).map_err(|error| {
+                Failure::text(format!("Writing '{}' failed: {}", path.display(), plain(&error)))
+            })?;
         }
         let idle = async {
             match idle {
@@ -240,7 +243,7 @@ struct Listening {
 pub fn check_exports(uris: &[NbdUri]) -> Result<(), Failure> {
     for (n, uri) in uris.iter().enumerate() {
         if uris[..n].iter().any(|other| other.address == uri.address && other.export == uri.export) {
-            return Err(Failure::text(format!(
+            return Err(Failure::usage(format!(
                 "The export {uri} is said twice: give each its own name or its own address"
             )));
         }
@@ -301,7 +304,13 @@ impl Exports {
             None => {
                 let server = NbdServer::telling(&self.ring, self.config.clone(), self.changed.clone());
                 server.add_export(&uri.export, export).map_err(failed)?;
-                let real = server.listen(&address).map_err(failed)?;
+                let real = server.listen(&address).map_err(|error| match error {
+                    // By the name that was given.
+                    ServerError::Listen { errno, .. } => {
+                        Failure::text(format!("Listening at '{uri}' failed: {errno}"))
+                    }
+                    error => failed(error),
+                })?;
                 let shown = shown(&real);
                 let uris = vec![shown.clone()];
                 self.servers.push(Listening { said: address, real, server, uris });

@@ -162,10 +162,9 @@ impl Service<'_> {
                 (Some(_), _) => "until the last has left; again to end".to_owned(),
                 (None, Persistence::WithClients) => "until the last has left".to_owned(),
                 (None, Persistence::WithVisitors) => {
-                    format!(
-                        "waits for one, and ends when the last has been away for {}, or at a signal",
-                        fmt_duration(SERVICE_LINGER_NANOS)
-                    )
+                    let first = if clients == 0 { "waits for one, and " } else { "" };
+                    let away = fmt_duration(SERVICE_LINGER_NANOS);
+                    format!("{first}ends when the last has been away for {away}, or at a signal")
                 }
                 (None, Persistence::Forever) => "goes on until a signal".to_owned(),
             };

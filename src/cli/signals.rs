@@ -4,20 +4,28 @@
 //! no thread, no lost signal, no work in the handler. A SIGHUP that was ignored when the program started stays ignored:
 //! that is what `nohup` is for. Once a command has done its work and only its reader is waited for, signals end the process
 //! as they end any other.
+//!
+//! Before a command has begun to change anything, or to serve anybody, nothing has to be undone: it is asking servers, or
+//! looks what speaks against it. A signal ends it there and then, with a word. A thread sees to that ([`watch`]), because the
+//! reactor may be busy with just what is being waited for.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use blockferry_ring::sync::Notify;
 use blockferry_ring::{Nanos, Ring};
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::flag;
 
-use super::exit::Failure;
+use serde_json::json;
+
+use super::exit::{Exit, Failure};
+use super::print;
 
 /// A signal that a command heeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +59,66 @@ pub struct Asked {
 /// The command's work is done: signals end the process.
 static DONE: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
+/// A command receives signals itself ([`Signals`]).
+static LISTENS: AtomicBool = AtomicBool::new(false);
+
+/// The command has begun: a signal is no longer answered by ending at once.
+static BEGUN: Mutex<bool> = Mutex::new(false);
+
+/// From now on something is changed, or somebody is served: the command heeds signals itself, or the kernel does what it
+/// does of itself.
+pub fn begin() {
+    *BEGUN.lock().unwrap_or_else(PoisonError::into_inner) = true;
+    if !LISTENS.load(Ordering::Relaxed) {
+        DONE.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Until the command begins, signals end it with a word; `exit` is how. Where no thread is to be had they do what they do
+/// by themselves.
+pub fn watch(json: bool, exit: Exit) -> Result<(), Failure> {
+    let (mut from, to) = UnixStream::pair().map_err(|error| failed(&error))?;
+    let thread = std::thread::Builder::new().name("signals".into()).stack_size(256 << 10);
+    let watching = thread.spawn(move || {
+        let mut byte = [0];
+        while from.read_exact(&mut byte).is_ok() {
+            // While this is held nothing begins.
+            let begun = BEGUN.lock().unwrap_or_else(PoisonError::into_inner);
+            if !*begun {
+                cancelled(json, exit);
+            }
+        }
+    });
+    if watching.is_err() {
+        return Ok(());
+    }
+    for number in ending_signals() {
+        flag::register_conditional_default(number, DONE.clone()).map_err(|error| failed(&error))?;
+        let to = to.try_clone().map_err(|error| failed(&error))?;
+        signal_hook::low_level::pipe::register(number, to).map_err(|error| failed(&error))?;
+    }
+    Ok(())
+}
+
+/// Ends a command that has not begun.
+fn cancelled(json: bool, exit: Exit) -> ! {
+    const WORD: &str = "Cancelled: nothing was changed";
+    // A second one does not wait for whoever reads this.
+    DONE.store(true, Ordering::Relaxed);
+    if json {
+        print::ending(json!({"event": "end", "ending": "cancelled", "message": WORD}), exit);
+    }
+    print::say_line(WORD);
+    std::process::exit(i32::from(print::finish(exit).code()))
+}
+
+/// Signals that ask for the end; one that was ignored when the program started stays ignored.
+fn ending_signals() -> impl Iterator<Item = i32> {
+    let ignored = ignored_signals(&std::fs::read_to_string("/proc/self/status").unwrap_or_default());
+    let is_heeded = move |number: &i32| *number != SIGHUP || ignored & (1 << (SIGHUP - 1)) == 0;
+    [SIGINT, SIGTERM, SIGHUP].into_iter().filter(is_heeded)
+}
+
 /// Signals that would end the process and mean nothing of the kind: a limit on the size of files is an error of the
 /// request that meets it, and SIGUSR1 is a question, also to commands that have no answer.
 pub fn defuse() -> Result<(), Failure> {
@@ -62,6 +130,7 @@ pub fn defuse() -> Result<(), Failure> {
 
 /// From now on signals end the process, as if nobody listened to them.
 pub fn let_go() {
+    *BEGUN.lock().unwrap_or_else(PoisonError::into_inner) = true;
     DONE.store(true, Ordering::Relaxed);
 }
 
@@ -77,24 +146,16 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// From now on the signals end nothing by themselves.
+    /// Once the command has [begun](begin) the signals end nothing by themselves.
     pub fn new(ring: &Ring) -> Result<Signals, Failure> {
         let signals = Signals { queue: Rc::default(), came: ring.notify() };
-        let ignored = ignored_signals(&std::fs::read_to_string("/proc/self/status").unwrap_or_default());
-        for (number, signal) in [
-            (SIGINT, Signal::Interrupt),
-            (SIGTERM, Signal::Terminate),
-            (SIGHUP, Signal::Terminate),
-            (SIGUSR1, Signal::Report),
-        ] {
-            if number == SIGHUP && ignored & (1 << (SIGHUP - 1)) != 0 {
-                continue;
-            }
-            if signal.is_ending() {
-                flag::register_conditional_default(number, DONE.clone()).map_err(|error| failed(&error))?;
-            }
+        for number in ending_signals() {
+            let signal = if number == SIGINT { Signal::Interrupt } else { Signal::Terminate };
+            flag::register_conditional_default(number, DONE.clone()).map_err(|error| failed(&error))?;
             signals.listen(ring, number, signal)?;
         }
+        signals.listen(ring, SIGUSR1, Signal::Report)?;
+        LISTENS.store(true, Ordering::Relaxed);
         Ok(signals)
     }
 

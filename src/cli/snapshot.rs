@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{GateArgs, parse_format};
-use super::print;
+use super::print::{self, note};
 use super::tool::{OutputArgs, PlanArgs, human_size};
 use super::{Global, config};
 use crate::base::shown::shown;
@@ -116,6 +116,9 @@ async fn snapshot(
     let _lock = node.attach_in_time(UseKind::JobTarget("snapshot")).await?;
     if let Some(image) = qcow2(node.driver()) {
         change(args, image).await?;
+        if !args.output.is_json(global) && !args.quiet {
+            note!("{}", done(args));
+        }
     }
     Ok(None)
 }
@@ -131,6 +134,16 @@ async fn change(args: &SnapshotArgs, image: &Qcow2) -> Result<(), Failure> {
         image.snapshot_delete(name).await?;
     }
     Ok(())
+}
+
+/// What was done, as a sentence.
+fn done(args: &SnapshotArgs) -> String {
+    match (&args.create, &args.apply, &args.delete) {
+        (Some(name), ..) => format!("Snapshot '{name}' taken."),
+        (_, Some(name), _) => format!("Snapshot '{name}' applied."),
+        (.., Some(name)) => format!("Snapshot '{name}' deleted."),
+        _ => String::new(),
+    }
 }
 
 /// A snapshot with the names of `qemu-img info --output=json`.

@@ -20,7 +20,8 @@ use blockferry_ring::{Errno, FileKind};
 use super::exit::Failure;
 use crate::base::os_name;
 use crate::base::process::Fate;
-use crate::block::Driver;
+use crate::base::shown::plain;
+use crate::block::{Driver, Operation};
 use crate::engine::admit::{Admitted, Held, Refusal, Standing, empty, place};
 use crate::engine::create::{Beside, NewImage, data_file_path};
 use crate::engine::open::local_path;
@@ -182,7 +183,8 @@ pub async fn is_left_by(engine: &Engine, name: &str, mark: &MarkInfo, state_dir:
     if !matches!(engine.ring().lookup(&path), Ok(Some(FileKind::Regular | FileKind::Block))) {
         return false;
     }
-    let look = ImageOptions { lock: false, read_only: true, ..ImageOptions::raw().overwriting() };
+    let look =
+        ImageOptions { lock: false, read_only: true, is_hidden: true, ..ImageOptions::raw().overwriting() };
     let Ok(node) = engine.open(&format!("file:{}", os_name::from_path(&path)), &look).await else {
         return false;
     };
@@ -264,7 +266,7 @@ pub async fn make_file(
     new.prepare(ring, &hidden).await;
     let mut is_written = false;
     let result = async {
-        let image = ImageOptions::raw().overwriting();
+        let image = ImageOptions { is_hidden: true, ..ImageOptions::raw().overwriting() };
         let node = engine.open(&format!("file:{}", os_name::from_path(&hidden)), &image).await?;
         // Tells others that somebody is at it. Where locks are not to be had they must do without.
         let _using = node.attach_in_time(UseKind::PromisedTarget).await.ok();
@@ -296,6 +298,13 @@ fn of_target(failure: Failure, hidden: &str, path: &Path) -> Failure {
     match failure {
         Failure::Block(mut error) if *error.name == *hidden => {
             error.name = os_name::from_path(path).into();
+            // Nobody has asked for another length of what is only being made.
+            if error.operation == Operation::Resize {
+                error.operation = Operation::Create;
+            }
+            if error.errno == Errno::EFBIG {
+                error = error.because("Its filesystem cannot hold a file of that length.");
+            }
             Failure::Block(error)
         }
         other => other,
@@ -332,7 +341,8 @@ async fn remove_left_over(engine: &Engine, path: &Path) {
     let (ring, dir, prefix) = (engine.ring(), parent(path), hidden_prefix(path));
     let found = ring.offload(move || left_over(&dir, &prefix)).await.unwrap_or_default();
     for hidden in found {
-        let (image, name) = (ImageOptions::raw().overwriting(), os_name::from_path(&hidden));
+        let image = ImageOptions { is_hidden: true, ..ImageOptions::raw().overwriting() };
+        let name = os_name::from_path(&hidden);
         // What cannot be opened or locked stays where it is.
         let Ok(node) = engine.open(&format!("file:{name}"), &image).await else { continue };
         let Ok(_held) = node.attach(UseKind::PromisedTarget) else { continue };
@@ -366,6 +376,7 @@ pub async fn try_length(file: &Rc<dyn Driver>, new: &NewImage) -> Result<(), Fai
 pub fn make_state_dir(engine: &Engine, driver: &Rc<dyn Driver>, dir: Option<&Path>) -> Result<(), Failure> {
     let Some(dir) = dir.filter(|_| TargetMark::needs_state_dir(engine.ring(), driver)) else { return Ok(()) };
     std::fs::create_dir_all(dir).map_err(|error| {
+        let error = plain(&error);
         Failure::text(format!(
             "Making the state directory '{}' failed: {error}. Name another with --state-dir",
             dir.display()

@@ -7,6 +7,7 @@ use super::Global;
 use super::exit::{Exit, Failure};
 use super::image::{CacheMode, GateArgs, ServerArgs};
 use super::print::{self, note, product};
+use super::signals::begin;
 use crate::engine::admit::Plan;
 use crate::engine::open::local_path;
 use crate::engine::{Format, ImageOptions};
@@ -68,8 +69,17 @@ pub struct PlanArgs {
 }
 
 impl PlanArgs {
-    /// Goes on if nothing speaks against the plan; true: it was a dry run, which has been printed and ends here.
+    /// Begins if nothing speaks against the plan; true: it was a dry run, which has been printed and ends here.
     pub fn ends(self, global: &Global, plan: &Plan) -> Result<bool, Failure> {
+        let ends = self.judges(global, plan)?;
+        if !ends {
+            begin();
+        }
+        Ok(ends)
+    }
+
+    /// The same for a command that has not begun yet then.
+    pub fn judges(self, global: &Global, plan: &Plan) -> Result<bool, Failure> {
         if self.dry_run {
             match global.json {
                 true => {
@@ -79,10 +89,12 @@ impl PlanArgs {
                 false => print::write_product(&plan.to_string()),
             }
         }
-        for line in plan.to_string().lines() {
-            tracing::info!("{line}");
-        }
         plan.admitted()?;
+        if !self.dry_run {
+            for line in plan.sentences("Will") {
+                tracing::info!("{line}");
+            }
+        }
         Ok(self.dry_run)
     }
 }
@@ -150,7 +162,7 @@ fn listed(said: &[String]) -> Result<Vec<String>, Failure> {
     for text in said {
         let parts = text.replace(",,", "\0");
         if text.is_empty() || text.starts_with(',') || parts.ends_with(',') {
-            return Err(Failure::text(format!(
+            return Err(Failure::usage(format!(
                 "'{text}' is no list of options: say NAME=VALUE,NAME=VALUE (a comma in a value is doubled)"
             )));
         }
@@ -163,7 +175,7 @@ fn listed(said: &[String]) -> Result<Vec<String>, Failure> {
 pub fn option_pairs(said: &[String]) -> Result<Vec<(String, String)>, Failure> {
     let pair = |part: String| match part.split_once('=') {
         Some((name, value)) => Ok((name.trim().to_owned(), value.to_owned())),
-        None => Err(Failure::text(format!("The option '{part}' has no value: say NAME=VALUE"))),
+        None => Err(Failure::usage(format!("The option '{part}' has no value: say NAME=VALUE"))),
     };
     listed(said)?.into_iter().map(pair).collect()
 }

@@ -133,7 +133,7 @@ impl NewImage {
         match self {
             NewImage::Raw { len, .. } if *len > DISK_LEN_MAX => {
                 let why = format!("A disk has at most {DISK_LEN_MAX} bytes, and not {len}.");
-                Err(BlockError::new(Operation::Create, name, Errno::EFBIG).hint(why))
+                Err(BlockError::new(Operation::Create, name, Errno::EFBIG).because(why))
             }
             NewImage::Raw { .. } => Ok(()),
             NewImage::Qcow2(options) => Qcow2::check_new(name, options),

@@ -102,7 +102,7 @@ pub fn refusal(mark: &MarkInfo, name: &str, options: &ImageOptions) -> Option<Bl
              --allow-incomplete."
         ),
     };
-    Some(BlockError::new(Operation::Open, name, Errno::EPERM).hint(why))
+    Some(BlockError::new(Operation::Open, name, Errno::EPERM).because(why))
 }
 
 fn judge(mark: &MarkInfo, name: &str, options: &ImageOptions) -> Result<(), BlockError> {

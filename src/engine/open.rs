@@ -65,6 +65,8 @@ pub struct ImageOptions {
     pub snapshot: Option<WhichSnapshot>,
     /// What is done about marks of unfinished and of old disks.
     pub marks: Marks,
+    /// It has a name that only this program knows: nothing is said of it.
+    pub is_hidden: bool,
 }
 
 impl Default for ImageOptions {
@@ -85,6 +87,7 @@ impl Default for ImageOptions {
             for_check: false,
             snapshot: None,
             marks: Marks::default(),
+            is_hidden: false,
         }
     }
 }
@@ -104,6 +107,12 @@ impl ImageOptions {
     pub fn overwriting(self) -> ImageOptions {
         ImageOptions { marks: Marks::ignored(), ..self }
     }
+}
+
+/// A name as people say it: without `file:` where the same file is meant without it.
+pub fn plain_name(name: &str) -> &str {
+    let path = name.strip_prefix("file:").filter(|path| local_path(path) == local_path(name));
+    path.unwrap_or(name)
 }
 
 /// The path that a name leads to, through `delay:` too; `None` if it leads to none.
@@ -140,8 +149,12 @@ pub fn name_of(path: &Path) -> String {
 /// the safe rule.
 pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
     let (child, named_format) = open_child(ring, name, options).await?;
+    let name = plain_name(name);
     heed(ring, &child, name, options).await?;
     let driver = open_on(ring, child, named_format, name, options).await?;
+    if options.is_hidden {
+        return Ok(driver);
+    }
     tracing::info!(
         "'{name}' is open, {}: {}, {} bytes, {}",
         if options.read_only { "to be read" } else { "to be written" },
@@ -294,7 +307,7 @@ async fn with_format(
     match format {
         Format::Raw if options.snapshot.is_some() => {
             Err(BlockError::new(Operation::Open, child.name(), Errno::EOPNOTSUPP)
-                .hint("A raw image has no snapshots."))
+                .because("A raw image has no snapshots."))
         }
         Format::Raw => as_raw(ring, child, options),
         Format::Qcow2 if options.offset != 0 || options.size.is_some() => {
@@ -346,7 +359,7 @@ impl Files {
     }
 
     async fn open_judged(&self, wanted: &Wanted<'_>) -> Result<Rc<dyn Driver>, BlockError> {
-        let refuse = |why: String| BlockError::new(Operation::Open, wanted.image, Errno::EPERM).hint(why);
+        let refuse = |why: String| BlockError::new(Operation::Open, wanted.image, Errno::EPERM).because(why);
         let options = ImageOptions {
             format: None,
             read_only: wanted.read_only,
@@ -401,7 +414,7 @@ impl Files {
             return Ok(());
         }
         let why = format!("There are more than {BACKING_CHAIN_MAX} backing files.");
-        Err(BlockError::new(Operation::Open, wanted.image, Errno::EPERM).hint(why))
+        Err(BlockError::new(Operation::Open, wanted.image, Errno::EPERM).because(why))
     }
 }
 

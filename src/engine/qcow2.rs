@@ -28,7 +28,7 @@ pub fn recorded_format(name: Option<&str>, file: &str) -> Result<Option<Format>,
         // QEMU writes the name of the protocol for a raw file, too.
         Some("file" | "host_device" | "nbd" | "gluster") => Ok(Some(Format::Raw)),
         Some(name) => Format::parse(name).map(Some).ok_or_else(|| {
-            BlockError::new(Operation::Open, file, Errno::EOPNOTSUPP).hint(format!(
+            BlockError::new(Operation::Open, file, Errno::EOPNOTSUPP).because(format!(
                 "An image says that this file has the format '{name}', which is not supported."
             ))
         }),

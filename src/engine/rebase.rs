@@ -107,7 +107,7 @@ impl Rebase {
     fn layer(&self) -> Result<&dyn Layer, BlockError> {
         self.image.as_layer().ok_or_else(|| {
             BlockError::new(Operation::Write, self.image.name(), Errno::EOPNOTSUPP)
-                .hint("An image of this format has no backing file.")
+                .because("An image of this format has no backing file.")
         })
     }
 

@@ -100,7 +100,7 @@ impl JoinedDriver {
     }
 
     fn refusal(&self, operation: Operation) -> BlockError {
-        BlockError::new(operation, self.name.clone(), Errno::EROFS).hint("Disks in a row are only read.")
+        BlockError::new(operation, self.name.clone(), Errno::EROFS).because("Disks in a row are only read.")
     }
 
     fn refused(&self, operation: Operation) -> IoFuture<'_, IoResult> {

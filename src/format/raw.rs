@@ -160,7 +160,7 @@ impl Driver for RawDriver {
             Some(whole) => self.child.set_len(whole),
             None => self.ring.boxed(async {
                 Err(BlockError::new(Operation::Resize, self.child.name().to_owned(), Errno::EOPNOTSUPP)
-                    .hint("The option 'size' fixes the length of this disk."))
+                    .because("The option 'size' fixes the length of this disk."))
             }),
         }
     }

@@ -540,7 +540,7 @@ impl Node {
         match self.driver.reopen(read_only) {
             Some(reopening) => reopening.await?,
             None => {
-                return Err(BlockError::new(Operation::Open, self.driver.name(), Errno::EROFS).hint(
+                return Err(BlockError::new(Operation::Open, self.driver.name(), Errno::EROFS).because(
                     "It was opened to be read only, and cannot be opened otherwise while it is in use.",
                 ));
             }

@@ -90,9 +90,9 @@ impl CopyOffload {
             match result {
                 Ok(()) => return Ok(len),
                 Err(error) if cannot_copy_range(error.errno) => {
-                    tracing::debug!(?how, errno = ?error.errno, "copying without reading is not to be had here");
                     // Another copy in flight may have turned it off meanwhile.
                     if self.means.get() == Some(how) {
+                        tracing::debug!("copying by {how:?} is not to be had here: {}", error.errno);
                         self.means.set(self.next.take());
                     }
                 }

@@ -309,7 +309,8 @@ impl Shared {
         let mut life = self.life.borrow_mut();
         let mut events = self.events.borrow_mut();
         while let Some(event) = life.pop_event() {
-            tracing::debug!(job = life.id(), event = event.name(), ?event, "job event");
+            let data = serde_json::to_string(&event).unwrap_or_default();
+            tracing::debug!("Job '{}': {} {data}", life.id(), event.name());
             if events.len() >= crate::base::limits::JOB_EVENTS_KEPT_MAX {
                 events.pop_front();
             }

@@ -58,7 +58,7 @@ impl FileDriver {
     ) -> Result<FileDriver, BlockError> {
         if open::kind(aside, path).await? != FileKind::Regular {
             return Err(open::fail(Operation::Open, path, Errno::EINVAL)
-                .hint("It is a block device: open it with the driver 'host_device'."));
+                .because("It is a block device: open it with the driver 'host_device'."));
         }
         let leaf = open::open_leaf(ring, aside, path, options, FileKind::Regular).await?;
         let locks =
@@ -90,7 +90,7 @@ impl FileDriver {
             }
             Err(Errno::EEXIST) => {
                 return Err(fail(Errno::EEXIST)
-                    .hint("It is left alone. Choose another name, or ask for it to be overwritten."));
+                    .because("It is left alone. Choose another name, or ask for it to be overwritten."));
             }
             Err(errno) => return Err(fail(errno)),
         };

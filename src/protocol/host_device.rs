@@ -42,7 +42,7 @@ impl HostDevice {
     ) -> Result<HostDevice, BlockError> {
         if open::kind(aside, path).await? != FileKind::Block {
             return Err(open::fail(Operation::Open, path, Errno::EINVAL)
-                .hint("It is no block device: open it with the driver 'file'."));
+                .because("It is no block device: open it with the driver 'file'."));
         }
         let leaf = open::open_leaf(ring, aside, path, options, FileKind::Block).await?;
         let locks =

@@ -562,7 +562,9 @@ impl Leaf {
 
     fn check_writable(&self, operation: Operation, range: ByteRange) -> IoResult {
         if self.is_read_only() {
-            return Err(self.error(operation, range, Errno::EROFS).hint("The image was opened read-only."));
+            return Err(self
+                .error(operation, range, Errno::EROFS)
+                .because("The image was opened read-only."));
         }
         Ok(())
     }
@@ -780,7 +782,7 @@ impl Leaf {
         if self.is_device() {
             // It may have been made larger; whoever asked looks whether that is enough.
             changing.set(self.ring.info(&self.file()).map_err(fail)?.len);
-            return Err(fail(Errno::EOPNOTSUPP).hint("A block device has the length that it has."));
+            return Err(fail(Errno::EOPNOTSUPP).because("A block device has the length that it has."));
         }
         let aside = self.ring.aside();
         self.open_tail(&aside, len).await.map_err(fail)?;
@@ -814,7 +816,7 @@ impl Leaf {
             return Ok(());
         }
         if self.is_device() {
-            return Err(fail(Errno::ENOSPC).hint(format!("The device ends at {found}; make it larger.")));
+            return Err(fail(Errno::ENOSPC).because(format!("The device ends at {found}; make it larger.")));
         }
         let Some(len) = range.end().checked_next_multiple_of(self.align()).filter(|len| *len <= LEN_MAX)
         else {

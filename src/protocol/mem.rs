@@ -134,7 +134,7 @@ impl MemDriver {
             if self.read_only.get() {
                 let (offset, len) = (range.start(), range.len());
                 return Err(BlockError::at(operation, self.name.as_str(), offset, len, Errno::EROFS)
-                    .hint("The image was opened read-only."));
+                    .because("The image was opened read-only."));
             }
             change(&mut self.pieces.borrow_mut());
             // What lies behind the end lengthens the disk.

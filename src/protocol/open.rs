@@ -80,6 +80,10 @@ pub(super) fn in_place<T>(
 pub(super) fn fail(operation: Operation, path: &Path, errno: Errno) -> BlockError {
     let error = BlockError::new(operation, os_name::from_path(path), errno);
     match errno {
+        Errno::EACCES | Errno::EPERM if rustix::process::geteuid().is_root() => error.hint(
+            "The kernel does not let even root open it so: it may be immutable (`lsattr`), read-only, on a filesystem that \
+             does not trust this root, or kept from this container.",
+        ),
         Errno::EACCES | Errno::EPERM => {
             error.hint("This user may not: run as one who may, or change the permissions of the file.")
         }

@@ -5,6 +5,7 @@
 
 use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -356,6 +357,65 @@ fn services_last_as_long_as_they_were_told_to() {
             ends_with(mirror, 3);
             assert!(!Path::new(&place.target).exists() && !place.socket.exists());
         }),
+    ]);
+}
+
+/// A server that takes connections and says nothing: what opens its disk waits for it, and a signal ends that at once.
+fn ends_while_it_opens(words: &[&str], signal: Signal, code: i32) {
+    let place = Place::new(MIB);
+    let listener = UnixListener::bind(&place.socket).expect("a socket");
+    let overlay = place.scratch.path("over");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &overlay, "1M"]);
+    let fill = |word: &&str| match *word {
+        "URI" => place.uri.clone(),
+        "if=URI" => format!("if={}", place.uri),
+        "SOURCE" => place.source.clone(),
+        "TARGET" => place.target.clone(),
+        "of=TARGET" => format!("of={}", place.target),
+        "OVERLAY" => overlay.clone(),
+        "EXPORT" => format!("nbd+unix:///x?socket={}", place.scratch.path("other")),
+        word => word.to_owned(),
+    };
+    let words: Vec<String> = words.iter().map(fill).collect();
+    let words: Vec<&str> = ["--json"].into_iter().chain(words.iter().map(String::as_str)).collect();
+    let before = (content(&place.source), content(&overlay));
+    let process = Process::spawn(blockferry(&words));
+    let (_silent, _) = listener.accept().expect("a connection");
+    process.signal(signal);
+    let ended = ends_with(process, code);
+    assert_eq!(ended.err, "Cancelled: nothing was changed\n", "{words:?}: {ended}");
+    let events = ended.events();
+    let end = events.last().expect("an end");
+    assert!(end["ending"] == "cancelled" && end["exit-code"] == code, "{words:?}: {ended}");
+    assert!(!Path::new(&place.target).exists(), "{words:?} made something");
+    assert!(before == (content(&place.source), content(&overlay)), "{words:?} changed something");
+}
+
+#[test]
+fn signals_while_a_server_is_opened() {
+    side_by_side(&[
+        ("mirror", || ends_while_it_opens(&["mirror", "URI", "TARGET"], INT, 3)),
+        ("mirror to it", || {
+            ends_while_it_opens(&["mirror", "--force", "-F", "raw", "SOURCE", "URI"], TERM, 3);
+        }),
+        ("convert", || ends_while_it_opens(&["convert", "URI", "TARGET"], HUP, 3)),
+        ("serve", || ends_while_it_opens(&["serve", "-f", "raw", "URI", "--export", "EXPORT"], INT, 3)),
+        ("list", || ends_while_it_opens(&["serve", "--list", "URI"], INT, 3)),
+        ("compare", || ends_while_it_opens(&["compare", "SOURCE", "URI"], TERM, 3)),
+        ("info", || ends_while_it_opens(&["info", "URI"], INT, 3)),
+        ("map", || ends_while_it_opens(&["map", "URI"], TERM, 3)),
+        ("measure", || ends_while_it_opens(&["measure", "-O", "qcow2", "URI"], INT, 3)),
+        ("dd", || ends_while_it_opens(&["dd", "if=URI", "of=TARGET"], INT, 3)),
+        // There 3 says that clusters leaked.
+        ("check", || ends_while_it_opens(&["check", "-f", "qcow2", "URI"], INT, 1)),
+        ("resize", || ends_while_it_opens(&["resize", "-f", "raw", "URI", "2M"], INT, 3)),
+        ("create", || {
+            ends_while_it_opens(&["create", "-f", "qcow2", "-b", "URI", "-F", "raw", "TARGET"], TERM, 3);
+        }),
+        ("rebase", || {
+            ends_while_it_opens(&["rebase", "-b", "URI", "-F", "raw", "OVERLAY"], INT, 3);
+        }),
+        ("commit", || ends_while_it_opens(&["commit", "-f", "qcow2", "URI"], INT, 3)),
     ]);
 }
 

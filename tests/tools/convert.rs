@@ -67,7 +67,7 @@ fn what_exists_is_left_alone_unless_it_is_said() {
     let refused = run(&["convert", "-f", "raw", "--force", &a, &a]);
     assert!(refused.code == Some(1), "{refused}");
     let refused = run(&["convert", "-f", "raw", "-c", &a, &scratch.path("new")]);
-    assert!(refused.code == Some(1) && refused.err.contains("cannot be compressed"), "{refused}");
+    assert!(refused.code == Some(2) && refused.err.contains("cannot be compressed"), "{refused}");
     assert!(!std::path::Path::new(&scratch.path("new")).exists());
 }
 

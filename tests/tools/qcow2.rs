@@ -235,7 +235,7 @@ fn an_unsafe_rebase_changes_only_the_name() {
     sound(&top);
     assert_eq!(run(&["compare", &top, &top]).code, Some(0));
     let unsaid = run(&["rebase", "-u", "-b", "moved.qcow2", &top]);
-    assert!(unsaid.code == Some(1) && unsaid.err.contains("-F"), "{unsaid}");
+    assert!(unsaid.code == Some(2) && unsaid.err.contains("-F"), "{unsaid}");
 }
 
 #[test]

@@ -94,7 +94,7 @@ fn create_and_resize_make_what_qemu_img_makes() {
     let refused = run(&["create", &a, "1M"]);
     assert_eq!(refused.code, Some(1), "{refused}");
     assert!(refused.err.contains("exists and is left alone"), "{refused}");
-    assert_eq!(run(&["create", &scratch.path("c")]).code, Some(1));
+    assert_eq!(run(&["create", &scratch.path("c")]).code, Some(2));
     for (change, len, code) in
         [("+1M", 4 * MIB, 0), ("-2M", 4 * MIB, 1), ("8M", 8 * MIB, 0), ("-100M", 8 * MIB, 1)]
     {

@@ -28,6 +28,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::model::{Candidates, Model, Survival, WriteEnd};
+use crate::base::shown::plain;
 
 const NAME: &str = "blockferry-bench";
 const VERSION: u32 = 1;
@@ -80,7 +81,7 @@ impl LogHeader {
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The file could not be read.
-    #[error("Reading the log '{path}' failed: {error}.")]
+    #[error("Reading the log '{path}' failed: {}.", plain(.error))]
     Io {
         /// The file.
         path: String,

@@ -28,6 +28,7 @@ use super::target::{Lane, Target, TargetError, TargetOptions};
 use crate::base::latency::LatencyHistogram;
 use crate::base::range::ByteRange;
 use crate::base::rng::Rng;
+use crate::base::shown::plain;
 use crate::block::{BlockError, WriteFlags};
 
 /// Seeds that are drawn are below this: readers of JSON whose numbers are doubles keep them.
@@ -150,7 +151,7 @@ pub enum LoadError {
         name: String,
     },
     /// The log could not be written.
-    #[error("Writing the log of acknowledged writes failed: {error}.")]
+    #[error("Writing the log of acknowledged writes failed: {}.", plain(.error))]
     Log {
         /// Why.
         error: std::io::Error,

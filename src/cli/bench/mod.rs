@@ -13,8 +13,10 @@ pub mod report;
 pub mod schedule;
 pub mod target;
 
+use std::cell::Cell;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use blockferry_ring::Ring;
 use clap::{Args, ValueEnum};
@@ -22,13 +24,15 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, duration, failed, parse_format, size};
-use super::print::{self, product};
-use super::signals::Signals;
+use super::print::{self, product, say};
+use super::service::at_once;
+use super::signals::{Signals, begin};
 use super::tool::PlanArgs;
 use super::{Global, config, stats};
 use crate::base::latency::to_log;
 use crate::base::range::ByteRange;
 use crate::base::secret::without_secrets;
+use crate::base::shown::plain;
 use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration, parse_size};
 use crate::engine::admit::{Act, Admission, Plan, Refusal};
 use crate::engine::open::{is_memory, local_path, open, said_by_header};
@@ -413,7 +417,7 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     if args.plan.dry_run || !files.is_empty() {
         let plan =
             ring.block_on(judge(ring.clone(), args.target.clone(), options.image.clone(), files, refusal));
-        if args.plan.ends(global, &plan)? {
+        if args.plan.judges(global, &plan)? {
             return Ok(Exit::Done);
         }
     }
@@ -427,8 +431,15 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     let control = LoadControl::new(ring);
     let signals = Signals::new(ring)?;
     let stop = control.clone();
+    let is_open = Rc::new(Cell::new(false));
+    let opened = is_open.clone();
+    begin();
     ring.spawn(async move {
         signals.next_ending().await;
+        if !opened.get() {
+            say!("Cancelled: the target was not open yet");
+            at_once(Exit::Cancelled);
+        }
         stop.stop();
     });
     if !args.quiet {
@@ -437,6 +448,7 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     let (handle, name) = (ring.clone(), args.target.clone());
     let outcome: Result<LoadOutcome, Failure> = ring.block_on(async move {
         let target = Target::open(&handle, &name, &options).await.map_err(failed)?;
+        is_open.set(true);
         let outcome = run_on(&handle, &target, &load, &control, log).await;
         target.close().await;
         outcome.map_err(failed)
@@ -474,7 +486,7 @@ fn create(path: &Path) -> Result<std::fs::File, Failure> {
 }
 
 fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::text(format!("Writing '{}' failed: {error}.", path.display()))
+    Failure::text(format!("Writing '{}' failed: {}.", path.display(), plain(error)))
 }
 
 /// Keeps a line on the terminal up to date; with JSON a line a second on standard output.

@@ -37,10 +37,11 @@ use super::exit::{Exit, Failure};
 use super::image::{failed, size, speed};
 use super::print::{self, product, say};
 use super::serve::Exports;
-use super::signals::Signals;
+use super::signals::{Signals, begin};
 use super::{Global, config, stats};
 use crate::base::os_name;
 use crate::base::rng::Rng;
+use crate::base::shown::plain;
 use crate::base::units::{NS_PER_SEC, fmt_bytes, fmt_duration};
 use crate::engine::{Engine, ImageOptions};
 use crate::graph::node::Node;
@@ -108,6 +109,7 @@ fn disk_size(text: &str) -> Result<u64, String> {
 pub fn main(global: &Global, args: &DemoArgs) -> Result<Exit, Failure> {
     let engine = Rc::new(Engine::new(&config(global))?);
     let signals = Signals::new(engine.ring())?;
+    begin();
     let ring = engine.ring().clone();
     let parent = args.dir.clone().unwrap_or_else(std::env::temp_dir);
     let scratch = Rc::new(Scratch::new(&parent, args.keep, || ring.random())?);
@@ -117,7 +119,7 @@ pub fn main(global: &Global, args: &DemoArgs) -> Result<Exit, Failure> {
         scratch: scratch.clone(),
         size: args.size,
         rate: args.rate,
-        speed: i64::try_from(args.speed).map_err(|_| Failure::text("--speed is too large"))?,
+        speed: i64::try_from(args.speed).map_err(|_| Failure::usage("--speed is too large"))?,
         seed: args.seed.unwrap_or_else(|| ring.random() % SEED_END),
         client: RefCell::default(),
         stop: Arc::default(),
@@ -350,7 +352,7 @@ impl Demo {
         let mut report = CheckReport::default();
         for reader in readers {
             report.merge(reader.take().await.map_err(failed)?.map_err(|error| {
-                Failure::text(format!("Reading the target for the comparison failed: {error}"))
+                Failure::text(format!("Reading the target for the comparison failed: {}", plain(&error)))
             })?);
         }
         Ok(report)
@@ -365,8 +367,9 @@ impl Demo {
 
 /// Bytes that a file occupies.
 fn allocated(path: &Path) -> Result<u64, Failure> {
-    let metadata = std::fs::metadata(path)
-        .map_err(|error| Failure::text(format!("'{}' cannot be looked at: {error}", path.display())))?;
+    let metadata = std::fs::metadata(path).map_err(|error| {
+        Failure::text(format!("'{}' cannot be looked at: {}", path.display(), plain(&error)))
+    })?;
     Ok(metadata.blocks() * 512)
 }
 

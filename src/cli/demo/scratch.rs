@@ -7,6 +7,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use super::super::exit::Failure;
+use crate::base::shown::plain;
 use crate::base::units::fmt_bytes;
 
 /// The disk of a demo when there is room for it, in bytes.
@@ -47,8 +48,9 @@ impl Scratch {
             }
         }
         Err(Failure::text(format!(
-            "A folder for the demo cannot be made in '{}': {last}. Choose another place with --dir.",
-            parent.display()
+            "A folder for the demo cannot be made in '{}': {}. Choose another place with --dir.",
+            parent.display(),
+            plain(&last)
         )))
     }
 
@@ -90,8 +92,12 @@ impl Scratch {
         })
     }
 
-    fn failed(&self, doing: &str, error: impl std::fmt::Display) -> Failure {
-        Failure::text(format!("The folder '{}' cannot be {doing}: {error}", self.path.display()))
+    fn failed(&self, doing: &str, error: impl Into<std::io::Error>) -> Failure {
+        Failure::text(format!(
+            "The folder '{}' cannot be {doing}: {}",
+            self.path.display(),
+            plain(&error.into())
+        ))
     }
 }
 

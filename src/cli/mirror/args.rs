@@ -46,19 +46,20 @@ SIGUSR1 asks for a line of progress, SIGCONT lets a stopped job go on.";
 pub struct MirrorArgs {
     /// The disk to copy: a file, a block device, nbd://HOST/EXPORT, gluster://HOST/VOLUME/IMAGE, mem:SIZE, null:SIZE or
     /// delay:TIME:NAME
-    #[arg(value_name = "SRC")]
-    pub(super) source: String,
+    #[arg(value_name = "SRC", required = true)]
+    pub(super) source: Option<String>,
     /// Where to: a new file (made with the source's size), or with --force and -F what is there already
-    #[arg(value_name = "DST")]
-    pub(super) target: String,
+    #[arg(value_name = "DST", required = true)]
+    pub(super) target: Option<String>,
     /// Format of the source. Must be said (raw) when clients may write to it
     #[arg(short = 'f', long, value_name = "FORMAT", value_parser = parse_format)]
     pub(super) format: Option<Format>,
     /// Format of the target. Must be said for one that exists, and for NBD exports [default: a new file has the source's]
     #[arg(short = 'F', long, value_name = "FORMAT", value_parser = parse_format)]
     pub(super) target_format: Option<Format>,
-    /// Options of the target's format if it is made, as NAME=VALUE,NAME=VALUE (may be said more than once)
-    #[arg(short, long, value_name = "OPTIONS")]
+    /// Options of the target's format if it is made, as NAME=VALUE,NAME=VALUE (may be said more than once); `-o help` lists
+    /// them
+    #[arg(short, long, visible_alias = "target-options", value_name = "OPTIONS")]
     pub(super) options: Vec<String>,
     /// What to copy: all of it; what is above the backing file, to a target that has the same one (all, where there is
     /// none); only new writes, to a target that is no copy then and says so
@@ -88,7 +89,7 @@ pub struct MirrorArgs {
     #[arg(short = 'n', long, requires = "force")]
     pub(super) no_create: bool,
     /// Limit the copying, such as 200MiB (a second); 0 or `unlimited` for no limit
-    #[arg(long, value_name = "RATE", value_parser = speed, default_value = "0")]
+    #[arg(long, visible_alias = "rate", value_name = "RATE", value_parser = speed, default_value = "0")]
     pub(super) speed: u64,
     /// How clients' writes are treated while the job runs: copied later, or sent to both disks at once
     #[arg(long, value_enum, value_name = "MODE", default_value_t = CopyModeArg::Background)]
@@ -134,6 +135,9 @@ pub struct MirrorArgs {
     /// Where to note unfinished targets that cannot carry a mark themselves (block devices, some filesystems)
     #[arg(long, value_name = "DIR", value_parser = crate::cli::image::path)]
     pub(super) state_dir: Option<PathBuf>,
+    /// Show progress (on a terminal it is shown anyway)
+    #[arg(short, long, hide_short_help = true)]
+    pub(super) progress: bool,
     /// No progress
     #[arg(short, long)]
     pub(super) quiet: bool,
@@ -226,20 +230,23 @@ impl Settings {
                 "without --export nobody can write through this process: there is nothing to follow"
             );
         }
+        let (Some(source), Some(target)) = (&args.source, &args.target) else {
+            return Err(Failure::usage("Say what to copy, and where to: blockferry mirror SRC DST"));
+        };
         check_exports(&args.export)?;
         if let Some(granularity) = args.granularity {
-            check_granularity(granularity)?;
+            check_granularity(granularity).map_err(|error| Failure::usage(error.to_string()))?;
         }
         if matches!(args.sync, Sync::None) && (args.pivot || args.verify) {
             let why = match args.pivot {
                 true => "--pivot would put clients on a disk that lacks everything else",
                 false => "there is no copy that --verify could compare",
             };
-            return Err(Failure::text(format!("--sync none copies only what is written meanwhile: {why}")));
+            return Err(Failure::usage(format!("--sync none copies only what is written meanwhile: {why}")));
         }
         Ok(Settings {
-            source: args.source.clone(),
-            target: args.target.clone(),
+            source: source.clone(),
+            target: target.clone(),
             format: args.format,
             target_format: args.target_format,
             target_options: option_pairs(&args.options)?,

@@ -15,13 +15,16 @@ use super::exit::{Exit, Failure};
 use super::image::state_dir;
 use super::job::{AtReady, Watch, Watched, Words, disk, suit_bulk};
 use super::print::{self, say};
+use super::progress::Holes;
 use super::serve::Exports;
 use super::service::Service;
 use super::signals::{Asked, Signals};
 use super::target::{Target, TargetOptions, is_left_by, make_state_dir};
+use super::tool::{asks_for_help, print_options};
 use super::{Global, config, room, stats};
 use crate::base::limits;
 use crate::base::os_name;
+use crate::base::shown::plain;
 use crate::block::{Driver, place};
 use crate::engine::admit::{Admission, IfThere, Refusal, Standing, Wish, is_place};
 use crate::engine::create::NewImage;
@@ -57,6 +60,11 @@ const WORDS: Words = Words {
 
 /// Runs the command.
 pub fn main(global: &Global, args: &MirrorArgs) -> Result<Exit, Failure> {
+    if asks_for_help(&args.options)? {
+        let format = args.target_format.or(args.format).unwrap_or(Format::Qcow2);
+        print_options(format, "Options for new images", NewImage::options(format));
+        return Ok(Exit::Done);
+    }
     // The arguments outlive the future in the process; the future must own them all the same.
     let args = Rc::new(Settings::new(args)?);
     let config = Config { arena_bytes: room::arena_bytes(arena_bytes(&args)), ..config(global) };
@@ -258,7 +266,7 @@ impl Run {
         let (ring, name) = (self.engine.ring(), &*settings.target);
         let format = new_format(settings, source);
         let mut new = NewImage::parse(format, &settings.target_options, Some(source.driver().len()))
-            .map_err(|text| Failure::text(format!("The target '{name}': {text}")))?;
+            .map_err(|text| Failure::usage(format!("The target '{name}': {text}")))?;
         if let NewImage::Qcow2(new) = &mut new
             && settings.sync == SyncMode::Top
             && new.backing_file.is_none()
@@ -426,7 +434,12 @@ impl Run {
         let words = if settings.sync == SyncMode::None { WORDS_NONE } else { WORDS };
         let compared = || verifier.map(|verifier| verifier.progress());
         let compared: &dyn Fn() -> Option<(u64, u64)> = &compared;
-        let watch = Watch { global: &self.global, ring, signals, quiet, words, at_ready, places, compared };
+        let holes = match (settings.sync, places.first()) {
+            (SyncMode::None, _) | (_, None) => Rc::default(),
+            (sync, Some(source)) => Holes::count(ring, source, sync == SyncMode::Top),
+        };
+        let global = &self.global;
+        let watch = Watch { global, ring, signals, quiet, words, at_ready, places, compared, holes };
         let mut pass = None;
         // A long pass of comparing comes before the end; the job follows meanwhile.
         let passed = || {
@@ -456,11 +469,11 @@ fn misnamed(settings: &Settings, format: Format) -> Option<String> {
         named_as(&file).filter(|told| told.format() != Some(format) && settings.target_format.is_none())?;
     let cure = match told.format() {
         Some(told) => format!("Say -F {told} for an image of that format"),
-        None => "No image of that format can be made: name it otherwise".to_owned(),
+        None => "No image of that format can be made here: name it otherwise".to_owned(),
     };
     Some(format!(
-        "The new target '{name}' is named as a {} image, and would be {format}, as the source is. {cure}, or -F {format} if \
-         the name is meant",
+        "The new target '{name}' is named as a {} image, and would be {format}, as the source is. {cure}, or say -F {format} \
+         if the name is meant",
         told.name()
     ))
 }
@@ -470,7 +483,7 @@ fn whole_name(name: &str) -> Result<String, Failure> {
     match local_path(name) {
         Some(path) => std::path::absolute(path)
             .map(os_name::from_path)
-            .map_err(|error| Failure::text(format!("The file '{name}': {error}"))),
+            .map_err(|error| Failure::text(format!("The file '{name}': {}", plain(&error)))),
         None => Ok(name.to_owned()),
     }
 }

@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 
 use super::Run;
 use super::args::Settings;
-use crate::base::units::{fmt_bytes, fmt_duration, fmt_rate};
+use crate::base::units::{fmt_bytes, fmt_duration};
 use crate::block::Driver;
 use crate::cli::exit::{Exit, Failure};
-use crate::cli::job::{WhatItHolds, copy_rate, disk, ending_name, exit_code, keeps_nothing, left_behind};
+use crate::cli::job::{WhatItHolds, copied, disk, ending_name, exit_code, keeps_nothing, left_behind};
 use crate::cli::print::say;
 use crate::job::mirror::SyncMode;
 use crate::job::mirror::verify::{Report, Verifier};
@@ -89,10 +89,9 @@ impl Run {
     ) {
         let details = job.details();
         say!(
-            "Completed in {}: {} copied ({}), {}{} zeroed, {} skipped{}",
+            "Completed in {}: {}, {}{} zeroed, {} skipped{}",
             fmt_duration(outcome.elapsed_ns),
-            fmt_bytes(details.bytes_copied),
-            fmt_rate(copy_rate(job)),
+            copied(job),
             match details.bytes_shared {
                 0 => String::new(),
                 shared => format!("{} shared, ", fmt_bytes(shared)),

@@ -28,7 +28,7 @@ use super::exit::{Exit, Failure};
 use crate::base::limits::{PRINT_AT_END_MAX, PRINT_BACKGROUND_LOOK};
 use crate::base::os_name;
 use crate::base::secret::without_secrets;
-use crate::base::shown::{shown, shown_line, shown_lines};
+use crate::base::shown::{plain, shown, shown_line, shown_lines};
 use crate::job::event::JobEvent;
 use queue::{Kind, Piece, Pushed, Queue, Stream};
 
@@ -53,11 +53,14 @@ pub(crate) use {note, product, say};
 
 /// Prints some of what the command is for, on standard output; ends of lines are in it.
 pub fn write_product(text: &str) {
+    // What is left to be done is to print it, and its reader may take his time.
+    super::signals::let_go();
     PRINTER.out.print(Stream::Out, Kind::Product, &shown_lines(text));
 }
 
 /// Prints a line of what the command is for, on standard output.
 pub fn product_line(text: &str) {
+    super::signals::let_go();
     PRINTER.out.print(Stream::Out, Kind::Product, &format!("{}\n", shown_line(text)));
 }
 
@@ -83,10 +86,17 @@ pub fn usage(text: &str, is_product: bool) {
 /// Prints why the command failed, for people and, with JSON, for programs, unless they know it already.
 pub fn failure(json: bool, failure: &Failure) {
     if json && !ENDED.load(Ordering::Relaxed) {
-        let exit = Exit::Code(FAILURE.load(Ordering::Relaxed));
-        ending(json!({"event": "error", "message": failure.to_string()}), exit);
+        ending(json!({"event": "error", "message": failure.to_string()}), exit_of(failure));
     }
     say!("blockferry: {failure}");
+}
+
+/// How a command ends that has failed so.
+pub fn exit_of(failure: &Failure) -> Exit {
+    match FAILURE.load(Ordering::Relaxed) {
+        0 => failure.exit(),
+        code => Exit::Code(code),
+    }
 }
 
 /// Prints the object that tells programs how the command ended: there is one, and not two.
@@ -131,13 +141,21 @@ pub fn say_line(text: &str) {
     PRINTER.err.print(Stream::Err, Kind::Message, &format!("{}\n", shown_line(text)));
 }
 
+/// Prints a warning, quiet or not, in the form that those of the log have.
+pub fn warning(text: &str) {
+    say_line(&format!(" WARN {text}"));
+}
+
+/// Columns that a status line may take; in the last column of a terminal some begin a new line.
+pub fn status_columns() -> usize {
+    tcgetwinsize(io::stderr()).map_or(80, |size| usize::from(size.ws_col)).max(2) - 1
+}
+
 /// Shows a line that is always the last one of the terminal, or takes it away. Nothing happens where there is no terminal
 /// that can do that.
 pub fn status(text: Option<&str>) {
     if PRINTER.has_status {
-        let width = tcgetwinsize(io::stderr()).map_or(80, |size| usize::from(size.ws_col)).max(2);
-        // In the last column some terminals begin a new line.
-        let text = text.map(|text| without_secrets(text).chars().take(width - 1).collect());
+        let text = text.map(|text| without_secrets(text).chars().take(status_columns()).collect());
         PRINTER.err.with(|queue| queue.set_status(text));
     }
 }
@@ -170,7 +188,7 @@ pub fn finish(exit: Exit) -> Exit {
     PRINTER.out.settle();
     PRINTER.err.settle();
     let has_failed = PRINTER.out.shared.queue().has_failed(Stream::Out);
-    if has_failed && exit == Exit::Done { Exit::Code(FAILURE.load(Ordering::Relaxed)) } else { exit }
+    if has_failed && exit == Exit::Done { Exit::Code(FAILURE.load(Ordering::Relaxed).max(1)) } else { exit }
 }
 
 /// From now on a command that says nothing of its end to programs has that said for it.
@@ -181,8 +199,8 @@ pub fn wants_ending() {
 static WANTS_ENDING: AtomicBool = AtomicBool::new(false);
 static ENDED: AtomicBool = AtomicBool::new(false);
 
-/// The exit code of a failure.
-static FAILURE: AtomicU8 = AtomicU8::new(1);
+/// The exit code of every failure of a command; 0: as the failure is.
+static FAILURE: AtomicU8 = AtomicU8::new(0);
 
 static PRINTER: LazyLock<Printer> = LazyLock::new(Printer::new);
 
@@ -231,7 +249,7 @@ impl Shared {
         if let Some(error) = error
             && piece.stream == Stream::Out
         {
-            say!("blockferry: Writing to standard output failed: {error}");
+            say!("blockferry: Writing to standard output failed: {}", plain(&error));
         }
         self.queue().told();
         self.changed.notify_all();

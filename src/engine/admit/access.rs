@@ -82,9 +82,9 @@ pub(super) async fn may_make_in(ring: &Ring, path: &Path) -> Result<(), BlockErr
         let hint = match errno {
             Errno::ENOENT => "The directory does not exist.",
             Errno::EROFS => "The filesystem is mounted read-only.",
-            _ => "It cannot be made in that directory.",
+            _ => "This user may not make files in that directory.",
         };
-        BlockError::new(Operation::Create, os_name::from_path(path), errno).hint(hint)
+        BlockError::new(Operation::Create, os_name::from_path(path), errno).because(hint)
     })
 }
 
@@ -132,7 +132,7 @@ pub(super) fn within_file_limit(name: &str, len: u64) -> Result<(), Refusal> {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
     match limit.filter(|limit| len > *limit) {
         Some(limit) => Err(BlockError::new(Operation::Create, name, Errno::EFBIG)
-            .hint(format!(
+            .because(format!(
                 "It is to have {len} bytes, and this process may write files of at most {}: raise the limit \
                  (`ulimit -f`).",
                 fmt_bytes(limit)

@@ -197,7 +197,7 @@ impl Admission {
         if let Some(room) = self.plan.room.filter(|room| *room < bytes) {
             self.refuse(
                 BlockError::new(Operation::Resize, driver.name(), Errno::ENOSPC)
-                    .hint(format!("It needs {bytes} bytes more at once, and {room} are free there.")),
+                    .because(format!("It needs {bytes} bytes more at once, and {room} are free there.")),
             );
         }
     }
@@ -207,7 +207,7 @@ impl Admission {
         let driver = node.driver();
         if driver.kind() == "host_device" || super::remote::nbd_disk(driver.name()).is_some() {
             let text = format!("It has {} bytes, has to have {len}, and cannot grow.", driver.len());
-            self.refuse(BlockError::new(Operation::Resize, driver.name(), Errno::ENOSPC).hint(text));
+            self.refuse(BlockError::new(Operation::Resize, driver.name(), Errno::ENOSPC).because(text));
         } else if driver.kind() == "file" {
             self.grows_to(driver.name(), len);
         }
@@ -300,7 +300,7 @@ pub async fn nodes(ring: &Ring, source: &Rc<Node>, target: &Rc<Node>) -> Result<
     let (plan, _) = admission.judge();
     plan.admitted().map_err(|refusal| {
         let name = target.driver().name();
-        BlockError::new(Operation::Write, name, Errno::EBUSY).hint(format!("{refusal}."))
+        BlockError::new(Operation::Write, name, Errno::EBUSY).because(format!("{refusal}."))
     })
 }
 

@@ -163,37 +163,62 @@ impl Planned {
     }
 }
 
-impl std::fmt::Display for Planned {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Would {} '{}' ({}", self.act.shown(), shown(&self.name), self.role)?;
-        if let Some(format) = self.format {
-            write!(f, ", {format}")?;
-        }
-        if let Some(len) = self.len {
-            write!(f, ", {}", fmt_bytes(len))?;
-        }
-        if let Some(mode) = self.mode {
-            write!(f, ", mode {mode:04o}")?;
-        }
-        f.write_str(if self.locked { ", locked)" } else { ")" })
+impl Planned {
+    /// As a sentence; `does` is `Will` or `Would`.
+    fn sentence(&self, does: &str) -> String {
+        let format = self.format.map_or_else(String::new, |format| format!(", {format}"));
+        let len = self.len.map_or_else(String::new, |len| format!(", {}", fmt_bytes(len)));
+        let mode = self.mode.map_or_else(String::new, |mode| format!(", mode {mode:04o}"));
+        let locked = if self.locked { ", locked" } else { "" };
+        let (act, name) = (self.act.shown(), shown(&self.name));
+        format!("{does} {act} '{name}' ({}{format}{len}{mode}{locked})", self.role)
     }
 }
 
+impl Plan {
+    /// What is done, a sentence a line; `does` is `Will` where it is going to be done, or `Would`.
+    pub fn sentences(&self, does: &str) -> Vec<String> {
+        let mut lines: Vec<_> = self.images.iter().map(|image| image.sentence(does)).collect();
+        if let Some(bytes) = self.bytes_max {
+            let room = self.room.map(|room| format!("; {} are free there", fmt_bytes(room)));
+            lines.push(format!("{does} write at most {}{}", fmt_bytes(bytes), room.unwrap_or_default()));
+        }
+        lines
+    }
+}
+
+/// As a dry run shows it.
 impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for image in &self.images {
-            writeln!(f, "{image}")?;
-        }
-        if let Some(bytes) = self.bytes_max {
-            write!(f, "Would write at most {}", fmt_bytes(bytes))?;
-            match self.room {
-                Some(room) => writeln!(f, "; {} are free there", fmt_bytes(room))?,
-                None => writeln!(f)?,
-            }
+        for line in self.sentences("Would") {
+            writeln!(f, "{line}")?;
         }
         match self.refusals.is_empty() {
             true => writeln!(f, "Nothing speaks against it; nothing was changed"),
             false => writeln!(f, "It would be refused; nothing was changed"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_going_to_be_done_is_not_said_as_if_it_were_not() {
+        let image = Planned {
+            name: "a.img".into(),
+            role: "target",
+            act: Act::Make,
+            format: Some("raw"),
+            len: Some(1 << 20),
+            locked: false,
+            mode: Some(0o644),
+        };
+        let plan = Plan { images: vec![image], bytes_max: Some(512), ..Plan::default() };
+        let real = ["Will make 'a.img' (target, raw, 1 MiB, mode 0644)", "Will write at most 512 B"];
+        assert_eq!(plan.sentences("Will"), real);
+        let dry = plan.to_string();
+        assert!(dry.starts_with("Would make 'a.img'") && dry.ends_with("nothing was changed\n"), "{dry}");
     }
 }

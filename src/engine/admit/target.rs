@@ -332,7 +332,7 @@ impl Admission {
         let needed = new.room_min().max(wish.room_min);
         if let Some(room) = room.map(|room| room.saturating_add(freed)).filter(|room| *room < needed) {
             return Err(BlockError::new(Operation::Create, wish.name, Errno::ENOSPC)
-                .hint(format!("It needs {needed} bytes at once, and {room} are free there."))
+                .because(format!("It needs {needed} bytes at once, and {room} are free there."))
                 .into());
         }
         match new.data_file() {

@@ -186,10 +186,11 @@ impl Client {
     pub(super) fn note_failure(&self, error: &BlockError) {
         let failures = self.failures.get() + 1;
         self.failures.set(failures);
+        let id = self.id;
         if failures == 1 {
-            tracing::warn!(client = self.id, %error, "a request of an NBD client failed");
+            tracing::warn!("a request of NBD client {id} failed: {error}");
         } else {
-            tracing::debug!(client = self.id, failures, %error, "a request of an NBD client failed");
+            tracing::debug!("request {failures} of NBD client {id} that failed: {error}");
         }
     }
 }

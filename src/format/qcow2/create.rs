@@ -149,7 +149,7 @@ impl OpenFiles for Nothing {
 fn lay_out(name: &str, options: &CreateOptions, room: u64) -> Result<(u64, [Tables; 2]), BlockError> {
     options.check(name)?;
     let g = geometry(options);
-    let fail = |errno, why: String| Err(BlockError::new(Operation::Create, name, errno).hint(why));
+    let fail = |errno, why: String| Err(BlockError::new(Operation::Create, name, errno).because(why));
     let Some(size) = options.size.checked_next_multiple_of(512).filter(|size| *size <= g.disk_len_max())
     else {
         return fail(
@@ -195,7 +195,8 @@ impl Qcow2 {
     ) -> IoResult {
         let (size, [in_file, in_room]) = lay_out(file.name(), options, file.len())?;
         let g = geometry(options);
-        let fail = |errno, why: String| Err(BlockError::new(Operation::Create, file.name(), errno).hint(why));
+        let fail =
+            |errno, why: String| Err(BlockError::new(Operation::Create, file.name(), errno).because(why));
         if data_file.is_some() != options.data_file.is_some() {
             return fail(Errno::EINVAL, "A data file was given and not named, or the reverse.".into());
         }

@@ -99,7 +99,10 @@ pub enum GateError {
     )]
     Server(String),
     /// A protocol that is not for files.
-    #[error("The image names '{0}', which is not a file on this machine; that is not supported.")]
+    #[error(
+        "The image names '{0}', which looks like a disk of another kind than a file, and such a one cannot lie below an image. \
+         A file that is called so is named './{0}'."
+    )]
     Protocol(String),
     /// A file, beside an image that is not in a directory.
     #[error("The image names the file '{0}', and is no file itself.")]

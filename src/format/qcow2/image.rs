@@ -191,8 +191,12 @@ impl Qcow2 {
     pub(super) async fn tell(&self, operation: Operation, range: ByteRange, fault: Fault) -> BlockError {
         let at = |errno| BlockError::at(operation, self.name.clone(), range.start(), range.len(), errno);
         match fault {
-            Fault::Io(error) => at(error.errno).hint(error.to_string()),
-            Fault::Refused(errno, why) => at(errno).hint(why),
+            // Where in its file is of no use to whoever knows places of the disk.
+            Fault::Io(error) if error.name == self.name && error.operation == operation => {
+                BlockError { hint: error.hint, is_told: error.is_told, ..at(error.errno) }
+            }
+            Fault::Io(error) => at(error.errno).because(error.to_string()),
+            Fault::Refused(errno, why) => at(errno).because(why),
             Fault::Damage(why) => {
                 self.mark_corrupt(&why).await;
                 at(Errno::EIO).hint(format!("The image is damaged: {why}. Check it (`blockferry check`)."))

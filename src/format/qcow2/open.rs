@@ -33,7 +33,7 @@ struct Parts {
 }
 
 pub(super) fn refuse(name: &str, errno: Errno, why: impl Into<Rc<str>>) -> BlockError {
-    BlockError::new(Operation::Open, name, errno).hint(why)
+    BlockError::new(Operation::Open, name, errno).because(why)
 }
 
 pub(super) fn plain(name: &str, fault: Fault) -> BlockError {

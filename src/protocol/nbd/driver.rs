@@ -199,7 +199,7 @@ impl Driver for NbdDriver {
     fn set_len(&self, _len: u64) -> IoFuture<'_, IoResult> {
         let error = BlockError::new(Operation::Resize, self.name(), Errno::EOPNOTSUPP);
         self.ring
-            .boxed(async move { Err(error.hint("An NBD export has the size that its server gives it.")) })
+            .boxed(async move { Err(error.because("An NBD export has the size that its server gives it.")) })
     }
 
     fn fail_in_flight(&self) {

@@ -268,6 +268,13 @@ pub enum ProtocolError {
     },
 }
 
+impl ProtocolError {
+    /// Whether the server has answered that it has no export of that name.
+    pub fn is_unknown_export(&self) -> bool {
+        matches!(self, ProtocolError::Refused { reply: ReplyCode::ErrUnknown, .. })
+    }
+}
+
 /// What a refusal means.
 fn refusal(option: OptionCode, reply: ReplyCode) -> String {
     match reply {

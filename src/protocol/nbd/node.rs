@@ -75,7 +75,24 @@ impl NbdNode {
         let name = options.uri.to_string();
         let request_max = options.request_bytes_max.map_or(u64::MAX, u64::from);
         let remote = Remote::open(ring, options).await.map_err(|error| {
-            BlockError::new(Operation::Open, name.as_str(), error.errno()).hint(error.to_string())
+            let block = BlockError::new(Operation::Open, name.as_str(), error.errno());
+            match error {
+                // What failed is said by the number.
+                NbdClientError::Connect { .. } => block,
+                NbdClientError::Resolve { reason, .. } => {
+                    block.because(format!("Its host could not be looked up: {reason}."))
+                }
+                NbdClientError::Handshake { reason, .. } if reason.is_unknown_export() => {
+                    block.because(format!(
+                        "The server has no such export. `blockferry serve --list '{name}'` tells which ones it has."
+                    ))
+                }
+                NbdClientError::Handshake { reason, .. } => block.because(reason.to_string()),
+                NbdClientError::Lost { reason, .. } => {
+                    block.because(format!("The connection was lost: {reason}"))
+                }
+                error => block.because(error.to_string()),
+            }
         })?;
         let facts = remote.facts();
         let bounce = Reserve::new(ring, RESERVE_BYTES.max(facts.block_bytes as usize)).map_err(|errno| {
@@ -86,12 +103,12 @@ impl NbdNode {
         if facts.size_bytes > DISK_LEN_MAX {
             remote.close();
             return Err(BlockError::new(Operation::Open, name.as_str(), Errno::EFBIG)
-                .hint(format!("The server says that it has {} bytes.", facts.size_bytes)));
+                .because(format!("The server says that it has {} bytes.", facts.size_bytes)));
         }
         if facts.read_only && !read_only {
             remote.close();
             return Err(BlockError::new(Operation::Open, name.as_str(), Errno::EROFS)
-                .hint("The server lets nobody write to this export."));
+                .because("The server lets nobody write to this export."));
         }
         Ok(Rc::new(NbdNode {
             ring: ring.clone(),
@@ -200,7 +217,7 @@ impl NbdNode {
         }
         let name = self.remote.name().clone();
         Err(BlockError::at(operation, name, range.start(), range.len(), Errno::EROFS)
-            .hint("The disk was opened read-only."))
+            .because("The disk was opened read-only."))
     }
 
     /// The export has the size that its server gives it: nothing lies behind that, and nothing is written there.
@@ -212,7 +229,7 @@ impl NbdNode {
         let errno = if operation.is_write() { Errno::ENOSPC } else { Errno::EINVAL };
         let name = self.remote.name().clone();
         Err(BlockError::at(operation, name, range.start(), range.len(), errno)
-            .hint(format!("The export ends at {size}.")))
+            .because(format!("The export ends at {size}.")))
     }
 
     // Reading.
@@ -617,7 +634,7 @@ impl Driver for NbdNode {
         Some(self.ring.boxed(async move {
             if self.facts.read_only && !read_only {
                 return Err(BlockError::new(Operation::Open, self.name(), Errno::EROFS)
-                    .hint("The server lets nobody write to this export."));
+                    .because("The server lets nobody write to this export."));
             }
             self.read_only.set(read_only);
             Ok(())
@@ -635,7 +652,7 @@ impl Driver for NbdNode {
     fn set_len(&self, _len: u64) -> IoFuture<'_, IoResult> {
         let error = BlockError::new(Operation::Resize, self.name(), Errno::EOPNOTSUPP);
         self.ring
-            .boxed(async move { Err(error.hint("An NBD export has the size that its server gives it.")) })
+            .boxed(async move { Err(error.because("An NBD export has the size that its server gives it.")) })
     }
 
     fn losses_for_good(&self) -> u64 {

@@ -191,7 +191,7 @@ fn new_writes_alone_make_no_copy() {
     let pivot = ["--export", &uri, "--pivot"];
     for rest in [&pivot[..], &["--verify"]] {
         let ended = run(&[&none[..], rest, &[&source, &target]].concat());
-        assert!(ended.code == Some(1) && ended.err.contains("only what is written meanwhile"), "{ended}");
+        assert!(ended.code == Some(2) && ended.err.contains("only what is written meanwhile"), "{ended}");
     }
     assert!(!std::fs::exists(&target).unwrap());
     let ended = run(&[&none[..], &[&source, &target]].concat());

@@ -82,7 +82,7 @@ fn mistakes_are_answered_with_what_is_needed_to_go_on() {
     says_of(2, &["'300' has no unit", "300ms"], &["mirror", "--max-downtime", "300", &raw, &path("x")]);
     says_of(2, &["'-5' is negative; a speed is not"], &["mirror", "--speed", "-5", &raw, &path("x")]);
     says_of(1, &["protocol is not supported"], &["mirror", "http://127.0.0.1/x", &path("x")]);
-    says_of(1, &["cluster_size"], &["create", "-f", "qcow2", "-o", "clustersize=64k", &path("x"), "1M"]);
+    says_of(2, &["cluster_size"], &["create", "-f", "qcow2", "-o", "clustersize=64k", &path("x"), "1M"]);
     says_of(
         0,
         &["taken as raw, as you said", "qcow2"],
@@ -91,7 +91,7 @@ fn mistakes_are_answered_with_what_is_needed_to_go_on() {
     says_of(63, &["a.img"], &["check", "-f", "raw", &scratch.full("a.img", MIB)]);
     let uri = format!("nbd+unix:///x?socket={}", path("socket"));
     let twice = run(&["serve", "-f", "raw", &raw, "--export", &uri, "--export", &uri]);
-    says(&twice, 1, &["twice"]);
+    says(&twice, 2, &["twice"]);
     assert!(!twice.err.contains("Serving"), "{twice}");
     // With --quiet nothing is said but errors.
     let quiet = run(&["mirror", "-q", "-f", "raw", "-F", "raw", &qcow2, &path("q")]);
@@ -190,4 +190,113 @@ fn hidden_files_of_runs_that_were_killed_go_with_the_next_run() {
     assert!(content(&raw) == content(&target));
     let is_there = |path: &str| std::path::Path::new(path).exists();
     assert_eq!((is_there(&left), is_there(&other), is_there(&ours)), (false, true, true));
+}
+
+/// Guesses of options that look alike explain nothing; what is wrong, and how it is said, do.
+#[test]
+fn what_is_not_known_is_not_guessed() {
+    for (words, name) in [
+        (&["mirror", "--foo", "a", "b"][..], "--foo"),
+        (&["convert", "--no-lock", "a", "b"], "--no-lock"),
+        (&["serve", "--read-onyl", "a"], "--read-onyl"),
+        (&["convert", "-O", "raw", "a", "b", "--followw"], "--followw"),
+    ] {
+        let ended = run(words);
+        says(&ended, 2, &[name, "Usage: blockferry", "For more information"]);
+        let similar = ended.err.matches("--").count() - ended.err.matches(name).count();
+        // What is left is --help, and what a command cannot do without.
+        assert!(!ended.err.contains("tip:") && similar <= 3, "{ended}");
+    }
+    says(&run(&["convert", "-m", "0", "a", "b"]), 2, &["has to be from 1 to 16"]);
+    says(&run(&["mirror", "-o", "help"]), 0, &["cluster_size"]);
+    says(&run(&["mirror", "--target-options", "help", "-F", "raw", "a", "b"]), 0, &["preallocation"]);
+    says(&run(&["measure", "-O", "qcow2", "-o", "help", "--size", "1M"]), 0, &["cluster_size"]);
+}
+
+/// A refusal of our own does not begin with the kernel's words, and nothing is told twice.
+#[test]
+fn one_failure_is_one_sentence() {
+    let scratch = Scratch::new();
+    let path = |name: &str| scratch.path(name);
+    let (image, inner) = (scratch.full("a.img", MIB), path("in/o.qcow2"));
+    std::fs::create_dir(path("in")).unwrap();
+    let made = run(&["create", "-q", "-f", "qcow2", "-b", "../a.img", "-F", "raw", &inner]);
+    says(&made, 0, &[" WARN ", "--allow-dir"]);
+    assert!(!made.err.contains("blockferry:"), "{made}");
+    let (socket, nobody) = (path("socket"), format!("nbd+unix:///x?socket={}", path("nobody")));
+    let uri = |export: &str| format!("nbd+unix:///{export}?socket={socket}");
+    let mut server = Process::json(&["serve", "-f", "raw", &image, "--export", &uri("x")]);
+    server.wait_event("listening");
+    for (words, texts, lacks) in [
+        (&["map", &inner][..], &["failed: The image names the file", "--allow-dir"][..], "not permitted"),
+        (&["info", &uri("wrong")], &["no such export", "serve --list"], "Protocol error"),
+        (&["info", &nobody], &["failed: No such file or directory"], "Connecting"),
+        (&["resize", "-f", "raw", &uri("x"), "+1M"], &["cannot grow"], "No space"),
+        (
+            &["measure", "-O", "qcow2", "-o", "extended_l2=on,compat=0.10", "--size", "1M"],
+            &["compat=1.1"],
+            "failed",
+        ),
+        (&["bench", "--histogram", &path("no/h"), "-n", "1", &image], &["No such file"], "os error"),
+        (
+            &["serve", "-f", "raw", &image, "--export", &nobody, "--pid-file", &path("no/p")],
+            &["No such file"],
+            "os error",
+        ),
+    ] {
+        let ended = run(words);
+        assert_ne!(ended.code, Some(0), "{ended}");
+        for text in texts {
+            assert_eq!(ended.err.matches(text).count(), 1, "`{text}` in {words:?}: {ended}");
+        }
+        assert!(!ended.err.contains(lacks) && !ended.err.contains(".; "), "{words:?}: {ended}");
+    }
+    let doctor = run(&["doctor", &uri("x")]);
+    assert!(doctor.out.contains("size: 1 MiB") && !doctor.out.contains(".; "), "{doctor}");
+}
+
+/// What is going to be done is said as that, and by the names that were given.
+#[test]
+fn a_verbose_run_says_what_it_does() {
+    let scratch = Scratch::new();
+    let (source, target) = (scratch.full("a.img", MIB), scratch.path("b.img"));
+    for words in [&["mirror", "-v", "--rate", "8M"][..], &["convert", "-vv", "-f", "raw"]] {
+        let ended = run(&[words, &[&source, &target]].concat());
+        says(&ended, 0, &["Will read", "Will make", "Completed in"]);
+        for text in ["Would", "was changed", ".blockferry-", "file:"] {
+            assert!(!ended.err.contains(text), "`{text}` in: {ended}");
+        }
+        assert!(!ended.err.contains("bytes a second"), "{ended}");
+        std::fs::remove_file(&target).unwrap();
+    }
+    // A speed that is hardly meant is doubted, once.
+    let doubted = run(&["mirror", "--dry-run", "--speed", "200", &source, &target]);
+    assert_eq!(doubted.err.matches("200 bytes a second").count(), 1, "{doubted}");
+    let image = scratch.path("a.qcow2");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1M"]);
+    for (option, word) in [("-c", "taken"), ("-a", "applied"), ("-d", "deleted")] {
+        says(&run(&["snapshot", option, "one", &image]), 0, &[&format!("Snapshot 'one' {word}")]);
+    }
+    let quiet = run(&["snapshot", "-q", "-c", "one", &image]);
+    assert!(quiet.code == Some(0) && quiet.out.is_empty() && quiet.err.is_empty(), "{quiet}");
+    let (from, to) = (format!("if={source}"), format!("of={target}"));
+    says(
+        &run(&["dd", "-f", "raw", &from, &to, "bs=4k", "skip=1", "count=2"]),
+        0,
+        &["8 KiB of", "offset 4096"],
+    );
+}
+
+/// What another command calls --json and --rate is understood here, too.
+#[test]
+fn one_idea_has_one_name() {
+    let scratch = Scratch::new();
+    let (source, target) = (scratch.full("a.img", MIB), scratch.path("b.img"));
+    let ended = run(&["mirror", "-p", "--rate", "1G", "--output=json", &source, &target]);
+    assert_eq!(ended.code, Some(0), "{ended}");
+    assert_eq!(ended.events().last().expect("an end")["ending"], "completed", "{ended}");
+    let ended = run(&["convert", "--force", "--speed", "1G", "-f", "raw", &source, &target]);
+    assert_eq!(ended.code, Some(0), "{ended}");
+    let doctor = run(&["doctor", "--output=json", &source]);
+    assert!(doctor.events().last().expect("facts")["facts"].is_array(), "{doctor}");
 }
