@@ -591,7 +591,7 @@ fn files_that_may_not_grow_are_errors_of_requests() {
     let (source, target) = (scratch.full("source", 8 * MIB), scratch.path("target"));
     let ended = Process::spawn(limited("ulimit -f 8192", &["mirror", &source, &target])).end();
     assert_eq!(ended.code, Some(1), "{ended}");
-    assert!(ended.err.contains("File too large"), "{ended}");
+    assert!(ended.err.contains("raise the limit (`ulimit -f`)"), "{ended}");
 }
 
 #[test]
