@@ -102,7 +102,7 @@ pub fn watch(json: bool, exit: Exit) -> Result<(), Failure> {
 
 /// Ends a command that has not begun.
 fn cancelled(json: bool, exit: Exit) -> ! {
-    const WORD: &str = "Cancelled: nothing was changed";
+    const WORD: &str = "Cancelled before it began";
     // A second one does not wait for whoever reads this.
     DONE.store(true, Ordering::Relaxed);
     if json {

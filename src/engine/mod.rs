@@ -10,6 +10,7 @@
 pub mod admit;
 pub mod create;
 pub mod guest;
+pub mod handle;
 pub mod marks;
 pub mod named;
 pub mod open;
@@ -17,7 +18,7 @@ pub mod qcow2;
 pub mod rebase;
 pub mod remote;
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 
@@ -36,6 +37,7 @@ use crate::job::status::Status;
 use crate::job::stream::{self, Floor};
 use crate::job::sweep::{ChainError, SweepOptions};
 use guest::Guest;
+use handle::{Desk, Handle, SharedDisk};
 
 pub use open::{Format, ImageOptions};
 
@@ -47,6 +49,7 @@ const SHUTDOWN_NANOS: Nanos = 10_000_000_000;
 pub struct Engine {
     ring: Ring,
     jobs: Jobs,
+    desk: OnceCell<Desk>,
 }
 
 /// The jobs of an engine; clones are the same list.
@@ -81,6 +84,16 @@ impl Jobs {
     }
 }
 
+impl Jobs {
+    fn get(&self, id: &str) -> Option<Job> {
+        self.list.borrow().get(id).cloned()
+    }
+
+    fn ids(&self) -> Vec<String> {
+        self.list.borrow().iter().map(|(id, _)| id.to_owned()).collect()
+    }
+}
+
 impl Engine {
     /// An engine on the kernel's io_uring.
     pub fn new(config: &Config) -> Result<Engine, SetupError> {
@@ -95,7 +108,21 @@ impl Engine {
     /// An engine on any ring, the simulator's too.
     pub fn with_ring(ring: Ring) -> Engine {
         let list = Rc::new(RefCell::new(Registry::new()));
-        Engine { ring: ring.clone(), jobs: Jobs { ring, list } }
+        Engine { ring: ring.clone(), jobs: Jobs { ring, list }, desk: OnceCell::new() }
+    }
+
+    fn desk(&self) -> &Desk {
+        self.desk.get_or_init(|| Desk::open(&self.ring, &self.jobs))
+    }
+
+    /// A handle for other threads: what they ask for is done as the engine turns.
+    pub fn handle(&self) -> Handle {
+        self.desk().handle()
+    }
+
+    /// The disk of a node for other threads: requests with a callback each, on their own memory.
+    pub fn share(&self, node: &Rc<Node>, read_only: bool) -> Result<SharedDisk, BlockError> {
+        self.desk().share(node, read_only)
     }
 
     /// The ring.
@@ -249,7 +276,7 @@ impl Engine {
 
     /// The job with this id.
     pub fn job(&self, id: &str) -> Option<Job> {
-        self.jobs.list.borrow().get(id).cloned()
+        self.jobs.get(id)
     }
 
     /// All jobs, newest first.
@@ -275,6 +302,9 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
+        if let Some(desk) = self.desk.get() {
+            desk.end();
+        }
         for job in self.jobs() {
             job.give_up();
         }
@@ -285,5 +315,8 @@ impl Drop for Engine {
             }
         }
         let _ = self.ring.shutdown(SHUTDOWN_NANOS);
+        if let Some(desk) = self.desk.get() {
+            desk.leave_disks();
+        }
     }
 }
