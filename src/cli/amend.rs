@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{CacheMode, GateArgs, parse_format, refused};
+use super::image::{CacheMode, GateArgs, NamingArgs, parse_format, refused};
 use super::print::note;
 use super::tool::{OutputArgs, PlanArgs, asks_for_help, cache, option_pairs, print_options, with_code};
 use super::{Global, config};
@@ -71,10 +71,12 @@ pub struct AmendArgs {
     plan: PlanArgs,
     #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
 }
 
 /// Runs the command.
-pub fn main(global: &Global, args: AmendArgs) -> Result<Exit, Failure> {
+pub fn main(global: &Global, mut args: AmendArgs) -> Result<Exit, Failure> {
     if asks_for_help(&args.options)? {
         if args.format == Some(Format::Raw) {
             return Err(Failure::text("A raw image has nothing that could be amended"));
@@ -85,6 +87,7 @@ pub fn main(global: &Global, args: AmendArgs) -> Result<Exit, Failure> {
     if args.file.is_empty() {
         return with_code(global, 2, Err(Failure::text("Say which image is to be amended")));
     }
+    args.file = args.naming.read(&args.file, args.format)?;
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a, g) = (engine.clone(), args.clone(), global.clone());

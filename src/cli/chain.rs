@@ -44,10 +44,10 @@ use crate::protocol::nbd::NbdUri;
 pub struct ChainArgs {
     /// The active layer: the image by which the disk is used
     #[arg(value_name = "IMAGE")]
-    image: String,
+    pub(super) image: String,
     /// Format of the active layer, if its header should not be asked
     #[arg(short, long, value_name = "FORMAT", value_parser = parse_format)]
-    format: Option<Format>,
+    pub(super) format: Option<Format>,
     /// Serve clients meanwhile, at this NBD URI (may be said more than once)
     #[arg(long, value_name = "URI", value_parser = export_uri)]
     export: Vec<NbdUri>,
@@ -125,7 +125,9 @@ pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
         };
         chain::find(front, &full)
     };
-    let found = chain::find(front, name).or_else(beside);
+    // Under the protocol's name, too.
+    let plain = || chain::find(front, &os_name::from_path(local_path(name)?));
+    let found = chain::find(front, name).or_else(plain).or_else(beside);
     Ok(found.ok_or_else(|| ChainError::NotInChain(name.to_owned()))?)
 }
 

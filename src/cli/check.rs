@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
-use super::image::{CacheMode, GateArgs, parse_format};
+use super::image::{CacheMode, GateArgs, NamingArgs, parse_format};
 use super::print::{self, product, say};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::tool::{OutputArgs, PlanArgs, cache};
@@ -59,6 +59,8 @@ pub struct CheckArgs {
     plan: PlanArgs,
     #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -72,7 +74,8 @@ enum What {
 }
 
 /// Runs the command.
-pub fn main(global: &Global, args: CheckArgs) -> Result<Exit, Failure> {
+pub fn main(global: &Global, mut args: CheckArgs) -> Result<Exit, Failure> {
+    args.file = args.naming.read(&args.file, args.format)?;
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());

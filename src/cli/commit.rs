@@ -7,7 +7,7 @@ use clap::Args;
 use super::Global;
 use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole, with_mark};
 use super::exit::{Exit, Failure};
-use super::image::CacheMode;
+use super::image::{CacheMode, NamingArgs};
 use super::job::{AtReady, Words};
 use super::tool::cache;
 use crate::engine::admit::{Act, Admission};
@@ -70,6 +70,8 @@ pub struct CommitArgs {
     #[arg(short = 't', long = "cache-mode", value_name = "CACHE", value_parser = cache)]
     cache_mode: Option<CacheMode>,
     #[command(flatten)]
+    naming: NamingArgs,
+    #[command(flatten)]
     chain: ChainArgs,
 }
 
@@ -81,7 +83,9 @@ const WORDS: Words = Words {
 
 /// Runs the command.
 pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
-    let CommitArgs { top, base, backing_file, pivot, follow, drop, cache_mode, chain: mut args } = args;
+    let CommitArgs { top, base, backing_file, pivot, follow, drop, cache_mode, naming, chain: mut args } =
+        args;
+    args.image = naming.read(&args.image, args.format)?;
     if let Some(mode) = cache_mode {
         args.open.cache = mode;
     }

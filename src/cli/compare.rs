@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{CacheMode, GateArgs, ServerArgs, parse_format};
+use super::image::{CacheMode, GateArgs, NamingArgs, ServerArgs, parse_format};
 use super::print::{product, say};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::service::at_once;
@@ -60,6 +60,8 @@ pub struct CompareArgs {
     gate: GateArgs,
     #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
 }
 
 /// What came of it.
@@ -79,7 +81,10 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
     let signals = Signals::new(engine.ring())?;
     let first = read_options(args.first_format, args.cache, args.force_share, &args.server, &args.gate);
     let second = read_options(args.second_format, args.cache, args.force_share, &args.server, &args.gate);
-    let names = (args.first.clone(), args.second.clone());
+    let names = (
+        args.naming.read(&args.first, args.first_format)?,
+        args.naming.read(&args.second, args.second_format)?,
+    );
     let (strict, quiet, global_options) = (args.strict, args.quiet, global.clone());
     let trust = args.trust_holes;
     let e = engine.clone();

@@ -14,7 +14,7 @@ use serde_json::json;
 use super::create::{add_backing, open_new_backing, warn_of_refusal};
 use super::exit::{Exit, Failure};
 use super::image::{
-    CacheMode, GateArgs, OpenArgs, Reflink, ServerArgs, parse_format, size, speed, state_dir,
+    CacheMode, GateArgs, NamingArgs, OpenArgs, Reflink, ServerArgs, parse_format, size, speed, state_dir,
 };
 use super::job::{WhatItHolds, copied, disk, keeps_nothing, left_behind};
 use super::print::{self, say};
@@ -34,7 +34,7 @@ use crate::engine::admit::{Admission, IfThere, Wish};
 use crate::engine::create::NewImage;
 use crate::engine::marks::unfinished;
 use crate::engine::qcow2::{Qcow2Compressor, qcow2};
-use crate::engine::{Engine, Format, ImageOptions};
+use crate::engine::{Engine, Format, ImageOptions, NodeSpec};
 use crate::format::JoinedDriver;
 use crate::format::qcow2::WhichSnapshot;
 use crate::graph::node::{Node, Use, UseKind};
@@ -68,6 +68,12 @@ pub struct ConvertArgs {
     /// Format of the source, if its header should not be asked
     #[arg(short = 'f', long = "source-format", value_name = "FORMAT", value_parser = parse_format)]
     source_format: Option<Format>,
+    /// The sources are named by QEMU's options: driver=qcow2,file.driver=file,file.filename=a.qcow2
+    #[arg(long, alias = "image-opts")]
+    source_image_opts: bool,
+    /// The target, which has to be there, is named by QEMU's options
+    #[arg(long, requires = "no_create")]
+    target_image_opts: bool,
     /// Copy the disk as this internal snapshot has it: its id or name, or snapshot.id=ID,snapshot.name=NAME
     #[arg(short = 'l', long = "source-snapshot", value_name = "SNAPSHOT", value_parser = WhichSnapshot::parse)]
     snapshot: Option<WhichSnapshot>,
@@ -161,6 +167,8 @@ impl ConvertArgs {
         ConvertArgs {
             images: vec![source, target],
             source_format: formats.0,
+            source_image_opts: false,
+            target_image_opts: false,
             snapshot: None,
             target_format: formats.1,
             options: Vec::new(),
@@ -213,7 +221,27 @@ pub fn main(global: &Global, args: ConvertArgs) -> Result<Exit, Failure> {
         let text = "Say what to copy, and where to: blockferry convert SRC DST";
         return with_code(global, 2, Err(Failure::text(text)));
     };
+    let args = named(args)?;
     run(global, args, None)
+}
+
+/// What is named by options, by its name.
+fn named(mut args: ConvertArgs) -> Result<ConvertArgs, Failure> {
+    let target = args.images.pop().unwrap_or_default();
+    let naming = NamingArgs { image_opts: args.source_image_opts };
+    let sources = args.images.iter().map(|source| naming.read(source, args.source_format));
+    args.images = sources.collect::<Result<_, _>>()?;
+    let target = match args.target_image_opts {
+        true => {
+            let spec = NodeSpec::parse_options(&target)?;
+            // Without a format's driver, its bytes are meant.
+            args.target_format = spec.format().unwrap_or(Format::Raw);
+            spec.to_string()
+        }
+        false => target,
+    };
+    args.images.push(target);
+    Ok(args)
 }
 
 /// Copies what was said, or a window of it.

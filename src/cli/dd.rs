@@ -6,7 +6,7 @@ use clap::Args;
 use super::Global;
 use super::convert::{ConvertArgs, Window, run};
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, ServerArgs, parse_format, size};
+use super::image::{GateArgs, NamingArgs, ServerArgs, parse_format, size};
 use super::tool::{PlanArgs, with_code};
 use crate::engine::Format;
 
@@ -50,6 +50,8 @@ pub struct DdArgs {
     gate: GateArgs,
     #[command(flatten)]
     plan: PlanArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
 }
 
 /// What the operands say.
@@ -103,7 +105,8 @@ pub fn main(global: &Global, args: DdArgs) -> Result<Exit, Failure> {
         Err(text) => return with_code(global, 2, Err(Failure::Text(text))),
     };
     let window = operands.window();
-    let mut copy = ConvertArgs::plain(operands.input, operands.output, (args.format, args.output_format));
+    let input = args.naming.read(&operands.input, args.format)?;
+    let mut copy = ConvertArgs::plain(input, operands.output, (args.format, args.output_format));
     (copy.force_share, copy.force) = (args.force_share, args.force);
     copy.quiet = global.quiet;
     (copy.server, copy.gate, copy.plan) = (args.server, args.gate, args.plan);

@@ -9,7 +9,7 @@ use crate::base::{limits, os_name};
 use crate::block::BlockError;
 use crate::engine::marks::Marks;
 use crate::engine::remote::ServerOptions;
-use crate::engine::{Format, ImageOptions};
+use crate::engine::{Format, ImageOptions, NodeSpec};
 use crate::format::qcow2::{Gate, Reach};
 use crate::protocol::mark::default_state_dir;
 use crate::protocol::nbd::Patience;
@@ -182,6 +182,27 @@ impl OpenArgs {
             probe_backing: self.gate.probe_backing,
             marks: Marks { allow_superseded: self.allow_superseded, ..self.gate.marks() },
             ..ImageOptions::default()
+        }
+    }
+}
+
+/// How images are named.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct NamingArgs {
+    /// Images are named by QEMU's options instead of a path or a URI: driver=qcow2,file.driver=file,file.filename=a.qcow2
+    #[arg(long)]
+    pub image_opts: bool,
+}
+
+impl NamingArgs {
+    /// The name of an image, of which `format` was said.
+    pub fn read(self, said: &str, format: Option<Format>) -> Result<String, Failure> {
+        match (self.image_opts, format) {
+            (false, _) => Ok(said.to_owned()),
+            (true, Some(_)) => Err(Failure::text(
+                "With --image-opts the options of an image say its format (driver=FORMAT,file...), and no other does",
+            )),
+            (true, None) => Ok(NodeSpec::parse_options(said)?.to_string()),
         }
     }
 }

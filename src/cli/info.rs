@@ -9,7 +9,7 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, ServerArgs, parse_format, state_dir};
+use super::image::{GateArgs, NamingArgs, ServerArgs, parse_format, state_dir};
 use super::print;
 use super::tool::{OutputArgs, human_size};
 use super::{Global, config, snapshot, stats};
@@ -49,6 +49,8 @@ pub struct InfoArgs {
     gate: GateArgs,
     #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
 }
 
 /// One layer.
@@ -60,7 +62,8 @@ struct Layer {
 }
 
 /// Runs the command.
-pub fn main(global: &Global, args: InfoArgs) -> Result<Exit, Failure> {
+pub fn main(global: &Global, mut args: InfoArgs) -> Result<Exit, Failure> {
+    args.image = args.naming.read(&args.image, args.format)?;
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());

@@ -6,13 +6,13 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, ServerArgs, parse_format, size};
+use super::image::{GateArgs, NamingArgs, ServerArgs, parse_format, size};
 use super::print::{self, product};
 use super::tool::{OutputArgs, read_options};
 use super::{Global, config};
 use crate::block::{BlockError, Driver, Extent};
 use crate::engine::qcow2::qcow2;
-use crate::engine::{Engine, Format};
+use crate::engine::{Engine, Format, NodeSpec};
 use crate::format::qcow2::MapExtent;
 
 /// Tell where the bytes of an image, and of its backing files, lie
@@ -39,6 +39,8 @@ pub struct MapArgs {
     gate: GateArgs,
     #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
 }
 
 /// One line of the map.
@@ -85,14 +87,17 @@ impl Line {
 }
 
 /// Runs the command.
-pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
+pub fn main(global: &Global, mut args: MapArgs) -> Result<Exit, Failure> {
+    args.file = args.naming.read(&args.file, args.format)?;
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());
     let lines = engine.run(async move {
         let options = read_options(a.format, None, true, &a.server, &a.gate);
         let node = e.open(&a.file, &options).await?;
-        Ok::<_, Failure>(map(node.driver(), &a.file, a.start_offset, a.max_length).await?)
+        // A raw disk may begin later than its file does.
+        let begin = NodeSpec::parse(&a.file)?.window().map_or(0, |(offset, _)| offset);
+        Ok::<_, Failure>(map(node.driver(), begin, a.start_offset, a.max_length).await?)
     })?;
     if args.output.is_json(global) {
         // One extent a line, as qemu-img prints it.
@@ -118,7 +123,7 @@ pub fn main(global: &Global, args: MapArgs) -> Result<Exit, Failure> {
 
 async fn map(
     driver: &Rc<dyn Driver>,
-    name: &str,
+    begin: u64,
     start: u64,
     len: Option<u64>,
 ) -> Result<Vec<Line>, BlockError> {
@@ -136,8 +141,8 @@ async fn map(
                     extent: Extent { allocated: !extent.zero, depth: 0, ..extent },
                     present: true,
                     compressed: false,
-                    offset: Some(at),
-                    file: Some(name.to_owned()),
+                    offset: Some(begin + at),
+                    file: Some(driver.name().to_owned()),
                 }
             }
         };

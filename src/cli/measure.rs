@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, ServerArgs, parse_format, refused, size};
+use super::image::{GateArgs, NamingArgs, ServerArgs, parse_format, refused, size};
 use super::print::product;
 use super::tool::{OutputArgs, asks_for_help, option_pairs, print_options, read_options};
 use super::{Global, config};
@@ -52,6 +52,8 @@ pub struct MeasureArgs {
     gate: GateArgs,
     #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
 }
 
 /// What was measured.
@@ -62,10 +64,13 @@ struct Sizes {
 }
 
 /// Runs the command.
-pub fn main(global: &Global, args: MeasureArgs) -> Result<Exit, Failure> {
+pub fn main(global: &Global, mut args: MeasureArgs) -> Result<Exit, Failure> {
     if asks_for_help(&args.target_options)? {
         print_options(args.target_format, "Options for new images", NewImage::options(args.target_format));
         return Ok(Exit::Done);
+    }
+    if let Some(file) = &args.file {
+        args.file = Some(args.naming.read(file, args.format)?);
     }
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);

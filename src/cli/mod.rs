@@ -273,7 +273,7 @@ fn not_here(error: &clap::Error) -> Option<&'static str> {
     }
     match of(ContextKind::InvalidArg)? {
         "--image-opts" | "--source-image-opts" | "--target-image-opts" => Some(
-            "Images are named here by path or by URI, and servers' disks by json:{...}, too: say -f for the format",
+            "Options of an image may stand where its name does: driver=qcow2,file.driver=file,file.filename=a.qcow2",
         ),
         "--object" => Some("There are no objects here: encrypted images and TLS need `qemu-img`"),
         "--bitmaps" | "--skip-broken-bitmaps" => {

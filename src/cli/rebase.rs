@@ -14,7 +14,7 @@ use serde_json::json;
 use super::chain::pass_on_mark;
 use super::create::warn_of_refusal;
 use super::exit::{Exit, Failure};
-use super::image::{CacheMode, GateArgs, parse_format};
+use super::image::{CacheMode, GateArgs, NamingArgs, parse_format};
 use super::print::{note, say};
 use super::progress::{INTERVAL_NANOS, Progress};
 use super::signals::{Signal, Signals};
@@ -73,10 +73,13 @@ pub struct RebaseArgs {
     plan: PlanArgs,
     #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
 }
 
 /// Runs the command.
-pub fn main(global: &Global, args: RebaseArgs) -> Result<Exit, Failure> {
+pub fn main(global: &Global, mut args: RebaseArgs) -> Result<Exit, Failure> {
+    args.file = args.naming.read(&args.file, args.format)?;
     let engine = Rc::new(Engine::new(&config(global))?);
     let signals = Signals::new(engine.ring())?;
     let args = Rc::new(args);

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, parse_format, size};
+use super::image::{GateArgs, NamingArgs, parse_format, size};
 use super::print::note;
 use super::tool::{OutputArgs, PlanArgs};
 use super::{Global, config};
@@ -45,6 +45,8 @@ pub struct ResizeArgs {
     plan: PlanArgs,
     #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
 }
 
 /// What is to become of a length.
@@ -75,7 +77,8 @@ impl Change {
 }
 
 /// Runs the command.
-pub fn main(global: &Global, args: ResizeArgs) -> Result<Exit, Failure> {
+pub fn main(global: &Global, mut args: ResizeArgs) -> Result<Exit, Failure> {
+    args.file = args.naming.read(&args.file, args.format)?;
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());

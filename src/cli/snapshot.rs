@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
-use super::image::{GateArgs, parse_format};
+use super::image::{GateArgs, NamingArgs, parse_format};
 use super::print::{self, note};
 use super::tool::{OutputArgs, PlanArgs, human_size};
 use super::{Global, config};
@@ -51,10 +51,13 @@ pub struct SnapshotArgs {
     plan: PlanArgs,
     #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
 }
 
 /// Runs the command.
-pub fn main(global: &Global, args: SnapshotArgs) -> Result<Exit, Failure> {
+pub fn main(global: &Global, mut args: SnapshotArgs) -> Result<Exit, Failure> {
+    args.file = args.naming.read(&args.file, args.format)?;
     let engine = Rc::new(Engine::new(&config(global))?);
     let args = Rc::new(args);
     let (e, a) = (engine.clone(), args.clone());

@@ -26,7 +26,7 @@ use crate::engine::admit::{Admitted, Held, Refusal, Standing, empty, place};
 use crate::engine::create::{Beside, NewImage, data_file_path};
 use crate::engine::open::local_path;
 use crate::engine::remote;
-use crate::engine::{Engine, Format, ImageOptions};
+use crate::engine::{Engine, Format, ImageOptions, NodeSpec};
 use crate::format::qcow2::{Gate, Reach};
 use crate::graph::node::{Node, Use, UseKind};
 use crate::protocol::file::{CreateOptions, FileDriver};
@@ -185,7 +185,7 @@ pub async fn is_left_by(engine: &Engine, name: &str, mark: &MarkInfo, state_dir:
     }
     let look =
         ImageOptions { lock: false, read_only: true, is_hidden: true, ..ImageOptions::raw().overwriting() };
-    let Ok(node) = engine.open(&format!("file:{}", os_name::from_path(&path)), &look).await else {
+    let Ok(node) = engine.open_spec(&NodeSpec::file(path), &look).await else {
         return false;
     };
     let Ok(Some(left)) = TargetMark::read(engine.ring(), node.driver(), state_dir).await else {
@@ -267,7 +267,7 @@ pub async fn make_file(
     let mut is_written = false;
     let result = async {
         let image = ImageOptions { is_hidden: true, ..ImageOptions::raw().overwriting() };
-        let node = engine.open(&format!("file:{}", os_name::from_path(&hidden)), &image).await?;
+        let node = engine.open_spec(&NodeSpec::file(&*hidden), &image).await?;
         // Tells others that somebody is at it. Where locks are not to be had they must do without.
         let _using = node.attach_in_time(UseKind::PromisedTarget).await.ok();
         new.write(ring, node.driver(), path, beside).await?;
@@ -344,7 +344,7 @@ async fn remove_left_over(engine: &Engine, path: &Path) {
         let image = ImageOptions { is_hidden: true, ..ImageOptions::raw().overwriting() };
         let name = os_name::from_path(&hidden);
         // What cannot be opened or locked stays where it is.
-        let Ok(node) = engine.open(&format!("file:{name}"), &image).await else { continue };
+        let Ok(node) = engine.open_spec(&NodeSpec::file(&*hidden), &image).await else { continue };
         let Ok(_held) = node.attach(UseKind::PromisedTarget) else { continue };
         if ring.unlink(&hidden).is_ok() {
             tracing::info!("'{name}' was left by a run that was killed: it is removed");

@@ -13,7 +13,6 @@ use blockferry_ring::{Errno, Ring};
 use super::admit::place;
 use super::{Format, ImageOptions, named};
 use crate::base::limits::DISK_LEN_MAX;
-use crate::base::os_name;
 use crate::base::range::ByteRange;
 use crate::base::units::parse_size;
 use crate::block::{BlockError, Driver, IoResult, Operation, WriteFlags, ZeroFlags};
@@ -285,7 +284,7 @@ impl Beside<'_> {
         let path = place::leads_to(ring, &data_file_path(image, name)?).await;
         let options = FileOptions { mode: self.mode, ..FileOptions::default() };
         FileDriver::create(ring, &path, 0, options).await?;
-        super::open::open(ring, &format!("file:{}", os_name::from_path(&path)), &ImageOptions::raw()).await
+        super::open::open_file(ring, &path, &ImageOptions::raw()).await
     }
 
     /// Making the image has failed, after all: what was made beside it goes, too.

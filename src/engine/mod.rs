@@ -17,6 +17,7 @@ pub mod open;
 pub mod qcow2;
 pub mod rebase;
 pub mod remote;
+pub mod spec;
 
 use std::cell::{OnceCell, RefCell};
 use std::os::fd::BorrowedFd;
@@ -40,6 +41,7 @@ use guest::Guest;
 use handle::{Desk, Handle, SharedDisk};
 
 pub use open::{Format, ImageOptions};
+pub use spec::NodeSpec;
 
 /// How long the end of an engine waits for operations in flight.
 const SHUTDOWN_NANOS: Nanos = 10_000_000_000;
@@ -132,8 +134,16 @@ impl Engine {
 
     /// Opens an image as a node. Its format is the one that was said, or what its header says.
     pub async fn open(&self, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
-        let driver = open::open(&self.ring, name, options).await?;
-        Ok(Node::new(&self.ring, name, driver))
+        let spec = NodeSpec::parse(name)?;
+        let driver = open::open_spec(&self.ring, name, &spec, options).await?;
+        Ok(Node::new(&self.ring, spec.node_name.as_deref().unwrap_or(name), driver))
+    }
+
+    /// Opens an image as a node from what was said of it, read already or put together by a program.
+    pub async fn open_spec(&self, spec: &NodeSpec, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
+        let shown = spec.shown();
+        let driver = open::open_spec(&self.ring, &shown, spec, options).await?;
+        Ok(Node::new(&self.ring, spec.node_name.as_deref().unwrap_or(&shown), driver))
     }
 
     /// Opens an image as a node, from outside a task. Nothing is read: its format has to be said.

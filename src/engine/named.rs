@@ -211,6 +211,40 @@ mod tests {
     }
 
     #[test]
+    fn an_image_may_not_say_all_that_a_user_may() {
+        let all = Gate { servers: true, files: Reach::Anything };
+        for name in [
+            "delay:1ms:nbd://host/disk",
+            r#"json:{"file":{"driver":"nbd","host":"h"}}"#,
+            r#"json:{"driver":"raw","offset":512,"file":{"driver":"nbd","host":"h"}}"#,
+            r#"json:{"driver":"raw","size":512,"file":{"driver":"nbd","host":"h"}}"#,
+            r#"json:{"driver":"raw","read-only":true,"file":{"driver":"nbd","host":"h","read-only":true}}"#,
+            r#"json:{"driver":"null-co","size":512}"#,
+            "mem:1M",
+        ] {
+            assert!(
+                matches!(named(&all, "/vm/a", name), Err(GateError::Json(_) | GateError::Protocol(_))),
+                "{name}"
+            );
+        }
+        // A file that is described is judged like any other, and is where it is said to be, whatever it is called.
+        let own = Gate::default();
+        for name in [
+            r#"json:{"driver":"file","filename":"/etc/shadow"}"#,
+            "json:{'driver':'qcow2','file.filename':'/etc/shadow'}",
+            r#"json:{"driver":"raw","file":{"driver":"file","filename":"/etc/shadow"}}"#,
+        ] {
+            assert_eq!(named(&own, "/vm/a", name), Err(GateError::Outside("/etc/shadow".into())));
+        }
+        let literal = "json:{'driver':'qcow2','file.filename':'nbd://h/x'}";
+        assert_eq!(named(&own, "/vm/a", literal), Ok("/vm/nbd:/h/x".into()));
+        // What a user calls an image by options is where its file is.
+        let described = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"/vm/a"}}"#;
+        assert_eq!(named(&own, described, "b"), Ok("/vm/b".into()));
+        assert_eq!(named(&own, described, "../b"), Err(GateError::Outside("/b".into())));
+    }
+
+    #[test]
     fn a_file_that_is_called_like_something_else_is_that_file() {
         let own = Gate::default();
         let server = "driver=gluster,volume=v,path=p,server.0.type=inet,server.0.host=h,server.0.port=1";

@@ -5,9 +5,12 @@
 //! | `PATH`, `file:PATH` | a regular file or a block device |
 //! | `mem:SIZE` | memory, all zeroes at first, gone at the end |
 //! | `null:SIZE` | reads zeroes, forgets writes |
-//! | `nbd://…`, `nbd+tcp://…`, `nbd+unix://…`, `nbd:…` | an NBD server's disk; so are `json:{…}` and `driver=nbd,…` |
-//! | `gluster://…`, `gluster+tcp://…`, `gluster+unix://…` | an image on a GlusterFS volume; so are the forms with options |
+//! | `nbd://…`, `nbd+tcp://…`, `nbd+unix://…`, `nbd:…` | an NBD server's disk |
+//! | `gluster://…`, `gluster+tcp://…`, `gluster+unix://…` | an image on a GlusterFS volume |
+//! | `json:{…}`, `driver=…` | any of these by QEMU's options, with a format above it or not |
 //! | `delay:TIME:NAME` | any of these, with so much latency added to every request |
+//!
+//! What names mean is read by [`super::spec`].
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -16,7 +19,6 @@ use blockferry_ring::{Errno, Ring};
 
 use crate::base::limits::BACKING_CHAIN_MAX;
 use crate::base::os_name;
-use crate::base::units::{parse_duration, parse_size};
 use crate::block::{BlockError, Driver, IoFuture, Operation};
 use crate::format::qcow2::{self, Gate, OpenFiles, Qcow2, Role, Wanted, WhichSnapshot};
 use crate::format::raw::RawDriver;
@@ -27,7 +29,8 @@ use crate::protocol::open::{Cache, OpenOptions};
 
 use super::marks::{Marks, heed, heed_own};
 use super::named::{self, Named};
-use super::remote::{ServerOptions, is_remote};
+use super::remote::ServerOptions;
+use super::spec::{NodeSpec, ProtocolSpec};
 use crate::format::probe::{FormatError, HEAD_BYTES, Probed, choose_format, probe};
 
 pub use crate::format::probe::Format;
@@ -117,46 +120,46 @@ pub fn plain_name(name: &str) -> &str {
 
 /// The path that a name leads to, through `delay:` too; `None` if it leads to none.
 pub fn local_path(name: &str) -> Option<PathBuf> {
-    if let Some(path) = name.strip_prefix("file:") {
-        return Some(os_name::to_path(path));
-    }
-    if let Some(rest) = name.strip_prefix("delay:") {
-        return local_path(rest.split_once(':')?.1);
-    }
-    let special = ["mem:", "null:", "json:", "driver="];
-    let is_special = is_remote(name) || special.iter().any(|prefix| name.starts_with(prefix));
-    (!is_special && !has_scheme(name)).then(|| os_name::to_path(name))
+    NodeSpec::parse(name).ok()?.local_path().map(Path::to_owned)
 }
 
-/// Whether a name is a URI (`http://...`) rather than a path. Those of a protocol that is not known lead nowhere.
-fn has_scheme(name: &str) -> bool {
-    name.split_once("://").is_some_and(|(scheme, _)| {
-        let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.');
-        scheme.len() > 1
-            && scheme.starts_with(|c: char| c.is_ascii_alphabetic())
-            && scheme.chars().all(is_part)
-    })
+/// Whether a name leads to a disk that is made by naming it and is gone at the end, through `delay:` too: nothing of it can
+/// be lost.
+pub fn is_memory(name: &str) -> bool {
+    NodeSpec::parse(name).is_ok_and(|spec| spec.is_memory())
 }
 
 /// A name that leads to this path and to nothing else, whatever the file is called.
 pub fn name_of(path: &Path) -> String {
     let text = os_name::from_path(path);
     // `nbd:x`, `file:x` and the like are good names of files, too.
-    if local_path(&text).as_deref() == Some(path) { text } else { format!("./{text}") }
+    let is_it = NodeSpec::parse(&text).is_ok_and(|spec| spec == NodeSpec::file(path));
+    if is_it { text } else { format!("./{text}") }
 }
 
 /// Opens what `name` means. The format is the one that was said, or what the image's own header says by
 /// the safe rule.
 pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
-    let (child, named_format) = open_child(ring, name, options).await?;
-    let name = plain_name(name);
-    heed(ring, &child, name, options).await?;
-    let driver = open_on(ring, child, named_format, name, options).await?;
+    open_spec(ring, name, &NodeSpec::parse(name)?, options).await
+}
+
+/// [`open`] of a name that was read. `shown` is what messages call it.
+pub async fn open_spec(
+    ring: &Ring,
+    shown: &str,
+    spec: &NodeSpec,
+    options: &ImageOptions,
+) -> Result<Rc<dyn Driver>, BlockError> {
+    let options = &spec.over(options);
+    let child = open_child(ring, shown, spec, options).await?;
+    let shown = plain_name(shown);
+    heed(ring, &child, shown, options).await?;
+    let driver = open_on(ring, child, shown, spec, options).await?;
     if options.is_hidden {
         return Ok(driver);
     }
     tracing::info!(
-        "'{name}' is open, {}: {}, {} bytes, {}",
+        "'{shown}' is open, {}: {}, {} bytes, {}",
         if options.read_only { "to be read" } else { "to be written" },
         driver.format(),
         driver.len(),
@@ -165,25 +168,56 @@ pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<
     Ok(driver)
 }
 
-/// Opens the image that the bytes of `child` are, which were opened as `name`.
+/// Opens the file or device at `path`, whatever it is called.
+pub async fn open_file(
+    ring: &Ring,
+    path: &Path,
+    options: &ImageOptions,
+) -> Result<Rc<dyn Driver>, BlockError> {
+    let spec = NodeSpec::file(path);
+    open_spec(ring, &spec.shown(), &spec, options).await
+}
+
+/// Opens the image that the bytes of `child` are, which were opened as `spec` says.
 pub(super) async fn open_on(
     ring: &Ring,
     child: Rc<dyn Driver>,
-    named_format: Option<Format>,
-    name: &str,
+    shown: &str,
+    spec: &NodeSpec,
     options: &ImageOptions,
 ) -> Result<Rc<dyn Driver>, BlockError> {
-    let format = match options.format.or(named_format) {
+    let format = match said_format(shown, spec, options)? {
         Some(format) => format,
-        None if is_fresh(name) => Format::Raw,
+        None if spec.is_memory() => Format::Raw,
         None => choose_format(None, &head(ring, &child).await?, !options.read_only)
-            .map_err(|error| error.of(name))?,
+            .map_err(|error| error.of(shown))?,
     };
-    if format == Format::Raw && options.warns_of_header && local_path(name).is_some() {
-        warn_of_header(ring, &child, name).await;
+    // Nothing is read late that need not be.
+    let is_file = matches!(spec.protocol, ProtocolSpec::File { .. });
+    if format == Format::Raw && options.warns_of_header && is_file {
+        warn_of_header(ring, &child, shown).await;
     }
     let files = Files::new(ring, options, &child, &[]);
-    with_format(ring, child, format, options, &files).await
+    with_format(ring, child, format, &windowed(spec, options), &files).await
+}
+
+/// The format that was said, by an option or in the name. Both have to say the same.
+fn said_format(shown: &str, spec: &NodeSpec, options: &ImageOptions) -> Result<Option<Format>, BlockError> {
+    match (options.format, spec.format()) {
+        (Some(said), Some(named)) if said != named => {
+            let why = format!("Its name says that its format is {named}, and an option says {said}.");
+            Err(BlockError::new(Operation::Open, shown, Errno::EINVAL).hint(why))
+        }
+        (said, named) => Ok(said.or(named)),
+    }
+}
+
+/// The options of a raw disk that is a part of its file, where its name says so.
+fn windowed(spec: &NodeSpec, options: &ImageOptions) -> ImageOptions {
+    match spec.window() {
+        Some((offset, size)) => ImageOptions { offset, size, ..options.clone() },
+        None => options.clone(),
+    }
 }
 
 /// Tells what is taken as raw because that was said, and looks like something else.
@@ -199,25 +233,35 @@ async fn warn_of_header(ring: &Ring, child: &Rc<dyn Driver>, name: &str) {
     }
 }
 
-/// Opens what bytes come from, and tells the format where the name itself says it.
+/// Opens what bytes come from: the disk without its format.
 pub(super) async fn open_child(
     ring: &Ring,
-    name: &str,
+    shown: &str,
+    spec: &NodeSpec,
     options: &ImageOptions,
-) -> Result<(Rc<dyn Driver>, Option<Format>), BlockError> {
-    match is_remote(name) {
-        true => super::remote::open(ring, name, options).await,
-        false => match local_path(name) {
-            Some(path) => Ok((open_path_aside(ring, &path, options).await?, None)),
-            None => Ok((open_protocol(ring, name, options)?, None)),
-        },
-    }
+) -> Result<Rc<dyn Driver>, BlockError> {
+    let options = &spec.over(options);
+    let leaf = match spec.protocol.leaf() {
+        ProtocolSpec::File { path } => open_path_aside(ring, path, options).await?,
+        leaf @ (ProtocolSpec::Nbd(_) | ProtocolSpec::Gluster { .. }) => {
+            super::remote::open(ring, leaf, options).await?
+        }
+        leaf => open_here(ring, shown, spec, leaf, options)?,
+    };
+    Ok(delayed(ring, spec, leaf))
+}
+
+/// With the latency of its name; the innermost is the first to be told of a request's end.
+fn delayed(ring: &Ring, spec: &NodeSpec, leaf: Rc<dyn Driver>) -> Rc<dyn Driver> {
+    let delays = spec.protocol.delays().into_iter().rev();
+    delays.fold(leaf, |driver, latency_ns| Rc::new(DelayDriver::new(ring, driver, latency_ns)))
 }
 
 /// What the header of an image says of its format: raw without one. For readers, and for those who have nothing to lose.
 pub async fn said_by_header(ring: &Ring, name: &str, look: &ImageOptions) -> Result<Format, BlockError> {
-    let (child, named_format) = open_child(ring, name, look).await?;
-    match named_format {
+    let spec = NodeSpec::parse(name)?;
+    let child = open_child(ring, name, &spec, look).await?;
+    match spec.format() {
         Some(format) => Ok(format),
         None => choose_format(None, &head(ring, &child).await?, false).map_err(|error| error.of(name)),
     }
@@ -225,7 +269,9 @@ pub async fn said_by_header(ring: &Ring, name: &str, look: &ImageOptions) -> Res
 
 /// Opens `name` as a qcow2 image, for what only that format has.
 pub async fn open_qcow2(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<Qcow2>, BlockError> {
-    let (child, _) = open_child(ring, name, options).await?;
+    let spec = NodeSpec::parse(name)?;
+    let options = &spec.over(options);
+    let child = open_child(ring, name, &spec, options).await?;
     heed(ring, &child, name, options).await?;
     let files = Files::new(ring, options, &child, &[]);
     as_qcow2(ring, child, options, &files).await
@@ -234,29 +280,19 @@ pub async fn open_qcow2(ring: &Ring, name: &str, options: &ImageOptions) -> Resu
 /// Opens what `name` means, without looking into it: the format has to be said, and be one that needs no
 /// reading to be opened.
 pub fn open_as_said(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
-    let Some(format) = options.format.or(is_fresh(name).then_some(Format::Raw)) else {
+    let spec = NodeSpec::parse(name)?;
+    let options = &windowed(&spec, &spec.over(options));
+    let fresh = spec.is_memory().then_some(Format::Raw);
+    let Some(format) = said_format(name, &spec, options)?.or(fresh) else {
         return Err(FormatError::Unsaid.of(name));
     };
-    let child = open_protocol(ring, name, options)?;
+    let leaf = open_here(ring, name, &spec, spec.protocol.leaf(), options)?;
+    let child = delayed(ring, &spec, leaf);
     heed_own(ring, &child, name, options)?;
     match format {
         Format::Raw => as_raw(ring, child, options),
         Format::Qcow2 => Err(BlockError::new(Operation::Open, name, Errno::EINVAL)
             .hint("A qcow2 image is read to be opened: open it from within a task.")),
-    }
-}
-
-/// Made by opening it: there is nothing in it that could be mistaken for a format.
-fn is_fresh(name: &str) -> bool {
-    name.starts_with("mem:") || name.starts_with("null:")
-}
-
-/// Whether a name leads to a disk that is made by naming it and is gone at the end, through `delay:` too: nothing of it can
-/// be lost.
-pub fn is_memory(name: &str) -> bool {
-    match name.strip_prefix("delay:").and_then(|rest| rest.split_once(':')) {
-        Some((_, inner)) => is_memory(inner),
-        None => is_fresh(name),
     }
 }
 
@@ -376,8 +412,9 @@ impl Files {
         let shown = named.name();
         let (child, named_format) = match named {
             Named::Server(name) => {
-                let (child, format) = super::remote::open(&self.ring, &name, &options).await?;
-                (child, format.map(|format| format.to_string()))
+                let spec = NodeSpec::parse(&name)?;
+                let child = open_child(&self.ring, &name, &spec, &options).await?;
+                (child, spec.format().map(|format| format.to_string()))
             }
             Named::File(file) => (open_path_aside(&self.ring, &file.path, &options).await?, file.format),
         };
@@ -424,42 +461,25 @@ impl OpenFiles for Files {
     }
 }
 
-fn open_protocol(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
-    let refuse = |why: String| Err(BlockError::new(Operation::Open, name, Errno::EINVAL).hint(why));
-    if let Some(size) = name.strip_prefix("mem:") {
-        return match parse_size(size) {
-            Ok(size) => Ok(Rc::new(MemDriver::new(ring, name, size, options.read_only))),
-            Err(error) => refuse(error.to_string()),
-        };
-    }
-    if let Some(rest) = name.strip_prefix("delay:") {
-        let Some((time, child)) = rest.split_once(':') else {
-            return refuse("Say it as delay:TIME:NAME, such as delay:5ms:/images/a.img.".into());
-        };
-        return match parse_duration(time) {
-            Ok(latency_ns) => {
-                let child = open_protocol(ring, child, options)?;
-                Ok(Rc::new(DelayDriver::new(ring, child, latency_ns)))
-            }
-            Err(error) => refuse(error.to_string()),
-        };
-    }
-    if let Some(size) = name.strip_prefix("null:") {
-        return match parse_size(size) {
-            Ok(size) => Ok(Rc::new(NullDriver::new(ring, name, size, options.read_only))),
-            Err(error) => refuse(error.to_string()),
-        };
-    }
-    match local_path(name) {
-        Some(path) => open_path(ring, &path, options),
-        None if is_remote(name) => {
-            refuse("A disk on a server is opened in a task, because its server has to be asked.".into())
-        }
-        None => refuse(
-            "This protocol is not supported. Give a path, nbd://HOST/EXPORT, gluster://HOST/VOLUME/IMAGE, mem:SIZE, null:SIZE or \
-             delay:TIME:NAME."
-                .into(),
-        ),
+/// Opens a leaf in place, where that takes no conversation.
+fn open_here(
+    ring: &Ring,
+    shown: &str,
+    spec: &NodeSpec,
+    leaf: &ProtocolSpec,
+    options: &ImageOptions,
+) -> Result<Rc<dyn Driver>, BlockError> {
+    // What lies behind a delay has a name of its own.
+    let own = || match spec.protocol {
+        ProtocolSpec::Delay { .. } => NodeSpec::from(leaf.clone()).shown(),
+        _ => shown.to_owned(),
+    };
+    match leaf {
+        ProtocolSpec::Mem { len } => Ok(Rc::new(MemDriver::new(ring, own(), *len, options.read_only))),
+        ProtocolSpec::Null { len } => Ok(Rc::new(NullDriver::new(ring, own(), *len, options.read_only))),
+        ProtocolSpec::File { path } => open_path(ring, path, options),
+        _ => Err(BlockError::new(Operation::Open, shown, Errno::EINVAL)
+            .hint("A disk on a server is opened in a task, because its server has to be asked.")),
     }
 }
 

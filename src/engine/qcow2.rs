@@ -6,7 +6,7 @@ use blockferry_ring::{Errno, Ring};
 
 use super::ImageOptions;
 use super::named::{self, Named};
-use super::open::open;
+use super::open::{open, open_file};
 use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation};
 use crate::format::probe::Format;
 use crate::format::qcow2::{Gate, Qcow2, Reach};
@@ -57,11 +57,10 @@ pub async fn open_backing(
     let shown = named.name();
     let format = recorded_format(named.format(), &shown)?.or(format);
     let options = ImageOptions { format, ..options };
-    let opened = match named {
-        Named::Server(name) => name,
-        Named::File(_) => format!("file:{shown}"),
-    };
-    open(ring, &opened, &options).await
+    match named {
+        Named::Server(name) => open(ring, &name, &options).await,
+        Named::File(file) => open_file(ring, &file.path, &options).await,
+    }
 }
 
 /// Compresses the clusters of an image.

@@ -4,13 +4,12 @@ use std::rc::Rc;
 
 use blockferry_ring::{Errno, Nanos, Ring};
 
-use super::open::{Format, ImageOptions};
+use super::open::ImageOptions;
+use super::spec::{NodeSpec, ProtocolSpec};
 use crate::base::limits;
-use crate::base::units::parse_duration;
 use crate::block::{BlockError, Driver, IoResult, Operation};
-use crate::protocol::delay::DelayDriver;
-use crate::protocol::gluster::{self, GlusterNode, GlusterUri, Logging, OpenHow};
-use crate::protocol::nbd::{self, NbdNode, NbdUri, Patience, RemoteOptions};
+use crate::protocol::gluster::{self, GlusterNode, OpenHow};
+use crate::protocol::nbd::{NbdNode, NbdUri, Patience, RemoteOptions};
 use crate::protocol::structured::{Options, is_structured};
 
 /// How servers are treated where their disk's own options do not say.
@@ -65,156 +64,79 @@ impl ServerOptions {
     }
 }
 
-const NBD: [&str; 4] = ["nbd:", "nbd+", "nbds:", "nbds+"];
-const GLUSTER: [&str; 2] = ["gluster:", "gluster+"];
-
-fn begins_with(name: &str, prefixes: &[&str]) -> bool {
-    prefixes.iter().any(|prefix| name.starts_with(prefix))
-}
-
 /// Whether a name leads to a server, through `delay:` too.
 pub fn is_remote(name: &str) -> bool {
-    if let Some(rest) = name.strip_prefix("delay:") {
-        return rest.split_once(':').is_some_and(|(_, child)| is_remote(child));
-    }
-    begins_with(name, &NBD) || begins_with(name, &GLUSTER) || is_structured(name)
+    NodeSpec::parse(name).is_ok_and(|spec| spec.is_remote())
 }
 
-/// Whether a name in an image, or one that a user gives for an image, leads to a disk on a server.
+/// Whether a name in an image, or one that a user gives for an image, leads to a disk on a server. What a user may say of the
+/// use of such a disk (a delay, a part of it, a format that is to be found out), an image may not.
 pub fn names_server(name: &str) -> bool {
-    is_remote(name) && Meaning::of(name, &ImageOptions::default()).is_ok()
+    let Ok(spec) = NodeSpec::parse(name) else { return false };
+    let is_delayed = matches!(spec.protocol, ProtocolSpec::Delay { .. });
+    spec.is_remote() && !is_delayed && (!is_structured(name) || says_what_images_may(name))
 }
 
-/// A disk on a server, and how it is reached.
-enum Disk {
-    Nbd(RemoteOptions),
-    Gluster {
-        how: OpenHow,
-        /// The transport rdma was named.
-        asked_for_rdma: bool,
-    },
-}
-
-/// What a name means.
-struct Meaning {
-    disk: Disk,
-    read_only: bool,
-    /// The format, where the name says it.
-    format: Option<Format>,
-}
-
-impl Meaning {
-    fn of(name: &str, image: &ImageOptions) -> Result<Meaning, String> {
-        let server = image.server;
-        let usual = |uri: NbdUri| server.nbd(uri);
-        if begins_with(name, &GLUSTER) {
-            let GlusterUri { image: there, asked_for_rdma } =
-                name.parse().map_err(|error| format!("{error}."))?;
-            let read_only = image.read_only;
-            let how = OpenHow { image: there, logging: Logging::default(), read_only, create: false };
-            return Ok(Meaning { disk: Disk::Gluster { how, asked_for_rdma }, read_only, format: None });
-        }
-        if !is_structured(name) {
-            let uri: NbdUri = name.parse().map_err(|error| format!("{error}"))?;
-            return Ok(Meaning { disk: Disk::Nbd(usual(uri)), read_only: image.read_only, format: None });
-        }
-        let mut options = Options::parse(name)?;
-        let format = match options.take_format() {
-            None => None,
-            Some(name) => Some(
-                Format::parse(&name)
-                    .ok_or_else(|| format!("The driver '{name}' is no format that is known."))?,
-            ),
-        };
-        match options.take_driver()?.as_str() {
-            "nbd" => {
-                let structured = nbd::options::understand(options, usual)?;
-                let read_only = image.read_only || structured.read_only == Some(true);
-                Ok(Meaning { disk: Disk::Nbd(structured.remote), read_only, format })
-            }
-            "gluster" => {
-                let said = gluster::options::understand(options)?;
-                let read_only = image.read_only || said.read_only == Some(true);
-                let how = OpenHow { image: said.image, logging: said.logging, read_only, create: false };
-                let disk = Disk::Gluster { how, asked_for_rdma: said.asked_for_rdma };
-                Ok(Meaning { disk, read_only, format })
-            }
-            other => {
-                Err(format!("The driver '{other}' cannot be named in this form; 'nbd' and 'gluster' can."))
-            }
-        }
-    }
+fn says_what_images_may(name: &str) -> bool {
+    Options::parse(name).is_ok_and(|options| {
+        let is_said_twice = options.has("read-only") && options.has("file.read-only");
+        options.has("driver") && !options.has("offset") && !options.has("size") && !is_said_twice
+    })
 }
 
 fn refuse(operation: Operation, name: &str, why: String) -> BlockError {
     BlockError::new(operation, name, Errno::EINVAL).hint(why)
 }
 
-/// Opens what a name that [`is_remote`] means. Some names say the format, too.
+/// Opens a disk on a server.
 pub(super) async fn open(
     ring: &Ring,
-    name: &str,
+    leaf: &ProtocolSpec,
     image: &ImageOptions,
-) -> Result<(Rc<dyn Driver>, Option<Format>), BlockError> {
-    // `delay:` may be said several times over; the innermost is the first to be told of a request's end.
-    let (mut delays, mut rest) = (Vec::new(), name);
-    while let Some((time, child)) = rest.strip_prefix("delay:").and_then(|rest| rest.split_once(':')) {
-        let delay = parse_duration(time);
-        delays.push(delay.map_err(|error| refuse(Operation::Open, name, error.to_string()))?);
-        rest = child;
+) -> Result<Rc<dyn Driver>, BlockError> {
+    if let ProtocolSpec::Nbd(disk) = leaf {
+        let remote = disk.reached(|uri| image.server.nbd(uri));
+        return Ok(NbdNode::open(ring, remote, image.read_only).await?);
     }
-    let meaning = Meaning::of(rest, image).map_err(|why| refuse(Operation::Open, name, why))?;
-    let mut driver: Rc<dyn Driver> = match meaning.disk {
-        Disk::Nbd(remote) => NbdNode::open(ring, remote, meaning.read_only).await?,
-        Disk::Gluster { how, asked_for_rdma } => {
-            if asked_for_rdma {
-                tracing::warn!("GlusterFS has no transport 'rdma' any more; tcp is used");
-            }
-            GlusterNode::open(ring, how).await?
-        }
-    };
-    for latency_ns in delays.into_iter().rev() {
-        driver = Rc::new(DelayDriver::new(ring, driver, latency_ns));
+    let not_far =
+        || refuse(Operation::Open, &NodeSpec::from(leaf.clone()).shown(), "It is on no server.".into());
+    let how = file_of(leaf, image).ok_or_else(not_far)?;
+    if matches!(leaf, ProtocolSpec::Gluster { asked_for_rdma: true, .. }) {
+        tracing::warn!("GlusterFS has no transport 'rdma' any more; tcp is used");
     }
-    Ok((driver, meaning.format))
+    Ok(GlusterNode::open(ring, how).await?)
 }
 
-/// Where files can be made on a server, the file of a name; `None` for other names.
-fn file_of(name: &str, image: &ImageOptions) -> Option<OpenHow> {
-    match Meaning::of(name, image).ok()?.disk {
-        Disk::Gluster { how, .. } => Some(how),
-        Disk::Nbd(_) => None,
-    }
+/// Where files can be made on a server, the file; `None` elsewhere.
+fn file_of(leaf: &ProtocolSpec, image: &ImageOptions) -> Option<OpenHow> {
+    let ProtocolSpec::Gluster { image: there, logging, .. } = leaf else { return None };
+    let (there, logging) = (there.clone(), logging.clone());
+    Some(OpenHow { image: there, logging, read_only: image.read_only, create: false })
+}
+
+/// The same of a name; it must not be delayed.
+fn file_named(name: &str, image: &ImageOptions) -> Option<OpenHow> {
+    file_of(&NodeSpec::parse(name).ok()?.protocol, image)
 }
 
 /// The image on a volume of GlusterFS that a name means, through `delay:` too.
 pub(super) fn gluster_image(name: &str) -> Option<gluster::Image> {
-    match name.strip_prefix("delay:") {
-        Some(rest) => gluster_image(rest.split_once(':')?.1),
-        None if is_remote(name) => Some(file_of(name, &ImageOptions::default())?.image),
-        None => None,
-    }
+    NodeSpec::parse(name).ok()?.gluster().cloned()
 }
 
 /// The disk of an NBD server that a name means, through `delay:` too.
 pub fn nbd_disk(name: &str) -> Option<NbdUri> {
-    if let Some(rest) = name.strip_prefix("delay:") {
-        return nbd_disk(rest.split_once(':')?.1);
-    }
-    match Meaning::of(name, &ImageOptions::default()).ok().filter(|_| is_remote(name))?.disk {
-        Disk::Nbd(remote) => Some(remote.uri),
-        Disk::Gluster { .. } => None,
-    }
+    NodeSpec::parse(name).ok()?.nbd().cloned()
 }
 
 /// Whether a name leads to a server on which images can be made.
 pub fn can_create(name: &str) -> bool {
-    is_remote(name) && !name.starts_with("delay:") && file_of(name, &ImageOptions::default()).is_some()
+    file_named(name, &ImageOptions::default()).is_some()
 }
 
 /// Makes an empty file on a server, which must not exist (`EEXIST`), and gives it open for writing.
 pub async fn create(ring: &Ring, name: &str, image: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
-    match file_of(name, image) {
+    match file_named(name, image) {
         Some(how) => Ok(GlusterNode::open(ring, OpenHow { create: true, ..how }).await?),
         None => Err(refuse(Operation::Create, name, "Images cannot be made on this server.".into())),
     }
@@ -222,7 +144,7 @@ pub async fn create(ring: &Ring, name: &str, image: &ImageOptions) -> Result<Rc<
 
 /// Removes a file that was made on a server.
 pub async fn remove(ring: &Ring, name: &str, image: &ImageOptions) -> IoResult {
-    match file_of(name, image) {
+    match file_named(name, image) {
         Some(how) => GlusterNode::remove(ring, how).await,
         None => Ok(()),
     }

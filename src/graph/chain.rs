@@ -10,6 +10,8 @@ use super::node::Node;
 use crate::base::os_name;
 use crate::base::planted::{Bug, is_planted};
 use crate::block::{BlockError, Extent, Holds};
+use crate::protocol::gluster::GlusterUri;
+use crate::protocol::nbd::NbdUri;
 
 /// What the `layers` (from above) hold together from `offset` on, for at most `len` bytes (above 0): the uppermost that
 /// holds something decides. Bytes beyond the end of the first of them count as zeroes, too.
@@ -43,9 +45,7 @@ pub fn find(front: &Rc<Node>, name: &str) -> Option<Rc<Node>> {
     let chain = front.chain();
     let called = |node: &&Rc<Node>| node.name() == name || node.driver().name() == name;
     let same_path = |node: &&Rc<Node>| {
-        let path = |name: &str| {
-            std::path::absolute(os_name::to_path(name.strip_prefix("file:").unwrap_or(name))).ok()
-        };
+        let path = |name: &str| std::path::absolute(os_name::to_path(name)).ok();
         path(node.driver().name()).is_some_and(|found| Some(found) == path(name))
     };
     let recorded = || {
@@ -68,7 +68,8 @@ pub fn name_for(overlay: &Node, had_it: &Node, base: &Node) -> String {
     // Where an image lies is told by its path or its URI; not by options, which name servers elsewhere.
     let has_place = |node: &Node| {
         let name = node.driver().name();
-        node.driver().local_file().is_some() || name.contains("://") && !name.starts_with("json:")
+        let is_uri = || name.parse::<NbdUri>().is_ok() || name.parse::<GlusterUri>().is_ok();
+        node.driver().local_file().is_some() || is_uri()
     };
     let recorded = had_it.driver().as_layer().and_then(|layer| layer.recorded_backing());
     if let Some((text, _)) = recorded

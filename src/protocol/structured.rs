@@ -9,6 +9,8 @@
 
 use serde_json::{Map, Value};
 
+use crate::base::units::parse_size;
+
 /// Options that say how a disk is used and not which it is, or that make no difference here, whatever the driver.
 const IGNORED: [&str; 7] = [
     "node-name",
@@ -38,6 +40,15 @@ impl Options {
             Some(text) => flatten(text)?,
             None => split(name)?,
         };
+        Options::each_once(left)
+    }
+
+    /// Parses a list of options, whichever comes first.
+    pub fn parse_list(text: &str) -> Result<Options, String> {
+        Options::each_once(split(text)?)
+    }
+
+    fn each_once(left: Vec<(String, String)>) -> Result<Options, String> {
         for (at, (name, _)) in left.iter().enumerate() {
             if left[..at].iter().any(|(other, _)| other == name) {
                 return Err(format!("The option '{name}' is said twice."));
@@ -50,6 +61,11 @@ impl Options {
     pub fn take(&mut self, names: &[&str]) -> Option<String> {
         let at = self.left.iter().position(|(name, _)| names.contains(&name.as_str()))?;
         Some(self.left.swap_remove(at).1)
+    }
+
+    /// The value of an option, which stays there.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.left.iter().find(|(other, _)| other == name).map(|(_, value)| value.as_str())
     }
 
     /// The driver that is named.
@@ -78,6 +94,13 @@ impl Options {
         let number =
             value.parse::<u32>().map_err(|_| format!("The option '{name}' is a number, not '{value}'."))?;
         Ok(Some(number.into()))
+    }
+
+    /// Takes a number of bytes.
+    pub fn take_size(&mut self, name: &str) -> Result<Option<u64>, String> {
+        let Some(value) = self.take(&[name]) else { return Ok(None) };
+        let size = parse_size(&value);
+        size.map(Some).map_err(|error| format!("The option '{name}' is a size: {error}."))
     }
 
     /// Takes a switch.

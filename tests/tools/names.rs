@@ -73,6 +73,57 @@ fn a_backing_file_is_in_the_image_s_own_directory_however_that_is_named() {
     }
 }
 
+/// QEMU's options name files, too, with a format above them or not; and parts of raw files, around which nothing changes.
+#[test]
+fn files_are_named_by_options() {
+    let scratch = chain();
+    let dir = scratch.dir();
+    let run = |words: &[&str]| run_in(dir, None, &words.iter().map(OsStr::new).collect::<Vec<_>>());
+    let length = |name: &str| {
+        let ended = run(&["info", "--output=json", name]);
+        assert_eq!(ended.code, Some(0), "{name}: {ended}");
+        let json: serde_json::Value = serde_json::from_str(&ended.out).expect("JSON");
+        (json["format"].as_str().map(str::to_owned), json["virtual-size"].as_u64())
+    };
+    let is = |format: &str, len| (Some(format.to_owned()), Some(len));
+    for (name, format) in [
+        (r#"json:{"driver":"file","filename":"vm/base.raw"}"#, "raw"),
+        ("json:{'driver':'qcow2','file.filename':'vm/top.qcow2'}", "qcow2"),
+        (r#"json:{"driver":"raw","file":{"driver":"file","filename":"vm/base.raw"}}"#, "raw"),
+        ("driver=qcow2,file.driver=file,file.filename=vm/top.qcow2", "qcow2"),
+        ("delay:1us:driver=qcow2,file.filename=vm/top.qcow2", "qcow2"),
+    ] {
+        assert_eq!(length(name), is(format, MIB), "{name}");
+    }
+    let part = "driver=raw,offset=4096,size=8192,file.filename=vm/base.raw";
+    assert_eq!(length(part), is("raw", 8192));
+    let before = std::fs::read(scratch.path("vm/base.raw")).expect("bytes");
+    let ended = run(&["convert", part, "part"]);
+    assert_eq!(ended.code, Some(0), "{ended}");
+    assert!(std::fs::read(scratch.path("part")).expect("bytes") == before[4096..12288]);
+    // A part is written where it is, and never made anew; nor is what is only to be read written.
+    std::fs::write(scratch.path("zeroes"), vec![0; 8192]).expect("a file");
+    let read_only = "driver=raw,read-only=on,file.filename=vm/base.raw";
+    for (line, word) in [
+        (vec!["convert", "--force", "zeroes", part], "the rest of it"),
+        (vec!["mirror", "--force", "-f", "raw", "-F", "raw", "zeroes", read_only], "read-only"),
+        (vec!["convert", "-n", "-O", "qcow2", "zeroes", part], "qcow2"),
+        (vec!["info", "-f", "qcow2", part], "qcow2"),
+        (vec!["convert", "zeroes", "driver=raw,offset=512,file.filename=new"], "does not exist"),
+        (vec!["info", "--image-opts", "driver=qcow2,file.filename=vm/top.qcow2,colour=red"], "'colour'"),
+    ] {
+        let ended = run(&line);
+        assert!(ended.code == Some(1) && ended.err.contains(word), "{line:?}: {ended}");
+    }
+    assert!(std::fs::read(scratch.path("vm/base.raw")).expect("bytes") == before);
+    assert!(!Path::new(&scratch.path("new")).exists());
+    let ended = run(&["convert", "-n", "zeroes", part]);
+    assert_eq!(ended.code, Some(0), "{ended}");
+    let after = std::fs::read(scratch.path("vm/base.raw")).expect("bytes");
+    assert!(after[..4096] == before[..4096] && after[12288..] == before[12288..]);
+    assert!(after[4096..12288].iter().all(|byte| *byte == 0));
+}
+
 /// What is judged is a directory, not the beginning of a name.
 #[test]
 fn what_lies_elsewhere_stays_outside() {

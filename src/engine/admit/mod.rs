@@ -205,10 +205,11 @@ impl Admission {
     /// An image that is there gets this long.
     pub fn grows(&mut self, node: &Rc<Node>, len: u64) {
         let driver = node.driver();
-        if driver.kind() == "host_device" || super::remote::nbd_disk(driver.name()).is_some() {
+        let kind = undelayed(driver).kind();
+        if kind == "host_device" || super::remote::nbd_disk(driver.name()).is_some() {
             let text = format!("It has {} bytes, has to have {len}, and cannot grow.", driver.len());
             self.refuse(BlockError::new(Operation::Resize, driver.name(), Errno::ENOSPC).because(text));
-        } else if driver.kind() == "file" {
+        } else if kind == "file" {
             self.grows_to(driver.name(), len);
         }
     }
@@ -314,6 +315,17 @@ fn planned(role: &'static str, act: Act, driver: &Rc<dyn Driver>) -> Planned {
         locked: true,
         mode: None,
     }
+}
+
+/// What a disk is, its latency aside.
+fn undelayed(driver: &Rc<dyn Driver>) -> Rc<dyn Driver> {
+    let mut driver = driver.clone();
+    while driver.kind() == "delay"
+        && let Some(inner) = driver.children().into_iter().next()
+    {
+        driver = inner;
+    }
+    driver
 }
 
 /// What the bytes of an image itself lie in, without the layers below it: its file, its data file.

@@ -15,7 +15,8 @@ use super::{Act, Admission, Planned, Refusal, own_leaves};
 use crate::base::os_name;
 use crate::block::{BlockError, Driver, IoResult, Operation};
 use crate::engine::create::{NewImage, data_file_path};
-use crate::engine::open::{self, local_path, name_of};
+use crate::engine::open::{self, local_path};
+use crate::engine::spec::NodeSpec;
 use crate::engine::{Format, ImageOptions, remote};
 use crate::graph::node::{Node, Use, UseKind};
 
@@ -73,18 +74,23 @@ impl<'a> Wish<'a> {
 #[derive(Debug)]
 pub struct Held {
     node: Rc<Node>,
-    /// The format that its name says.
-    format: Option<Format>,
+    /// What was opened.
+    spec: NodeSpec,
     lock: Use,
 }
 
 impl Held {
-    async fn open(ring: &Ring, name: &str, image: &ImageOptions) -> Result<Held, BlockError> {
+    async fn open(
+        ring: &Ring,
+        shown: &str,
+        spec: NodeSpec,
+        image: &ImageOptions,
+    ) -> Result<Held, BlockError> {
         let options = ImageOptions { read_only: false, ..image.clone() };
-        let (driver, format) = open::open_child(ring, name, &options).await?;
-        let node = Node::new(ring, name, driver);
+        let driver = open::open_child(ring, shown, &spec, &options).await?;
+        let node = Node::new(ring, spec.node_name.as_deref().unwrap_or(shown), driver);
         let lock = node.attach_in_time(UseKind::PromisedTarget).await?;
-        Ok(Held { node, format, lock })
+        Ok(Held { node, spec, lock })
     }
 
     /// Takes its locks again: making an image in it gives them up at the end.
@@ -122,7 +128,7 @@ impl Held {
         name: &str,
         image: &ImageOptions,
     ) -> Result<Rc<dyn Driver>, BlockError> {
-        open::open_on(ring, self.bytes().clone(), self.format, name, image).await
+        open::open_on(ring, self.bytes().clone(), name, &self.spec, image).await
     }
 }
 
@@ -187,24 +193,30 @@ impl Admission {
     /// Looks at what is there, and opens it if it is to be changed.
     async fn stands(&self, wish: &Wish<'_>) -> Result<Standing, Refusal> {
         let ring = &self.ring;
+        let spec = NodeSpec::parse(wish.name)?;
+        let is_part = spec.window().is_some();
         let exists = || Refusal::Exists { name: wish.name.to_owned(), say: wish.say };
         let missing = || match wish.may_make {
+            true if is_part => Err(Refusal::Said(format!(
+                "The target '{}' is to be a part (offset, size) of a file that does not exist",
+                wish.name
+            ))),
             true => Ok(Standing::Missing),
             false => Err(Refusal::Said(format!(
                 "The target '{}' does not exist, and -n says that it is not to be made",
                 wish.name
             ))),
         };
-        let mut name = wish.name.to_owned();
+        may_be_target(wish, &spec)?;
         let mut can_be_emptied = remote::can_create(wish.name);
-        if let Some(path) = local_path(wish.name) {
-            match ring.lookup(&path) {
+        if let Some(path) = spec.local_path() {
+            match ring.lookup(path) {
                 Ok(None) if path.as_os_str().is_empty() => {
                     return Err(Refusal::Said("The name of the target is empty".into()));
                 }
                 Ok(None) => return missing(),
                 Ok(Some(FileKind::Socket | FileKind::Other)) => {
-                    return Err(Refusal::Said(match access::is_directory(ring, &path).await {
+                    return Err(Refusal::Said(match access::is_directory(ring, path).await {
                         true => format!("The target '{}' is a directory: name a file in it", path.display()),
                         false => {
                             format!("The target '{}' is neither a file nor a block device", path.display())
@@ -216,20 +228,17 @@ impl Admission {
                 Err(errno) => {
                     return Err(Refusal::Said(format!(
                         "The target '{}' cannot be looked at: {errno}",
-                        os_name::from_path(&path)
+                        os_name::from_path(path)
                     )));
                 }
             }
-            if !wish.name.starts_with("delay:") {
-                name = format!("file:{}", os_name::from_path(&path));
-            }
-        } else if remote::nbd_disk(wish.name).is_some() && wish.if_there == IfThere::Refuse {
+        } else if spec.nbd().is_some() && wish.if_there == IfThere::Refuse {
             return Err(Refusal::Said(format!(
                 "The target '{}' is a disk of a server, which is left alone. Say {} to overwrite it",
                 wish.name, wish.say
             )));
         }
-        let held = match Held::open(ring, &name, &wish.image).await {
+        let held = match Held::open(ring, wish.name, spec, &wish.image).await {
             Err(error) if error.errno == Errno::ENOENT && remote::can_create(wish.name) => return missing(),
             held => held?,
         };
@@ -371,7 +380,7 @@ impl Admission {
             return Err(Refusal::DataFileExists { name: shown });
         }
         let image = ImageOptions { format: Some(Format::Raw), ..wish.image.clone() };
-        let held = Held::open(&ring, &format!("file:{}", name_of(&path)), &image).await?;
+        let held = Held::open(&ring, &shown, NodeSpec::file(&*path), &image).await?;
         if found == Some(FileKind::Block) && held.bytes().len() < wish.new.len() {
             return Err(Refusal::Said(format!(
                 "The device '{shown}' is to hold the data of {} bytes, and has {}",
@@ -384,9 +393,26 @@ impl Admission {
     }
 }
 
+/// Whether a name can be that of a target: what it says of its use goes together with what is to be done.
+fn may_be_target(wish: &Wish<'_>, spec: &NodeSpec) -> Result<(), Refusal> {
+    let (name, made) = (wish.name, wish.new.format());
+    let refuse = |text: String| Err(Refusal::Said(format!("The target '{name}' {text}")));
+    match spec.format() {
+        _ if spec.read_only => refuse("is named as one that is only read (read-only)".into()),
+        Some(said) if wish.if_there != IfThere::Overwrite && said != made => {
+            refuse(format!("is named as {said}, and would be made as {made}"))
+        }
+        _ if spec.window().is_some() && wish.if_there == IfThere::Remake => refuse(
+            "is a part of a file (offset, size), and to be made anew: the rest of it would be lost".into(),
+        ),
+        _ => Ok(()),
+    }
+}
+
 /// Whether what was opened has a length that is not ours to change.
 fn is_fixed(held: &Held, name: &str) -> bool {
-    held.bytes().kind() == "host_device" || remote::nbd_disk(name).is_some()
+    own_leaves(held.bytes()).iter().any(|leaf| leaf.kind() == "host_device")
+        || remote::nbd_disk(name).is_some()
 }
 
 /// Whether a name leads to a block device or to a server's disk: there is no new file to be made, only a new image in what

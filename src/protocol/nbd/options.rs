@@ -9,27 +9,48 @@ use super::constants::{DEFAULT_PORT, STRING_BYTES_MAX};
 use super::remote::RemoteOptions;
 use super::uri::{NbdAddress, NbdUri};
 use crate::base::limits::NBD_CONNECTIONS_MAX;
+use crate::base::os_name;
 use crate::base::units::NS_PER_SEC;
 use crate::protocol::structured::Options;
+use blockferry_ring::Nanos;
 
 /// Options that make no difference here.
 const IGNORED: [&str; 5] =
     ["server.ipv4", "server.ipv6", "server.keep-alive", "server.tight", "server.abstract"];
 
-/// What the options mean.
-#[derive(Clone, Debug)]
-pub struct Structured {
-    /// The disk and how it is reached; what was not said is as it was given.
-    pub remote: RemoteOptions,
-    /// `read-only`, if it was said.
-    pub read_only: Option<bool>,
+/// A disk of a server, and what its name says of how it is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdDisk {
+    /// The disk.
+    pub uri: NbdUri,
+    /// How long requests wait for a lost connection, where it was said.
+    pub reconnect_delay_ns: Option<Nanos>,
+    /// How long opening tries again, where it was said.
+    pub open_timeout_ns: Option<Nanos>,
+    /// Connections at most, where it was said.
+    pub connections_max: Option<usize>,
 }
 
-/// What the options mean, the driver's name aside. `usual` gives what is not said, its URI aside.
-pub fn understand(
-    mut options: Options,
-    usual: impl FnOnce(NbdUri) -> RemoteOptions,
-) -> Result<Structured, String> {
+impl From<NbdUri> for NbdDisk {
+    /// Nothing else is said.
+    fn from(uri: NbdUri) -> NbdDisk {
+        NbdDisk { uri, reconnect_delay_ns: None, open_timeout_ns: None, connections_max: None }
+    }
+}
+
+impl NbdDisk {
+    /// How it is reached. `usual` gives what is not said, its URI aside.
+    pub fn reached(&self, usual: impl FnOnce(NbdUri) -> RemoteOptions) -> RemoteOptions {
+        let mut remote = usual(self.uri.clone());
+        remote.reconnect_delay_ns = self.reconnect_delay_ns.unwrap_or(remote.reconnect_delay_ns);
+        remote.open_timeout_ns = self.open_timeout_ns.unwrap_or(remote.open_timeout_ns);
+        remote.connections_max = self.connections_max.unwrap_or(remote.connections_max);
+        remote
+    }
+}
+
+/// What the options mean, the driver's name aside, and what is said of the use of any disk.
+pub fn understand(mut options: Options) -> Result<NbdDisk, String> {
     let kind = options.take(&["server.type"]);
     let host = options.take(&["server.host", "host"]);
     let port = options.take(&["server.port", "port"]);
@@ -38,7 +59,6 @@ pub fn understand(
     let reconnect_delay = options.take_number("reconnect-delay")?;
     let open_timeout = options.take_number("open-timeout")?;
     let connections = options.take_number("multi-conn")?;
-    let read_only = options.take_switch("read-only")?;
     options.finish(&IGNORED, |name| {
         if name.starts_with("tls") { "TLS is not supported" } else { "it is not known" }
     })?;
@@ -53,7 +73,9 @@ pub fn understand(
             };
             NbdAddress::Tcp { host, port }
         }
-        (None | Some("unix"), None, Some(path)) if port.is_none() => NbdAddress::Unix { path: path.into() },
+        (None | Some("unix"), None, Some(path)) if port.is_none() => {
+            NbdAddress::Unix { path: os_name::to_path(&path) }
+        }
         (Some("inet"), ..) => return Err("A server of type 'inet' has a host and a port.".into()),
         (Some("unix"), ..) => return Err("A server of type 'unix' has a path.".into()),
         (Some(kind), ..) => return Err(format!("Servers of type '{kind}' cannot be reached.")),
@@ -66,24 +88,33 @@ pub fn understand(
     if export.len() > STRING_BYTES_MAX || export.contains('\0') {
         return Err("The export's name is too long, or contains a NUL.".into());
     }
-    let mut remote = usual(NbdUri { address, export });
     let nanos = |seconds: u64| seconds * NS_PER_SEC;
-    remote.reconnect_delay_ns = reconnect_delay.map_or(remote.reconnect_delay_ns, nanos);
-    remote.open_timeout_ns = open_timeout.map_or(remote.open_timeout_ns, nanos);
-    if let Some(connections) = connections {
-        remote.connections_max = (connections as usize).clamp(1, NBD_CONNECTIONS_MAX);
-    }
-    Ok(Structured { remote, read_only })
+    Ok(NbdDisk {
+        uri: NbdUri { address, export },
+        reconnect_delay_ns: reconnect_delay.map(nanos),
+        open_timeout_ns: open_timeout.map(nanos),
+        connections_max: connections.map(|connections| (connections as usize).clamp(1, NBD_CONNECTIONS_MAX)),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// A disk as it is reached.
+    #[derive(Debug)]
+    struct Structured {
+        remote: RemoteOptions,
+        read_only: Option<bool>,
+    }
+
     fn parse(text: &str) -> Result<Structured, String> {
         let mut options = Options::parse(text)?;
         match options.take_driver()?.as_str() {
-            "nbd" => understand(options, RemoteOptions::new),
+            "nbd" => {
+                let read_only = options.take_switch("read-only")?;
+                Ok(Structured { remote: understand(options)?.reached(RemoteOptions::new), read_only })
+            }
             other => Err(other.into()),
         }
     }
