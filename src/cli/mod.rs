@@ -148,8 +148,8 @@ pub fn main() -> ExitCode {
     }
     image::warn_of_speeds();
     let result = signals::defuse()
-        .and_then(|()| signals::watch(global.json, cancelled))
         .and_then(|()| room::prepare())
+        .and_then(|()| signals::watch(global.json, cancelled))
         .and_then(|()| run(global, cli.command));
     let exit = result.unwrap_or_else(|failure| {
         print::failure(global.json, &failure);

@@ -93,9 +93,21 @@ pub fn watch(json: bool, exit: Exit) -> Result<(), Failure> {
         return Ok(());
     }
     for number in ending_signals() {
-        flag::register_conditional_default(number, DONE.clone()).map_err(|error| failed(&error))?;
+        ends_when_done(number)?;
         let to = to.try_clone().map_err(|error| failed(&error))?;
         signal_hook::low_level::pipe::register(number, to).map_err(|error| failed(&error))?;
+    }
+    Ok(())
+}
+
+/// Has a signal end the process once [`DONE`]. Registered once, before all that is told of the signal: what is told of it
+/// may set that, and the same signal must not end what its first listener has begun to end.
+fn ends_when_done(number: i32) -> Result<(), Failure> {
+    static ALL: Mutex<Vec<i32>> = Mutex::new(Vec::new());
+    let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+    if !all.contains(&number) {
+        flag::register_conditional_default(number, DONE.clone()).map_err(|error| failed(&error))?;
+        all.push(number);
     }
     Ok(())
 }
@@ -151,7 +163,7 @@ impl Signals {
         let signals = Signals { queue: Rc::default(), came: ring.notify() };
         for number in ending_signals() {
             let signal = if number == SIGINT { Signal::Interrupt } else { Signal::Terminate };
-            flag::register_conditional_default(number, DONE.clone()).map_err(|error| failed(&error))?;
+            ends_when_done(number)?;
             signals.listen(ring, number, signal)?;
         }
         signals.listen(ring, SIGUSR1, Signal::Report)?;

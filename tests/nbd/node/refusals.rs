@@ -23,12 +23,16 @@ fn refusing(refusals: &[u32]) -> Faulty {
 
 #[test]
 fn a_refusal_is_told_as_what_it_is_and_a_server_that_goes_is_waited_for() {
-    for (code, word) in [(UNKNOWN, "no such export"), (TLS_REQUIRED, "TLS"), (POLICY, "policy")] {
+    for (code, word, cure) in [
+        (UNKNOWN, "no such export", "serve --list"),
+        (TLS_REQUIRED, "TLS", "not here"),
+        (POLICY, "policy", "not here"),
+    ] {
         let server = refusing(&[code; 100]);
         let patient = RemoteOptions { open_timeout_ns: 60_000_000_000, ..options(&server.uri()) };
         let error = on_ring(|ring| async move { NbdNode::open(&ring, patient, true).await.unwrap_err() });
         let text = error.to_string();
-        assert!(text.contains(word) && text.contains("not here"), "{text}");
+        assert!(text.contains(word) && text.contains(cure), "{text}");
         assert_eq!(server.connections(), 1, "{text}");
     }
     let server = refusing(&[SHUTDOWN; 3]);
