@@ -105,7 +105,7 @@ fn every_example_opens(lab: &Lab) {
     }
     // Without this one process in two thousand crashes when all is done and it ends.
     let said = lab.run(&["-vv", "info", "-f", "raw", "gluster://1.2.3.4/testvol/a.img"]);
-    assert!(said.err.contains("keep what it has at exit agreed=true"), "{said}");
+    assert!(said.err.contains("keep what it has at exit (agreed true)"), "{said}");
 }
 
 fn what_is_wrong_is_said(lab: &Lab) {
