@@ -666,6 +666,7 @@ mod tests {
             (r#"json:{"driver":"qcow2","offset":1,"file.filename":"x"}"#, "'offset'"),
             (r#"json:{"driver":"raw","offset":"far","file.filename":"x"}"#, "'offset' is a size"),
             (r#"json:{"driver":"raw","size":-1,"file.filename":"x"}"#, "'size'"),
+            (r#"json:{"driver":"qcow2","file.filename":"x","backing":null}"#, "'backing'"),
             (r#"json:{"driver":"vmdk","file.filename":"x"}"#, "'vmdk'"),
             (r#"json:{"driver":"qcow2","lazy-refcounts":true,"file.filename":"x"}"#, "'lazy-refcounts'"),
             (r#"json:{"driver":"raw","file":{"driver":"qcow2","file.filename":"x"}}"#, "'qcow2'"),

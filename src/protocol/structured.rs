@@ -189,6 +189,8 @@ fn add(name: String, value: Value, flat: &mut Vec<(String, String)>) {
         Value::Number(number) => flat.push((name, number.to_string())),
         Value::Bool(true) => flat.push((name, "on".into())),
         Value::Bool(false) => flat.push((name, "off".into())),
+        // Says that there is to be no backing file: not nothing.
+        Value::Null if name == "backing" => flat.push((name, "null".into())),
         Value::Null => {}
     }
 }

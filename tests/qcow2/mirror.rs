@@ -114,7 +114,7 @@ fn options_that_the_format_does_not_have_are_refused_and_nothing_is_made() {
     let target = scratch.path("target.img");
     for options in [&["-o", "cluster_size=64k"][..], &["-F", "qcow2", "-o", "no_such=1"], &["-o", "x"]] {
         let ended = run(&[&["mirror", &source, &target], options].concat());
-        assert_eq!(ended.code, Some(1), "{ended}");
+        assert_eq!(ended.code, Some(2), "{ended}");
         assert!(!std::path::Path::new(&target).exists());
     }
 }
