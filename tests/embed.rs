@@ -74,12 +74,12 @@ fn streams_shorten_the_chain_on_one_thread() {
 fn other_threads_use_a_disk_and_give_orders() {
     const REQUESTS: u64 = 500;
     let engine = Engine::without_threads().expect("an engine");
-    let node = engine.open_as_said("mem:4M", &ImageOptions::raw()).expect("a disk");
+    let node = engine.open_as_said("mem:8M", &ImageOptions::raw()).expect("a disk");
     let threads: Vec<_> = (0..4u8)
         .map(|number| {
             let (disk, handle) = (engine.share(&node, false).expect("a use"), engine.handle());
             std::thread::spawn(move || {
-                assert_eq!(disk.features().len, 4 << 20);
+                assert_eq!(disk.features().len, 8 << 20);
                 let offset = u64::from(number) << 20;
                 let (done, answers) = channel();
                 for block in 0..REQUESTS {
@@ -102,9 +102,23 @@ fn other_threads_use_a_disk_and_give_orders() {
                         "{block}"
                     );
                 }
+                // Of any length, none included.
+                let large: Vec<u8> = (0..3 << 19).map(|at: u32| (at >> 9) as u8).collect();
+                if number == 0 {
+                    for memory in [large.clone(), Vec::new()] {
+                        let (done, answers) = channel();
+                        disk.write(4 << 20, memory, WriteFlags::default(), move |result| {
+                            drop(done.send(result))
+                        });
+                        assert!(answers.recv().is_ok_and(|result| result.is_ok()));
+                    }
+                    let (done, answers) = channel();
+                    disk.read(4 << 20, vec![0; large.len()], move |result| drop(done.send(result)));
+                    assert!(answers.recv().is_ok_and(|result| result.is_ok_and(|memory| memory == large)));
+                }
                 // Beyond the end: the disk's own error.
                 let (done, answers) = channel();
-                disk.discard(4 << 20, 512, move |result| drop(done.send(result)));
+                disk.discard(8 << 20, 512, move |result| drop(done.send(result)));
                 assert!(matches!(answers.recv(), Ok(Err(RequestError::Disk { .. }))));
                 assert_eq!(handle.call(|here| std::future::ready(here.job_ids())), Ok(Vec::new()));
             })

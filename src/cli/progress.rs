@@ -54,9 +54,11 @@ impl Holes {
         if !is_local(disk) {
             return holes;
         }
-        let (wanted, disk) = (Rc::downgrade(&holes), disk.clone());
+        let (wanted, disk, handle) = (Rc::downgrade(&holes), disk.clone(), ring.clone());
         ring.spawn(async move {
             let (mut at, mut looks) = (0, 0);
+            // Tables answer at once: the job and its clients come first.
+            let mut stint = handle.stint();
             while at < disk.len() && looks < EXTENTS_MAX {
                 let Ok(extent) = disk.block_status(at, disk.len() - at).await else { break };
                 let Some(holes) = wanted.upgrade() else { break };
@@ -65,6 +67,7 @@ impl Holes {
                     holes.bytes.set(holes.bytes.get() + len);
                 }
                 (at, looks) = (at + len, looks + 1);
+                stint.step().await;
             }
         });
         holes

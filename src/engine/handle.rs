@@ -11,20 +11,23 @@
 //! * When the engine ends, whatever has not ended is answered with [`Gone`], before the engine's destructor returns; what is
 //!   asked for later is answered so at once, on the thread that asks. A change that is answered so may have happened, in
 //!   part, or not.
+//! * Requests may be of any length; one of more than a mebibyte is done in parts, one after the other.
 //! * Memory is the caller's and moves in and out; it is copied once, to or from the engine's registered memory. A guest on
 //!   the engine's own thread ([`Guest`](super::guest::Guest)) does without that copy.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use blockferry_ring::arena::BLOCK_MAX;
 use blockferry_ring::{Completer, Errno, Ring};
 use slab::Slab;
 
 use super::Jobs;
-use crate::block::{BlockError, WriteFlags, ZeroFlags};
+use crate::block::{BlockError, Operation, WriteFlags, ZeroFlags};
 use crate::graph::heard::Heard;
 use crate::graph::node::{Features, Node, Root};
 use crate::job::runner::Job;
@@ -263,12 +266,13 @@ impl SharedDisk {
         let work = move |here: &Here, disk: Disk| {
             let ring = here.ring.clone();
             async move {
-                let buf = ring.alloc(memory.len()).await;
-                let (buf, result) = disk.root.read(offset, buf).await;
-                result.map(|()| {
-                    buf.copy_to(0, &mut memory);
-                    memory
-                })
+                for (at, part) in parts(&disk.root, Operation::Read, offset, memory.len())? {
+                    let buf = ring.alloc(part.len()).await;
+                    let (buf, result) = disk.root.read(at, buf).await;
+                    result?;
+                    buf.copy_to(0, &mut memory[part]);
+                }
+                Ok(memory)
             }
         };
         self.request(work, done);
@@ -286,9 +290,12 @@ impl SharedDisk {
             let ring = here.ring.clone();
             disk.heard.writes();
             async move {
-                let mut buf = ring.alloc(memory.len()).await;
-                buf.copy_from(0, &memory);
-                disk.root.write(offset, buf.freeze(), flags).await
+                for (at, part) in parts(&disk.root, Operation::Write, offset, memory.len())? {
+                    let mut buf = ring.alloc(part.len()).await;
+                    buf.copy_from(0, &memory[part]);
+                    disk.root.write(at, buf.freeze(), flags).await?;
+                }
+                Ok(())
             }
         };
         self.request(work, done);
@@ -352,6 +359,19 @@ impl SharedDisk {
             }
         }));
     }
+}
+
+/// A request of any length in parts that a buffer can hold: where each is on the disk, and in the memory. What does not fit
+/// on the disk is refused as a whole.
+fn parts(
+    root: &Root,
+    operation: Operation,
+    offset: u64,
+    len: usize,
+) -> Result<impl Iterator<Item = (u64, Range<usize>)> + use<>, BlockError> {
+    root.check(operation, offset, len as u64)?;
+    let starts = (0..len).step_by(BLOCK_MAX);
+    Ok(starts.map(move |start| (offset + start as u64, start..len.min(start + BLOCK_MAX))))
 }
 
 /// The engine's end of the mailbox: carries out what comes, as long as the engine lives.

@@ -780,7 +780,8 @@ impl Root {
         }
     }
 
-    fn check(&self, operation: Operation, offset: u64, len: u64) -> IoResult {
+    /// Whether such a request is allowed, and lies within the disk.
+    pub fn check(&self, operation: Operation, offset: u64, len: u64) -> IoResult {
         let features = &self.inner.features;
         let fits = offset.checked_add(len).is_some_and(|end| end <= features.len);
         let errno = if operation.is_write() && features.read_only {
