@@ -639,3 +639,19 @@ fn a_compressed_cluster_far_away_is_nowhere() {
     }
     assert_eq!(by_qemu(&image.path), Some(2));
 }
+
+/// Each entry leads twice as far behind the end as the one before it: a repair goes around them, not behind the last.
+#[test]
+fn what_is_named_far_behind_the_end_makes_no_file_long() {
+    let scratch = Scratch::new();
+    let image = Image::new(&scratch, "", "64M", &[]);
+    let len = image.len();
+    for step in 0..24 {
+        image.set(image.l2(100 + step), (len.next_multiple_of(64 * KIB) + (64 * KIB << step)) | COPIED);
+    }
+    image.count(image.u64(image.l1()) & OFFSET, 0);
+    let ended = run(&["check", "-f", "qcow2", "-r", "all", &image.path]);
+    assert!(ended.code == Some(2) && ended.err.contains("beyond the end"), "{ended}");
+    assert!(image.len() < len + 8 * MIB, "{len} bytes became {}", image.len());
+    tool("qemu-io", &["-f", "qcow2", "-c", "read -P 1 0 1M", "-c", "read -P 2 32M 128k", &image.path]);
+}

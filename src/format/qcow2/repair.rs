@@ -19,7 +19,7 @@ use super::geometry::REFTABLE_BYTES_MAX;
 use super::header::{autoclear, extension, incompatible};
 use super::image::{Fault, Qcow2};
 use super::info::{CheckReport, Repair};
-use super::snapshot::{Snapshot, TABLE_BYTES_MAX};
+use super::snapshot::Snapshot;
 use blockferry_ring::Errno;
 
 /// What can be done where snapshots or bitmaps cannot be read.
@@ -52,7 +52,7 @@ impl Qcow2 {
         let was_dirty = self.header.borrow().incompatible & incompatible::DIRTY != 0;
         if repair.is_all()
             && check.snapshots.is_some()
-            && let Err(why) = check.room_for(check.room_max())
+            && let Err(why) = check.room_for(check.snapshot_room()).await
         {
             first.messages.push(why);
             return Ok(first);
@@ -215,7 +215,7 @@ impl Qcow2 {
             self.flush_files().await?;
         }
         if let Some(list) = &check.snapshots {
-            let room = check.room_for(check.room_max()).map_err(Fault::Damage)?;
+            let room = check.room_for(check.snapshot_room()).await.map_err(Fault::Damage)?;
             self.move_snapshots(list, room).await?;
         }
         Ok(check.flawed_entries > 0 || check.snapshots.is_some() || check.drops_bitmaps)
@@ -250,38 +250,60 @@ impl Check<'_> {
         self.counts.end().max(self.image.g.clusters(self.file_len))
     }
 
-    /// The most clusters that new tables take: refcounts for everything, or a table of snapshots.
-    fn room_max(&self) -> u64 {
-        let per_block = self.image.g.refblock_entries();
-        let of = |counts: &Counts| counts.blocks(per_block).len() as u64;
+    /// The most clusters that refcounts for everything take, if they lie from `start` on.
+    fn refcount_room(&self, start: u64) -> u64 {
+        let g = &self.image.g;
+        let (size, per_block) = (g.cluster_size(), g.refblock_entries());
         let unread = match &self.report.unread {
-            Some(_) => self.image.g.clusters(self.file_len).div_ceil(per_block),
+            Some(_) => g.clusters(self.file_len).div_ceil(per_block),
             None => 0,
         };
-        let tables = (TABLE_BYTES_MAX.max(REFTABLE_BYTES_MAX)).div_ceil(self.image.g.cluster_size());
-        of(&self.counts) + of(&self.data_beyond) + unread + tables
+        let known = [&self.counts, &self.data_beyond].map(|counts| counts.blocks(per_block).len() as u64);
+        let blocks = known.iter().sum::<u64>() + unread + 1;
+        let table = ((start.saturating_add(blocks) / per_block + 2) * 8).min(REFTABLE_BYTES_MAX).div_ceil(size);
+        // And the blocks that count the new ones themselves.
+        let all = blocks + table;
+        all + all / (per_block - 1) + 2
     }
 
-    /// Where so many clusters can be put: behind everything that is there, and behind the guest data that is named behind
-    /// the end of a file that was cut off. That reads as zeroes, and goes on doing so when the file reaches it. `Err` says
-    /// that a table is named there: as zeroes it would say something else than that it is lost.
-    fn room_for(&self, clusters: u64) -> Result<u64, String> {
+    /// Clusters of the table of snapshots that a repair writes anew.
+    fn snapshot_room(&self) -> u64 {
+        let bytes = self.snapshots.iter().flatten().map(|snapshot| snapshot.encode().len() as u64).sum();
+        self.image.g.clusters(bytes)
+    }
+
+    /// Where new tables can be put: `extra` clusters and refcounts for everything. Behind everything that is there, and in
+    /// no place that guest data is said to have behind the end of a file that was cut off: that reads as zeroes, and goes
+    /// on doing so when the file reaches it. It is the first place with so much room, so that the file becomes no longer
+    /// than it has to. `Err` says that a table is named before or in it: as zeroes it would say something else than that it
+    /// is lost.
+    async fn room_for(&self, extra: u64) -> Result<u64, String> {
         let size = self.image.g.cluster_size();
-        let (file_end, growth) = (self.image.g.clusters(self.file_len), GROWTH_BYTES.div_ceil(size) + 1);
-        let mut end = self.end();
-        // As much again each time, so that few steps do.
-        while let Some(last) = self.data_beyond.last_before(2 * end - file_end + clusters + growth)
-            && last >= end
-        {
-            end = last + 1;
+        let growth = GROWTH_BYTES.div_ceil(size) + 1;
+        let mut start = self.end();
+        let (mut own, mut end);
+        loop {
+            // It grows with the distance, and hardly.
+            own = extra + self.refcount_room(start);
+            loop {
+                end = start.saturating_add(own + growth);
+                match self.data_beyond.last_before(end) {
+                    Some(last) if last >= start => start = last + 1,
+                    _ => break,
+                }
+                self.image.let_others(1).await;
+            }
+            if extra + self.refcount_room(start) == own {
+                break;
+            }
         }
         match self.tables_beyond.iter().next() {
-            Some((table, _)) if table < end + clusters + growth => Err(format!(
+            Some((table, _)) if table < end => Err(format!(
                 "Nothing was repaired: a table at {:#x} lies behind the end of the file, which is cut off, and would read \
                  as zeroes if the file grew. What is left can be copied (`blockferry convert --salvage`)",
                 table * size
             )),
-            _ => Ok(end),
+            _ => Ok(start),
         }
     }
 
@@ -305,7 +327,7 @@ impl Check<'_> {
                 image.g.refcount_bits()
             ));
         } else if wants_all {
-            match self.room_for(self.room_max()) {
+            match self.room_for(0).await {
                 Ok(room) => {
                     self.rebuild_refcounts(room).await?;
                     image.reload().await?;
