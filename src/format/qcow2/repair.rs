@@ -260,7 +260,8 @@ impl Check<'_> {
         };
         let known = [&self.counts, &self.data_beyond].map(|counts| counts.blocks(per_block).len() as u64);
         let blocks = known.iter().sum::<u64>() + unread + 1;
-        let table = ((start.saturating_add(blocks) / per_block + 2) * 8).min(REFTABLE_BYTES_MAX).div_ceil(size);
+        let table =
+            ((start.saturating_add(blocks) / per_block + 2) * 8).min(REFTABLE_BYTES_MAX).div_ceil(size);
         // And the blocks that count the new ones themselves.
         let all = blocks + table;
         all + all / (per_block - 1) + 2
