@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use blockferry::block::{BlockError, Driver, IoFuture};
+use blockferry::block::{BlockError, IoFuture};
 use blockferry::engine::{Engine, Format, ImageOptions};
 use blockferry::format::qcow2::{Backing, OpenFiles, OpenOptions, Qcow2, Wanted};
 use blockferry::graph::node::Node;
@@ -349,7 +349,7 @@ pub fn run(cx: &mut Context, scenario: &str) -> Fallible<()> {
 struct NoFiles;
 
 impl OpenFiles for NoFiles {
-    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<dyn Driver>, BlockError>> {
+    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<Node>, BlockError>> {
         unreachable!("'{}' is given", wanted.name)
     }
 }
@@ -380,15 +380,15 @@ pub fn child(args: &ChildArgs) -> Fallible<()> {
     let opened = engine.run(async move {
         let options =
             |read_only| ImageOptions { format: Some(Format::Qcow2), read_only, ..ImageOptions::default() };
-        let mut driver = blockferry::engine::open::open(&ring, &base_name, &options(true)).await?;
+        let mut node = blockferry::engine::open::open(&ring, &base_name, &options(true)).await?;
         for (i, layer) in layers.iter().enumerate() {
             let read_only = i + 1 < layers.len();
             let raw = ImageOptions { format: Some(Format::Raw), ..options(read_only) };
             let file = blockferry::engine::open::open(&ring, layer, &raw).await?;
-            let open = OpenOptions { read_only, backing: Backing::Given(driver), ..OpenOptions::default() };
-            driver = Qcow2::open(&ring, file, &NoFiles, open).await?;
+            let open = OpenOptions { read_only, backing: Backing::Given(node), ..OpenOptions::default() };
+            node = Node::of(&ring, Qcow2::open(&ring, &file, &NoFiles, open).await?);
         }
-        Ok::<_, BlockError>(Node::new(&ring, "disk", driver))
+        Ok::<_, BlockError>(node.called("disk"))
     })?;
     let cpu = || crate::sys::cpu_secs(std::process::id() as i32);
     let (cpu_before, began) = (cpu()?, Instant::now());

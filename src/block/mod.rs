@@ -19,20 +19,31 @@
 //! A read takes an exclusive [`Buf`] and gives it back; a write takes a [`SharedBuf`], so that one
 //! buffer can go to two places. The length of the buffer is the length of the request.
 
+pub mod child;
+pub mod conflict;
 pub mod error;
 pub mod extent;
+pub mod filter;
+pub mod load;
+pub mod node;
 pub mod patience;
 pub mod permission;
 pub mod pin;
 pub mod place;
 pub mod reserve;
+pub mod role;
 pub mod serial;
 
+pub use child::Child;
 pub use error::{BlockError, Operation};
 pub use extent::{Extent, Holds, Word};
+pub use node::Node;
 pub use permission::{Permission, Permissions};
 pub use pin::Pin;
 pub use reserve::{Loan, NoMemory, Reserve};
+pub use role::Role;
+
+use std::rc::Rc;
 
 use blockferry_ring::{Buf, CopyHow, Errno, File, PooledFuture, SharedBuf};
 
@@ -176,8 +187,8 @@ impl Fill {
 
 /// What a driver can do that may have a backing file: it is a layer of a chain.
 pub trait Layer {
-    /// The layer below, where one is open.
-    fn backing(&self) -> Option<std::rc::Rc<dyn Driver>>;
+    /// The use of the layer below, where one is open.
+    fn backing(&self) -> Option<Rc<Child>>;
 
     /// The backing file as the image itself records it, and its format.
     fn recorded_backing(&self) -> Option<(String, Option<String>)>;
@@ -193,8 +204,9 @@ pub trait Layer {
     /// What is open below stays.
     fn record_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> IoFuture<'a, IoResult>;
 
-    /// Reads what it does not hold from `backing` from now on. Reads under way end where they began.
-    fn set_backing(&self, backing: Option<std::rc::Rc<dyn Driver>>);
+    /// Reads what it does not hold from `backing` from now on. Reads under way end where they began. On an error, such as
+    /// a use of `backing` that does not go with it, nothing has changed.
+    fn set_backing(&self, backing: Option<&Rc<Node>>) -> IoResult;
 }
 
 /// A disk or a layer of one, as stored.
@@ -287,18 +299,27 @@ pub trait Driver: std::fmt::Debug {
 
     /// Goes over to reading only, or to writing too. Nothing that changes the disk is under way; reads may be.
     /// On an error nothing has changed. `None`: this driver is what it was opened for.
-    fn reopen(&self, _read_only: bool) -> Option<IoFuture<'_, IoResult>> {
-        None
+    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
+        let node = self.filtered()?.node();
+        Some(node.ring().clone().boxed(async move { node.reopen_driver(read_only).await }))
     }
 
-    /// Drivers below this one.
-    fn children(&self) -> Vec<std::rc::Rc<dyn Driver>> {
-        Vec::new()
+    /// What this one uses.
+    fn children(&self) -> Vec<Rc<Child>> {
+        self.filtered().into_iter().collect()
+    }
+
+    /// The one that this driver passes everything on to, where it is a filter: what it does not say itself is what that one
+    /// says.
+    fn filtered(&self) -> Option<Rc<Child>> {
+        None
     }
 
     /// Takes and gives back the locks that these permissions need, on this driver and those below.
     /// On an error nothing has changed.
-    fn set_permissions(&self, permissions: Permissions) -> IoResult;
+    fn set_permissions(&self, permissions: Permissions) -> IoResult {
+        self.filtered().map_or(Ok(()), |child| child.set_permissions(permissions))
+    }
 
     /// The driver itself, for those who know what is special about its kind: `downcast_ref` it.
     fn as_any(&self) -> Option<&dyn std::any::Any> {
@@ -307,12 +328,12 @@ pub trait Driver: std::fmt::Debug {
 
     /// The file that holds the image, where it is one on this machine: marks are put on it.
     fn local_file(&self) -> Option<File> {
-        None
+        self.filtered()?.node().local_file()
     }
 
     /// Two drivers with the same identity store the same bytes in the same place.
     fn identity(&self) -> Option<(u64, u64)> {
-        None
+        self.filtered()?.node().identity()
     }
 
     /// Looks whether what is open still is what its name leads to (if `by_name`), and as long as it was. With `exact` it
@@ -333,38 +354,45 @@ pub trait Driver: std::fmt::Debug {
 
     /// Bytes that the image occupies, where that can be told.
     fn allocated_bytes(&self) -> Option<u64> {
-        None
+        self.filtered()?.node().allocated_bytes()
     }
 
     /// Asks again what the image occupies, where that takes asking somebody: from then on [`Driver::allocated_bytes`] tells
     /// that.
     fn ask_allocated(&self) -> Option<IoFuture<'_, ()>> {
-        None
+        let node = self.filtered()?.node();
+        Some(node.ring().clone().boxed(async move {
+            if let Some(asked) = node.ask_allocated() {
+                asked.await;
+            }
+        }))
     }
 
     /// How often changes that were acknowledged and not flushed may have been lost for good: a server was lost, and they
     /// could not be written again. Whoever has written and sees this grow has to take his next flush for failed.
     fn losses_for_good(&self) -> u64 {
-        self.children().iter().map(|child| child.losses_for_good()).sum()
+        self.children().iter().map(|child| child.node().losses_for_good()).sum()
     }
 
     /// A job writes to it from now on, or (once for each) has ended: what it has written must not get lost with a server,
     /// whatever was said about clients' changes.
     fn set_writing_job(&self, is_there: bool) {
-        self.children().iter().for_each(|child| child.set_writing_job(is_there));
+        self.children().iter().for_each(|child| child.node().set_writing_job(is_there));
     }
 
     /// Has requests fail (`ENOTRECOVERABLE`) once a server was lost so often without a flush between that succeeded;
     /// `None`: they wait for it.
     fn set_lapses_max(&self, lapses_max: Option<u32>) {
-        self.children().iter().for_each(|child| child.set_lapses_max(lapses_max));
+        self.children().iter().for_each(|child| child.node().set_lapses_max(lapses_max));
     }
 
     /// Makes requests in flight fail where that is possible (a socket can be cut, a kernel file cannot).
-    fn fail_in_flight(&self) {}
+    fn fail_in_flight(&self) {
+        self.children().iter().for_each(|child| child.node().fail_in_flight());
+    }
 
     /// Whether it is known that nothing can be had from the place where the bytes are just now: its server is gone.
     fn is_away(&self) -> bool {
-        false
+        self.children().iter().any(|child| child.node().is_away())
     }
 }

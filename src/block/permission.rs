@@ -92,6 +92,11 @@ impl Permissions {
         self.shared & permission.bit() != 0
     }
 
+    /// Whether two users with these get along: what either takes, the other shares.
+    pub fn agree_with(self, other: Permissions) -> bool {
+        self.used & !other.shared == 0 && other.used & !self.shared == 0
+    }
+
     /// Both users side by side: what either uses is used, what either denies is denied.
     pub fn and(self, other: Permissions) -> Permissions {
         Permissions { used: self.used | other.used, shared: self.shared & other.shared }

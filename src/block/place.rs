@@ -22,6 +22,7 @@ pub async fn check(disk: &Rc<dyn Driver>, by_name: bool) -> IoResult {
         for child in driver.children() {
             // What lies below is only read.
             let is_below = backing.as_ref().is_some_and(|backing| Rc::ptr_eq(backing, &child));
+            let child = child.node().driver().clone();
             let exact = if is_below { true } else { exact && !is_image && child.len() == driver.len() };
             due.push((child, by_name && !is_below, exact));
         }

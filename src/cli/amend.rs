@@ -15,7 +15,7 @@ use crate::engine::admit::Admission;
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::{Amendment, Compat, CreateOptions, Info, Qcow2};
-use crate::graph::node::UseKind;
+use crate::graph::node::Role;
 
 /// What can be said; the others of new images cannot be changed.
 const NAMES: [(&str, &str); 8] = [
@@ -116,7 +116,7 @@ async fn amend(global: &Global, engine: &Engine, args: &AmendArgs) -> Result<Opt
     };
     let node = engine.open(&args.file, &options).await?;
     let mut admission = Admission::new(engine.ring(), "amend");
-    admission.changes("image", &node, UseKind::JobTarget("amend")).await;
+    admission.changes("image", &node, Role::JobTarget("amend")).await;
     let Some(image) = qcow2(node.driver()) else {
         return Err(Failure::text(format!(
             "'{}' is a raw image: it has nothing that could be amended",
@@ -130,7 +130,7 @@ async fn amend(global: &Global, engine: &Engine, args: &AmendArgs) -> Result<Opt
     if args.plan.ends(global, &admission.judge().0)? {
         return Ok(None);
     }
-    let _lock = node.attach_in_time(UseKind::JobTarget("amend")).await?;
+    let _lock = node.attach_in_time(Role::JobTarget("amend")).await?;
     image.amend(&wanted).await?;
     image.flush().await?;
     Ok(Some(image.info().await?))

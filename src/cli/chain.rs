@@ -32,7 +32,7 @@ use crate::engine::open::{local_path, said_by_header};
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions, named};
 use crate::graph::chain;
-use crate::graph::node::{Node, UseKind};
+use crate::graph::node::{Node, Role};
 use crate::job::governor::GuestFirst;
 use crate::job::runner::{Ending, Job};
 use crate::job::sweep::{ChainError, SweepOptions};
@@ -230,7 +230,7 @@ impl Run {
         has_layers(ring, &args.image, args.format, &args.open).await?;
         let front = self.engine.open(&args.image, &args.open.image(args.format, args.plan.dry_run)).await?;
         // Without clients, too, nobody else is to write the disk or to change its chain.
-        let using = front.attach_in_time(UseKind::Guest).await?;
+        let using = front.attach_in_time(Role::Guest).await?;
         let mut admission = Admission::new(ring, self.manner.name).counting(args.plan.dry_run);
         judge(&front, &options, &mut admission).await?;
         if args.plan.ends(&self.global, &admission.judge().0)? {
@@ -283,7 +283,7 @@ impl Run {
         };
         drop(using);
         // A signal may have come between.
-        let moved = started.moves_to.as_ref().filter(|layer| layer.root_count() > 0);
+        let moved = started.moves_to.as_ref().filter(|layer| layer.client_count() > 0);
         let is_emptied = started.empties && ending == Ending::Completed && emptied.is_ok();
         let failure = match &ending {
             Ending::Failed(text) => {

@@ -18,7 +18,7 @@ use crate::engine::admit::Admission;
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::{CheckReport, Qcow2, Repair};
-use crate::graph::node::UseKind;
+use crate::graph::node::Role;
 
 /// The exit code for formats that have nothing to check.
 const NOT_SUPPORTED: u8 = 63;
@@ -139,15 +139,15 @@ async fn check(global: &Global, engine: &Engine, args: &CheckArgs) -> Result<Che
         let options = ImageOptions { format: Some(Format::Qcow2), read_only: args.plan.dry_run, ..look };
         node = engine.open(&args.file, &options).await?;
         let mut admission = Admission::new(engine.ring(), "check");
-        admission.changes("image", &node, UseKind::JobTarget("check")).await;
+        admission.changes("image", &node, Role::JobTarget("check")).await;
         if args.plan.ends(global, &admission.judge().0)? {
             return Ok(Checked::Planned);
         }
     }
     let Some(image) = qcow2(node.driver()) else { return Ok(Checked::NotSupported) };
     let kind = match repair {
-        Repair::None => UseKind::JobSource("check"),
-        _ => UseKind::JobTarget("check"),
+        Repair::None => Role::JobSource("check"),
+        _ => Role::JobTarget("check"),
     };
     let _lock = node.attach_in_time(kind).await?;
     let mut report = shown(global, engine, args, image, repair).await?;

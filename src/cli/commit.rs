@@ -12,7 +12,7 @@ use super::job::{AtReady, Words};
 use super::tool::cache;
 use crate::engine::admit::{Act, Admission};
 use crate::engine::marks::refusal;
-use crate::graph::node::{Node, UseKind};
+use crate::graph::node::{Node, Role};
 use crate::job::commit;
 use crate::job::sweep::{ChainError, SweepOptions};
 use crate::protocol::mark::TargetMark;
@@ -106,11 +106,11 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
         let merge = commit::judge(front, Some(&top), Some(&base), options)?;
         for (n, node) in merge.layers.iter().enumerate() {
             let is_active = merge.at == 0 && n == 0;
-            let kind = if is_active { UseKind::JobSource("commit") } else { UseKind::JobLayer("commit") };
+            let kind = if is_active { Role::JobSource("commit") } else { Role::JobLayer("commit") };
             let act = if is_active && empties { Act::Change } else { Act::Read };
-            admission.layer("merged layer", act, node, kind).await;
+            admission.layer_of(Some(front), "merged layer", act, node, kind).await;
         }
-        admission.layer("base", Act::Change, &base, UseKind::JobBase("commit")).await;
+        admission.layer_of(Some(front), "base", Act::Change, &base, Role::JobBase("commit")).await;
         // It was opened to be read.
         let state_dir = writable.marks.state_dir.as_deref();
         if let Ok(Some(mark)) = TargetMark::read(admission.ring(), base.driver(), state_dir).await
@@ -119,7 +119,7 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
             admission.refuse(error);
         }
         if let Some(above) = merge.at.checked_sub(1).and_then(|at| front.chain().into_iter().nth(at)) {
-            admission.layer("layer above", Act::Change, &above, UseKind::Editor).await;
+            admission.layer("layer above", Act::Change, &above, Role::Editor).await;
         }
         if base.driver().len() < top.driver().len() {
             admission.grows(&base, top.driver().len());

@@ -17,7 +17,7 @@ use super::{Global, config, stats};
 use crate::base::units::fmt_bytes;
 use crate::block::patience::for_job;
 use crate::engine::{Engine, Format};
-use crate::graph::node::{Node, UseKind};
+use crate::graph::node::{Node, Role};
 use crate::job::compare::Comparer;
 use crate::job::grounds::Grounds;
 
@@ -92,8 +92,8 @@ fn compare(global: &Global, args: &CompareArgs) -> Result<Exit, Failure> {
         let a = e.open(&names.0, &first).await?;
         let b = e.open(&names.1, &second).await?;
         let _uses = (
-            a.attach_in_time(UseKind::JobSource("compare")).await?,
-            b.attach_in_time(UseKind::JobSource("compare")).await?,
+            a.attach_in_time(Role::JobSource("compare")).await?,
+            b.attach_in_time(Role::JobSource("compare")).await?,
         );
         begin();
         // A disk that is counted in sectors is no other disk for that, as long as the rest of the sector is zero.

@@ -37,7 +37,7 @@ use crate::engine::qcow2::{Qcow2Compressor, qcow2};
 use crate::engine::{Engine, Format, ImageOptions, NodeSpec};
 use crate::format::JoinedDriver;
 use crate::format::qcow2::WhichSnapshot;
-use crate::graph::node::{Node, Use, UseKind};
+use crate::graph::node::{Child, Node, Role};
 use crate::job::convert::{ConvertOptions, Tally, TargetState};
 use crate::job::event::JobEvent;
 use crate::job::mirror::layers::are_one;
@@ -283,7 +283,7 @@ struct Run {
 struct Source {
     node: Rc<Node>,
     incomplete: bool,
-    _parts: Vec<(Rc<Node>, Use)>,
+    _parts: Vec<(Rc<Node>, Rc<Child>)>,
 }
 
 impl Run {
@@ -365,17 +365,16 @@ impl Run {
         }
         let mut parts = Vec::new();
         for node in &nodes {
-            parts.push((node.clone(), node.attach_in_time(UseKind::PromisedSource).await?));
+            parts.push((node.clone(), node.attach_in_time(Role::PromisedSource).await?));
         }
-        let disks: Vec<_> = nodes.iter().map(|node| node.driver().clone()).collect();
-        let joined = match (self.window, &*disks) {
+        let joined = match (self.window, &*nodes) {
             (Some(Window { from, to }), [disk]) => {
                 if from > disk.len() {
                     tracing::warn!("skip= leads behind the end of '{}': nothing is copied", self.source);
                 }
-                Some(JoinedDriver::part(ring, disk.clone(), from, to.saturating_sub(from)))
+                Some(JoinedDriver::part(ring, disk, from, to.saturating_sub(from)))
             }
-            _ => JoinedDriver::new(ring, disks),
+            _ => JoinedDriver::new(ring, &nodes),
         };
         let Some(joined) = joined else {
             return Err(Failure::text(format!("'{}' are longer together than a disk can be", self.source)));
@@ -417,7 +416,7 @@ impl Run {
         admission.source(source).await;
         let new_backing = open_new_backing(&self.engine, &self.target, &pairs, args.gate.marks()).await?;
         if let Some(backing) = &new_backing {
-            admission.reads("new backing file", backing).await;
+            admission.reads("new backing file", backing.driver()).await;
         }
         let state_dir = state_dir(args.state_dir.as_deref());
         let is_own = is_left_by(&self.engine, &self.target, &mark, state_dir.as_deref()).await;
@@ -461,7 +460,7 @@ impl Run {
             () if new.has_backing() => match qcow2(source.driver()).and_then(|image| image.backing()) {
                 Some(backing) => TargetState::Backed {
                     source_backing_len: backing.len(),
-                    is_same: new_backing.is_some_and(|new| are_one(&new, &backing)),
+                    is_same: new_backing.is_some_and(|new| are_one(new.driver(), backing.driver())),
                 },
                 None => TargetState::Unknown,
             },

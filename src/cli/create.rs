@@ -14,7 +14,7 @@ use super::tool::{
     OutputArgs, PlanArgs, asks_for_help, option_pairs, print_options, warn_of_name, with_code,
 };
 use super::{Global, config};
-use crate::block::Driver;
+use crate::block::Node;
 use crate::engine::admit::{Admission, Admitted, Held, IfThere, Standing, Wish, empty, is_place};
 use crate::engine::create::{Beside, NewImage};
 use crate::engine::marks::Marks;
@@ -119,7 +119,7 @@ pub async fn open_new_backing(
     image: &str,
     pairs: &[(String, String)],
     marks: Marks,
-) -> Result<Option<Rc<dyn Driver>>, Failure> {
+) -> Result<Option<Rc<Node>>, Failure> {
     let Some(name) = last(pairs, "backing_file") else { return Ok(None) };
     let Some(format) = last(pairs, "backing_fmt") else {
         return Err(Failure::usage(format!(
@@ -171,7 +171,7 @@ async fn create(
     let mut size = args.size;
     if !args.no_open {
         if let Some(backing) = open_new_backing(engine, &args.file, pairs, marks(args)).await? {
-            admission.reads("new backing file", &backing).await;
+            admission.reads("new backing file", backing.driver()).await;
             size = size.or(Some(backing.len()));
         }
     } else if let Some(name) = last(pairs, "backing_file") {
@@ -202,7 +202,9 @@ async fn create(
             new.write(engine.ring(), held.bytes(), path, &beside).await?;
             // What a mark said of the image that was here is not true of this one.
             let no_mark = MarkInfo::incomplete("create", &args.file);
-            TargetMark::new(engine.ring(), held.bytes().clone(), state_dir(None), no_mark).clear().await?;
+            TargetMark::new(engine.ring(), held.bytes().driver().clone(), state_dir(None), no_mark)
+                .clear()
+                .await?;
         }
         (_, Some(path)) => make_file(engine, path, &new, &beside, async |_| Ok(())).await?,
         (_, None) => make_remote(engine, &args.file, &new).await?,

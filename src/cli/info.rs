@@ -140,7 +140,7 @@ fn with_full_name(mut info: Info, driver: &Rc<dyn Driver>) -> Info {
 
 /// The driver at the bottom.
 fn file_of(driver: &Rc<dyn Driver>) -> Rc<dyn Driver> {
-    driver.children().first().cloned().unwrap_or_else(|| driver.clone())
+    driver.children().first().map_or_else(|| driver.clone(), |child| child.node().driver().clone())
 }
 
 fn to_json(layer: &Layer) -> Value {

@@ -117,7 +117,7 @@ pub fn disk(name: &str, driver: &Rc<dyn Driver>) -> String {
 
 /// Whether what is written to a disk is thrown away: nothing can be said of what it holds.
 pub fn keeps_nothing(driver: &Rc<dyn Driver>) -> bool {
-    driver.kind() == "null" || driver.children().iter().any(keeps_nothing)
+    driver.kind() == "null" || driver.children().iter().any(|child| keeps_nothing(child.node().driver()))
 }
 
 /// What a finished copy holds: what the sentence says that begins with its target. "Equals" is what `compare` would say.

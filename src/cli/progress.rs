@@ -86,7 +86,11 @@ impl Holes {
 /// Whether all that a disk lies in is on this machine.
 fn is_local(disk: &Rc<dyn Driver>) -> bool {
     let below = disk.children();
-    if below.is_empty() { disk.local_file().is_some() } else { below.iter().all(is_local) }
+    if below.is_empty() {
+        disk.local_file().is_some()
+    } else {
+        below.iter().all(|child| is_local(child.node().driver()))
+    }
 }
 
 /// Shows how far a job is.

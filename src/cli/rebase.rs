@@ -28,7 +28,7 @@ use crate::engine::qcow2::{open_backing, qcow2};
 use crate::engine::rebase::Rebase;
 use crate::engine::remote::is_remote;
 use crate::engine::{Engine, Format, ImageOptions};
-use crate::graph::node::UseKind;
+use crate::graph::node::Role;
 
 /// Give an image another backing file
 #[derive(Debug, Args)]
@@ -155,12 +155,12 @@ async fn rebase(
         return Err(Failure::usage("The format of the new backing file has to be said (-F FORMAT)"));
     }
     let mut admission = Admission::new(engine.ring(), "rebase");
-    admission.changes("image", &node, UseKind::JobTarget("rebase")).await;
+    admission.changes("image", &node, Role::JobTarget("rebase")).await;
     // What is copied of a backing file that is no whole disk makes a disk that is none.
     let read = ImageOptions { marks: args.gate.marks(), ..ImageOptions::read_only() };
     if let Some(below) = image.backing().filter(|_| !args.name_only)
-        && let Some(mark) = unfinished(engine.ring(), &below, &read.marks).await
-        && let Some(error) = refusal(&mark, below.name(), &read)
+        && let Some(mark) = unfinished(engine.ring(), below.driver(), &read.marks).await
+        && let Some(error) = refusal(&mark, below.driver().name(), &read)
     {
         admission.refuse(error);
     }
@@ -172,7 +172,10 @@ async fn rebase(
             if !is_remote(name) {
                 let format = args.backing_format;
                 match open_backing(engine.ring(), &args.file, name, format, &options).await {
-                    Ok(new) => admission.stays_whole(&new, "is a part of its own new backing chain").await,
+                    Ok(new) => {
+                        let relation = "is a part of its own new backing chain";
+                        admission.stays_whole(new.driver(), relation).await;
+                    }
                     Err(error) => tracing::debug!(%error, "the new backing file was not looked at"),
                 }
             }
@@ -182,7 +185,7 @@ async fn rebase(
             let cache = args.backing_cache.or(args.cache).unwrap_or_default().into();
             let options = ImageOptions { marks: args.gate.marks(), cache, ..options.clone() };
             let new = open_backing(engine.ring(), &args.file, name, args.backing_format, &options).await?;
-            admission.reads("new backing file", &new).await;
+            admission.reads("new backing file", new.driver()).await;
             Some(new)
         }
     };
@@ -190,7 +193,7 @@ async fn rebase(
         return Ok(Rebased::Planned);
     }
     warn_of_refusal(engine, &args.file, Some(backing)).await;
-    let lock = node.attach_in_time(UseKind::JobTarget("rebase")).await?;
+    let lock = node.attach_in_time(Role::JobTarget("rebase")).await?;
     let mut written = 0;
     if !args.name_only {
         pass_on_mark(engine, &node, &node, "rebase").await?;

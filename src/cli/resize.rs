@@ -16,7 +16,7 @@ use crate::engine::create::{RawPreallocation, preallocate};
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::CreateOptions;
-use crate::graph::node::UseKind;
+use crate::graph::node::Role;
 
 /// Change the length of an image
 #[derive(Debug, Args)]
@@ -105,7 +105,7 @@ async fn resize(global: &Global, engine: &Engine, args: &ResizeArgs) -> Result<O
     };
     let node = engine.open(&args.file, &options).await?;
     let mut admission = Admission::new(engine.ring(), "resize");
-    admission.changes("image", &node, UseKind::JobTarget("resize")).await;
+    admission.changes("image", &node, Role::JobTarget("resize")).await;
     let driver = node.driver();
     let old = driver.len();
     let Some(new) = args.change.apply(old) else {
@@ -145,14 +145,14 @@ async fn resize(global: &Global, engine: &Engine, args: &ResizeArgs) -> Result<O
     if args.plan.ends(global, &admission.judge().0)? {
         return Ok(None);
     }
-    let _lock = node.attach_in_time(UseKind::JobTarget("resize")).await?;
+    let _lock = node.attach_in_time(Role::JobTarget("resize")).await?;
     match qcow2(driver) {
         Some(image) => image.resize(new, mode.preallocation).await?,
         None => {
             driver.set_len(new).await?;
             if new > old {
                 let added = ByteRange::at_saturating(old, new - old);
-                preallocate(engine.ring(), driver, added, raw_mode).await?;
+                preallocate(engine.ring(), &node, added, raw_mode).await?;
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::base::shown::plain;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::export::nbd::{Export, NbdServer, PaceLimits, ServerConfig, ServerError};
 use crate::format::qcow2::WhichSnapshot;
-use crate::graph::node::{Node, Root, UseKind};
+use crate::graph::node::{Node, Role, Root};
 use crate::protocol::nbd::{NbdAddress, NbdUri, list_exports};
 
 const AFTER: &str = "\
@@ -278,7 +278,7 @@ impl Exports {
         read_only: bool,
         global: &Global,
     ) -> Result<(), Failure> {
-        let kind = if read_only { UseKind::Reader } else { UseKind::Guest };
+        let kind = if read_only { Role::Reader } else { Role::Guest };
         let using = node.attach_in_time(kind).await?;
         let root = Root::new(node, read_only)?;
         drop(using);

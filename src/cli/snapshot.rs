@@ -15,7 +15,7 @@ use crate::engine::admit::{Admission, Refusal};
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::{Qcow2, SnapshotInfo};
-use crate::graph::node::UseKind;
+use crate::graph::node::Role;
 
 /// List, take, apply or delete snapshots inside an image
 #[derive(Debug, Args)]
@@ -109,14 +109,14 @@ async fn snapshot(
     };
     let node = engine.open(&args.file, &options).await?;
     let mut admission = Admission::new(engine.ring(), "snapshot");
-    admission.changes("image", &node, UseKind::JobTarget("snapshot")).await;
+    admission.changes("image", &node, Role::JobTarget("snapshot")).await;
     if let Some(name) = wanted.filter(|name| !list.iter().any(|s| s.id == **name || s.name == **name)) {
         admission.refuse(Refusal::Said(format!("There is no snapshot '{name}' in '{}'", args.file)));
     }
     if args.plan.ends(global, &admission.judge().0)? {
         return Ok(None);
     }
-    let _lock = node.attach_in_time(UseKind::JobTarget("snapshot")).await?;
+    let _lock = node.attach_in_time(Role::JobTarget("snapshot")).await?;
     if let Some(image) = qcow2(node.driver()) {
         change(args, image).await?;
         if !args.output.is_json(global) && !args.quiet {

@@ -9,7 +9,7 @@ use super::chain::{self, ChainArgs, Manner, Started, layer, shown, shown_whole, 
 use super::exit::{Exit, Failure};
 use super::job::{AtReady, Words};
 use crate::engine::admit::{Act, Admission};
-use crate::graph::node::{Node, UseKind};
+use crate::graph::node::{Node, Role};
 use crate::job::stream::{self, Floor};
 use crate::job::sweep::SweepOptions;
 
@@ -92,9 +92,9 @@ pub fn main(global: &Global, args: StreamArgs) -> Result<Exit, Failure> {
     let judge = async move |front: &Rc<Node>, options: &SweepOptions, admission: &mut Admission| {
         let (top, floor) = named.find(front)?;
         let (from, to) = stream::judge(front, Some(&top), &floor, options)?;
-        admission.layer("layer that is filled", Act::Change, &top, UseKind::JobTop("stream")).await;
+        admission.layer("layer that is filled", Act::Change, &top, Role::JobTop("stream")).await;
         for node in front.chain().iter().take(to).skip(from + 1) {
-            admission.layer("layer below", Act::Read, node, UseKind::JobSource("stream")).await;
+            admission.layer("layer below", Act::Read, node, Role::JobSource("stream")).await;
         }
         admission.bytes_of(top.driver(), false).await?;
         Ok(())

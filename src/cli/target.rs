@@ -28,7 +28,7 @@ use crate::engine::open::local_path;
 use crate::engine::remote;
 use crate::engine::{Engine, Format, ImageOptions, NodeSpec};
 use crate::format::qcow2::{Gate, Reach};
-use crate::graph::node::{Node, Use, UseKind};
+use crate::graph::node::{Child, Node, Role};
 use crate::protocol::file::{CreateOptions, FileDriver};
 use crate::protocol::mark::{MarkInfo, TargetMark};
 
@@ -77,7 +77,7 @@ pub struct Target {
     /// To copy to.
     pub node: Rc<Node>,
     /// Keep others away from it, and what is read as it is, until a job has its own locks.
-    _promised: Vec<Use>,
+    _promised: Vec<Rc<Child>>,
     state_dir: Option<PathBuf>,
     mark: MarkInfo,
     at_end: Option<MarkInfo>,
@@ -110,12 +110,11 @@ impl Target {
             Standing::Anew(held) => {
                 let file = held.bytes();
                 try_length(file, new).await?;
-                make_state_dir(engine, file, options.state_dir.as_deref())?;
-                let (driver, state_dir) = (file.clone(), options.state_dir.clone());
+                make_state_dir(engine, file.driver(), options.state_dir.as_deref())?;
+                let (driver, state_dir) = (file.driver().clone(), options.state_dir.clone());
                 TargetMark::new(ring, driver, state_dir, options.mark.clone()).set().await?;
                 empty(file).await?;
                 new.write(ring, file, &path_of(options.name), &beside).await?;
-                held.lock_again()?;
                 (Some(held), None, true)
             }
             Standing::Missing => {
@@ -130,7 +129,7 @@ impl Target {
                 Some(held) => held.open_image(ring, options.name, &image).await,
                 None => {
                     let node = engine.open(options.name, &image).await?;
-                    let promised = node.attach_in_time(UseKind::PromisedTarget).await?;
+                    let promised = node.attach_in_time(Role::PromisedTarget).await?;
                     Ok((node, promised))
                 }
             }
@@ -216,7 +215,7 @@ pub async fn make_remote(engine: &Engine, name: &str, new: &NewImage) -> Result<
         Err(error) if error.errno == Errno::EEXIST => return Err(exists(name)),
         Err(error) => return Err(error.into()),
     };
-    if let Err(error) = new.write(ring, &file, Path::new(""), &Beside::default()).await {
+    if let Err(error) = new.write(ring, &Node::of(ring, file), Path::new(""), &Beside::default()).await {
         Made::Remote(name.to_owned()).remove(engine).await;
         return Err(error.into());
     }
@@ -269,8 +268,8 @@ pub async fn make_file(
         let image = ImageOptions { is_hidden: true, ..ImageOptions::raw().overwriting() };
         let node = engine.open_spec(&NodeSpec::file(&*hidden), &image).await?;
         // Tells others that somebody is at it. Where locks are not to be had they must do without.
-        let _using = node.attach_in_time(UseKind::PromisedTarget).await.ok();
-        new.write(ring, node.driver(), path, beside).await?;
+        let _using = node.attach_in_time(Role::PromisedTarget).await.ok();
+        new.write(ring, &node, path, beside).await?;
         is_written = true;
         last(node.driver()).await?;
         let failed = |errno| match errno {
@@ -345,7 +344,7 @@ async fn remove_left_over(engine: &Engine, path: &Path) {
         let name = os_name::from_path(&hidden);
         // What cannot be opened or locked stays where it is.
         let Ok(node) = engine.open_spec(&NodeSpec::file(&*hidden), &image).await else { continue };
-        let Ok(_held) = node.attach(UseKind::PromisedTarget) else { continue };
+        let Ok(_held) = node.attach(Role::PromisedTarget) else { continue };
         if ring.unlink(&hidden).is_ok() {
             tracing::info!("'{name}' was left by a run that was killed: it is removed");
         }
@@ -363,7 +362,7 @@ fn left_over(dir: &Path, prefix: &OsStr) -> Vec<PathBuf> {
 }
 
 /// A raw image is as long as its disk: whether the file can be is tried before it is emptied. What it holds stays.
-pub async fn try_length(file: &Rc<dyn Driver>, new: &NewImage) -> Result<(), Failure> {
+pub async fn try_length(file: &Node, new: &NewImage) -> Result<(), Failure> {
     let old = file.len();
     if new.format() == Format::Raw && new.len() > old {
         file.set_len(new.len()).await?;

@@ -15,7 +15,7 @@ use super::{Format, ImageOptions, named};
 use crate::base::limits::DISK_LEN_MAX;
 use crate::base::range::ByteRange;
 use crate::base::units::parse_size;
-use crate::block::{BlockError, Driver, IoResult, Operation, WriteFlags, ZeroFlags};
+use crate::block::{BlockError, IoResult, Node, Operation, WriteFlags, ZeroFlags};
 use crate::format::qcow2::gate::understand;
 use crate::format::qcow2::options::{extent_size_hint, on_off};
 use crate::format::qcow2::{CreateOptions, Preallocation, Qcow2};
@@ -212,13 +212,7 @@ impl NewImage {
 
     /// Makes it in `file`, which is open for writing and empty. `path` is the name that the image will have: names of
     /// other files are relative to it.
-    pub async fn write(
-        &self,
-        ring: &Ring,
-        file: &Rc<dyn Driver>,
-        path: &Path,
-        beside: &Beside<'_>,
-    ) -> IoResult {
+    pub async fn write(&self, ring: &Ring, file: &Rc<Node>, path: &Path, beside: &Beside<'_>) -> IoResult {
         match self {
             NewImage::Qcow2(options) => {
                 let data_file = match &options.data_file {
@@ -252,7 +246,7 @@ impl NewImage {
 pub struct Beside<'a> {
     /// The data file that the image is to have, if it is there already: what is in it is lost. Without one it is made,
     /// and one that is there is left alone.
-    pub data_file: Option<&'a Rc<dyn Driver>>,
+    pub data_file: Option<&'a Rc<Node>>,
     /// Permission bits of what is made.
     pub mode: Option<u32>,
 }
@@ -265,7 +259,7 @@ impl Beside<'_> {
         image: &Path,
         name: &str,
         size: u64,
-    ) -> Result<Rc<dyn Driver>, BlockError> {
+    ) -> Result<Rc<Node>, BlockError> {
         if let Some(there) = self.data_file {
             match there.set_len(0).await {
                 Ok(()) => {}
@@ -304,12 +298,7 @@ pub fn data_file_path(image: &Path, name: &str) -> Result<PathBuf, BlockError> {
 }
 
 /// Sets room aside in a range of a raw image that holds nothing yet.
-pub async fn preallocate(
-    ring: &Ring,
-    file: &Rc<dyn Driver>,
-    range: ByteRange,
-    mode: RawPreallocation,
-) -> IoResult {
+pub async fn preallocate(ring: &Ring, file: &Rc<Node>, range: ByteRange, mode: RawPreallocation) -> IoResult {
     if mode == RawPreallocation::Off || range.is_empty() {
         return Ok(());
     }

@@ -127,7 +127,7 @@ pub async fn unfinished(ring: &Ring, disk: &Rc<dyn Driver>, marks: &Marks) -> Op
     while let Some(driver) = due.pop() {
         let children = driver.children();
         if !children.is_empty() {
-            due.extend(children.into_iter().rev());
+            due.extend(children.iter().rev().map(|child| child.node().driver().clone()));
             continue;
         }
         let read = TargetMark::read(ring, &driver, marks.state_dir.as_deref()).await;

@@ -135,29 +135,29 @@ impl Engine {
     /// Opens an image as a node. Its format is the one that was said, or what its header says.
     pub async fn open(&self, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
         let spec = NodeSpec::parse(name)?;
-        let driver = open::open_spec(&self.ring, name, &spec, options).await?;
-        Ok(Node::new(&self.ring, spec.node_name.as_deref().unwrap_or(name), driver))
+        let node = open::open_spec(&self.ring, name, &spec, options).await?;
+        Ok(node.called(spec.node_name.as_deref().unwrap_or(name)))
     }
 
     /// Opens an image as a node from what was said of it, read already or put together by a program.
     pub async fn open_spec(&self, spec: &NodeSpec, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
         let shown = spec.shown();
-        let driver = open::open_spec(&self.ring, &shown, spec, options).await?;
-        Ok(Node::new(&self.ring, spec.node_name.as_deref().unwrap_or(&shown), driver))
+        let node = open::open_spec(&self.ring, &shown, spec, options).await?;
+        Ok(node.called(spec.node_name.as_deref().unwrap_or(&shown)))
     }
 
     /// Opens an image as a node, from outside a task. Nothing is read: its format has to be said.
     pub fn open_as_said(&self, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
-        let driver = open::open_as_said(&self.ring, name, options)?;
-        Ok(Node::new(&self.ring, name, driver))
+        let node = open::open_as_said(&self.ring, name, options)?;
+        Ok(node.called(name))
     }
 
     /// Opens an image as a node, from outside a task: the result comes as the engine turns.
     pub fn start_open(&self, name: &str, options: &ImageOptions) -> OneShot<Result<Rc<Node>, BlockError>> {
         let (ring, name, options) = (self.ring.clone(), name.to_owned(), options.clone());
         self.ring.spawn_with_result(async move {
-            let driver = open::open(&ring, &name, &options).await?;
-            Ok(Node::new(&ring, name, driver))
+            let node = open::open(&ring, &name, &options).await?;
+            Ok(node.called(name))
         })
     }
 

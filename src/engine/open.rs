@@ -19,7 +19,7 @@ use blockferry_ring::{Errno, Ring};
 
 use crate::base::limits::BACKING_CHAIN_MAX;
 use crate::base::os_name;
-use crate::block::{BlockError, Driver, IoFuture, Operation};
+use crate::block::{BlockError, Driver, IoFuture, Node, Operation};
 use crate::format::qcow2::{self, Gate, OpenFiles, Qcow2, Role, Wanted, WhichSnapshot};
 use crate::format::raw::RawDriver;
 use crate::protocol::delay::DelayDriver;
@@ -139,7 +139,7 @@ pub fn name_of(path: &Path) -> String {
 
 /// Opens what `name` means. The format is the one that was said, or what the image's own header says by
 /// the safe rule.
-pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
+pub async fn open(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
     open_spec(ring, name, &NodeSpec::parse(name)?, options).await
 }
 
@@ -149,31 +149,27 @@ pub async fn open_spec(
     shown: &str,
     spec: &NodeSpec,
     options: &ImageOptions,
-) -> Result<Rc<dyn Driver>, BlockError> {
+) -> Result<Rc<Node>, BlockError> {
     let options = &spec.over(options);
-    let child = open_child(ring, shown, spec, options).await?;
+    let file = open_child(ring, shown, spec, options).await?;
     let shown = plain_name(shown);
-    heed(ring, &child, shown, options).await?;
-    let driver = open_on(ring, child, shown, spec, options).await?;
+    heed(ring, file.driver(), shown, options).await?;
+    let node = open_on(ring, &file, shown, spec, options).await?;
     if options.is_hidden {
-        return Ok(driver);
+        return Ok(node);
     }
     tracing::info!(
         "'{shown}' is open, {}: {}, {} bytes, {}",
         if options.read_only { "to be read" } else { "to be written" },
-        driver.format(),
-        driver.len(),
+        node.format(),
+        node.len(),
         if options.lock { "locked while it is used" } else { "without locks" },
     );
-    Ok(driver)
+    Ok(node)
 }
 
 /// Opens the file or device at `path`, whatever it is called.
-pub async fn open_file(
-    ring: &Ring,
-    path: &Path,
-    options: &ImageOptions,
-) -> Result<Rc<dyn Driver>, BlockError> {
+pub async fn open_file(ring: &Ring, path: &Path, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
     let spec = NodeSpec::file(path);
     open_spec(ring, &spec.shown(), &spec, options).await
 }
@@ -181,23 +177,23 @@ pub async fn open_file(
 /// Opens the image that the bytes of `child` are, which were opened as `spec` says.
 pub(super) async fn open_on(
     ring: &Ring,
-    child: Rc<dyn Driver>,
+    child: &Rc<Node>,
     shown: &str,
     spec: &NodeSpec,
     options: &ImageOptions,
-) -> Result<Rc<dyn Driver>, BlockError> {
+) -> Result<Rc<Node>, BlockError> {
     let format = match said_format(shown, spec, options)? {
         Some(format) => format,
         None if spec.is_memory() => Format::Raw,
-        None => choose_format(None, &head(ring, &child).await?, !options.read_only)
+        None => choose_format(None, &head(ring, child).await?, !options.read_only)
             .map_err(|error| error.of(shown))?,
     };
     // Nothing is read late that need not be.
     let is_file = matches!(spec.protocol, ProtocolSpec::File { .. });
     if format == Format::Raw && options.warns_of_header && is_file {
-        warn_of_header(ring, &child, shown).await;
+        warn_of_header(ring, child, shown).await;
     }
-    let files = Files::new(ring, options, &child, &[]);
+    let files = Files::new(ring, options, child, &[]);
     with_format(ring, child, format, &windowed(spec, options), &files).await
 }
 
@@ -221,7 +217,7 @@ fn windowed(spec: &NodeSpec, options: &ImageOptions) -> ImageOptions {
 }
 
 /// Tells what is taken as raw because that was said, and looks like something else.
-async fn warn_of_header(ring: &Ring, child: &Rc<dyn Driver>, name: &str) {
+async fn warn_of_header(ring: &Ring, child: &Rc<Node>, name: &str) {
     // What cannot be read is an error of whoever needs it.
     let Ok(head) = head(ring, child).await else { return };
     let found = probe(&head);
@@ -239,7 +235,7 @@ pub(super) async fn open_child(
     shown: &str,
     spec: &NodeSpec,
     options: &ImageOptions,
-) -> Result<Rc<dyn Driver>, BlockError> {
+) -> Result<Rc<Node>, BlockError> {
     let options = &spec.over(options);
     let leaf = match spec.protocol.leaf() {
         ProtocolSpec::File { path } => open_path_aside(ring, path, options).await?,
@@ -248,13 +244,13 @@ pub(super) async fn open_child(
         }
         leaf => open_here(ring, shown, spec, leaf, options)?,
     };
-    Ok(delayed(ring, spec, leaf))
+    Ok(delayed(ring, spec, Node::of(ring, leaf)))
 }
 
 /// With the latency of its name; the innermost is the first to be told of a request's end.
-fn delayed(ring: &Ring, spec: &NodeSpec, leaf: Rc<dyn Driver>) -> Rc<dyn Driver> {
+fn delayed(ring: &Ring, spec: &NodeSpec, leaf: Rc<Node>) -> Rc<Node> {
     let delays = spec.protocol.delays().into_iter().rev();
-    delays.fold(leaf, |driver, latency_ns| Rc::new(DelayDriver::new(ring, driver, latency_ns)))
+    delays.fold(leaf, |node, latency_ns| Node::of(ring, Rc::new(DelayDriver::new(ring, &node, latency_ns))))
 }
 
 /// What the header of an image says of its format: raw without one. For readers, and for those who have nothing to lose.
@@ -272,14 +268,14 @@ pub async fn open_qcow2(ring: &Ring, name: &str, options: &ImageOptions) -> Resu
     let spec = NodeSpec::parse(name)?;
     let options = &spec.over(options);
     let child = open_child(ring, name, &spec, options).await?;
-    heed(ring, &child, name, options).await?;
+    heed(ring, child.driver(), name, options).await?;
     let files = Files::new(ring, options, &child, &[]);
-    as_qcow2(ring, child, options, &files).await
+    as_qcow2(ring, &child, options, &files).await
 }
 
 /// Opens what `name` means, without looking into it: the format has to be said, and be one that needs no
 /// reading to be opened.
-pub fn open_as_said(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
+pub fn open_as_said(ring: &Ring, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
     let spec = NodeSpec::parse(name)?;
     let options = &windowed(&spec, &spec.over(options));
     let fresh = spec.is_memory().then_some(Format::Raw);
@@ -287,17 +283,17 @@ pub fn open_as_said(ring: &Ring, name: &str, options: &ImageOptions) -> Result<R
         return Err(FormatError::Unsaid.of(name));
     };
     let leaf = open_here(ring, name, &spec, spec.protocol.leaf(), options)?;
-    let child = delayed(ring, &spec, leaf);
-    heed_own(ring, &child, name, options)?;
+    let child = delayed(ring, &spec, Node::of(ring, leaf));
+    heed_own(ring, child.driver(), name, options)?;
     match format {
-        Format::Raw => as_raw(ring, child, options),
+        Format::Raw => as_raw(ring, &child, options),
         Format::Qcow2 => Err(BlockError::new(Operation::Open, name, Errno::EINVAL)
             .hint("A qcow2 image is read to be opened: open it from within a task.")),
     }
 }
 
 /// The first bytes of an image.
-async fn head(ring: &Ring, child: &Rc<dyn Driver>) -> Result<Vec<u8>, BlockError> {
+async fn head(ring: &Ring, child: &Rc<Node>) -> Result<Vec<u8>, BlockError> {
     let len = child.len().min(HEAD_BYTES as u64) as usize;
     let mut head = vec![0u8; HEAD_BYTES];
     if len > 0 {
@@ -308,17 +304,17 @@ async fn head(ring: &Ring, child: &Rc<dyn Driver>) -> Result<Vec<u8>, BlockError
     Ok(head)
 }
 
-fn as_raw(ring: &Ring, child: Rc<dyn Driver>, options: &ImageOptions) -> Result<Rc<dyn Driver>, BlockError> {
+fn as_raw(ring: &Ring, child: &Rc<Node>, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
     if options.offset == 0 && options.size.is_none() {
         // Nothing of the raw format is needed to take all bytes as they are.
-        return Ok(child);
+        return Ok(child.clone());
     }
-    Ok(Rc::new(RawDriver::open(ring, child, options.offset, options.size)?))
+    Ok(Node::of(ring, Rc::new(RawDriver::open(ring, child, options.offset, options.size)?)))
 }
 
 async fn as_qcow2(
     ring: &Ring,
-    child: Rc<dyn Driver>,
+    child: &Rc<Node>,
     options: &ImageOptions,
     files: &Files,
 ) -> Result<Rc<Qcow2>, BlockError> {
@@ -335,22 +331,22 @@ async fn as_qcow2(
 
 async fn with_format(
     ring: &Ring,
-    child: Rc<dyn Driver>,
+    child: &Rc<Node>,
     format: Format,
     options: &ImageOptions,
     files: &Files,
-) -> Result<Rc<dyn Driver>, BlockError> {
+) -> Result<Rc<Node>, BlockError> {
     match format {
         Format::Raw if options.snapshot.is_some() => {
-            Err(BlockError::new(Operation::Open, child.name(), Errno::EOPNOTSUPP)
+            Err(BlockError::new(Operation::Open, child.driver().name(), Errno::EOPNOTSUPP)
                 .because("A raw image has no snapshots."))
         }
         Format::Raw => as_raw(ring, child, options),
         Format::Qcow2 if options.offset != 0 || options.size.is_some() => {
-            Err(BlockError::new(Operation::Open, child.name(), Errno::EINVAL)
+            Err(BlockError::new(Operation::Open, child.driver().name(), Errno::EINVAL)
                 .hint("The options 'offset' and 'size' are for raw images."))
         }
-        Format::Qcow2 => Ok(as_qcow2(ring, child, options, files).await?),
+        Format::Qcow2 => Ok(Node::of(ring, as_qcow2(ring, child, options, files).await?)),
     }
 }
 
@@ -367,18 +363,13 @@ struct Files {
 }
 
 impl Files {
-    fn new(
-        ring: &Ring,
-        options: &ImageOptions,
-        child: &Rc<dyn Driver>,
-        above: &[Option<(u64, u64)>],
-    ) -> Files {
+    fn new(ring: &Ring, options: &ImageOptions, child: &Rc<Node>, above: &[Option<(u64, u64)>]) -> Files {
         let above = above.iter().copied().chain([child.identity()]).collect();
         Files { ring: ring.clone(), options: options.clone(), above }
     }
 
     /// What goes wrong with another file is of use only with the name of the image that has it.
-    async fn open_named(&self, wanted: Wanted<'_>) -> Result<Rc<dyn Driver>, BlockError> {
+    async fn open_named(&self, wanted: Wanted<'_>) -> Result<Rc<Node>, BlockError> {
         let opened = self.open_judged(&wanted).await;
         opened.map_err(|error| {
             if *error.name == *wanted.image || error.hint.as_ref().is_some_and(|hint| hint.contains(IS_OF)) {
@@ -394,7 +385,7 @@ impl Files {
         })
     }
 
-    async fn open_judged(&self, wanted: &Wanted<'_>) -> Result<Rc<dyn Driver>, BlockError> {
+    async fn open_judged(&self, wanted: &Wanted<'_>) -> Result<Rc<Node>, BlockError> {
         let refuse = |why: String| BlockError::new(Operation::Open, wanted.image, Errno::EPERM).because(why);
         let options = ImageOptions {
             format: None,
@@ -416,13 +407,16 @@ impl Files {
                 let child = open_child(&self.ring, &name, &spec, &options).await?;
                 (child, spec.format().map(|format| format.to_string()))
             }
-            Named::File(file) => (open_path_aside(&self.ring, &file.path, &options).await?, file.format),
+            Named::File(file) => {
+                let leaf = open_path_aside(&self.ring, &file.path, &options).await?;
+                (Node::of(&self.ring, leaf), file.format)
+            }
         };
         if child.identity().is_some() && self.above.contains(&child.identity()) {
             return Err(refuse(format!("The chain of images leads back to '{shown}'.")));
         }
         // One that clients have left may lie below another: it is only read there.
-        heed(&self.ring, &child, &shown, &options).await?;
+        heed(&self.ring, child.driver(), &shown, &options).await?;
         let said = named_format.as_deref().or(wanted.format);
         let format = match (said, wanted.role) {
             (_, Role::DataFile) => Format::Raw,
@@ -443,7 +437,7 @@ impl Files {
             }
         };
         let files = Files::new(&self.ring, &options, &child, &self.above);
-        with_format(&self.ring, child, format, &options, &files).await
+        with_format(&self.ring, &child, format, &options, &files).await
     }
 
     fn check_length(&self, wanted: &Wanted<'_>) -> Result<(), BlockError> {
@@ -456,7 +450,7 @@ impl Files {
 }
 
 impl OpenFiles for Files {
-    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<dyn Driver>, BlockError>> {
+    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<Node>, BlockError>> {
         self.ring.boxed(self.open_named(wanted))
     }
 }

@@ -7,7 +7,7 @@ use blockferry_ring::{Errno, Ring};
 use super::ImageOptions;
 use super::named::{self, Named};
 use super::open::{open, open_file};
-use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation};
+use crate::block::{BlockError, Driver, IoFuture, IoResult, Node, Operation};
 use crate::format::probe::Format;
 use crate::format::qcow2::{Gate, Qcow2, Reach};
 use crate::job::convert::Compressor;
@@ -43,7 +43,7 @@ pub async fn open_backing(
     name: &str,
     format: Option<Format>,
     options: &ImageOptions,
-) -> Result<Rc<dyn Driver>, BlockError> {
+) -> Result<Rc<Node>, BlockError> {
     let options = ImageOptions {
         format,
         read_only: true,

@@ -19,7 +19,7 @@ use crate::base::planted::{Bug, is_planted};
 use crate::base::range::ByteRange;
 use crate::base::zero::is_zero;
 use crate::block::extent::status_of;
-use crate::block::{BlockError, Driver, Extent, Fill, Holds, IoResult, Layer, Operation, ZeroFlags};
+use crate::block::{BlockError, Driver, Extent, Fill, Holds, IoResult, Layer, Node, Operation, ZeroFlags};
 
 /// Bytes looked at in one step.
 const STEP_BYTES: u64 = BLOCK_MAX as u64;
@@ -29,16 +29,16 @@ const STEP_BYTES: u64 = BLOCK_MAX as u64;
 pub struct Rebase {
     ring: Ring,
     image: Rc<dyn Driver>,
-    old: Option<Rc<dyn Driver>>,
-    new: Option<Rc<dyn Driver>>,
+    old: Option<Rc<Node>>,
+    new: Option<Rc<Node>>,
     /// What the image is given is compressed.
     compress: bool,
 }
 
 impl Rebase {
     /// `image` is open for writing, over the backing file that it has had so far.
-    pub fn new(ring: &Ring, image: Rc<dyn Driver>, new: Option<Rc<dyn Driver>>) -> Rebase {
-        let old = image.as_layer().and_then(Layer::backing);
+    pub fn new(ring: &Ring, image: Rc<dyn Driver>, new: Option<Rc<Node>>) -> Rebase {
+        let old = image.as_layer().and_then(Layer::backing).map(|below| below.node());
         Rebase { ring: ring.clone(), image, old, new, compress: false }
     }
 
@@ -120,7 +120,7 @@ impl Rebase {
         }
     }
 
-    async fn read(&self, disk: &Option<Rc<dyn Driver>>, range: ByteRange) -> Result<Buf, BlockError> {
+    async fn read(&self, disk: &Option<Rc<Node>>, range: ByteRange) -> Result<Buf, BlockError> {
         let mut buf = self.ring.alloc(range.len() as usize).await;
         // Beyond its end, or where there is none, a backing file is zero.
         let inside =
@@ -140,9 +140,9 @@ impl Rebase {
 }
 
 /// Bytes from `at` on of which the second answer is true: they are zero for certain.
-async fn status(disk: &Option<Rc<dyn Driver>>, at: u64, len: u64) -> Result<Extent, BlockError> {
+async fn status(disk: &Option<Rc<Node>>, at: u64, len: u64) -> Result<Extent, BlockError> {
     match disk {
-        Some(disk) => status_of(&**disk, at, len).await,
+        Some(disk) => status_of(&**disk.driver(), at, len).await,
         None => Ok(Extent::hole(len)),
     }
 }

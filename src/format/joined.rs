@@ -8,8 +8,8 @@ use std::rc::Rc;
 use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
 
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions, Resolved,
-    WriteFlags, ZeroFlags,
+    BlockError, Capabilities, Child, Driver, Extent, IoFuture, IoResult, Limits, Node, Operation,
+    Permissions, Resolved, Role, WriteFlags, ZeroFlags,
 };
 
 const SECTOR_BYTES: u64 = 512;
@@ -27,19 +27,20 @@ pub struct JoinedDriver {
 #[derive(Debug)]
 struct Part {
     start: u64,
-    disk: Rc<dyn Driver>,
+    disk: Rc<Child>,
     from: u64,
     len: u64,
 }
 
 impl JoinedDriver {
     /// These disks, in this order. `None`: together they are longer than a disk can be.
-    pub fn new(ring: &Ring, disks: Vec<Rc<dyn Driver>>) -> Option<JoinedDriver> {
-        let name = disks.iter().map(|disk| disk.name()).collect::<Vec<_>>().join("' and '");
+    pub fn new(ring: &Ring, disks: &[Rc<Node>]) -> Option<JoinedDriver> {
+        let name = disks.iter().map(|disk| disk.driver().name()).collect::<Vec<_>>().join("' and '");
         let (mut parts, mut len) = (Vec::new(), 0u64);
         for disk in disks {
             let end = len.checked_add(disk.len().checked_next_multiple_of(SECTOR_BYTES)?)?;
             let (start, held) = (std::mem::replace(&mut len, end), disk.len());
+            let disk = Child::inner(disk, Role::Filtered, name.as_str());
             parts.push(Part { start, disk, from: 0, len: held });
         }
         (len <= crate::base::limits::DISK_LEN_MAX).then(|| JoinedDriver {
@@ -51,23 +52,24 @@ impl JoinedDriver {
     }
 
     /// The bytes of `disk` from `from` on, `len` of them; as many as there are.
-    pub fn part(ring: &Ring, disk: Rc<dyn Driver>, from: u64, len: u64) -> JoinedDriver {
+    pub fn part(ring: &Ring, disk: &Rc<Node>, from: u64, len: u64) -> JoinedDriver {
         let from = from.min(disk.len());
         let len = len.min(disk.len() - from);
-        let name = disk.name().to_owned();
+        let name = disk.driver().name().to_owned();
+        let disk = Child::inner(disk, Role::Filtered, name.as_str());
         JoinedDriver { ring: ring.clone(), name, parts: vec![Part { start: 0, disk, from, len }], len }
     }
 
     /// Where `offset` lies: the disk, the offset there, the bytes that it has from there on, and those up to where the next
     /// one begins.
-    fn at(&self, offset: u64) -> Option<(&Rc<dyn Driver>, u64, u64, u64)> {
+    fn at(&self, offset: u64) -> Option<(Rc<Node>, u64, u64, u64)> {
         let next = self.parts.partition_point(|part| part.start <= offset);
         // Of those that begin there, all but the last are empty.
         let part = self.parts.get(next.checked_sub(1)?)?;
         let end = self.parts.get(next).map_or(self.len, |part| part.start);
         let inside = offset - part.start;
         (offset < end)
-            .then(|| (&part.disk, part.from + inside, part.len.saturating_sub(inside), end - offset))
+            .then(|| (part.disk.node(), part.from + inside, part.len.saturating_sub(inside), end - offset))
     }
 
     async fn read_across(&self, offset: u64, buf: Buf) -> (Buf, IoResult) {
@@ -137,7 +139,7 @@ impl Driver for JoinedDriver {
     }
 
     fn limits(&self) -> Limits {
-        let all = self.parts.iter().map(|part| part.disk.limits());
+        let all = self.parts.iter().map(|part| part.disk.node().limits());
         let stricter = |a: Limits, b: Limits| Limits {
             request_align: a.request_align.max(b.request_align),
             mem_align: a.mem_align.max(b.mem_align),
@@ -150,13 +152,15 @@ impl Driver for JoinedDriver {
     }
 
     fn capabilities(&self) -> Capabilities {
-        let status = self.parts.iter().any(|part| part.disk.capabilities().status);
+        let status = self.parts.iter().any(|part| part.disk.node().capabilities().status);
         Capabilities { status, ..Capabilities::default() }
     }
 
     fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {
         match self.at(offset) {
-            Some((disk, inside, held, _)) if buf.len() as u64 <= held => disk.read(inside, buf),
+            Some((disk, inside, held, _)) if buf.len() as u64 <= held => {
+                self.ring.boxed(async move { disk.read(inside, buf).await })
+            }
             _ => self.ring.boxed(self.read_across(offset, buf)),
         }
     }
@@ -179,7 +183,9 @@ impl Driver for JoinedDriver {
 
     fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
         match self.at(offset) {
-            Some((disk, inside, held, _)) if held > 0 => disk.block_status(inside, len.min(held)),
+            Some((disk, inside, held, _)) if held > 0 => {
+                self.ring.boxed(async move { disk.block_status(inside, len.min(held)).await })
+            }
             Some((_, _, _, room)) => {
                 let len = len.min(room);
                 self.ring.boxed(async move { Ok(Extent::hole(len)) })
@@ -198,7 +204,7 @@ impl Driver for JoinedDriver {
         }
     }
 
-    fn children(&self) -> Vec<Rc<dyn Driver>> {
+    fn children(&self) -> Vec<Rc<Child>> {
         self.parts.iter().map(|part| part.disk.clone()).collect()
     }
 
@@ -209,14 +215,6 @@ impl Driver for JoinedDriver {
 
     fn set_len(&self, _len: u64) -> IoFuture<'_, IoResult> {
         self.refused(Operation::Resize)
-    }
-
-    fn fail_in_flight(&self) {
-        self.parts.iter().for_each(|part| part.disk.fail_in_flight());
-    }
-
-    fn is_away(&self) -> bool {
-        self.parts.iter().any(|part| part.disk.is_away())
     }
 }
 
@@ -231,7 +229,7 @@ mod tests {
         let ring = Ring::new(&Config { arena_bytes: 1 << 20, ..Config::default() }).expect("a ring");
         let r = ring.clone();
         ring.block_on(async move {
-            let (mut disks, mut all) = (Vec::<Rc<dyn Driver>>::new(), Vec::new());
+            let (mut disks, mut all) = (Vec::new(), Vec::new());
             for (n, len) in [1000u64, 0, 512, 1, 2048].into_iter().enumerate() {
                 let disk = Rc::new(MemDriver::new(&r, format!("d{n}"), len, false));
                 if len > 0 {
@@ -242,9 +240,9 @@ mod tests {
                     disk.write(0, buf.freeze(), WriteFlags::default()).await.unwrap();
                 }
                 all.resize(all.len().next_multiple_of(512), 0);
-                disks.push(disk);
+                disks.push(Node::new(&r, format!("d{n}"), disk));
             }
-            let whole = JoinedDriver::new(&r, disks).unwrap();
+            let whole = JoinedDriver::new(&r, &disks).unwrap();
             assert_eq!((whole.len(), whole.name()), (4096, "d0' and 'd1' and 'd2' and 'd3' and 'd4"));
             for at in (0..all.len()).step_by(97) {
                 for len in [1, 24, 512, 1300, all.len() - at] {
@@ -261,19 +259,22 @@ mod tests {
                     }
                 }
             }
-            let inner = JoinedDriver::part(&r, Rc::new(whole), 1500, 700);
+            let inner = JoinedDriver::part(&r, &Node::new(&r, "w", Rc::new(whole)), 1500, 700);
             let (buf, result) = inner.read(3, r.alloc(697).await).await;
             result.unwrap();
             let mut found = vec![0; 697];
             buf.copy_to(0, &mut found);
             assert!(inner.len() == 700 && found == all[1503..2200]);
-            let whole = JoinedDriver::part(&r, Rc::new(inner), 600, 5000);
-            assert_eq!((whole.len(), JoinedDriver::part(&r, Rc::new(whole), 101, 1).len()), (100, 0));
+            let whole = JoinedDriver::part(&r, &Node::new(&r, "i", Rc::new(inner)), 600, 5000);
+            assert_eq!(
+                (whole.len(), JoinedDriver::part(&r, &Node::new(&r, "w", Rc::new(whole)), 101, 1).len()),
+                (100, 0)
+            );
         });
         let r = ring.clone();
         ring.block_on(async move {
             let disk = Rc::new(MemDriver::new(&r, "m", 512, false));
-            let whole = JoinedDriver::part(&r, disk, 0, 512);
+            let whole = JoinedDriver::part(&r, &Node::new(&r, "m", disk), 0, 512);
             assert!(whole.write(0, r.alloc(1).await.freeze(), WriteFlags::default()).await.is_err());
         });
     }
@@ -281,9 +282,9 @@ mod tests {
     #[test]
     fn disks_that_are_too_long_together_are_refused() {
         let ring = Ring::new(&Config { arena_bytes: 1 << 20, ..Config::default() }).expect("a ring");
-        let disk = |len| -> Rc<dyn Driver> { Rc::new(MemDriver::new(&ring, "m", len, true)) };
+        let disk = |len| Node::new(&ring, "m", Rc::new(MemDriver::new(&ring, "m", len, true)));
         let max = crate::base::limits::DISK_LEN_MAX;
-        assert!(JoinedDriver::new(&ring, vec![disk(max), disk(1 << 20)]).is_none());
-        assert!(JoinedDriver::new(&ring, vec![disk(1 << 20), disk(1 << 20)]).is_some());
+        assert!(JoinedDriver::new(&ring, &[disk(max), disk(1 << 20)]).is_none());
+        assert!(JoinedDriver::new(&ring, &[disk(1 << 20), disk(1 << 20)]).is_some());
     }
 }

@@ -6,34 +6,34 @@
 
 use std::rc::Rc;
 
-use blockferry_ring::{Buf, Errno, File, Ring, SharedBuf};
+use blockferry_ring::{Buf, Errno, Ring, SharedBuf};
 
 use crate::block::{
-    BlockError, Capabilities, CopyFrom, Driver, Extent, IoFuture, IoResult, Limits, Operation, Permissions,
-    Resolved, WriteFlags, ZeroFlags,
+    BlockError, Capabilities, Child, CopyFrom, Driver, Extent, IoFuture, IoResult, Limits, Node, Operation,
+    Resolved, Role, WriteFlags, ZeroFlags,
 };
 
 /// Raw bytes over a child.
 #[derive(Debug)]
 pub struct RawDriver {
     ring: Ring,
-    child: Rc<dyn Driver>,
+    name: Rc<str>,
+    child: Rc<Child>,
     offset: u64,
     size: Option<u64>,
 }
 
 impl RawDriver {
-    /// The bytes of `child` from `offset` on, `size` of them (without: up to its end).
+    /// The bytes of `file` from `offset` on, `size` of them (without: up to its end).
     pub fn open(
         ring: &Ring,
-        child: Rc<dyn Driver>,
+        file: &Rc<Node>,
         offset: u64,
         size: Option<u64>,
     ) -> Result<RawDriver, BlockError> {
-        let len = child.len();
-        let refuse = |why: String| {
-            Err(BlockError::new(Operation::Open, child.name().to_owned(), Errno::EINVAL).hint(why))
-        };
+        let (name, len): (Rc<str>, _) = (file.driver().name().into(), file.len());
+        let refuse =
+            |why: String| Err(BlockError::new(Operation::Open, name.clone(), Errno::EINVAL).hint(why));
         if offset > len {
             return refuse(format!(
                 "The option 'offset' ({offset}) lies beyond the end of the file ({len})."
@@ -46,14 +46,21 @@ impl RawDriver {
                 "The options 'offset' ({offset}) and 'size' ({size}) reach beyond the end of the file ({len})."
             ));
         }
-        Ok(RawDriver { ring: ring.clone(), child, offset, size })
+        let child = Child::inner(file, Role::Filtered, name.clone());
+        Ok(RawDriver { ring: ring.clone(), name, child, offset, size })
+    }
+
+    fn file(&self) -> Rc<Node> {
+        self.child.node()
     }
 
     /// Behind the window lies what belongs to others. Without a size the child knows where it ends.
-    fn beyond(&self, operation: Operation, offset: u64, len: u64) -> Option<BlockError> {
-        let size = self.size.filter(|size| offset.checked_add(len).is_none_or(|end| end > *size))?;
-        let error = BlockError::at(operation, self.child.name(), offset, len, Errno::ENOSPC);
-        Some(error.hint(format!("The option 'size' ends this disk at {size}.")))
+    fn within(&self, operation: Operation, offset: u64, len: u64) -> IoResult {
+        match self.size.filter(|size| offset.checked_add(len).is_none_or(|end| end > *size)) {
+            Some(size) => Err(BlockError::at(operation, self.name.clone(), offset, len, Errno::ENOSPC)
+                .hint(format!("The option 'size' ends this disk at {size}."))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -63,54 +70,54 @@ impl Driver for RawDriver {
     }
 
     fn name(&self) -> &str {
-        self.child.name()
+        &self.name
     }
 
     fn len(&self) -> u64 {
-        self.size.unwrap_or_else(|| self.child.len().saturating_sub(self.offset))
+        self.size.unwrap_or_else(|| self.file().len().saturating_sub(self.offset))
     }
 
     fn is_read_only(&self) -> bool {
-        self.child.is_read_only()
+        self.file().is_read_only()
     }
 
     fn limits(&self) -> Limits {
-        self.child.limits()
+        self.file().limits()
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.child.capabilities()
+        self.file().capabilities()
     }
 
     fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {
-        self.child.read(self.offset + offset, buf)
+        self.ring.boxed(async move { self.file().read(self.offset + offset, buf).await })
     }
 
     fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoFuture<'_, IoResult> {
-        if let Some(error) = self.beyond(Operation::Write, offset, buf.len() as u64) {
-            return self.ring.boxed(async { Err(error) });
-        }
-        self.child.write(self.offset + offset, buf, flags)
+        self.ring.boxed(async move {
+            self.within(Operation::Write, offset, buf.len() as u64)?;
+            self.file().write(self.offset + offset, buf, flags).await
+        })
     }
 
     fn flush(&self) -> IoFuture<'_, IoResult> {
-        self.child.flush()
+        self.ring.boxed(async move { self.file().flush().await })
     }
 
     fn discard(&self, offset: u64, len: u64) -> IoFuture<'_, IoResult> {
         let len = self.size.map_or(len, |size| size.saturating_sub(offset).min(len));
-        self.child.discard(self.offset + offset, len)
+        self.ring.boxed(async move { self.file().discard(self.offset + offset, len).await })
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'_, IoResult> {
-        if let Some(error) = self.beyond(Operation::WriteZeroes, offset, len) {
-            return self.ring.boxed(async { Err(error) });
-        }
-        self.child.write_zeroes(self.offset + offset, len, flags)
+        self.ring.boxed(async move {
+            self.within(Operation::WriteZeroes, offset, len)?;
+            self.file().write_zeroes(self.offset + offset, len, flags).await
+        })
     }
 
     fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
-        self.child.block_status(self.offset + offset, len)
+        self.ring.boxed(async move { self.file().block_status(self.offset + offset, len).await })
     }
 
     fn extents<'a>(
@@ -120,65 +127,34 @@ impl Driver for RawDriver {
         extents_max: usize,
         out: &'a mut Vec<Extent>,
     ) -> Option<IoFuture<'a, IoResult>> {
-        self.child.extents(self.offset + offset, len, extents_max, out)
+        let offset = self.offset + offset;
+        Some(self.ring.boxed(async move { self.file().extents_of(offset, len, extents_max, out).await }))
     }
 
     fn copy_range(&self, from: CopyFrom, offset: u64) -> Option<IoFuture<'_, IoResult>> {
-        if let Some(error) = self.beyond(Operation::Write, offset, from.len) {
-            return Some(self.ring.boxed(async { Err(error) }));
-        }
-        self.child.copy_range(from, self.offset + offset)
+        Some(self.ring.boxed(async move {
+            self.within(Operation::Write, offset, from.len)?;
+            self.file().copy_range_or_refuse(from, self.offset + offset).await
+        }))
     }
 
     fn resolve(&self, offset: u64, len: u64) -> Resolved {
-        self.child.resolve(self.offset + offset, len)
+        self.file().resolve(self.offset + offset, len)
     }
 
-    fn children(&self) -> Vec<Rc<dyn Driver>> {
-        vec![self.child.clone()]
-    }
-
-    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
-        self.child.reopen(read_only)
-    }
-
-    fn set_permissions(&self, permissions: Permissions) -> IoResult {
-        self.child.set_permissions(permissions)
-    }
-
-    fn local_file(&self) -> Option<File> {
-        self.child.local_file()
-    }
-
-    fn identity(&self) -> Option<(u64, u64)> {
-        self.child.identity()
+    fn filtered(&self) -> Option<Rc<Child>> {
+        Some(self.child.clone())
     }
 
     fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {
         let whole = self.size.is_none().then(|| self.offset.checked_add(len)).flatten();
-        match whole {
-            Some(whole) => self.child.set_len(whole),
-            None => self.ring.boxed(async {
-                Err(BlockError::new(Operation::Resize, self.child.name().to_owned(), Errno::EOPNOTSUPP)
-                    .because("The option 'size' fixes the length of this disk."))
-            }),
-        }
-    }
-
-    fn allocated_bytes(&self) -> Option<u64> {
-        self.child.allocated_bytes()
-    }
-
-    fn ask_allocated(&self) -> Option<IoFuture<'_, ()>> {
-        self.child.ask_allocated()
-    }
-
-    fn fail_in_flight(&self) {
-        self.child.fail_in_flight();
-    }
-
-    fn is_away(&self) -> bool {
-        self.child.is_away()
+        self.ring.boxed(async move {
+            match whole {
+                Some(whole) => self.file().set_len(whole).await,
+                None => Err(BlockError::new(Operation::Resize, self.name.clone(), Errno::EOPNOTSUPP)
+                    .because("The option 'size' fixes the length of this disk.")),
+            }
+        })
     }
 }
 
@@ -192,8 +168,8 @@ mod tests {
     fn a_window_lies_within_the_file() {
         let ring = Ring::new(&Config { arena_bytes: 1 << 20, ..Config::default() }).expect("a ring");
         let open = |offset, size| {
-            let child = Rc::new(NullDriver::new(&ring, "n", 10_000, false));
-            RawDriver::open(&ring, child, offset, size).map(|raw| raw.len()).map_err(|e| e.to_string())
+            let child = Node::new(&ring, "n", Rc::new(NullDriver::new(&ring, "n", 10_000, false)));
+            RawDriver::open(&ring, &child, offset, size).map(|raw| raw.len()).map_err(|e| e.to_string())
         };
         assert_eq!(open(0, None), Ok(10_000));
         assert_eq!(open(10_000, None), Ok(0));
@@ -214,7 +190,8 @@ mod tests {
         let r = ring.clone();
         ring.block_on(async move {
             let file = Rc::new(FileDriver::open(&r, &path, &OpenOptions::default()).unwrap());
-            let raw = RawDriver::open(&r, file.clone(), 4096, Some(20_000)).unwrap();
+            let file = Node::new(&r, "file", file);
+            let raw = RawDriver::open(&r, &file, 4096, Some(20_000)).unwrap();
             let mut buf = r.alloc(100).await;
             buf.as_mut_slice().fill(2);
             raw.write(7, buf.freeze(), WriteFlags::default()).await.unwrap();
@@ -235,7 +212,7 @@ mod tests {
             raw.discard(19_990, 100_000).await.unwrap();
             let error = raw.set_len(1).await.unwrap_err();
             assert!(error.to_string().contains("fixes the length"));
-            let rest = RawDriver::open(&r, file.clone(), 4096, None).unwrap();
+            let rest = RawDriver::open(&r, &file, 4096, None).unwrap();
             rest.set_len(150_000).await.unwrap();
             raw.flush().await.unwrap();
             let bytes = std::fs::read(&path).unwrap();

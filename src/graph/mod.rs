@@ -4,9 +4,8 @@
 pub mod chain;
 /// Which parts of a disk still differ.
 pub mod dirty;
-/// How long guests wait.
+/// What a user has heard of losses.
 pub mod heard;
-pub mod load;
 /// Nodes, roots and drain.
 pub mod node;
 /// A job's target.

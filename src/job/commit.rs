@@ -36,7 +36,7 @@ use super::writable::Writable;
 use crate::base::range::ByteRange;
 use crate::block::{BlockError, Holds, IoFuture};
 use crate::graph::chain::{held_by, name_for};
-use crate::graph::node::{Drained, Node, UseKind};
+use crate::graph::node::{Drained, Node, Role};
 use crate::graph::peer::{Peer, PeerOptions, ZeroResult};
 
 /// The layers from `top` down to, and without, `base`.
@@ -106,10 +106,10 @@ pub async fn start(
     let top = top.unwrap_or(front);
     let mut uses = Vec::new();
     for layer in &layers {
-        uses.push(layer.attach_in_time(UseKind::JobLayer("commit")).await?);
+        uses.push(layer.attach_in_chain(Role::JobLayer("commit"), front).await?);
     }
-    uses.push(base.attach_in_time(UseKind::JobBase("commit")).await?);
-    let base = Rc::new(Writable::hold(ring, &base, uses).await?);
+    uses.push(base.attach_in_chain(Role::JobBase("commit"), front).await?);
+    let base = Rc::new(Writable::hold(ring, &base, uses, None).await?);
     let len = top.driver().len();
     let peer = peer(&base, len);
     if peer.is_err() {
@@ -192,7 +192,7 @@ impl Down {
                 format!("'{}' is no longer in the chain of '{}'", self.layers[0].name(), self.front.name());
             return Err(Failed { operation: IoOperation::Write, errno: Errno::EPERM, text });
         };
-        let editor = overlay.attach_in_time(UseKind::Editor).await.map_err(Failed::write)?;
+        let editor = overlay.attach_in_time(Role::Editor).await.map_err(Failed::write)?;
         overlay.hold_writable().await.map_err(Failed::write)?;
         let result = self.link_to_base(&overlay).await;
         overlay.release_writable().await;
@@ -234,7 +234,7 @@ impl Down {
         let drained = self.hide_rest(overlay).await?;
         layer.record_backing(Some((&name, base.driver().format()))).await.map_err(Failed::write)?;
         // From here on there is no way back, and nothing that can fail but to give locks up.
-        if let Err(error) = overlay.set_below(Some(base.clone())) {
+        if let Err(error) = overlay.set_below(Some(base)) {
             tracing::warn!(%error, "locks of layers that are merged could not be given back");
         }
         drop(drained);

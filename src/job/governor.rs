@@ -27,7 +27,7 @@
 use blockferry_ring::Nanos;
 
 use super::unflushed::Unflushed;
-use crate::graph::load::Counts;
+use crate::block::load::Counts;
 
 /// How often the governor decides.
 pub const LOOK_NANOS: Nanos = 2_000_000;

@@ -31,7 +31,7 @@ use super::writable::Writable;
 use crate::base::range::ByteRange;
 use crate::block::{BlockError, Fill, Holds, IoFuture, Layer};
 use crate::graph::chain::{held_by, name_for};
-use crate::graph::node::{Node, UseKind};
+use crate::graph::node::{Node, Role};
 use crate::graph::peer::{ZeroResult, Zeroed};
 
 /// Down to where a stream fills its top.
@@ -95,11 +95,11 @@ pub async fn start(
     let top = top.unwrap_or(front);
     let (from, to) = judge(front, Some(top), &floor, &options)?;
     let mids = chain[from + 1..to].to_vec();
-    let mut uses = vec![top.attach_in_time(UseKind::JobTop("stream")).await?];
+    let mut uses = vec![top.attach_in_time(Role::JobTop("stream")).await?];
     for layer in &mids {
-        uses.push(layer.attach_in_time(UseKind::JobSource("stream")).await?);
+        uses.push(layer.attach_in_time(Role::JobSource("stream")).await?);
     }
-    let top = Writable::hold(ring, top, uses).await?;
+    let top = Writable::hold(ring, top, uses, None).await?;
     // With nothing between, there is nothing to look for.
     let len = if mids.is_empty() { 0 } else { top.node().driver().len() };
     let direction = Rc::new(Up {
@@ -176,7 +176,7 @@ impl Up {
         };
         self.layer().map_err(Failed::write)?.record_backing(record).await.map_err(Failed::write)?;
         // From here on there is no way back, and nothing that can fail but to give locks up.
-        if let Err(error) = self.top.node().set_below(base) {
+        if let Err(error) = self.top.node().set_below(base.as_ref()) {
             tracing::warn!(%error, "locks of layers that are merged could not be given back");
         }
         drop(drained);

@@ -6,21 +6,34 @@ use std::rc::Rc;
 use blockferry_ring::Ring;
 
 use crate::block::BlockError;
-use crate::graph::node::{Node, Use};
+use crate::graph::node::{Child, Lenient, Node};
+
+/// What ends with the right to write, in this order.
+#[derive(Debug)]
+struct Held {
+    _uses: Vec<Rc<Child>>,
+    _lenient: Option<Lenient>,
+}
 
 /// A layer that may be written, and uses of it and of others that end with that.
 #[derive(Debug)]
 pub(super) struct Writable {
     ring: Ring,
     node: Rc<Node>,
-    uses: RefCell<Option<Vec<Use>>>,
+    held: RefCell<Option<Held>>,
 }
 
 impl Writable {
-    /// Makes `node` writable. `uses` hold what that needs.
-    pub(super) async fn hold(ring: &Ring, node: &Rc<Node>, uses: Vec<Use>) -> Result<Writable, BlockError> {
+    /// Makes `node` writable. `uses` hold what that needs; `lenient` is the layer above whom that does not harm.
+    pub(super) async fn hold(
+        ring: &Ring,
+        node: &Rc<Node>,
+        uses: Vec<Rc<Child>>,
+        lenient: Option<Lenient>,
+    ) -> Result<Writable, BlockError> {
         node.hold_writable().await?;
-        Ok(Writable { ring: ring.clone(), node: node.clone(), uses: RefCell::new(Some(uses)) })
+        let held = RefCell::new(Some(Held { _uses: uses, _lenient: lenient }));
+        Ok(Writable { ring: ring.clone(), node: node.clone(), held })
     }
 
     /// The layer.
@@ -38,8 +51,8 @@ impl Writable {
 
     /// Gives everything back, once.
     pub(super) async fn release(&self) {
-        let uses = self.uses.borrow_mut().take();
-        if uses.is_some() {
+        let held = self.held.borrow_mut().take();
+        if held.is_some() {
             self.node.release_writable().await;
         }
     }
@@ -53,11 +66,11 @@ impl Writable {
 impl Drop for Writable {
     /// Of a job that was given up while requests of it were stuck.
     fn drop(&mut self) {
-        if let Some(uses) = self.uses.borrow_mut().take() {
+        if let Some(held) = self.held.borrow_mut().take() {
             let node = self.node.clone();
             self.ring.spawn(async move {
                 node.release_writable().await;
-                drop(uses);
+                drop(held);
             });
         }
     }

@@ -5,32 +5,38 @@
 
 use std::rc::Rc;
 
-use blockferry_ring::{Buf, File, Nanos, Ring, SharedBuf};
+use blockferry_ring::{Buf, Nanos, Ring, SharedBuf};
 
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, IoFuture, IoResult, Limits, Permissions, WriteFlags, ZeroFlags,
+    BlockError, Capabilities, Child, Driver, Extent, IoFuture, IoResult, Limits, Node, Role, WriteFlags,
+    ZeroFlags,
 };
 
 /// A disk with latency added.
 #[derive(Debug)]
 pub struct DelayDriver {
     ring: Ring,
-    child: Rc<dyn Driver>,
+    name: Rc<str>,
+    child: Rc<Child>,
     latency_ns: Nanos,
 }
 
 impl DelayDriver {
-    /// `child`, each of whose reads, writes, zeroes, discards and flushes takes `latency_ns` longer.
-    pub fn new(ring: &Ring, child: Rc<dyn Driver>, latency_ns: Nanos) -> DelayDriver {
-        DelayDriver { ring: ring.clone(), child, latency_ns }
+    /// `disk`, each of whose reads, writes, zeroes, discards and flushes takes `latency_ns` longer.
+    pub fn new(ring: &Ring, disk: &Rc<Node>, latency_ns: Nanos) -> DelayDriver {
+        let name: Rc<str> = disk.driver().name().into();
+        let child = Child::inner(disk, Role::Filtered, name.clone());
+        DelayDriver { ring: ring.clone(), name, child, latency_ns }
     }
 
-    /// `request` is made when the time has passed.
-    fn late<'a, T: 'a>(&'a self, request: impl FnOnce() -> IoFuture<'a, T> + 'a) -> IoFuture<'a, T> {
-        self.ring.boxed(async move {
-            self.ring.sleep(self.latency_ns).await;
-            request().await
-        })
+    fn disk(&self) -> Rc<Node> {
+        self.child.node()
+    }
+
+    /// The disk, when the time has passed.
+    async fn late(&self) -> Rc<Node> {
+        self.ring.sleep(self.latency_ns).await;
+        self.disk()
     }
 }
 
@@ -40,47 +46,47 @@ impl Driver for DelayDriver {
     }
 
     fn name(&self) -> &str {
-        self.child.name()
+        &self.name
     }
 
     fn len(&self) -> u64 {
-        self.child.len()
+        self.disk().len()
     }
 
     fn is_read_only(&self) -> bool {
-        self.child.is_read_only()
+        self.disk().is_read_only()
     }
 
     fn limits(&self) -> Limits {
-        self.child.limits()
+        self.disk().limits()
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.child.capabilities()
+        self.disk().capabilities()
     }
 
     fn read(&self, offset: u64, buf: Buf) -> IoFuture<'_, (Buf, IoResult)> {
-        self.late(move || self.child.read(offset, buf))
+        self.ring.boxed(async move { self.late().await.read(offset, buf).await })
     }
 
     fn write(&self, offset: u64, buf: SharedBuf, flags: WriteFlags) -> IoFuture<'_, IoResult> {
-        self.late(move || self.child.write(offset, buf, flags))
+        self.ring.boxed(async move { self.late().await.write(offset, buf, flags).await })
     }
 
     fn flush(&self) -> IoFuture<'_, IoResult> {
-        self.late(move || self.child.flush())
+        self.ring.boxed(async move { self.late().await.flush().await })
     }
 
     fn discard(&self, offset: u64, len: u64) -> IoFuture<'_, IoResult> {
-        self.late(move || self.child.discard(offset, len))
+        self.ring.boxed(async move { self.late().await.discard(offset, len).await })
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'_, IoResult> {
-        self.late(move || self.child.write_zeroes(offset, len, flags))
+        self.ring.boxed(async move { self.late().await.write_zeroes(offset, len, flags).await })
     }
 
     fn block_status(&self, offset: u64, len: u64) -> IoFuture<'_, Result<Extent, BlockError>> {
-        self.child.block_status(offset, len)
+        self.ring.boxed(async move { self.disk().block_status(offset, len).await })
     }
 
     fn extents<'a>(
@@ -90,46 +96,14 @@ impl Driver for DelayDriver {
         extents_max: usize,
         out: &'a mut Vec<Extent>,
     ) -> Option<IoFuture<'a, IoResult>> {
-        self.child.extents(offset, len, extents_max, out)
+        Some(self.ring.boxed(async move { self.disk().extents_of(offset, len, extents_max, out).await }))
     }
 
-    fn children(&self) -> Vec<Rc<dyn Driver>> {
-        vec![self.child.clone()]
-    }
-
-    fn reopen(&self, read_only: bool) -> Option<IoFuture<'_, IoResult>> {
-        self.child.reopen(read_only)
-    }
-
-    fn set_permissions(&self, permissions: Permissions) -> IoResult {
-        self.child.set_permissions(permissions)
-    }
-
-    fn local_file(&self) -> Option<File> {
-        self.child.local_file()
-    }
-
-    fn identity(&self) -> Option<(u64, u64)> {
-        self.child.identity()
+    fn filtered(&self) -> Option<Rc<Child>> {
+        Some(self.child.clone())
     }
 
     fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {
-        self.child.set_len(len)
-    }
-
-    fn allocated_bytes(&self) -> Option<u64> {
-        self.child.allocated_bytes()
-    }
-
-    fn ask_allocated(&self) -> Option<IoFuture<'_, ()>> {
-        self.child.ask_allocated()
-    }
-
-    fn fail_in_flight(&self) {
-        self.child.fail_in_flight();
-    }
-
-    fn is_away(&self) -> bool {
-        self.child.is_away()
+        self.ring.boxed(async move { self.disk().set_len(len).await })
     }
 }

@@ -13,7 +13,7 @@ use blockferry_ring::backend::OpenHow;
 use blockferry_ring::{Aside, Buf, Errno, File, FileKind, Ring, SharedBuf};
 
 use super::leaf::Leaf;
-use super::lock::{self, Locks};
+use super::lock::Locks;
 use super::open::{self, OpenOptions};
 use super::place;
 use crate::base::os_name;
@@ -84,7 +84,7 @@ impl FileDriver {
                 if !options.no_lock {
                     // What somebody uses is not emptied under them. The lock ends with the file.
                     let locks = Locks::new(ring, &file, os_name::from_path(path).into(), None);
-                    lock::in_time(ring, || locks.set(Permissions::JOB_TARGET)).await?;
+                    crate::block::conflict::in_time(ring, || locks.set(Permissions::JOB_TARGET)).await?;
                 }
                 (file, false)
             }

@@ -87,7 +87,7 @@ enum Carrier {
 async fn carrier(ring: &Ring, aside: &Aside, driver: &Rc<dyn Driver>) -> Result<Carrier, Errno> {
     let mut bottom = driver.clone();
     while let Some(child) = bottom.children().first().cloned() {
-        bottom = child;
+        bottom = child.node().driver().clone();
     }
     if matches!(bottom.kind(), "mem" | "null") {
         return Ok(Carrier::Nothing);

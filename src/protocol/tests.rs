@@ -8,7 +8,7 @@ use blockferry_ring::{Buf, Config, Errno, Ring};
 
 use super::*;
 use crate::base::rng::Rng;
-use crate::block::{Driver, Permissions, Resolved, WriteFlags, ZeroFlags};
+use crate::block::{Driver, Node, Permissions, Resolved, WriteFlags, ZeroFlags};
 
 fn ring(arena_bytes: usize) -> Ring {
     Ring::new(&Config { arena_bytes, ..Config::default() }).expect("a ring")
@@ -499,7 +499,7 @@ fn a_slow_disk_is_late_by_what_was_asked() {
     run(async move |r| {
         let late = 20_000_000;
         let mem = Rc::new(MemDriver::new(&r, "mem", 1 << 20, false));
-        let slow = DelayDriver::new(&r, mem.clone(), late);
+        let slow = DelayDriver::new(&r, &Node::of(&r, mem.clone()), late);
         let buf = filled(&r, 512, 7).await.freeze();
         for _ in 0..2 {
             let start = r.clock();

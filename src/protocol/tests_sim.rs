@@ -215,7 +215,7 @@ fn refusals_take_capabilities_away_one_by_one() {
         let status = disk.block_status(4096, 100).await.unwrap();
         assert!(!status.zero && status.allocated && status.len == 100);
         assert!(disk.set_len(2 << 20).await.is_err());
-        assert!(disk.identity() != disk.children().first().and_then(|c| c.identity()));
+        assert!(disk.identity() != disk.children().first().and_then(|c| c.node().identity()));
     });
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use blockferry::block::{Driver, Permissions, WriteFlags, ZeroFlags};
+use blockferry::block::{Driver, Node, Permissions, WriteFlags, ZeroFlags};
 use blockferry::engine::open::open_qcow2;
 use blockferry::engine::{Format, ImageOptions};
 use blockferry::format::qcow2::{CreateOptions, Qcow2};
@@ -25,9 +25,9 @@ pub fn options(read_only: bool) -> ImageOptions {
 }
 
 /// An open file, to make an image in.
-pub fn file(ring: &Ring, path: &str) -> Rc<dyn Driver> {
+pub fn file(ring: &Ring, path: &str) -> Rc<Node> {
     let open = OpenOptions { cache: Cache::Buffered, ..OpenOptions::default() };
-    Rc::new(FileDriver::open(ring, Path::new(path), &open).expect("it opens"))
+    Node::of(ring, Rc::new(FileDriver::open(ring, Path::new(path), &open).expect("it opens")))
 }
 
 /// Makes an image (and its data file, if the options name one, next to it).

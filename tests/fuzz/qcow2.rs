@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use blockferry::base::rng::Rng;
-use blockferry::block::{BlockError, Driver, IoFuture, Operation, Permissions, WriteFlags, ZeroFlags};
+use blockferry::block::{BlockError, Driver, IoFuture, Node, Operation, Permissions, WriteFlags, ZeroFlags};
 use blockferry::format::qcow2::{Backing, OpenFiles, OpenOptions, Qcow2, Repair, Wanted};
 use blockferry_ring::sim::{FileModel, World, WorldConfig};
 use blockferry_ring::{Errno, Ring};
@@ -129,7 +129,7 @@ fn patch(rng: &mut Rng, image: &Image, kind: Kind) -> (u64, Vec<u8>) {
 struct NoFiles(Ring);
 
 impl OpenFiles for NoFiles {
-    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<dyn Driver>, BlockError>> {
+    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<Node>, BlockError>> {
         let error = BlockError::new(Operation::Open, wanted.name, Errno::EACCES);
         self.0.boxed(async move { Err(error) })
     }
@@ -234,7 +234,7 @@ async fn live(ring: Ring, seed: u64) -> u64 {
             [(true, true), (true, false), (false, false), (false, true), (false, true)][act as usize];
         let backing = if rng.below(4) == 0 { Backing::Named } else { Backing::None };
         let options = OpenOptions { read_only, backing, for_check, data_file: None, snapshot: None };
-        let opened = Qcow2::open(&ring, file(&ring, read_only), &NoFiles(ring.clone()), options).await;
+        let opened = Qcow2::open(&ring, &file(&ring, read_only), &NoFiles(ring.clone()), options).await;
         way.0.write_u64(act);
         let Some(image) = way.ended(opened) else { continue };
         match act {

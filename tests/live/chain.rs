@@ -4,7 +4,7 @@ use common::nbd_peers;
 
 use std::rc::Rc;
 
-use blockferry::block::{BlockError, Driver, Holds, IoFuture, WriteFlags};
+use blockferry::block::{BlockError, Holds, IoFuture, WriteFlags};
 use blockferry::engine::open::open;
 use blockferry::engine::{Engine, Format, ImageOptions};
 use blockferry::format::qcow2::{Backing, OpenFiles, OpenOptions, Qcow2, Wanted};
@@ -64,7 +64,7 @@ async fn all(ring: &Ring, node: &Rc<Node>) -> Vec<u8> {
 
 /// The chain of `top`, as its disk.
 async fn opened(ring: &Ring, top: &str) -> Rc<Node> {
-    Node::new(ring, "disk", open(ring, top, &options()).await.unwrap())
+    open(ring, top, &options()).await.unwrap().called("disk")
 }
 
 fn sweep(id: &str) -> SweepOptions {
@@ -252,7 +252,7 @@ fn what_a_guest_reads_is_filled_first() {
     let (ring, top) = (engine.ring().clone(), chain.top());
     engine.run(async move {
         let driver = open(&ring, &top, &options()).await.unwrap();
-        let node = Node::new(&ring, "disk", driver);
+        let node = driver.called("disk");
         let root = Root::new(&node, false).unwrap();
         let slow = SweepOptions { speed: 1, ..sweep("s") };
         let job = stream::start(&ring, &node, None, Floor::Whole, slow).await.unwrap();
@@ -381,7 +381,7 @@ fn lengths_differ() {
             let (ring, path) = (engine.ring().clone(), front.clone());
             engine.run(async move {
                 let driver = open(&ring, &path, &options()).await.unwrap();
-                let node = Node::new(&ring, "disk", driver);
+                let node = driver.called("disk");
                 let layers = node.chain();
                 let (top, base) = (&layers[top_at], &layers[base_at]);
                 let len = base.driver().len().max(top.driver().len());
@@ -418,9 +418,9 @@ fn a_base_on_a_server() {
             let read_only = i == 0;
             let file = open(&ring, path, &raw(read_only)).await.unwrap();
             let with = OpenOptions { read_only, backing: Backing::Given(driver), ..OpenOptions::default() };
-            driver = Qcow2::open(&ring, file, &NoFiles, with).await.unwrap();
+            driver = Node::of(&ring, Qcow2::open(&ring, &file, &NoFiles, with).await.unwrap());
         }
-        let node = Node::new(&ring, "disk", driver);
+        let node = driver.called("disk");
         let root = Root::new(&node, false).unwrap();
         let base = node.chain()[2].clone();
         assert!(base.driver().is_read_only());
@@ -447,7 +447,7 @@ fn a_base_on_a_server() {
 struct NoFiles;
 
 impl OpenFiles for NoFiles {
-    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<dyn Driver>, BlockError>> {
+    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<Node>, BlockError>> {
         unreachable!("'{}' is given", wanted.name)
     }
 }

@@ -132,7 +132,7 @@ impl Host {
         mirror.until_ready().await;
         mirror.complete().unwrap();
         assert_eq!(mirror.until_over().await, Ending::Completed);
-        assert_eq!((disk.root_count(), target.root_count()), (0, 1));
+        assert_eq!((disk.client_count(), target.client_count()), (0, 1));
         self.done(ring, "pivoted").await;
         server.stop().await;
         target.driver().flush().await.unwrap();

@@ -99,7 +99,7 @@ async fn pivots(engine: Rc<Engine>, nodes: [Rc<Node>; 2], server: NbdServer) -> 
         job.until_ready().await;
         job.complete().unwrap();
         assert_eq!(job.until_over().await, Ending::Completed, "pivot {i}");
-        assert_eq!((from.root_count(), to.root_count()), (0, 1), "pivot {i}");
+        assert_eq!((from.client_count(), to.client_count()), (0, 1), "pivot {i}");
         assert_eq!((from.filter_count(), from.is_drained(), from.in_flight()), (0, false, 0), "pivot {i}");
         (from, to) = (to, from);
     }

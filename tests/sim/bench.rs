@@ -13,7 +13,7 @@ use blockferry::cli::bench::schedule::Pace;
 use blockferry::cli::bench::target::{Target, TargetOptions};
 use blockferry::engine::{ImageOptions, open};
 use blockferry::export::nbd::{Export, NbdServer, ServerConfig};
-use blockferry::graph::node::{Node, Root};
+use blockferry::graph::node::Root;
 use blockferry_ring::sim::{FileModel, Latency, PowerCut, World, WorldConfig};
 use blockferry_ring::{Config, Ring, SocketAddress};
 
@@ -36,7 +36,7 @@ fn ring(world: &World) -> Ring {
 fn serve(ring: &Ring) -> NbdServer {
     let handle = ring.clone();
     let driver = ring.block_on(async move { open::open(&handle, DISK, &ImageOptions::raw()).await }).unwrap();
-    let node = Node::new(ring, DISK, driver);
+    let node = driver.called(DISK);
     let server = NbdServer::new(ring, ServerConfig::default());
     let export = Export {
         root: Root::new(&node, false).unwrap(),

@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use blockferry::base::planted::{Bug, plant};
 use blockferry::base::rng::Rng;
-use blockferry::block::{BlockError, Driver, IoFuture, Permissions, WriteFlags, ZeroFlags};
+use blockferry::block::{BlockError, Driver, IoFuture, Node, Permissions, WriteFlags, ZeroFlags};
 use blockferry::format::qcow2::{
     Amendment, Backing, Compat, CreateOptions, OpenFiles, OpenOptions, Preallocation, Qcow2, Repair, Wanted,
 };
@@ -28,7 +28,7 @@ const BASE: &str = "/base";
 struct NoFiles;
 
 impl OpenFiles for NoFiles {
-    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<dyn Driver>, BlockError>> {
+    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<Node>, BlockError>> {
         panic!("'{}' is not to be opened here", wanted.name);
     }
 }
@@ -70,15 +70,15 @@ fn ring(world: &World) -> Ring {
     Ring::with_backend(world.backend(), &config).expect("a simulated ring")
 }
 
-fn file(ring: &Ring, path: &str, read_only: bool) -> Rc<dyn Driver> {
+fn file(ring: &Ring, path: &str, read_only: bool) -> Rc<Node> {
     let options = FileOptions { read_only, cache: Cache::Direct, lock: true, ..FileOptions::default() };
-    blockferry::protocol::open::open(ring, path.as_ref(), &options).expect("the file opens")
+    Node::of(ring, blockferry::protocol::open::open(ring, path.as_ref(), &options).expect("the file opens"))
 }
 
 async fn open(ring: &Ring, backed: bool, read_only: bool, for_check: bool) -> Result<Rc<Qcow2>, BlockError> {
     let backing = if backed { Backing::Given(file(ring, BASE, true)) } else { Backing::None };
     let options = OpenOptions { read_only, backing, for_check, data_file: None, snapshot: None };
-    Qcow2::open(ring, file(ring, DISK, read_only), &NoFiles, options).await
+    Qcow2::open(ring, &file(ring, DISK, read_only), &NoFiles, options).await
 }
 
 async fn read_all(ring: &Ring, image: &Qcow2) -> Result<Vec<u8>, BlockError> {

@@ -2,7 +2,7 @@
 
 use blockferry::block::{WriteFlags, ZeroFlags};
 use blockferry::engine::{Format, ImageOptions};
-use blockferry::graph::node::{Node, Root};
+use blockferry::graph::node::Root;
 use blockferry::protocol::open::Cache;
 
 use super::image::Image;
@@ -180,7 +180,7 @@ fn by_us(story: &mut Story, image: &mut Image, changes: &[Change]) -> Told<()> {
     let told = ring.block_on(async move {
         let fail = |error: blockferry::block::BlockError| error.to_string();
         let driver = blockferry::engine::open::open(&r, &path, &options).await.map_err(fail)?;
-        let node = Node::new(&r, path.as_str(), driver);
+        let node = driver.called(path.as_str());
         let root = Root::new(&node, false).map_err(fail)?;
         for (version, change) in changes.iter().enumerate() {
             let (offset, len) = match *change {

@@ -38,7 +38,7 @@ use crate::engine::admit::{Act, Admission, Plan, Refusal};
 use crate::engine::open::{is_memory, local_path, open, said_by_header};
 use crate::engine::remote::nbd_disk;
 use crate::engine::{Format, ImageOptions};
-use crate::graph::node::{Node, UseKind};
+use crate::graph::node::Role;
 use ack_log::AckLog;
 use check::{CheckReport, Expectation, check_on};
 use load::{DEPTH_MAX, LoadConfig, LoadControl, LoadOutcome, LoadProgress, run_on};
@@ -382,11 +382,10 @@ async fn judge(
     // A server is connected to by the load itself.
     if local_path(&name).is_some() {
         match open(&ring, &name, &look).await {
-            Ok(driver) => {
-                let node = Node::new(&ring, &*name, driver);
+            Ok(node) => {
                 let (act, kind) = match image.read_only {
-                    true => (Act::Read, UseKind::Reader),
-                    false => (Act::Overwrite, UseKind::Guest),
+                    true => (Act::Read, Role::Reader),
+                    false => (Act::Overwrite, Role::Guest),
                 };
                 admission.layer("disk", act, &node, kind).await;
                 for layer in node.chain() {

@@ -13,7 +13,7 @@ use blockferry_ring::Ring;
 use crate::block::{BlockError, Driver, IoResult};
 use crate::engine::ImageOptions;
 use crate::engine::remote::ServerOptions;
-use crate::graph::node::{Node, Use, UseKind};
+use crate::graph::node::{Child, Role};
 use crate::protocol::nbd::{
     ConnectOptions, Connection, NbdClientError, NbdDriver, NbdNode, NbdUri, UriError,
 };
@@ -92,7 +92,7 @@ impl Lane {
 pub struct Target {
     lanes: Vec<Lane>,
     /// Keeps other programs out of its files.
-    lock: Option<Rc<Use>>,
+    lock: Option<Rc<Child>>,
 }
 
 impl Target {
@@ -154,12 +154,10 @@ impl Target {
         if options.connections > 1 {
             return Err(TargetError::NoConnections { name: name.to_owned() });
         }
-        let driver = crate::engine::open::open(ring, name, &options.image).await?;
-        let node = Node::new(ring, name, driver.clone());
-        let lock = node
-            .attach_in_time(if options.image.read_only { UseKind::Reader } else { UseKind::Guest })
-            .await?;
-        Ok(Target { lock: Some(Rc::new(lock)), ..Target::of_driver(driver) })
+        let node = crate::engine::open::open(ring, name, &options.image).await?;
+        let lock =
+            node.attach_in_time(if options.image.read_only { Role::Reader } else { Role::Guest }).await?;
+        Ok(Target { lock: Some(lock), ..Target::of_driver(node.driver().clone()) })
     }
 
     /// What was written to an image that was opened here is durable afterwards, its tables too: they are written late, and

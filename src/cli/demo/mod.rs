@@ -319,7 +319,7 @@ impl Demo {
             Ending::Cancelled => return Err(Failure::text("The mirror was cancelled")),
             Ending::Failed(text) => return Err(Failure::text(format!("The mirror failed: {text}"))),
         }
-        if target.root_count() == 0 || source.root_count() > 0 {
+        if target.client_count() == 0 || source.client_count() > 0 {
             return Err(Failure::text("The pivot left the client on the source"));
         }
         let details = job.details();

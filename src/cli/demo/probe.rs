@@ -119,7 +119,7 @@ mod tests {
         let driver =
             crate::engine::open::open_as_said(&ring, "mem:16MiB", &crate::engine::ImageOptions::raw());
         let (r, driver) = (ring.clone(), driver.unwrap());
-        let speed = ring.block_on(async move { measure(&r, &driver).await }).unwrap();
+        let speed = ring.block_on(async move { measure(&r, driver.driver()).await }).unwrap();
         assert!(speed.bytes_per_sec > 0 && speed.writes_per_sec > 0, "{speed:?}");
         assert_eq!(ring.shutdown(NS_PER_SEC).leaked, 0);
     }

@@ -251,7 +251,12 @@ impl Run {
             },
             NewImage::Raw { .. } => None,
         };
-        Ok(layers::check_shown(source.driver(), name, backing.as_ref(), settings.verify)?)
+        Ok(layers::check_shown(
+            source.driver(),
+            name,
+            backing.as_ref().map(|node| node.driver()),
+            settings.verify,
+        )?)
     }
 
     /// Settles what can be settled before the target is touched; then opens it, or makes it: in the format that was said, or
@@ -272,8 +277,8 @@ impl Run {
             && new.backing_file.is_none()
             && let Some(backing) = qcow2(source.driver()).and_then(Qcow2::backing)
         {
-            new.backing_file = Some(whole_name(backing.name())?);
-            new.backing_fmt = Some(image_format(&backing).name().to_owned());
+            new.backing_file = Some(whole_name(backing.driver().name())?);
+            new.backing_fmt = Some(image_format(backing.driver()).name().to_owned());
         }
         let state_dir = state_dir(settings.state_dir.as_deref());
         let is_own = is_left_by(&self.engine, name, &mark, state_dir.as_deref()).await;
@@ -294,7 +299,7 @@ impl Run {
             admission.refuse(Refusal::Said(failure.to_string()));
         }
         if let Some(backing) = self.new_backing(settings, source, &new).await? {
-            admission.reads("new backing file", &backing).await;
+            admission.reads("new backing file", backing.driver()).await;
         }
         let disk = source.driver();
         // A qcow2 image is made of whole sectors.
@@ -332,7 +337,7 @@ impl Run {
         settings: &Settings,
         source: &Rc<Node>,
         new: &NewImage,
-    ) -> Result<Option<Rc<dyn Driver>>, Failure> {
+    ) -> Result<Option<Rc<Node>>, Failure> {
         let of_source = settings.sync == SyncMode::Top && source.driver().has_backing();
         match new.has_backing() && !of_source {
             true => {

@@ -33,7 +33,7 @@ pub(super) fn sources(ring: &Ring, disk: &Rc<dyn Driver>) -> Vec<Source> {
         let files = own_leaves(&driver).into_iter().filter_map(|leaf| leaf.local_file());
         let infos = files.filter_map(|file| ring.info(&file).ok());
         found.extend(infos.map(|info| Source { mode: info.mode, group: info.group }));
-        layer = driver.as_layer().and_then(|layer| layer.backing());
+        layer = super::below(&driver);
     }
     found
 }

@@ -22,7 +22,7 @@ use blockferry_ring::{Errno, Ring};
 use super::named;
 use crate::base::os_name;
 use crate::block::{BlockError, Driver, Operation};
-use crate::graph::node::{Node, Use, UseKind};
+use crate::graph::node::{Child, Node, Role};
 pub use access::FILE_MODE;
 use access::Source;
 use place::Ground;
@@ -39,7 +39,7 @@ pub struct Admitted {
     /// Permission bits of what is made.
     pub mode: u32,
     /// Uses of what is read.
-    pub uses: Vec<Use>,
+    pub uses: Vec<Rc<Child>>,
 }
 
 /// A judgement under way.
@@ -49,7 +49,7 @@ pub struct Admission {
     plan: Plan,
     read: Vec<(Ground, String)>,
     changed: Vec<(Ground, String)>,
-    uses: Vec<Use>,
+    uses: Vec<Rc<Child>>,
     /// Who may read what is read.
     sources: Vec<Source>,
     target: Option<Standing>,
@@ -97,7 +97,7 @@ impl Admission {
 
     /// A disk is read from its image and all below it, and must stay as it is; by others, too.
     pub async fn source(&mut self, node: &Rc<Node>) {
-        match node.attach_in_time(UseKind::PromisedSource).await {
+        match node.attach_in_time(Role::PromisedSource).await {
             Ok(promised) => self.uses.push(promised),
             Err(error) => self.refuse(error),
         }
@@ -107,8 +107,9 @@ impl Admission {
             // It is nothing but what it is put together from.
             "joined" => {
                 for part in driver.children() {
-                    self.sources.extend(access::sources(&self.ring, &part));
-                    self.reads("source", &part).await;
+                    let part = part.node();
+                    self.sources.extend(access::sources(&self.ring, part.driver()));
+                    self.reads("source", part.driver()).await;
                 }
             }
             _ => self.reads("source", driver).await,
@@ -127,7 +128,7 @@ impl Admission {
                 _ => "is the image that is read itself",
             };
             self.stays(&driver, relation).await;
-            let below = driver.as_layer().and_then(|layer| layer.backing());
+            let below = below(&driver);
             let role = if role.starts_with("new") { "new backing chain" } else { "backing file" };
             layer = below.map(|below| (role, below));
         }
@@ -138,7 +139,7 @@ impl Admission {
         let mut layer = Some(disk.clone());
         while let Some(driver) = layer {
             self.stays(&driver, relation).await;
-            layer = driver.as_layer().and_then(|layer| layer.backing());
+            layer = below(&driver);
         }
     }
 
@@ -156,7 +157,7 @@ impl Admission {
     }
 
     /// An image that is there is changed in place, as `role`; see [`Admission::layer`]. No part of it may be read.
-    pub async fn changes(&mut self, role: &'static str, node: &Rc<Node>, kind: UseKind) {
+    pub async fn changes(&mut self, role: &'static str, node: &Rc<Node>, kind: Role) {
         self.layer(role, Act::Change, node, kind).await;
         for leaf in own_leaves(node.driver()) {
             if let Some(ground) = Ground::of_leaf(&self.ring, &leaf).await {
@@ -167,8 +168,24 @@ impl Admission {
 
     /// A layer of a chain that a job works on. `kind` is how the job will use it: whether that goes with what others do with
     /// it is tried, and given up again.
-    pub async fn layer(&mut self, role: &'static str, act: Act, node: &Rc<Node>, kind: UseKind) {
-        if let Err(error) = node.attach_in_time(kind).await {
+    pub async fn layer(&mut self, role: &'static str, act: Act, node: &Rc<Node>, kind: Role) {
+        self.layer_of(None, role, act, node, kind).await;
+    }
+
+    /// The same for a layer in the chain of `disk`, on which the job works.
+    pub async fn layer_of(
+        &mut self,
+        disk: Option<&Rc<Node>>,
+        role: &'static str,
+        act: Act,
+        node: &Rc<Node>,
+        kind: Role,
+    ) {
+        let tried = match disk {
+            Some(disk) => node.attach_in_chain(kind, disk).await,
+            None => node.attach_in_time(kind).await,
+        };
+        if let Err(error) = tried {
             self.refuse(error);
         }
         let driver = node.driver();
@@ -317,13 +334,18 @@ fn planned(role: &'static str, act: Act, driver: &Rc<dyn Driver>) -> Planned {
     }
 }
 
+/// What lies below a layer.
+fn below(driver: &Rc<dyn Driver>) -> Option<Rc<dyn Driver>> {
+    Some(driver.as_layer()?.backing()?.node().driver().clone())
+}
+
 /// What a disk is, its latency aside.
 fn undelayed(driver: &Rc<dyn Driver>) -> Rc<dyn Driver> {
     let mut driver = driver.clone();
     while driver.kind() == "delay"
         && let Some(inner) = driver.children().into_iter().next()
     {
-        driver = inner;
+        driver = inner.node().driver().clone();
     }
     driver
 }
@@ -334,7 +356,7 @@ pub fn own_leaves(driver: &Rc<dyn Driver>) -> Vec<Rc<dyn Driver>> {
     let mut leaves = Vec::new();
     for child in driver.children() {
         if below.as_ref().is_none_or(|below| !Rc::ptr_eq(below, &child)) {
-            leaves.extend(own_leaves(&child));
+            leaves.extend(own_leaves(child.node().driver()));
         }
     }
     if leaves.is_empty() {

@@ -13,12 +13,12 @@ use super::access;
 use super::place::{self, Ground, folder};
 use super::{Act, Admission, Planned, Refusal, own_leaves};
 use crate::base::os_name;
-use crate::block::{BlockError, Driver, IoResult, Operation};
+use crate::block::{BlockError, IoResult, Operation};
 use crate::engine::create::{NewImage, data_file_path};
 use crate::engine::open::{self, local_path};
 use crate::engine::spec::NodeSpec;
 use crate::engine::{Format, ImageOptions, remote};
-use crate::graph::node::{Node, Use, UseKind};
+use crate::graph::node::{Child, Node, Role};
 
 /// What is to become of a target that is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +76,7 @@ pub struct Held {
     node: Rc<Node>,
     /// What was opened.
     spec: NodeSpec,
-    lock: Use,
+    lock: Rc<Child>,
 }
 
 impl Held {
@@ -87,20 +87,15 @@ impl Held {
         image: &ImageOptions,
     ) -> Result<Held, BlockError> {
         let options = ImageOptions { read_only: false, ..image.clone() };
-        let driver = open::open_child(ring, shown, &spec, &options).await?;
-        let node = Node::new(ring, spec.node_name.as_deref().unwrap_or(shown), driver);
-        let lock = node.attach_in_time(UseKind::PromisedTarget).await?;
+        let node = open::open_child(ring, shown, &spec, &options).await?;
+        let node = node.called(spec.node_name.as_deref().unwrap_or(shown));
+        let lock = node.attach_in_time(Role::PromisedTarget).await?;
         Ok(Held { node, spec, lock })
     }
 
-    /// Takes its locks again: making an image in it gives them up at the end.
-    pub fn lock_again(&self) -> Result<(), BlockError> {
-        self.lock.change(UseKind::PromisedTarget)
-    }
-
     /// Its bytes.
-    pub fn bytes(&self) -> &Rc<dyn Driver> {
-        self.node.driver()
+    pub fn bytes(&self) -> &Rc<Node> {
+        &self.node
     }
 
     /// Opens the image that these bytes are. The locks go over to it.
@@ -109,26 +104,19 @@ impl Held {
         ring: &Ring,
         name: &str,
         image: &ImageOptions,
-    ) -> Result<(Rc<Node>, Use), BlockError> {
-        let driver = self.image(ring, name, image).await?;
-        let node = match Rc::ptr_eq(&driver, self.bytes()) {
-            true => return Ok((self.node, self.lock)),
-            false => Node::new(ring, name, driver),
-        };
-        // Both keep their locks on one open file: the old ones go first, and nothing is waited for until the new ones
-        // are there.
-        drop(self);
-        let lock = node.attach_in_time(UseKind::PromisedTarget).await?;
+    ) -> Result<(Rc<Node>, Rc<Child>), BlockError> {
+        let node = self.image(ring, name, image).await?;
+        if Rc::ptr_eq(&node, self.bytes()) {
+            return Ok((self.node, self.lock));
+        }
+        let node = node.called(name);
+        // The locks of its file are held all the while: by its bytes, then by it.
+        let lock = node.attach_in_time(Role::PromisedTarget).await?;
         Ok((node, lock))
     }
 
-    async fn image(
-        &self,
-        ring: &Ring,
-        name: &str,
-        image: &ImageOptions,
-    ) -> Result<Rc<dyn Driver>, BlockError> {
-        open::open_on(ring, self.bytes().clone(), name, &self.spec, image).await
+    async fn image(&self, ring: &Ring, name: &str, image: &ImageOptions) -> Result<Rc<Node>, BlockError> {
+        open::open_on(ring, self.bytes(), name, &self.spec, image).await
     }
 }
 
@@ -257,8 +245,8 @@ impl Admission {
     async fn fits(&mut self, wish: &Wish<'_>, held: &Held) -> Result<(), Refusal> {
         let look = ImageOptions { read_only: true, ..wish.image.clone() };
         let image = held.image(&self.ring, wish.name, &look).await?;
-        let known = own_leaves(held.bytes());
-        for leaf in own_leaves(&image) {
+        let known = own_leaves(held.bytes().driver());
+        for leaf in own_leaves(image.driver()) {
             if known.iter().any(|known| Rc::ptr_eq(known, &leaf)) {
                 continue;
             }
@@ -278,11 +266,8 @@ impl Admission {
             )));
         }
         if !Rc::ptr_eq(&image, held.bytes()) {
-            // Its data file is locked, too. Giving that up gives up what is held, which is taken again.
-            let promised =
-                Node::new(&self.ring, wish.name, image).attach_in_time(UseKind::PromisedTarget).await?;
-            drop(promised);
-            held.lock_again()?;
+            // Its data file can be locked, too.
+            drop(image.attach_in_time(Role::PromisedTarget).await?);
         }
         Ok(())
     }
@@ -411,7 +396,7 @@ fn may_be_target(wish: &Wish<'_>, spec: &NodeSpec) -> Result<(), Refusal> {
 
 /// Whether what was opened has a length that is not ours to change.
 fn is_fixed(held: &Held, name: &str) -> bool {
-    own_leaves(held.bytes()).iter().any(|leaf| leaf.kind() == "host_device")
+    own_leaves(held.bytes().driver()).iter().any(|leaf| leaf.kind() == "host_device")
         || remote::nbd_disk(name).is_some()
 }
 
@@ -426,7 +411,7 @@ pub fn is_place(ring: &Ring, name: &str) -> bool {
 
 /// Takes what is in it out of what is to be made anew. What has a length of its own keeps it: who makes the new image sees
 /// to that.
-pub async fn empty(bytes: &Rc<dyn Driver>) -> IoResult {
+pub async fn empty(bytes: &Node) -> IoResult {
     match bytes.set_len(0).await {
         Err(error) if error.errno == Errno::EOPNOTSUPP => Ok(()),
         result => result,

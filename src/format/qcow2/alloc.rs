@@ -126,7 +126,7 @@ impl Qcow2 {
                     let fits = match self.reach((first + count) << self.g.cluster_bits).await {
                         Ok(()) => count,
                         Err(fault) => {
-                            let there = self.file.len() >> self.g.cluster_bits;
+                            let there = self.file().len() >> self.g.cluster_bits;
                             let fits = there.saturating_sub(first).min(count);
                             // What has a length of its own may have room for some of them.
                             if !partial || fits == 0 {
@@ -247,7 +247,7 @@ impl Qcow2 {
 
     /// Makes the file at least so long.
     pub(super) async fn reach(&self, end: u64) -> Result<(), Fault> {
-        if end <= self.file.len() {
+        if end <= self.file().len() {
             return Ok(());
         }
         if end > crate::base::limits::DISK_LEN_MAX || end >= 1 << 56 {
@@ -258,14 +258,14 @@ impl Qcow2 {
         }
         // Two at once would have the shorter length cut off what the other one is for.
         let _turn = self.lengthening.take().await;
-        if end <= self.file.len() {
+        if end <= self.file().len() {
             return Ok(());
         }
         let len = end.next_multiple_of(GROWTH_BYTES);
-        match self.file.set_len(len).await {
+        match self.file().set_len(len).await {
             Ok(()) => Ok(()),
             // It was looked at again: it may have been made larger.
-            Err(_) if end <= self.file.len() => Ok(()),
+            Err(_) if end <= self.file().len() => Ok(()),
             Err(error) if error.errno == Errno::EOPNOTSUPP => {
                 let why = "The image does not fit what it lies on; make that larger.";
                 Err(Fault::Refused(Errno::ENOSPC, why.into()))
@@ -279,10 +279,10 @@ impl Qcow2 {
     pub async fn cut_slack(&self) -> IoResult {
         let _turn = self.lengthening.take().await;
         let end = self.meta.borrow().virgin;
-        if end >= self.file.len() {
+        if end >= self.file().len() {
             return Ok(());
         }
-        match self.file.set_len(end).await {
+        match self.file().set_len(end).await {
             // What has a length of its own keeps it.
             Err(error) if error.errno == Errno::EOPNOTSUPP => Ok(()),
             done => done,
@@ -291,7 +291,10 @@ impl Qcow2 {
 
     /// A data file that was cut off is as long as the disk again, before something is written behind its end.
     pub(super) async fn reach_data(&self, end: u64) -> Result<(), Fault> {
-        let Some(data_file) = self.data_file.as_ref().filter(|file| end > file.len()) else { return Ok(()) };
+        let Some(data_file) = self.data_file.as_ref().map(|file| file.node()).filter(|file| end > file.len())
+        else {
+            return Ok(());
+        };
         let _turn = self.lengthening.take().await;
         if end <= data_file.len() {
             return Ok(());
@@ -306,7 +309,7 @@ impl Qcow2 {
     /// Gives back clusters that nothing has ever referred to, and their room: where a filesystem is full, tables need it.
     pub(super) async fn unreserve(&self, run: Run) {
         // Not giving room back is no error.
-        let _ = self.file.discard(run.host, run.count << self.g.cluster_bits).await;
+        let _ = self.file().discard(run.host, run.count << self.g.cluster_bits).await;
         self.give_back(run).await;
     }
 
@@ -393,7 +396,7 @@ impl Qcow2 {
                         let (at, len) =
                             (*first << self.g.cluster_bits, (*end - *first) << self.g.cluster_bits);
                         // Not giving room back is no error.
-                        let _ = self.file.discard(at, len).await;
+                        let _ = self.file().discard(at, len).await;
                         run = None;
                     }
                     (None, false) => {}

@@ -137,7 +137,7 @@ impl Qcow2 {
         if count > BITMAPS_MAX || len > DIRECTORY_BYTES_MAX || !at.is_multiple_of(self.g.cluster_size()) {
             return Err(damaged("is impossible"));
         }
-        if at & !OFFSET_MASK != 0 || at.checked_add(len).is_none_or(|end| end > self.file.len()) {
+        if at & !OFFSET_MASK != 0 || at.checked_add(len).is_none_or(|end| end > self.file().len()) {
             return Err(damaged("lies outside the file"));
         }
         let bytes = self.read_bytes(at, len).await?;

@@ -15,7 +15,9 @@ use super::info::Measured;
 use super::options::{Compat, CompressionType, CreateOptions, Preallocation};
 use super::{Backing, OpenFiles, OpenOptions, Wanted};
 use crate::base::os_name;
-use crate::block::{BlockError, Driver, IoFuture, IoResult, Operation, Permissions, Reserve, ZeroFlags};
+use crate::block::{
+    BlockError, Driver, IoFuture, IoResult, Node, Operation, Permissions, Reserve, ZeroFlags,
+};
 use blockferry_ring::Errno;
 
 /// How many clusters each table of a new image has, and where they are: header, refcount table, refcount
@@ -137,7 +139,7 @@ pub(super) fn first_cluster(header: &mut Header) -> Option<Vec<u8>> {
 struct Nothing;
 
 impl OpenFiles for Nothing {
-    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<dyn Driver>, BlockError>> {
+    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<Node>, BlockError>> {
         let error = BlockError::new(Operation::Open, wanted.name, Errno::EPERM);
         let pool = blockferry_ring::Pool::default();
         IoFuture::new(&pool, async move { Err(error) })
@@ -189,14 +191,15 @@ impl Qcow2 {
 
     pub(super) async fn create_image(
         ring: &Ring,
-        file: &Rc<dyn Driver>,
-        data_file: Option<&Rc<dyn Driver>>,
+        file: &Rc<Node>,
+        data_file: Option<&Rc<Node>>,
         options: &CreateOptions,
     ) -> IoResult {
-        let (size, [in_file, in_room]) = lay_out(file.name(), options, file.len())?;
+        let (size, [in_file, in_room]) = lay_out(file.driver().name(), options, file.len())?;
         let g = geometry(options);
-        let fail =
-            |errno, why: String| Err(BlockError::new(Operation::Create, file.name(), errno).because(why));
+        let fail = |errno, why: String| {
+            Err(BlockError::new(Operation::Create, file.driver().name(), errno).because(why))
+        };
         if data_file.is_some() != options.data_file.is_some() {
             return fail(Errno::EINVAL, "A data file was given and not named, or the reverse.".into());
         }
@@ -243,7 +246,7 @@ impl Qcow2 {
         }
         let open =
             OpenOptions { backing: Backing::None, data_file: data_file.cloned(), ..OpenOptions::default() };
-        let image = Qcow2::open_image(ring, file.clone(), &Nothing, open).await?;
+        let image = Qcow2::open_image(ring, file, &Nothing, open).await?;
         let thin = options.backing_file.is_some();
         let made = match image.preallocate(0, size, preallocation, thin).await {
             Ok(()) => {
@@ -397,12 +400,7 @@ impl Qcow2 {
 }
 
 /// Takes the header off what is to hold an image and has a length of its own.
-async fn clear_head(
-    file: &Rc<dyn Driver>,
-    memory: &Reserve,
-    layout: &Layout,
-    g: &Geometry,
-) -> Result<(), Fault> {
+async fn clear_head(file: &Rc<Node>, memory: &Reserve, layout: &Layout, g: &Geometry) -> Result<(), Fault> {
     let (needed, room) = (layout.clusters() * g.cluster_size(), file.len());
     if room < needed {
         let why = format!("An empty image has {needed} bytes already, and there is room for {room}.");
@@ -413,7 +411,7 @@ async fn clear_head(
 }
 
 async fn write_tables(
-    file: &Rc<dyn Driver>,
+    file: &Rc<Node>,
     memory: &Reserve,
     g: &Geometry,
     layout: &Layout,

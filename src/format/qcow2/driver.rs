@@ -8,8 +8,8 @@ use super::header::autoclear;
 use super::image::{Fault, Qcow2};
 use crate::base::range::ByteRange;
 use crate::block::{
-    BlockError, Capabilities, Driver, Extent, Fill, IoFuture, IoResult, Layer, Limits, Operation,
-    Permissions, Resolved, WriteFlags, ZeroFlags,
+    BlockError, Capabilities, Child, Driver, Extent, Fill, IoFuture, IoResult, Layer, Limits, Node,
+    Operation, Permissions, Resolved, WriteFlags, ZeroFlags,
 };
 
 impl Qcow2 {
@@ -161,22 +161,24 @@ impl Driver for Qcow2 {
         Some(self.ring.boxed(self.reopen_image(read_only)))
     }
 
-    fn children(&self) -> Vec<Rc<dyn Driver>> {
-        [Some(self.file.clone()), self.data_file.clone(), self.below()].into_iter().flatten().collect()
+    fn children(&self) -> Vec<Rc<Child>> {
+        let below = self.backing.borrow().clone();
+        [Some(self.file.clone()), self.data_file.clone(), below].into_iter().flatten().collect()
     }
 
-    /// The layer below is the graph's business.
     fn set_permissions(&self, permissions: Permissions) -> IoResult {
         let old = self.permissions.get();
         // Tables are read and written by whoever reads or writes the disk.
         let used = permissions != Permissions::NONE;
         let own = if used && !self.read_only.get() { permissions.for_image() } else { permissions };
         self.file.set_permissions(own)?;
-        if let Some(data_file) = &self.data_file
-            && let Err(error) = data_file.set_permissions(own)
-        {
+        let data_file = self.data_file.as_ref().map_or(Ok(()), |data_file| data_file.set_permissions(own));
+        let backing = self.backing.borrow().clone();
+        let below = || backing.map_or(Ok(()), |below| below.set_permissions(self.needs_below(own)));
+        if let Err(error) = data_file.and_then(|()| below()) {
             // Going back to what was held takes nothing new from others.
             let _ = self.file.set_permissions(old);
+            let _ = self.data_file.as_ref().map(|data_file| data_file.set_permissions(old));
             return Err(error);
         }
         self.permissions.set(own);
@@ -188,11 +190,11 @@ impl Driver for Qcow2 {
     }
 
     fn local_file(&self) -> Option<File> {
-        self.file.local_file()
+        self.file().local_file()
     }
 
     fn identity(&self) -> Option<(u64, u64)> {
-        self.file.identity()
+        self.file().identity()
     }
 
     fn set_len(&self, len: u64) -> IoFuture<'_, IoResult> {
@@ -200,28 +202,41 @@ impl Driver for Qcow2 {
     }
 
     fn allocated_bytes(&self) -> Option<u64> {
-        self.file.allocated_bytes()
+        self.file().allocated_bytes()
     }
 
     fn ask_allocated(&self) -> Option<IoFuture<'_, ()>> {
-        self.file.ask_allocated()
+        let file = self.file();
+        Some(self.ring.boxed(async move {
+            if let Some(asked) = file.ask_allocated() {
+                asked.await;
+            }
+        }))
     }
 
     fn fail_in_flight(&self) {
-        self.file.fail_in_flight();
+        self.file().fail_in_flight();
         if let Some(data_file) = &self.data_file {
-            data_file.fail_in_flight();
+            data_file.node().fail_in_flight();
         }
     }
 
     fn is_away(&self) -> bool {
-        self.file.is_away() || self.data_file.as_ref().is_some_and(|data_file| data_file.is_away())
+        self.file().is_away() || self.data_file.as_ref().is_some_and(|data_file| data_file.node().is_away())
+    }
+}
+
+impl Qcow2 {
+    /// What is needed of the layer below while this is needed of the image: it is only read, by many at once, and must not
+    /// change under them.
+    pub(super) fn needs_below(&self, own: Permissions) -> Permissions {
+        if own == Permissions::NONE { Permissions::NONE } else { Permissions::STABLE_READER }
     }
 }
 
 impl Layer for Qcow2 {
-    fn backing(&self) -> Option<Rc<dyn Driver>> {
-        self.below()
+    fn backing(&self) -> Option<Rc<Child>> {
+        self.backing.borrow().clone()
     }
 
     fn recorded_backing(&self) -> Option<(String, Option<String>)> {
@@ -259,7 +274,7 @@ impl Layer for Qcow2 {
         self.ring.boxed(Qcow2::set_backing(self, backing))
     }
 
-    fn set_backing(&self, backing: Option<Rc<dyn Driver>>) {
-        self.replace_backing(backing);
+    fn set_backing(&self, backing: Option<&Rc<Node>>) -> IoResult {
+        self.replace_backing(backing)
     }
 }

@@ -14,7 +14,7 @@ use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 
 use crate::base::os_name;
-use crate::block::{BlockError, Driver, IoFuture};
+use crate::block::{BlockError, IoFuture, Node};
 use crate::protocol::structured::parse_json;
 
 /// What a named file is to be.
@@ -44,7 +44,7 @@ pub struct Wanted<'a> {
 /// Who opens other files for images. The engine has one that asks a [`Gate`].
 pub trait OpenFiles: std::fmt::Debug {
     /// Opens the file, or says why not.
-    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<dyn Driver>, BlockError>>;
+    fn open<'a>(&'a self, wanted: Wanted<'a>) -> IoFuture<'a, Result<Rc<Node>, BlockError>>;
 }
 
 /// What may be opened.

@@ -18,7 +18,7 @@ use super::image::{Fault, Qcow2};
 use super::plan::Place;
 use crate::base::range::ByteRange;
 use crate::block::pin::Pin;
-use crate::block::{Driver, Operation as What, Resolved};
+use crate::block::{Driver, Node, Operation as What, Resolved};
 
 /// Whom to ask.
 #[derive(Clone)]
@@ -26,7 +26,7 @@ enum Layer {
     /// The image that is read.
     This,
     /// One below it.
-    Below(Rc<dyn Driver>),
+    Below(Rc<Node>),
     /// There is no layer: zeroes.
     Nothing,
 }
@@ -257,12 +257,12 @@ impl Qcow2 {
     }
 }
 
-fn as_qcow2(driver: &Rc<dyn Driver>) -> Option<&Qcow2> {
-    driver.as_any()?.downcast_ref()
+fn as_qcow2(driver: &Rc<Node>) -> Option<&Qcow2> {
+    driver.driver().as_any()?.downcast_ref()
 }
 
 /// A layer of another format: it has all of the range, or knows best how to read it.
-fn plan_other(driver: &Rc<dyn Driver>, range: ByteRange, fast: bool) -> Part {
+fn plan_other(driver: &Rc<Node>, range: ByteRange, fast: bool) -> Part {
     let resolved = if fast { driver.resolve(range.start(), range.len()) } else { Resolved::Ask };
     let source = match resolved {
         Resolved::File { file, offset, pin } => Source::File { file, offset, _pin: pin },

@@ -11,11 +11,11 @@ use crate::block::Extent;
 impl Qcow2 {
     /// What the filesystem says of data at `host`: zeroes where there is a hole in a preallocated image.
     pub(super) async fn data_status(&self, host: u64, len: u64) -> Result<Extent, Fault> {
-        if !self.is_preallocated().await? || host >= self.file.len() {
+        if !self.is_preallocated().await? || host >= self.file().len() {
             return Ok(Extent::data(len));
         }
-        let there = len.min(self.file.len() - host);
-        let found = self.file.block_status(host, there).await?;
+        let there = len.min(self.file().len() - host);
+        let found = self.file().block_status(host, there).await?;
         Ok(Extent { allocated: true, len: found.len.min(len), ..found })
     }
 
@@ -24,7 +24,7 @@ impl Qcow2 {
         if let Some(known) = self.preallocated.get() {
             return Ok(known);
         }
-        let found = match (&self.data_file, self.file.local_file(), self.file.allocated_bytes()) {
+        let found = match (&self.data_file, self.file().local_file(), self.file().allocated_bytes()) {
             (None, Some(_), Some(allocated)) => {
                 let there = allocated / self.g.cluster_size();
                 let enough = (there * 10 / 9).max(there + 2);
@@ -38,7 +38,7 @@ impl Qcow2 {
 
     /// Whether so many clusters of the file have a refcount. Tables that make no sense have none.
     async fn has_clusters_in_use(&self, enough: u64) -> Result<bool, Fault> {
-        let (size, end) = (self.g.cluster_size(), self.file.len());
+        let (size, end) = (self.g.cluster_size(), self.file().len());
         if self.g.clusters(end) < enough {
             return Ok(false);
         }

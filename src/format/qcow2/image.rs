@@ -17,7 +17,7 @@ use super::meta::{Damage, Meta};
 use crate::base::range::ByteRange;
 use crate::block::pin::Epochs;
 use crate::block::serial::Serial;
-use crate::block::{BlockError, Driver, NoMemory, Operation, Reserve, WriteFlags};
+use crate::block::{BlockError, Child, NoMemory, Node, Operation, Reserve, WriteFlags};
 
 /// Pages that are written at the same time.
 const PAGES_AT_ONCE: usize = 16;
@@ -125,9 +125,9 @@ pub(super) struct SyncState {
 /// An open image. It is a [`Driver`]; its own functions are what is special about the format.
 pub struct Qcow2 {
     pub(super) ring: Ring,
-    pub(super) file: Rc<dyn Driver>,
-    pub(super) data_file: Option<Rc<dyn Driver>>,
-    pub(super) backing: RefCell<Option<Rc<dyn Driver>>>,
+    pub(super) file: Rc<Child>,
+    pub(super) data_file: Option<Rc<Child>>,
+    pub(super) backing: RefCell<Option<Rc<Child>>>,
     /// The name of the backing file as it was opened.
     pub(super) backing_name: RefCell<Option<String>>,
     pub(super) name: Rc<str>,
@@ -240,12 +240,12 @@ impl Qcow2 {
     }
 
     /// Where guest data lies.
-    pub(super) fn data(&self) -> &Rc<dyn Driver> {
-        self.data_file.as_ref().unwrap_or(&self.file)
+    pub(super) fn data(&self) -> Rc<Node> {
+        self.data_file.as_ref().unwrap_or(&self.file).node()
     }
 
-    pub(super) fn below(&self) -> Option<Rc<dyn Driver>> {
-        self.backing.borrow().clone()
+    pub(super) fn below(&self) -> Option<Rc<Node>> {
+        self.backing.borrow().as_ref().map(|child| child.node())
     }
 
     /// The clusters that a range touches, as a range.
@@ -257,7 +257,7 @@ impl Qcow2 {
 
     /// Where the file ends; its last cluster may be there in part.
     pub(super) fn file_end(&self) -> u64 {
-        self.file.len().checked_next_multiple_of(self.g.cluster_size()).unwrap_or(u64::MAX)
+        self.file().len().checked_next_multiple_of(self.g.cluster_size()).unwrap_or(u64::MAX)
     }
 
     /// A table lies in the file. What is not there would read as zeroes, and once it is written the file
@@ -272,17 +272,17 @@ impl Qcow2 {
     /// The filesystem says that there is nothing but a hole: zeroes, which nobody need read. What a walk over
     /// tables costs is so bounded by what the file occupies, not by how long it claims to be.
     pub(super) async fn is_hole(&self, at: u64, len: u64) -> Result<bool, Fault> {
-        let end = at.saturating_add(len).min(self.file.len());
+        let end = at.saturating_add(len).min(self.file().len());
         if at >= end {
             return Ok(true);
         }
-        let extent = self.file.block_status(at, end - at).await?;
+        let extent = self.file().block_status(at, end - at).await?;
         Ok(extent.zero && extent.len >= end - at)
     }
 
     /// Reads bytes of the file; beyond its end there are zeroes.
     pub(super) async fn read_bytes(&self, offset: u64, len: u64) -> Result<Vec<u8>, Fault> {
-        read_bytes(&self.file, &self.table_memory, offset, len).await
+        read_bytes(&self.file(), &self.table_memory, offset, len).await
     }
 
     /// Reads a table that may be long, and mostly a hole.
@@ -296,7 +296,7 @@ impl Qcow2 {
 
     /// Writes bytes to the file.
     pub(super) async fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
-        write_bytes(&self.file, &self.table_memory, offset, bytes).await
+        write_bytes(&self.file(), &self.table_memory, offset, bytes).await
     }
 
     pub(super) async fn write_pages(&self, pages: &[Page]) -> Result<(), Fault> {
@@ -312,31 +312,35 @@ impl Qcow2 {
     /// Makes a cluster of the file all zeroes: a new table.
     pub(super) async fn zero_host(&self, offset: u64, len: u64) -> Result<(), Fault> {
         let flags = crate::block::ZeroFlags { may_unmap: true, ..Default::default() };
-        Ok(self.file.write_zeroes(offset, len, flags).await?)
+        Ok(self.file().write_zeroes(offset, len, flags).await?)
     }
 
     /// Makes a cluster of the file all zeroes that becomes a table. Its room is taken at once: where there is none, the
     /// request that needs the table fails, and not the flush that writes it, which would take many others with it.
     pub(super) async fn zero_table(&self, offset: u64, len: u64) -> Result<(), Fault> {
-        Ok(self.file.write_zeroes(offset, len, crate::block::ZeroFlags::default()).await?)
+        Ok(self.file().write_zeroes(offset, len, crate::block::ZeroFlags::default()).await?)
     }
 
     /// Takes the room, for the same reason, of a part of a table that is there already and may lie in a hole of the file.
     /// Where that cannot be asked for it is left to the place.
     pub(super) async fn take_room(&self, offset: u64, len: u64) -> Result<(), Fault> {
-        let Some(file) = self.file.local_file().filter(|_| !self.read_only.get() && !self.for_check) else {
+        let Some(file) = self.file().local_file().filter(|_| !self.read_only.get() && !self.for_check) else {
             return Ok(());
         };
         // Whole pages: they are what is written.
         let start = offset / PAGE_BYTES_MAX * PAGE_BYTES_MAX;
-        let end = (offset + len).next_multiple_of(PAGE_BYTES_MAX).min(self.file.len());
+        let end = (offset + len).next_multiple_of(PAGE_BYTES_MAX).min(self.file().len());
         if start >= end {
             return Ok(());
         }
         match self.ring.fallocate(&file, Fallocate::Allocate, start, end - start).await {
-            Err(errno) if errno.is_no_space() => {
-                Err(Fault::Io(BlockError::at(Operation::Write, self.file.name(), start, end - start, errno)))
-            }
+            Err(errno) if errno.is_no_space() => Err(Fault::Io(BlockError::at(
+                Operation::Write,
+                self.file().driver().name(),
+                start,
+                end - start,
+                errno,
+            ))),
             _ => Ok(()),
         }
     }
@@ -390,9 +394,9 @@ impl Qcow2 {
                        Flushes of this image go on failing until it is opened anew.";
             return Err(Fault::Refused(errno, why.into()));
         }
-        let mut result = self.file.flush().await;
+        let mut result = self.file().flush().await;
         if let (Ok(()), Some(data_file)) = (&result, &self.data_file) {
-            result = data_file.flush().await;
+            result = data_file.node().flush().await;
         }
         if let Err(error) = result {
             if error.errno != Errno::EAGAIN && error.errno != Errno::EINTR {
@@ -401,8 +405,8 @@ impl Qcow2 {
             return Err(error.into());
         }
         // Tables that are taken for written may be gone: what hangs on them is not known any more.
-        let losses = self.data_file.as_ref().map_or(0, |data_file| data_file.losses_for_good());
-        if self.file.losses_for_good() + losses > 0 {
+        let losses = self.data_file.as_ref().map_or(0, |data_file| data_file.node().losses_for_good());
+        if self.file().losses_for_good() + losses > 0 {
             self.sync.failed.set(Some(Errno::EIO));
             let why = "The server was lost, and what it had acknowledged and not flushed could not be written again. \
                        Flushes of this image fail until it is opened anew.";
@@ -414,7 +418,7 @@ impl Qcow2 {
     // Data.
 
     /// Reads from a driver what may lie beyond its end: there are zeroes.
-    pub(super) async fn get(driver: &Rc<dyn Driver>, offset: u64, buf: Buf) -> (Buf, Result<(), Fault>) {
+    pub(super) async fn get(driver: &Rc<Node>, offset: u64, buf: Buf) -> (Buf, Result<(), Fault>) {
         let there = driver.len().saturating_sub(offset).min(buf.len() as u64) as usize;
         if there == buf.len() {
             let (buf, result) = driver.read(offset, buf).await;
@@ -453,7 +457,7 @@ impl Qcow2 {
 
 /// Reads bytes of a file; beyond its end there are zeroes.
 pub(super) async fn read_bytes(
-    file: &Rc<dyn Driver>,
+    file: &Rc<Node>,
     memory: &Reserve,
     offset: u64,
     len: u64,
@@ -472,7 +476,7 @@ pub(super) async fn read_bytes(
 
 /// Writes bytes to a file.
 pub(super) async fn write_bytes(
-    file: &Rc<dyn Driver>,
+    file: &Rc<Node>,
     memory: &Reserve,
     offset: u64,
     bytes: &[u8],

@@ -46,7 +46,7 @@ impl Qcow2 {
         self.ring.boxed(async move {
             let _pin = self.epochs.enter();
             let piece = self.piece(offset, offset + len).await?;
-            let file = |at: Option<u64>| at.map(|_| self.data().name().to_owned());
+            let file = |at: Option<u64>| at.map(|_| self.data().driver().name().to_owned());
             let own = |extent, compressed, at: Option<u64>| MapExtent {
                 extent: Extent { depth, ..extent },
                 present: true,
@@ -65,7 +65,7 @@ impl Qcow2 {
                 Place::Below => match self.below() {
                     Some(below) if offset < below.len() => {
                         let len = piece.len.min(below.len() - offset);
-                        map_below(&*below, offset, len, depth + 1).await?
+                        map_below(&**below.driver(), offset, len, depth + 1).await?
                     }
                     // The layer below ends before this; it reads as zeroes by this one's length.
                     Some(_) => hole,

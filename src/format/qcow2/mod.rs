@@ -64,7 +64,7 @@ pub use options::{Compat, CompressionType, CreateOptions, Preallocation};
 pub use view::WhichSnapshot;
 
 use crate::base::range::ByteRange;
-use crate::block::{BlockError, Driver, IoResult, Operation};
+use crate::block::{self, BlockError, Child, IoResult, Node, Operation};
 
 /// What becomes of the backing file when an image is opened.
 #[derive(Clone, Debug, Default)]
@@ -75,7 +75,7 @@ pub enum Backing {
     /// None is opened. What the image does not hold reads as zeroes.
     None,
     /// This one stands in for it.
-    Given(Rc<dyn Driver>),
+    Given(Rc<Node>),
 }
 
 /// How to open an image.
@@ -86,7 +86,7 @@ pub struct OpenOptions {
     /// The layer below.
     pub backing: Backing,
     /// The file that holds the data, instead of the one that the image names.
-    pub data_file: Option<Rc<dyn Driver>>,
+    pub data_file: Option<Rc<Node>>,
     /// Not the disk as it is, but as this snapshot has it; read-only.
     pub snapshot: Option<WhichSnapshot>,
     /// To be checked or repaired: damage is no reason not to open it, and nothing is repaired yet.
@@ -104,8 +104,8 @@ impl Qcow2 {
     /// `EINVAL` with a hint for options that do not go together; what the file says.
     pub async fn create(
         ring: &Ring,
-        file: &Rc<dyn Driver>,
-        data_file: Option<&Rc<dyn Driver>>,
+        file: &Rc<Node>,
+        data_file: Option<&Rc<Node>>,
         options: &CreateOptions,
     ) -> IoResult {
         Qcow2::create_image(ring, file, data_file, options).await
@@ -134,7 +134,7 @@ impl Qcow2 {
     /// `EROFS` for a corrupt image that is to be written.
     pub async fn open(
         ring: &Ring,
-        file: Rc<dyn Driver>,
+        file: &Rc<Node>,
         files: &dyn OpenFiles,
         options: OpenOptions,
     ) -> Result<Rc<Qcow2>, BlockError> {
@@ -142,12 +142,12 @@ impl Qcow2 {
     }
 
     /// The file that holds the image.
-    pub fn file(&self) -> &Rc<dyn Driver> {
-        &self.file
+    pub fn file(&self) -> Rc<Node> {
+        self.file.node()
     }
 
     /// The layer below, where one is open.
-    pub fn backing(&self) -> Option<Rc<dyn Driver>> {
+    pub fn backing(&self) -> Option<Rc<Node>> {
         self.below()
     }
 
@@ -237,9 +237,19 @@ impl Qcow2 {
     }
 
     /// Replaces the open layer below, without a word to the image. Nobody may use the image meanwhile.
-    pub fn replace_backing(&self, backing: Option<Rc<dyn Driver>>) {
-        *self.backing_name.borrow_mut() = backing.as_ref().map(|driver| driver.name().to_owned());
-        *self.backing.borrow_mut() = backing;
+    pub fn replace_backing(&self, backing: Option<&Rc<Node>>) -> IoResult {
+        let child = self.backing.borrow().clone();
+        match (child, backing) {
+            (Some(child), Some(node)) => child.switch_to(node)?,
+            (_, None) => drop(self.backing.take()),
+            (None, Some(node)) => {
+                let child = Child::inner(node, block::Role::Backing, self.name.clone());
+                child.set_permissions(self.needs_below(self.permissions.get()))?;
+                self.backing.replace(Some(child));
+            }
+        }
+        *self.backing_name.borrow_mut() = backing.map(|node| node.driver().name().to_owned());
+        Ok(())
     }
 
     /// Bytes of a cluster, which is compressed as a whole.

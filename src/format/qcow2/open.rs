@@ -18,16 +18,16 @@ use super::{Backing, OpenOptions, WhichSnapshot};
 use crate::base::limits::{QCOW2_L2_CACHE_BYTES, QCOW2_REFCOUNT_CACHE_BYTES, RESERVE_BYTES};
 use crate::block::pin::Epochs;
 use crate::block::serial::Serial;
-use crate::block::{BlockError, Driver, Operation, Permissions, Reserve};
+use crate::block::{self, BlockError, Child, Node, Operation, Permissions, Reserve};
 
 /// Bytes that are read to learn how large the first cluster is.
 const HEAD_BYTES: u64 = 4096;
 
 /// What an image is put together from.
 struct Parts {
-    file: Rc<dyn Driver>,
-    data_file: Option<Rc<dyn Driver>>,
-    backing: Option<Rc<dyn Driver>>,
+    file: Rc<Child>,
+    data_file: Option<Rc<Child>>,
+    backing: Option<Rc<Child>>,
     table_memory: Reserve,
     copy_memory: OnceCell<Reserve>,
 }
@@ -46,11 +46,11 @@ pub(super) fn plain(name: &str, fault: Fault) -> BlockError {
 
 /// Reads the header and the first cluster of an image.
 async fn read_header(
-    file: &Rc<dyn Driver>,
+    file: &Rc<Node>,
     memory: &Reserve,
     for_check: bool,
 ) -> Result<(Header, Vec<u8>), BlockError> {
-    let name = file.name();
+    let name = file.driver().name();
     let bad = |error: HeaderError| refuse(name, Errno::EINVAL, error.to_string());
     let read = async |len: u64| {
         let len = len.min(file.len());
@@ -66,11 +66,12 @@ async fn read_header(
 impl Qcow2 {
     pub(super) async fn open_image(
         ring: &Ring,
-        file: Rc<dyn Driver>,
+        file: &Rc<Node>,
         files: &dyn OpenFiles,
         options: OpenOptions,
     ) -> Result<Rc<Qcow2>, BlockError> {
-        let name: Rc<str> = file.name().into();
+        let name: Rc<str> = file.driver().name().into();
+        let child = Child::inner(file, block::Role::File, name.clone());
         let read_only = options.read_only || file.is_read_only();
         let memory = |bytes| {
             Reserve::new(ring, bytes).map_err(|errno| {
@@ -84,8 +85,8 @@ impl Qcow2 {
         }
         // Held from here on: nobody else changes what is read now.
         let held = if read_only { Permissions::STABLE_READER } else { Permissions::USER }.for_image();
-        file.set_permissions(held)?;
-        let (header, cluster) = read_header(&file, &table_memory, options.for_check).await?;
+        child.set_permissions(held)?;
+        let (header, cluster) = read_header(file, &table_memory, options.for_check).await?;
         let writable = !read_only && !options.for_check;
         if header.incompatible & incompatible::CORRUPT != 0 && writable {
             let why = "The image is marked as damaged: it can be read, and repaired (`blockferry check --repair all`), \
@@ -101,7 +102,7 @@ impl Qcow2 {
             (None, false) => None,
         };
         let backing = match (&options.backing, &header.backing_file) {
-            (Backing::Given(driver), _) => Some(driver.clone()),
+            (Backing::Given(node), _) => Some(node.clone()),
             (Backing::Named, Some(named)) => {
                 let format = header.text(extension::BACKING_FORMAT);
                 let wanted = Wanted {
@@ -115,7 +116,10 @@ impl Qcow2 {
             }
             _ => None,
         };
-        let parts = Parts { file, data_file, backing, table_memory, copy_memory };
+        let inner = |node: &Rc<Node>, role| Child::inner(node, role, name.clone());
+        let data_file = data_file.map(|node| inner(&node, block::Role::DataFile));
+        let backing = backing.map(|node| inner(&node, block::Role::Backing));
+        let parts = Parts { file: child, data_file, backing, table_memory, copy_memory };
         let image = Qcow2::assemble(ring, header, cluster, parts, options.for_check, read_only);
         image.permissions.set(held);
         // In memory of its own: whoever opens a deep chain waits here once a layer.
@@ -150,7 +154,7 @@ impl Qcow2 {
         let g = header.geometry();
         let mut head = cluster;
         head.resize(g.cluster_size().min(HEAD_BYTES) as usize, 0);
-        let virgin = file.len().next_multiple_of(g.cluster_size());
+        let virgin = file.node().len().next_multiple_of(g.cluster_size());
         let meta = Meta {
             g,
             l1: WholeTable::new(&g, header.l1_offset, Vec::new()),
@@ -167,10 +171,12 @@ impl Qcow2 {
         };
         Rc::new(Qcow2 {
             ring: ring.clone(),
-            name: file.name().into(),
+            name: file.node().driver().name().into(),
             file,
             data_file,
-            backing_name: RefCell::new(backing.as_ref().map(|backing| backing.name().to_owned())),
+            backing_name: RefCell::new(
+                backing.as_ref().map(|backing| backing.node().driver().name().to_owned()),
+            ),
             backing: RefCell::new(backing),
             read_only: Cell::new(read_only),
             for_check,
@@ -307,7 +313,7 @@ async fn open_data_file(
     files: &dyn OpenFiles,
     name: &Rc<str>,
     read_only: bool,
-) -> Result<Rc<dyn Driver>, BlockError> {
+) -> Result<Rc<Node>, BlockError> {
     let Some(named) = header.text(extension::DATA_FILE) else {
         return Err(refuse(
             name,

@@ -82,7 +82,7 @@ impl Qcow2 {
         mut buf: Buf,
     ) -> (Buf, Result<(), Fault>) {
         match place {
-            Place::Data(host) => Qcow2::get(self.data(), host, buf).await,
+            Place::Data(host) => Qcow2::get(&self.data(), host, buf).await,
             Place::Below => match self.below() {
                 Some(below) => Qcow2::get(&below, offset, buf).await,
                 None => {

@@ -9,7 +9,7 @@ use super::header::incompatible;
 use super::image::{Fault, Qcow2};
 use super::open::{plain, refuse};
 use crate::base::limits::RESERVE_BYTES;
-use crate::block::{Driver, IoResult, Reserve};
+use crate::block::{IoResult, Node, Reserve};
 
 impl Qcow2 {
     /// See [`Driver::reopen`].
@@ -60,11 +60,11 @@ impl Qcow2 {
     }
 
     async fn reopen_files(&self, read_only: bool) -> IoResult {
-        reopen(&*self.file, read_only).await?;
+        reopen(&self.file(), read_only).await?;
         if let Some(data_file) = &self.data_file
-            && let Err(error) = reopen(&**data_file, read_only).await
+            && let Err(error) = reopen(&data_file.node(), read_only).await
         {
-            if let Err(error) = reopen(&*self.file, !read_only).await {
+            if let Err(error) = reopen(&self.file(), !read_only).await {
                 tracing::warn!(%error, "the access to an image could not be changed back");
             }
             return Err(error);
@@ -73,14 +73,14 @@ impl Qcow2 {
     }
 }
 
-async fn reopen(driver: &dyn Driver, read_only: bool) -> IoResult {
-    if driver.is_read_only() == read_only {
+async fn reopen(file: &Node, read_only: bool) -> IoResult {
+    if file.is_read_only() == read_only {
         return Ok(());
     }
-    match driver.reopen(read_only) {
+    match file.reopen(read_only) {
         Some(reopening) => reopening.await,
         None => Err(refuse(
-            driver.name(),
+            file.driver().name(),
             Errno::EROFS,
             "It was opened to be read only, and this kind of place cannot be opened otherwise meanwhile.",
         )),

@@ -435,7 +435,7 @@ impl Check<'_> {
         let mut at = 0;
         while at < self.file_len {
             image.let_others(1).await;
-            let extent = image.file.block_status(at, self.file_len - at).await?;
+            let extent = image.file().block_status(at, self.file_len - at).await?;
             let end = at + extent.len.clamp(1, self.file_len - at);
             // A file may end far away: its holes cost nothing.
             let data = if extent.zero { 0..0 } else { at / size..end.div_ceil(size) };

@@ -65,7 +65,7 @@ impl Qcow2 {
             self.grow_l1(needed).await?;
         }
         if let Some(data_file) = &self.data_file {
-            data_file.set_len(len).await?;
+            data_file.node().set_len(len).await?;
         }
         self.len_before.set(Some(old));
         self.len.set(len);
@@ -192,7 +192,7 @@ impl Qcow2 {
         self.len.set(len);
         self.write_back().await?;
         if let Some(data_file) = &self.data_file {
-            data_file.set_len(len).await?;
+            data_file.node().set_len(len).await?;
         }
         Ok(())
     }

@@ -154,6 +154,6 @@ impl Qcow2 {
 
     /// The length of the file that holds the image, as it is now.
     pub(super) fn file_len(&self) -> u64 {
-        self.file.len()
+        self.file().len()
     }
 }

@@ -66,7 +66,10 @@ impl Qcow2 {
             && let Some(data_file) = &self.data_file
         {
             self.reach_data(range.end()).await?;
-            data_file.write_zeroes(range.start(), range.len(), ZeroFlags { fua: false, ..flags }).await?;
+            data_file
+                .node()
+                .write_zeroes(range.start(), range.len(), ZeroFlags { fua: false, ..flags })
+                .await?;
         }
         Ok(())
     }
@@ -146,6 +149,7 @@ impl Qcow2 {
             && !self.is_data_raw()
         {
             // Only room is given back here; what the guest sees is said by the entry.
+            let data_file = data_file.node();
             let part = part.split_at(data_file.len()).0;
             if !part.is_empty() {
                 let _ = data_file.discard(part.start(), part.len()).await;

@@ -13,7 +13,7 @@ use crate::base::range::ByteRange;
 use crate::base::zero::{is_zero, zero_runs};
 use crate::block::{BlockError, Driver, Extent, IoResult, WriteFlags, ZeroFlags};
 use crate::format::qcow2::Qcow2;
-use crate::graph::node::Use;
+use crate::graph::node::{Child, Node};
 use crate::job::body::Hands;
 use crate::job::compare::Comparer;
 use crate::job::error::JobFailure;
@@ -43,8 +43,10 @@ pub struct Tally {
 
 pub(super) struct Parts {
     pub ring: Ring,
-    pub source: Use,
-    pub target: Use,
+    pub source: Rc<Node>,
+    pub target: Rc<Node>,
+    /// The job's use of both.
+    pub _uses: [Rc<Child>; 2],
     pub lasting: Lasting,
     pub marker: Option<Box<dyn Marker>>,
     pub offload: CopyOffload,
@@ -87,11 +89,11 @@ fn add(cell: &Cell<u64>, n: u64) {
 
 impl Parts {
     fn from(&self) -> &Rc<dyn Driver> {
-        self.source.node().driver()
+        self.source.driver()
     }
 
     fn to(&self) -> &Rc<dyn Driver> {
-        self.target.node().driver()
+        self.target.driver()
     }
 
     async fn perform(&self, op: Op) -> Outcome {

@@ -27,7 +27,7 @@ use super::offload::{CopyOffload, OffloadPolicy};
 use super::runner::{ErrorPolicies, Job};
 use crate::base::limits;
 use crate::block::{BlockError, IoFuture, IoResult};
-use crate::graph::node::{Node, UseKind};
+use crate::graph::node::{Node, Role};
 use hands::{ConvertHands, Parts};
 use machine::{Convert, Settings};
 
@@ -153,8 +153,8 @@ pub async fn start(
     let packed = options.compressor.as_ref().map(|compressor| compressor.cluster_bytes());
     let mut job_options = JobOptions::new(options.id.clone(), JobType::Convert);
     job_options.speed_bytes_per_sec = parse_speed(options.speed)?;
-    let source_use = source.attach_in_time(UseKind::JobSource("convert")).await?;
-    let target_use = target.attach_in_time(UseKind::JobTarget("convert")).await?;
+    let source_use = source.attach_in_time(Role::JobSource("convert")).await?;
+    let target_use = target.attach_in_time(Role::JobTarget("convert")).await?;
     let job = Job::new(ring, job_options, options.policies);
     let offload = CopyOffload::new(if packed.is_some() || options.sparse_bytes == 0 {
         OffloadPolicy::Never
@@ -179,8 +179,9 @@ pub async fn start(
     };
     let hands = ConvertHands(Rc::new(Parts {
         ring: ring.clone(),
-        source: source_use,
-        target: target_use,
+        source: source.clone(),
+        target: target.clone(),
+        _uses: [source_use, target_use],
         lasting: Lasting::new(to, true),
         marker: options.marker,
         offload,

@@ -65,7 +65,7 @@ impl Conduct {
 
     /// Somebody could wait for the job.
     pub fn has_guests(&self) -> bool {
-        self.source.as_ref().is_some_and(|node| node.root_count() > 0)
+        self.source.as_ref().is_some_and(|node| node.client_count() > 0)
     }
 
     /// Looks at what happened since. `done` and `left` are bytes; while the job does not copy, nothing is learnt about

@@ -15,7 +15,7 @@ use crate::base::range::ByteRange;
 use crate::base::zero::zero_runs;
 use crate::block::{BlockError, Driver, Holds, IoFuture, IoResult, Loan, Reserve};
 use crate::graph::chain::held_by;
-use crate::graph::node::{Drained, Filter, Node, Use, UseKind};
+use crate::graph::node::{Child, Drained, Filter, Node};
 use crate::graph::peer::Peer;
 use crate::graph::tracker::Tracker;
 use crate::job::body::Hands;
@@ -55,9 +55,10 @@ impl Marker for TargetMark {
 pub(super) struct Parts {
     pub ring: Ring,
     pub memory: Reserve,
-    pub source: Use,
+    pub source: Rc<Child>,
+    pub source_node: Rc<Node>,
     /// The target's use, for as long as the job has it. Guests' writes to both sides hold on to it as well.
-    pub target: Rc<RefCell<Option<Use>>>,
+    pub target: Rc<RefCell<Option<Rc<Child>>>>,
     pub target_node: Rc<Node>,
     pub tracker: Rc<Tracker>,
     pub peer: Rc<Peer>,
@@ -142,7 +143,7 @@ impl Hands<Op, Outcome> for MirrorHands {
 
 impl Parts {
     fn from(&self) -> &Rc<dyn Driver> {
-        self.source.node().driver()
+        self.source_node.driver()
     }
 
     fn to(&self) -> &Rc<dyn Driver> {
@@ -296,7 +297,7 @@ impl Parts {
     async fn copy(&self, range: ByteRange) -> Outcome {
         let mut done = Copied::default();
         let mut at = range.start();
-        if self.source.node().root_count() == 0 && self.offload.is_worth_trying() {
+        if self.source.node().client_count() == 0 && self.offload.is_worth_trying() {
             self.peer.will_change(range);
             let result = self.offload.copy(self.from(), self.to(), range).await;
             match self.peer.changed(range, result) {
@@ -394,59 +395,13 @@ impl Parts {
         Outcome::Piece(range, done, None)
     }
 
-    fn target_kind(&self) -> UseKind {
-        match self.base {
-            Some(_) => UseKind::JobBase("commit"),
-            None => UseKind::JobTarget("mirror"),
-        }
-    }
-
     /// Lets the source's users use the target instead. Locks first; a refusal changes nothing.
     fn pivot(&self) -> Result<(), JobFailure> {
         let refused = |error: BlockError| JobFailure::with_text(error.errno, error.to_string());
-        // Whoever writes a base is no longer above it.
-        let lowest = self.layers.last().filter(|_| self.base.is_some());
-        let cut = match lowest {
-            Some(lowest) => lowest.link_below(None).map_err(refused)?,
-            None => None,
-        };
-        let result = self.pivot_to_target();
-        match (&result, lowest) {
-            (Err(_), Some(lowest)) => {
-                if let Err(error) = lowest.link_below(cut) {
-                    tracing::warn!(%error, "the locks of a layer could not be taken back");
-                }
-            }
-            (Ok(()), Some(_)) => self.base.iter().for_each(Writable::hand_over),
-            _ => {}
-        }
-        result
-    }
-
-    fn pivot_to_target(&self) -> Result<(), JobFailure> {
-        let refused = |error: BlockError| JobFailure::with_text(error.errno, error.to_string());
         let source = self.source.node();
-        let roots = source.roots();
-        let Some(using) = self.target.borrow_mut().take() else {
+        let Some(using) = self.target.borrow().clone() else {
             return Err(JobFailure::from_errno(Errno::EPERM));
         };
-        let mut uses = Vec::new();
-        for (i, root) in roots.iter().enumerate() {
-            let result = if i == 0 {
-                using.change(root.kind())
-            } else {
-                self.target_node.attach(root.kind()).map(|another| uses.push(another))
-            };
-            if let Err(error) = result {
-                drop(uses);
-                let back = using.change(self.target_kind());
-                if let Err(error) = back {
-                    tracing::warn!(%error, "the target's locks could not be taken back");
-                }
-                self.target.replace(Some(using));
-                return Err(refused(error));
-            }
-        }
         let mut drained = self.drained.borrow_mut();
         if drained.is_none() && is_planted(Bug::NoDrainBeforePivot) {
             *drained = Some(source.shut());
@@ -454,11 +409,8 @@ impl Parts {
         let Some(drained) = &*drained else {
             return Err(JobFailure::with_text(Errno::EPERM, "The source was not drained before the pivot"));
         };
-        source.replace_with(&self.target_node, drained);
-        uses.insert(0, using);
-        for (root, using) in roots.iter().zip(uses) {
-            root.set_use(using);
-        }
+        source.pivot_to(&self.target_node, &using, drained).map_err(refused)?;
+        self.base.iter().for_each(Writable::hand_over);
         Ok(())
     }
 }

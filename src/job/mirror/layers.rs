@@ -8,7 +8,7 @@ use crate::block::Driver;
 
 /// What lies below a disk.
 pub fn below(driver: &Rc<dyn Driver>) -> Option<Rc<dyn Driver>> {
-    driver.as_layer()?.backing()
+    Some(driver.as_layer()?.backing()?.node().driver().clone())
 }
 
 /// Whether both are one image, seen in one way.

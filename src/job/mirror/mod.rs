@@ -42,7 +42,7 @@ use super::tail::tail_of;
 use super::writable::Writable;
 use crate::base::limits;
 use crate::block::{BlockError, Driver, Reserve};
-use crate::graph::node::{Filter, Node, Use, UseKind};
+use crate::graph::node::{Child, Filter, Node, Role};
 use crate::graph::peer::{Peer, PeerOptions};
 use crate::graph::tracker::Tracker;
 use crate::protocol::mark::{self, MarkInfo, TargetMark};
@@ -247,8 +247,8 @@ pub async fn start(
     // Without a layer below, the uppermost one is the whole disk.
     let layers =
         if options.sync == SyncMode::Top && from.has_backing() { vec![source.clone()] } else { Vec::new() };
-    let source_use = source.attach_in_time(UseKind::JobSource("mirror")).await?;
-    let target_use = target.attach_in_time(UseKind::JobTarget("mirror")).await?;
+    let source_use = source.attach_in_time(Role::JobSource("mirror")).await?;
+    let target_use = target.attach_in_time(Role::JobTarget("mirror")).await?;
     let ends = Ends { source_use, target_use, layers, base: None };
     begin(ring, source, target, ends, options, settled).await
 }
@@ -296,15 +296,18 @@ pub(super) async fn start_commit(
     let settled = settle(&options, base, JobType::Commit)?;
     let old_marker = old_mark(ring, "commit", source.driver(), base.driver());
     let options = MirrorOptions { old_marker, ..options };
-    let source_use = source.attach_in_time(UseKind::JobSource("commit")).await?;
+    let source_use = source.attach_in_time(Role::JobSource("commit")).await?;
+    // After a pivot clients write the base below layers that are of no interest any more.
+    let lowest = layers.last().and_then(|layer| layer.driver().as_layer()?.backing());
+    let lenient = lowest.map(|above| above.lenient());
     let mut uses = Vec::new();
     for layer in layers.iter().skip(1) {
-        uses.push(layer.attach_in_time(UseKind::JobLayer("commit")).await?);
+        uses.push(layer.attach_in_chain(Role::JobLayer("commit"), source).await?);
     }
-    let target_use = base.attach_in_time(UseKind::JobBase("commit")).await?;
+    let target_use = base.attach_in_chain(Role::JobBase("commit"), source).await?;
     // Writing ends after the job's use of it.
-    uses.push(base.attach_in_time(UseKind::Editor).await?);
-    let writable = Writable::hold(ring, base, uses).await?;
+    uses.push(base.attach_in_time(Role::Editor).await?);
+    let writable = Writable::hold(ring, base, uses, lenient).await?;
     if let Err(error) = writable.grow(source, source.driver().len()).await {
         writable.release().await;
         return Err(error.into());
@@ -338,8 +341,8 @@ fn settle(options: &MirrorOptions, target: &Node, job_type: JobType) -> Result<S
 
 /// What a job has of its two ends.
 struct Ends {
-    source_use: Use,
-    target_use: Use,
+    source_use: Rc<Child>,
+    target_use: Rc<Child>,
     /// The layers whose data is copied, if not all of the source's.
     layers: Vec<Rc<Node>>,
     /// The target is the base of the source.
@@ -403,6 +406,7 @@ async fn begin(
         ring: ring.clone(),
         memory,
         source: ends.source_use,
+        source_node: source.clone(),
         target: target_use,
         target_node: target.clone(),
         tracker: tracker.clone(),

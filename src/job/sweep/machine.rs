@@ -329,7 +329,7 @@ impl Sweep {
     }
 
     fn has_guests(&self) -> bool {
-        self.settings.front.as_ref().is_some_and(|node| node.root_count() > 0)
+        self.settings.front.as_ref().is_some_and(|node| node.client_count() > 0)
     }
 
     /// Looks at what guests met with lately.
@@ -337,7 +337,7 @@ impl Sweep {
         let Some(front) = &self.settings.front else { return };
         if self.governor.is_due(cx.now) {
             let all = front.load().all();
-            let has_guests = front.root_count() > 0;
+            let has_guests = front.client_count() > 0;
             self.governor.look(Sight { now: cx.now, all: &all, has_guests, is_late: false });
         }
     }

@@ -121,7 +121,7 @@ fn from_the_first_question_to_the_new_chain() {
 /// Beside guests, a copy of so many MiB at once.
 fn beside_guests(mib: u64) -> (Bench, Vec<Op>) {
     let (mut bench, mut operations) = Bench::begun(mib * MIB, vec![(range(0, mib * MIB), What::Data)]);
-    let all = crate::graph::load::Counts::default();
+    let all = crate::block::load::Counts::default();
     for _ in 0..2 {
         bench.now += crate::job::governor::LOOK_NANOS;
         let sight = Sight { now: bench.now, all: &all, has_guests: true, is_late: false };

@@ -205,7 +205,7 @@ pub(super) async fn start(ring: &Ring, plan: Plan, options: &SweepOptions) -> Re
     let hands = SweepHands(Rc::new(Parts {
         ring: ring.clone(),
         memory,
-        lasting: Lasting::new(target, plan.direction.target().root_count() == 0),
+        lasting: Lasting::new(target, plan.direction.target().client_count() == 0),
         unit: limits_of_target.cluster_size.map_or(4096, u64::from).clamp(4096, limits::SWEEP_CHUNK_BYTES),
         len: plan.len,
         hearing: Cell::new(hearing),

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use blockferry::base::rng::Rng;
-use blockferry::block::{Driver, Permissions, WriteFlags, ZeroFlags};
+use blockferry::block::{Driver, Node, Permissions, WriteFlags, ZeroFlags};
 use blockferry::format::qcow2::entry::{OFFSET_MASK, get_be64, set_be64};
 use blockferry::format::qcow2::header::{Header, autoclear, extension};
 use blockferry::format::qcow2::{Backing, Compat, CreateOptions, OpenOptions, Qcow2, Repair};
@@ -100,15 +100,15 @@ pub fn new_ring(world: &World) -> Ring {
 }
 
 /// The file that the image is in.
-pub fn file(ring: &Ring, read_only: bool) -> Rc<dyn Driver> {
+pub fn file(ring: &Ring, read_only: bool) -> Rc<Node> {
     let options = FileOptions { read_only, cache: Cache::Direct, lock: true, ..FileOptions::default() };
-    blockferry::protocol::open::open(ring, DISK.as_ref(), &options).expect("the file opens")
+    Node::of(ring, blockferry::protocol::open::open(ring, DISK.as_ref(), &options).expect("the file opens"))
 }
 
 async fn open(ring: &Ring, for_check: bool) -> Rc<Qcow2> {
     let options =
         OpenOptions { read_only: false, backing: Backing::None, for_check, data_file: None, snapshot: None };
-    Qcow2::open(ring, file(ring, false), &super::NoFiles(ring.clone()), options).await.expect("it opens")
+    Qcow2::open(ring, &file(ring, false), &super::NoFiles(ring.clone()), options).await.expect("it opens")
 }
 
 /// Writes all kinds of clusters, with a snapshot in between if there is to be one.

@@ -13,7 +13,7 @@ use blockferry::engine::create::{Beside, NewImage};
 use blockferry::engine::open::{ImageOptions, open};
 use blockferry::export::nbd::{Export, NbdServer};
 use blockferry::format::qcow2::CreateOptions;
-use blockferry::graph::node::{Node, Root, UseKind};
+use blockferry::graph::node::{Node, Role, Root};
 use blockferry::protocol::FileDriver;
 use blockferry::protocol::file::CreateOptions as FileOptions;
 use blockferry::protocol::mark::{MarkInfo, TargetMark};
@@ -41,7 +41,10 @@ async fn export_in_clusters(ring: Ring, server: NbdServer, path: String) {
     FileDriver::create(&ring, aside, 0, FileOptions::default()).await.unwrap();
     let file = open_aside(&ring, aside, &OpenOptions::default()).await.unwrap();
     let options = CreateOptions { size: 16 * MIB, cluster_size: 512, ..CreateOptions::default() };
-    NewImage::Qcow2(Box::new(options)).write(&ring, &file, aside, &Beside::default()).await.unwrap();
+    NewImage::Qcow2(Box::new(options))
+        .write(&ring, &Node::of(&ring, file.clone()), aside, &Beside::default())
+        .await
+        .unwrap();
     drop(file);
     let driver = open(&ring, &path, &ImageOptions::default()).await.unwrap();
     for at in (0..16 * MIB).step_by(4096) {
@@ -49,7 +52,7 @@ async fn export_in_clusters(ring: Ring, server: NbdServer, path: String) {
         buf.copy_from(0, &[b'x'; 512]);
         driver.write(at, buf.freeze(), WriteFlags::default()).await.unwrap();
     }
-    let node = Node::new(&ring, "image", driver);
+    let node = driver.called("image");
     let root = Root::new(&node, false).unwrap();
     let export = Export { root, description: String::new(), writable: true, default: false };
     server.add_export("image", export).unwrap();
@@ -207,7 +210,7 @@ async fn make_and_export(ring: Ring, server: NbdServer, path: String) {
     FileDriver::create(&ring, aside, 0, FileOptions::default()).await.unwrap();
     let file = open_aside(&ring, aside, &OpenOptions::default()).await.unwrap();
     let new = NewImage::Qcow2(Box::new(CreateOptions { size: 256 * MIB, ..CreateOptions::default() }));
-    new.write(&ring, &file, aside, &Beside::default()).await.unwrap();
+    new.write(&ring, &Node::of(&ring, file.clone()), aside, &Beside::default()).await.unwrap();
     let mark = TargetMark::new(&ring, file, None, MarkInfo::incomplete("mirror", "here"));
     mark.set().await.unwrap();
     assert!(mark.is_set().await.unwrap());
@@ -215,7 +218,7 @@ async fn make_and_export(ring: Ring, server: NbdServer, path: String) {
     drop(mark);
     let driver = open(&ring, &path, &ImageOptions::default()).await.unwrap();
     assert_eq!(driver.format(), "qcow2");
-    let node = Node::new(&ring, "image", driver);
+    let node = driver.called("image");
     let root = Root::new(&node, false).unwrap();
     let export = Export { root, description: String::new(), writable: true, default: false };
     server.add_export("image", export).unwrap();
@@ -226,7 +229,7 @@ async fn lock_and_reopen(ring: Ring, path: String) -> String {
     let options = OpenOptions { read_only: true, ..OpenOptions::default() };
     let driver = open_aside(&ring, Path::new(&path), &options).await.unwrap();
     let node = Node::new(&ring, "locked", driver.clone());
-    let refused = node.attach_in_time(UseKind::JobTarget("mirror")).await.unwrap_err();
+    let refused = node.attach_in_time(Role::JobTarget("mirror")).await.unwrap_err();
     assert_eq!(refused.errno, Errno::EBUSY);
     driver.reopen(false).expect("files can be reopened").await.unwrap();
     driver.set_len(3 * MIB + 100).await.unwrap();

@@ -8,7 +8,7 @@
 use std::rc::Rc;
 
 use blockferry::export::nbd::NbdServer;
-use blockferry::graph::node::UseKind;
+use blockferry::graph::node::Role;
 use blockferry::job::event::JobEvent;
 use blockferry::job::mirror::verify::Verifier;
 use blockferry::job::mirror::{self, Marker, MirrorOptions, SyncMode};
@@ -333,7 +333,7 @@ async fn hold_while_in_flight(rig: &Rc<Rig>, target: &Disk, driver: &NbdDriver) 
         // What has ended lets go in the same turn, or the next one.
         let was_in_flight = driver.connection().in_flight();
         rig.ring.sleep(SECOND / 10).await;
-        let held = target.node.attach(UseKind::JobTarget("probe")).is_err();
+        let held = target.node.attach(Role::JobTarget("probe")).is_err();
         let in_flight = driver.connection().in_flight();
         if held && was_in_flight == 0 {
             return rig.fail("nothing is in flight, and the target of a job that failed is still in use");
@@ -352,7 +352,7 @@ async fn hold_while_in_flight(rig: &Rc<Rig>, target: &Disk, driver: &NbdDriver) 
 /// Waits until nobody uses the disk.
 async fn is_free(rig: &Rig, disk: &Disk) {
     loop {
-        if let Ok(using) = disk.node.attach(UseKind::JobTarget("probe")) {
+        if let Ok(using) = disk.node.attach(Role::JobTarget("probe")) {
             drop(using);
             return;
         }
@@ -532,7 +532,7 @@ async fn clear_up(rig: &Rc<Rig>, plan: &JobPlan, job: &Job, source: &Disk, targe
     if rig.within(BOUND, is_free(rig, old)).await.is_none() {
         rig.fail(format!("the disk {} is still in use after the job", old.path));
     }
-    match new.node.attach(UseKind::JobSource("probe")) {
+    match new.node.attach(Role::JobSource("probe")) {
         Ok(using) => drop(using),
         Err(error) => rig.fail(format!("the disk in use still has a job on it: {error}")),
     }

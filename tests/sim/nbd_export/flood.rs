@@ -7,6 +7,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use blockferry::base::planted::{Bug, plant};
+use blockferry::block::Node;
 use blockferry::engine::ImageOptions;
 use blockferry::engine::open::open_qcow2;
 use blockferry::export::nbd::ServerConfig;
@@ -163,8 +164,7 @@ async fn full_image(ring: &Ring) -> Rc<Qcow2> {
         preallocation: Preallocation::Metadata,
         ..CreateOptions::default()
     };
-    Qcow2::create(ring, &file, None, &options).await.unwrap();
-    drop(file);
+    Qcow2::create(ring, &Node::of(ring, file), None, &options).await.unwrap();
     open_qcow2(ring, "/image", &ImageOptions::default()).await.unwrap()
 }
 

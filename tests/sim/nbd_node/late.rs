@@ -8,7 +8,7 @@ use blockferry::base::limits::VERIFY_LEFT_BYTES;
 use blockferry::base::planted::{Bug, plant};
 use blockferry::block::patience::for_job;
 use blockferry::block::{Driver, WriteFlags, ZeroFlags};
-use blockferry::graph::node::{Node, Root, UseKind};
+use blockferry::graph::node::{Node, Role, Root};
 use blockferry::job::mirror::verify::Verifier;
 use blockferry::job::mirror::{self, MirrorOptions};
 use blockferry::job::policy::{CopyMode, OnError};
@@ -163,7 +163,7 @@ async fn held_by_a_change_of_a_guest(ring: Ring, world: World, zeroes: bool) -> 
     assert!(ring.clock() - begin < 10 * SECOND, "a guest waits for a job that has failed");
     world.heal();
     change(4).await.unwrap();
-    while let Err(busy) = target.attach(UseKind::JobTarget("next")) {
+    while let Err(busy) = target.attach(Role::JobTarget("next")) {
         let refused = mirror::start(&ring, &source, &target, how(0)).await.unwrap_err();
         assert!(refused.to_string().contains(&busy.to_string()), "{refused}");
         ring.sleep(SECOND / 10).await;

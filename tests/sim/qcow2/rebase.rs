@@ -81,7 +81,7 @@ async fn open(ring: &Ring, backing: Option<&str>, for_check: bool) -> Result<Rc<
         None => Backing::None,
     };
     let options = OpenOptions { read_only: for_check, backing, for_check, data_file: None, snapshot: None };
-    Qcow2::open(ring, file(ring, DISK, for_check), &NoFiles, options).await
+    Qcow2::open(ring, &file(ring, DISK, for_check), &NoFiles, options).await
 }
 
 /// What the image shows over the file that it names; the name.
