@@ -12,6 +12,7 @@ use super::tool::{OutputArgs, PlanArgs, asks_for_help, cache, option_pairs, prin
 use super::{Global, config};
 use crate::block::Driver;
 use crate::engine::admit::Admission;
+use crate::engine::open::said_by_header;
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::{Amendment, Compat, CreateOptions, Info, Qcow2};
@@ -35,7 +36,7 @@ Examples:
       blockferry amend -o compat=1.1,lazy_refcounts=on disk.qcow2
 
   What can be changed:
-      blockferry amend -o help
+      blockferry amend -f qcow2 -o help
 
 Version and reference counts are changed by one write of the header: a power cut leaves the image as it was or as it is
 to be. A size grows after that.";
@@ -77,18 +78,16 @@ pub struct AmendArgs {
 
 /// Runs the command.
 pub fn main(global: &Global, mut args: AmendArgs) -> Result<Exit, Failure> {
-    if asks_for_help(&args.options)? {
-        if args.format == Some(Format::Raw) {
-            return Err(Failure::text("A raw image has nothing that could be amended"));
-        }
-        print_options(Format::Qcow2, "Options of images", &NAMES);
-        return Ok(Exit::Done);
-    }
-    if args.file.is_empty() {
-        return with_code(global, 2, Err(Failure::text("Say which image is to be amended")));
+    let asks = asks_for_help(&args.options)?;
+    if args.file.is_empty() && !(asks && args.format.is_some()) {
+        let more = if asks { ", or a format (-f)" } else { "" };
+        return with_code(global, 2, Err(Failure::text(format!("Say which image is to be amended{more}"))));
     }
     args.file = args.naming.read(&args.file, args.format)?;
     let engine = Rc::new(Engine::new(&config(global))?);
+    if asks {
+        return tell_options(&engine, &args);
+    }
     let args = Rc::new(args);
     let (e, a, g) = (engine.clone(), args.clone(), global.clone());
     let Some(info) = engine.run(async move { amend(&g, &e, &a).await })? else { return Ok(Exit::Done) };
@@ -101,6 +100,23 @@ pub fn main(global: &Global, mut args: AmendArgs) -> Result<Exit, Failure> {
     if !args.output.note(global, &value) && !args.quiet {
         note!("Image amended.");
     }
+    Ok(Exit::Done)
+}
+
+/// What can be changed of images of the format that was said, or that the image has.
+fn tell_options(engine: &Rc<Engine>, args: &AmendArgs) -> Result<Exit, Failure> {
+    let format = match args.format {
+        Some(format) => format,
+        None => {
+            let (ring, name) = (engine.ring().clone(), args.file.clone());
+            let look = ImageOptions { lock: false, gate: args.gate.gate(), ..ImageOptions::read_only() };
+            engine.run(async move { said_by_header(&ring, &name, &look).await })?
+        }
+    };
+    if format == Format::Raw {
+        return Err(Failure::text("A raw image has nothing that could be amended"));
+    }
+    print_options(format, "Options of images", &NAMES);
     Ok(Exit::Done)
 }
 
