@@ -256,6 +256,10 @@ const AS_JSON: &str = "output_as_json";
 
 /// The command line for these words: where they ask which options a format has (`-o help`), no image need be named.
 pub fn relaxed(whole: Command, words: &[OsString]) -> Command {
+    let whole = match words.iter().any(|word| word == "-h") {
+        true => whole.mut_subcommand("mirror", on_one_screen),
+        false => whole,
+    };
     let asks = words.windows(2).any(|pair| {
         ["-o", "--options", "--target-options"].iter().any(|option| pair[0] == *option) && pair[1] == "help"
     });
@@ -265,6 +269,17 @@ pub fn relaxed(whole: Command, words: &[OsString]) -> Command {
         }),
         false => whole,
     }
+}
+
+/// A command whose short help fits a terminal of 24 lines: no groups, and nothing that every command has.
+fn on_one_screen(command: Command) -> Command {
+    const EVERYWHERE_ELSE: [&str; 4] = ["json", "verbose", "options", QUIET];
+    let flat = |arg: Arg| {
+        let is_hidden = EVERYWHERE_ELSE.iter().any(|id| arg.get_id() == id);
+        let arg = arg.help_heading(clap::builder::Resettable::Reset);
+        if is_hidden { arg.hide_short_help(true) } else { arg }
+    };
+    command.mut_args(flat).disable_version_flag(true)
 }
 
 /// Whether `--output=json` was said to a command that has it for `--json` only.
@@ -331,6 +346,8 @@ pub fn dressed(subcommand: Command) -> Command {
     if name == "help" {
         return subcommand;
     }
+    // What is said twice counts as it was said last.
+    let subcommand = subcommand.args_override_self(true);
     let has_quiet = subcommand.get_arguments().any(|arg| arg.get_id() == QUIET);
     let subcommand = match has_quiet {
         true => subcommand,
@@ -472,14 +489,14 @@ mod tests {
         }
     }
 
-    /// On a terminal of 40 lines and 80 columns, with the prompts before and after it.
+    /// On a terminal of 24 lines and 80 columns, with the prompt behind it.
     #[test]
     fn the_short_help_of_a_mirror_fits_a_screen() {
-        let mut command = command();
+        let mut command = super::relaxed(command(), &["blockferry", "mirror", "-h"].map(Into::into));
         command.build();
         let mirror = command.find_subcommand_mut("mirror").unwrap();
         let text = mirror.clone().term_width(80).render_help().to_string();
-        assert!(text.lines().count() <= 38, "{} lines:\n{text}", text.lines().count());
+        assert!(text.lines().count() <= 23, "{} lines:\n{text}", text.lines().count());
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
     }
 }
