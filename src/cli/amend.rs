@@ -1,4 +1,4 @@
-//! `blockferry amend`: changes what a qcow2 image is, in place, as far as that can be done in one step.
+//! `blockferry amend`: changes what a qcow2 image is, in place.
 
 use std::rc::Rc;
 
@@ -23,10 +23,10 @@ const NAMES: [(&str, &str); 8] = [
     ("backing_file", "Cannot be changed here, only be as it is: see `rebase`"),
     ("backing_fmt", "Cannot be changed here, only be as it is: see `rebase`"),
     ("compat", "Compatibility level (v2 [0.10] or v3 [1.1])"),
-    ("data_file", "Cannot be changed, only be as it is"),
-    ("data_file_raw", "Cannot be changed, only be as it is"),
+    ("data_file", "File name of the external data file; the data itself stays where it is"),
+    ("data_file_raw", "The external data file stays valid as a raw image; can be switched off only"),
     ("lazy_refcounts", "Postpone refcount updates"),
-    ("refcount_bits", "Cannot be changed, only be as it is: see `convert`"),
+    ("refcount_bits", "Width of a reference count entry in bits"),
     ("size", "Virtual disk size"),
 ];
 
@@ -38,8 +38,11 @@ Examples:
   What can be changed:
       blockferry amend -f qcow2 -o help
 
-Version and reference counts are changed by one write of the header: a power cut leaves the image as it was or as it is
-to be. A size grows after that.";
+  Reference counts that leave room for more snapshots (made anew next to the old ones):
+      blockferry amend -o refcount_bits=32 disk.qcow2
+
+Each change is decided by one write of the header: a power cut leaves the image as it was or as it is to be, and clusters
+that nobody uses at worst. A size grows after that; `blockferry resize --shrink` makes it smaller.";
 
 /// Change what a qcow2 image is, in place
 #[derive(Debug, Args)]
@@ -60,7 +63,7 @@ pub struct AmendArgs {
     /// Accepted for its name: nothing that can be changed here is unsafe
     #[arg(long)]
     force: bool,
-    /// Accepted for its name: it takes no time
+    /// Accepted for its name
     #[arg(short, long)]
     progress: bool,
     /// No output but errors
@@ -180,6 +183,8 @@ fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Amendment, Stri
             "compat" => wanted.compat = Some(said.compat),
             "lazy_refcounts" => wanted.lazy_refcounts = Some(said.lazy_refcounts),
             "size" => wanted.len = Some(said.size),
+            "refcount_bits" => wanted.refcount_bits = Some(said.refcount_bits),
+            "data_file" => wanted.data_file = said.data_file.clone(),
             _ => {}
         }
     }
@@ -196,12 +201,10 @@ fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Amendment, Stri
             text(&said.backing_fmt) == text(&info.backing_format),
             "`blockferry rebase` does that",
         ),
-        ("data_file", text(&said.data_file) == text(&info.data_file), "convert the image"),
-        ("data_file_raw", said.data_file_raw == info.data_file_raw, "convert the image"),
         (
-            "refcount_bits",
-            said.refcount_bits == info.refcount_bits,
-            "convert the image (`blockferry convert -O qcow2 -o refcount_bits=N`)",
+            "data_file_raw",
+            !said.data_file_raw || info.data_file_raw,
+            "whatever was written without it may not be there",
         ),
     ];
     match kept.into_iter().find(|(name, is_as_it_is, _)| is_said(name) && !is_as_it_is) {
@@ -209,6 +212,7 @@ fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Amendment, Stri
             Err(format!("The option '{name}' of an image that is there cannot be changed here: {cure}"))
         }
         None => {
+            wanted.data_file_not_raw = is_said("data_file_raw") && !said.data_file_raw;
             // Lazy reference counts go away with the version that has them.
             let to_v2 = wanted.compat == Some(Compat::V2);
             if to_v2 && wanted.lazy_refcounts == Some(true) {

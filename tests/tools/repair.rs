@@ -368,6 +368,13 @@ fn an_old_image_with_snapshots_grows_by_way_of_version_3() {
     }
 }
 
+/// How QEMU's repair of leaks ends, of a copy.
+fn qemu_repairs_leaks(scratch: &Scratch, path: &str) -> Option<i32> {
+    let copy = scratch.path("copy");
+    std::fs::copy(path, &copy).expect("a copy");
+    qemu(&["check", "-r", "leaks", "-f", "qcow2", &copy]).code
+}
+
 #[test]
 fn tables_of_snapshots_are_repaired() {
     let scratch = Scratch::new();
@@ -382,7 +389,13 @@ fn tables_of_snapshots_are_repaired() {
     for (name, options, damage) in damages {
         let image = Image::new(&scratch, options, "64M", &snapshots);
         damage(&image);
-        assert_eq!(run(&["check", &image.path]).code, Some(2), "{name}");
+        // A table that nobody uses keeps the check from coming to its end; repaired it can be.
+        assert_eq!(run(&["check", &image.path]).code, by_qemu(&image.path), "{name}");
+        assert_eq!(
+            run(&["check", "-r", "leaks", &image.path]).code,
+            qemu_repairs_leaks(&scratch, &image.path),
+            "{name}"
+        );
         let repaired = run(&["check", "-r", "all", &image.path]);
         assert_eq!(repaired.code, Some(0), "{name}: {repaired}");
         assert_eq!(by_qemu(&image.path), Some(0), "{name}");
