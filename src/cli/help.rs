@@ -109,11 +109,12 @@ const LONG_ONLY: [&str; 19] = [
 ];
 
 /// What the short help says instead of a long sentence, by command (empty: any) and option.
-const SHORT: [(&str, &str, &str); 10] = [
+const SHORT: [(&str, &str, &str); 11] = [
     ("mirror", "source", "The disk to copy"),
     ("mirror", "target", "A new file; or what is there, with --force and -F"),
     ("mirror", "target_format", "Format of the target (a new file: the source's)"),
-    ("mirror", "sync", "What to copy"),
+    ("mirror", "sync", "What to copy: full (the default), top or none"),
+    ("mirror", "speed", "Limit, such as 200MiB a second"),
     ("mirror", "export", "Serve clients meanwhile, at this NBD URI"),
     ("", "dry_run", "Say what would happen, and change nothing"),
     ("mirror", "options", "Options of a target that is made"),
@@ -256,8 +257,15 @@ const AS_JSON: &str = "output_as_json";
 
 /// The command line for these words: where they ask which options a format has (`-o help`), no image need be named.
 pub fn relaxed(whole: Command, words: &[OsString]) -> Command {
-    let whole = match words.iter().any(|word| word == "-h") {
-        true => whole.mut_subcommand("mirror", on_one_screen),
+    let says = |what: &str| words.iter().any(|word| word == what);
+    let whole = match says("mirror") && says("-h") {
+        true => {
+            let everywhere = |arg: Arg| arg.hide_short_help(true);
+            whole
+                .mut_subcommand("mirror", on_one_screen)
+                .mut_arg("json", everywhere)
+                .mut_arg("verbose", everywhere)
+        }
         false => whole,
     };
     let asks = words.windows(2).any(|pair| {
@@ -273,10 +281,13 @@ pub fn relaxed(whole: Command, words: &[OsString]) -> Command {
 
 /// A command whose short help fits a terminal of 24 lines: no groups, and nothing that every command has.
 fn on_one_screen(command: Command) -> Command {
-    const EVERYWHERE_ELSE: [&str; 4] = ["json", "verbose", "options", QUIET];
     let flat = |arg: Arg| {
-        let is_hidden = EVERYWHERE_ELSE.iter().any(|id| arg.get_id() == id);
+        let is_hidden = arg.get_id() == QUIET || arg.get_id() == "options";
         let arg = arg.help_heading(clap::builder::Resettable::Reset);
+        let arg = match arg.get_action().takes_values() {
+            true => arg.hide_possible_values(true).hide_default_value(true),
+            false => arg,
+        };
         if is_hidden { arg.hide_short_help(true) } else { arg }
     };
     command.mut_args(flat).disable_version_flag(true)

@@ -125,8 +125,9 @@ pub fn command() -> clap::Command {
 pub fn main() -> ExitCode {
     planted::plant_what_is_named();
     let words: Vec<_> = std::env::args_os().map(|word| os_name::from_word(&word)).collect();
-    let words = twice::last_formats(&command(), words);
-    let parsed = help::relaxed(command(), &words).try_get_matches_from(words).and_then(|matches| {
+    let whole = command();
+    let words = twice::last_formats(&whole, words);
+    let parsed = help::relaxed(whole, &words).try_get_matches_from(words).and_then(|matches| {
         let mut cli = Cli::from_arg_matches(&matches)?;
         if let Some((_, of_command)) = matches.subcommand() {
             cli.global.quiet = of_command.get_flag(help::QUIET);

@@ -233,7 +233,7 @@ fn a_backing_file_that_the_image_does_not_have_is_refused_at_once() {
         (["none", "raw", "qcow2", &target], "has another backing file"),
         ([&*base, "qcow2", "qcow2", &target], "-F says qcow2"),
         ([&*base, "raw", "qcow2", &alone], "has no backing file"),
-        ([&*base, "raw", "raw", &raw], "is a raw image"),
+        ([&*base, "raw", "raw", &raw], "taken as a raw image"),
     ] {
         let [below, format, target_format, target] = words;
         let before = content(target);

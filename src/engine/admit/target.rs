@@ -306,7 +306,10 @@ impl Admission {
     async fn has_below(&self, name: &str, image: &Rc<dyn Driver>, said: &Below<'_>) -> Result<(), Refusal> {
         let refuse = |text: String| Err(Refusal::Said(format!("The target '{name}' {text}")));
         let Some(layer) = image.as_layer() else {
-            return refuse(format!("is a raw image, and cannot have the backing file '{}' (-B)", said.name));
+            return refuse(format!(
+                "is taken as a raw image, which cannot have the backing file '{}' (-B): say -O qcow2 if it is one",
+                said.name
+            ));
         };
         let Some(backing) = layer.backing() else {
             return refuse(format!(
