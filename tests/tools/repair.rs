@@ -660,7 +660,7 @@ fn what_is_named_far_behind_the_end_makes_no_file_long() {
     let image = Image::new(&scratch, "", "64M", &[]);
     let len = image.len();
     for step in 0..24 {
-        image.set(image.l2(100 + step), (len.next_multiple_of(64 * KIB) + (64 * KIB << step)) | COPIED);
+        image.set(image.l2(100 + step), (len.next_multiple_of(64 * KIB) + ((64 * KIB) << step)) | COPIED);
     }
     image.count(image.u64(image.l1()) & OFFSET, 0);
     let ended = run(&["check", "-f", "qcow2", "-r", "all", &image.path]);
