@@ -36,7 +36,7 @@ fn image(scratch: &Scratch, options: &str, snapshots: &[&str]) -> String {
     tool("qemu-img", &[&create[..], &[path.as_str(), "8M"]].concat());
     let io = |line: &str| tool("qemu-io", &["-f", "qcow2", "-c", line, &path]);
     io("write -P 1 0 1M");
-    if !options.contains("data_file") {
+    if !options.contains("data_file") && !options.contains("preallocation") {
         io("write -c -P 2 2M 128k");
     }
     for (number, name) in snapshots.iter().enumerate() {
@@ -173,4 +173,69 @@ fn another_name_of_the_data_file_and_no_raw_one() {
         let codes = [run(&["amend", "-o", options, &plain]), qemu(&["amend", "-o", options, &plain])];
         assert!(codes.iter().all(|ended| ended.code != Some(0)), "{options}: {codes:?}");
     }
+}
+
+/// Clusters that read as zeroes, before and after snapshots, over a backing file and over none, with places and without.
+#[test]
+fn back_to_version_2_with_clusters_of_zeroes() {
+    let scratch = Scratch::new();
+    let base = scratch.path("base.qcow2");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &base, "8M"]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 8M", &base]);
+    let backed = format!("backing_file={base},backing_fmt=qcow2");
+    let names: [&[&str]; 3] = [&[], &["one"], &["one", "two"]];
+    for (options, snapshots) in ["", "cluster_size=4k", "lazy_refcounts=on,preallocation=metadata", &backed]
+        .into_iter()
+        .flat_map(|options| names.map(|snapshots| (options, snapshots)))
+    {
+        let case = format!("{options}, {snapshots:?}");
+        let path = image(&scratch, options, &[]);
+        let io = |line: &str| tool("qemu-io", &["-f", "qcow2", "-c", line, &path]);
+        // Zeroes with a place and without, shared with snapshots or not, and in tables that are shared as a whole.
+        io("write -z 64k 192k");
+        io("write -z 3M 256k");
+        for (number, name) in snapshots.iter().enumerate() {
+            tool("qemu-img", &["snapshot", "-c", name, &path]);
+            io(&format!("write -P {} {}k 64k", 3 + number, 64 + 64 * number));
+            io(&format!("write -z -u {}k 128k", 512 * (number + 1)));
+        }
+        if snapshots.len() == 2 {
+            tool("qemu-img", &["snapshot", "-a", "two", &path]);
+        }
+        let before = shown(&scratch, &path, snapshots);
+        let copy = scratch.path("copy.qcow2");
+        std::fs::copy(&path, &copy).expect("a copy");
+        tool("qemu-img", &["amend", "-o", "compat=0.10", &copy]);
+        assert!(shown(&scratch, &copy, snapshots) == before, "{case}: QEMU does it so");
+        ours(&["amend", "-o", "compat=0.10", &path]);
+        assert_eq!(facts(&path)["compat"], "0.10", "{case}");
+        assert_eq!(check(&path), Some(0), "{case}");
+        assert_eq!(ours(&["check", "-q", &path]), "", "{case}");
+        assert!(shown(&scratch, &path, snapshots) == before, "{case}: it shows something else");
+        for name in snapshots {
+            tool("qemu-img", &["snapshot", "-a", name, &path]);
+            tool("qemu-img", &["snapshot", "-d", name, &path]);
+            assert_eq!(check(&path), Some(0), "{case}, after {name}");
+        }
+        ours(&["amend", "-o", "compat=1.1", &path]);
+        assert_eq!(check(&path), Some(0), "{case}");
+    }
+}
+
+#[test]
+fn what_keeps_from_version_2() {
+    let scratch = Scratch::new();
+    let refuse = |path: &str, why: &str| {
+        let before = content(path);
+        let refused = run(&["amend", "-o", "compat=0.10", path]);
+        assert!(refused.code == Some(1) && refused.err.contains(why), "{why}: {refused}");
+        assert!(content(path) == before, "{why}: a refusal changes nothing");
+        assert_eq!(qemu(&["amend", "-o", "compat=0.10", path]).code, Some(1), "{why}");
+    };
+    refuse(&image(&scratch, "extended_l2=on", &[]), "subclusters");
+    refuse(&image(&scratch, "refcount_bits=8", &[]), "8 bits");
+    refuse(&image(&scratch, "compression_type=zstd", &[]), "compression");
+    let path = image(&scratch, "", &["one"]);
+    tool("qemu-img", &["resize", "-q", "-f", "qcow2", &path, "16M"]);
+    refuse(&path, "snapshots of another length");
 }

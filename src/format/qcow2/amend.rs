@@ -3,15 +3,17 @@
 //!
 //! Each of these is decided by the first sector, which is written as a whole: a power cut leaves the one image or the other.
 //! What has to be made anew for that (reference counts of another width) lies next to the old until then. What cannot be
-//! said in version 2 (zero clusters, subclusters, ...) keeps an image from going back to it.
+//! said in version 2 (subclusters, bitmaps, ...) keeps an image from going back to it; zero clusters become something else
+//! first.
 
 use blockferry_ring::Errno;
 
-use super::entry::OFFSET_MASK;
 use super::header::{V2_BYTES, V3_BYTES_MIN, autoclear, compatible, extension, incompatible};
 use super::image::{Fault, Qcow2};
 use super::options::{Compat, Preallocation};
 use crate::base::os_name;
+use crate::base::range::ByteRange;
+use crate::block::serial::LockKind;
 
 /// What is to be different.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -86,29 +88,12 @@ impl Qcow2 {
                 (header.incompatible & incompatible::COMPRESSION != 0, "this compression"),
                 (header.incompatible & incompatible::CORRUPT != 0, "marks of damage"),
                 (header.extension(extension::BITMAPS).is_some(), "bitmaps"),
-                (header.nb_snapshots > 0, "snapshots as version 3 has them"),
             ];
             if let Some((_, what)) = found.into_iter().find(|(is_so, _)| *is_so) {
                 return Ok(Some(what));
             }
         }
-        let len = self.meta.borrow().l1.entries.len() as u64;
-        for index in 0..len {
-            let entry = self.meta.borrow().l1.get(index);
-            if entry & OFFSET_MASK == 0 {
-                continue;
-            }
-            let start = index.saturating_mul(self.g.l2_covers());
-            for number in 0..self.g.l2_entries() {
-                self.let_others(1).await;
-                let at = start + (number << self.g.cluster_bits);
-                let Some(raw) = self.load_entry(at).await? else { break };
-                if self.decode(Some(raw), at)?.masks().1 != 0 {
-                    return Ok(Some("clusters that read as zeroes"));
-                }
-            }
-        }
-        Ok(None)
+        self.snapshots_keep_from_v2().await
     }
 
     pub(super) async fn amend_image(&self, to: &Amendment) -> Result<(), Fault> {
@@ -122,14 +107,24 @@ impl Qcow2 {
         if self.header.borrow().version < 3 {
             self.change_header(to).await?;
         }
-        if let Some(bits) = to.refcount_bits {
-            self.change_width(bits.ilog2()).await?;
-        }
+        self.remake_tables(to).await?;
         self.change_header(to).await?;
         match to.len {
             Some(len) => self.resize_image(len, Preallocation::Off).await,
             None => Ok(()),
         }
+    }
+
+    /// What has to be made anew. Nobody uses the image meanwhile.
+    async fn remake_tables(&self, to: &Amendment) -> Result<(), Fault> {
+        let _claim = self.claims.enter(ByteRange::ALL, LockKind::Exclusive).await;
+        if let Some(bits) = to.refcount_bits {
+            self.change_width(bits.ilog2()).await?;
+        }
+        if to.compat == Some(Compat::V2) && self.header.borrow().version >= 3 {
+            self.expand_zeroes().await?;
+        }
+        Ok(())
     }
 
     /// What is said in the header alone.

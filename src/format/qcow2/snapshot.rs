@@ -120,7 +120,8 @@ impl Snapshot {
     fn completed(mut self, disk_size: u64) -> Snapshot {
         if self.extra.len() < EXTRA_BYTES_MIN {
             let (state, disk) = (self.vm_state_size, self.disk_size.unwrap_or(disk_size));
-            self.extra = [state.to_be_bytes(), disk.to_be_bytes()].concat();
+            // The third says that instructions were not counted.
+            self.extra = [state, disk, u64::MAX].map(u64::to_be_bytes).concat();
             self.disk_size = Some(disk);
         }
         self.shortened()
@@ -590,7 +591,8 @@ impl Qcow2 {
             let mut extra = Vec::new();
             extra.extend(0u64.to_be_bytes());
             extra.extend(self.len.get().to_be_bytes());
-            extra.extend(u64::MAX.to_be_bytes());
+            // Instructions counted, as `qemu-img` says it of a disk without a machine.
+            extra.extend(0u64.to_be_bytes());
             list.push(Snapshot {
                 l1_offset: run.host,
                 l1_size: l1.len() as u32,
@@ -601,7 +603,7 @@ impl Qcow2 {
                 vm_clock_nsec: 0,
                 vm_state_size: 0,
                 disk_size: Some(self.len.get()),
-                icount: None,
+                icount: Some(0),
                 extra,
             });
             self.write_snapshots(&list, old_bytes).await
@@ -631,7 +633,7 @@ impl Qcow2 {
             .ok_or_else(|| Fault::Refused(Errno::ENOENT, format!("There is no snapshot '{name_or_id}'.")))
     }
 
-    async fn l1_of(&self, snapshot: &Snapshot) -> Result<Vec<u64>, Fault> {
+    pub(super) async fn l1_of(&self, snapshot: &Snapshot) -> Result<Vec<u64>, Fault> {
         let len = u64::from(snapshot.l1_size) * 8;
         self.must_be_there("the L1 table of a snapshot", snapshot.l1_offset, len)?;
         let bytes = self.read_table(snapshot.l1_offset, len).await?;
