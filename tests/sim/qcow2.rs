@@ -451,7 +451,7 @@ fn a_power_cut_at_every_event_of_what_else_changes_an_image() {
     ];
     for (seed, acts) in others.into_iter().chain(snapshots).enumerate() {
         for v2 in [false, true] {
-            if v2 && (acts[0] != 3 || acts.iter().any(|act| *act > 100)) {
+            if v2 && (acts[0] != 3 || acts.iter().any(|act| *act > 10)) {
                 continue;
             }
             let (size, compat) = (200 << 10, if v2 { Compat::V2 } else { Compat::V3 });
@@ -474,7 +474,6 @@ fn a_power_cut_at_every_event_of_what_else_changes_an_image() {
                     open_after_cut(world).unwrap_or_else(|why| panic!("seed {seed}, act {act}: {why}"))
                 };
                 let before = read(&world.fork_after_power_cut(1));
-                assert!(act != ZEROES || before.compat == Compat::V3, "they are what it is about");
                 let i = image.clone();
                 let done = ring.spawn_with_result(async move { administer(&i, act).await });
                 let mut seen = world.events();

@@ -473,8 +473,11 @@ impl<'a> Check<'a> {
         };
         if listed.is_excessive && !self.repair.is_all() {
             // Whoever may not make it smaller goes no further: what it leads to is in use, and is not known.
-            for what in listed.flaws.iter().chain(&listed.unread) {
+            for what in &listed.flaws {
                 self.failed(format!("{what}; `--repair all` drops what is too much"));
+            }
+            for what in &listed.unread {
+                self.failed(format!("{what}; `--repair drop-unreadable` drops what cannot be read"));
             }
             return Ok(());
         }
