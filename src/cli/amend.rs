@@ -1,4 +1,4 @@
-//! `blockferry amend`: changes what a qcow2 image is, in place, as far as that can be done in one step.
+//! `blockferry amend`: changes what a qcow2 image is, in place.
 
 use std::rc::Rc;
 
@@ -12,6 +12,7 @@ use super::tool::{OutputArgs, PlanArgs, asks_for_help, cache, option_pairs, prin
 use super::{Global, config};
 use crate::block::Driver;
 use crate::engine::admit::Admission;
+use crate::engine::open::said_by_header;
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions};
 use crate::format::qcow2::{Amendment, Compat, CreateOptions, Info, Qcow2};
@@ -22,10 +23,10 @@ const NAMES: [(&str, &str); 8] = [
     ("backing_file", "Cannot be changed here, only be as it is: see `rebase`"),
     ("backing_fmt", "Cannot be changed here, only be as it is: see `rebase`"),
     ("compat", "Compatibility level (v2 [0.10] or v3 [1.1])"),
-    ("data_file", "Cannot be changed, only be as it is"),
-    ("data_file_raw", "Cannot be changed, only be as it is"),
+    ("data_file", "File name of the external data file; the data itself stays where it is"),
+    ("data_file_raw", "The external data file stays valid as a raw image; can be switched off only"),
     ("lazy_refcounts", "Postpone refcount updates"),
-    ("refcount_bits", "Cannot be changed, only be as it is: see `convert`"),
+    ("refcount_bits", "Width of a reference count entry in bits"),
     ("size", "Virtual disk size"),
 ];
 
@@ -35,10 +36,13 @@ Examples:
       blockferry amend -o compat=1.1,lazy_refcounts=on disk.qcow2
 
   What can be changed:
-      blockferry amend -o help
+      blockferry amend -f qcow2 -o help
 
-Version and reference counts are changed by one write of the header: a power cut leaves the image as it was or as it is
-to be. A size grows after that.";
+  Reference counts that leave room for more snapshots (made anew next to the old ones):
+      blockferry amend -o refcount_bits=32 disk.qcow2
+
+Each change is decided by one write of the header: a power cut leaves the image as it was or as it is to be, and clusters
+that nobody uses at worst. A size grows after that; `blockferry resize --shrink` makes it smaller.";
 
 /// Change what a qcow2 image is, in place
 #[derive(Debug, Args)]
@@ -59,7 +63,7 @@ pub struct AmendArgs {
     /// Accepted for its name: nothing that can be changed here is unsafe
     #[arg(long)]
     force: bool,
-    /// Accepted for its name: it takes no time
+    /// Accepted for its name
     #[arg(short, long)]
     progress: bool,
     /// No output but errors
@@ -77,18 +81,16 @@ pub struct AmendArgs {
 
 /// Runs the command.
 pub fn main(global: &Global, mut args: AmendArgs) -> Result<Exit, Failure> {
-    if asks_for_help(&args.options)? {
-        if args.format == Some(Format::Raw) {
-            return Err(Failure::text("A raw image has nothing that could be amended"));
-        }
-        print_options(Format::Qcow2, "Options of images", &NAMES);
-        return Ok(Exit::Done);
-    }
-    if args.file.is_empty() {
-        return with_code(global, 2, Err(Failure::text("Say which image is to be amended")));
+    let asks = asks_for_help(&args.options)?;
+    if args.file.is_empty() && !(asks && args.format.is_some()) {
+        let more = if asks { ", or a format (-f)" } else { "" };
+        return with_code(global, 2, Err(Failure::text(format!("Say which image is to be amended{more}"))));
     }
     args.file = args.naming.read(&args.file, args.format)?;
     let engine = Rc::new(Engine::new(&config(global))?);
+    if asks {
+        return tell_options(&engine, &args);
+    }
     let args = Rc::new(args);
     let (e, a, g) = (engine.clone(), args.clone(), global.clone());
     let Some(info) = engine.run(async move { amend(&g, &e, &a).await })? else { return Ok(Exit::Done) };
@@ -101,6 +103,23 @@ pub fn main(global: &Global, mut args: AmendArgs) -> Result<Exit, Failure> {
     if !args.output.note(global, &value) && !args.quiet {
         note!("Image amended.");
     }
+    Ok(Exit::Done)
+}
+
+/// What can be changed of images of the format that was said, or that the image has.
+fn tell_options(engine: &Rc<Engine>, args: &AmendArgs) -> Result<Exit, Failure> {
+    let format = match args.format {
+        Some(format) => format,
+        None => {
+            let (ring, name) = (engine.ring().clone(), args.file.clone());
+            let look = ImageOptions { lock: false, gate: args.gate.gate(), ..ImageOptions::read_only() };
+            engine.run(async move { said_by_header(&ring, &name, &look).await })?
+        }
+    };
+    if format == Format::Raw {
+        return Err(Failure::text("A raw image has nothing that could be amended"));
+    }
+    print_options(format, "Options of images", &NAMES);
     Ok(Exit::Done)
 }
 
@@ -164,6 +183,8 @@ fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Amendment, Stri
             "compat" => wanted.compat = Some(said.compat),
             "lazy_refcounts" => wanted.lazy_refcounts = Some(said.lazy_refcounts),
             "size" => wanted.len = Some(said.size),
+            "refcount_bits" => wanted.refcount_bits = Some(said.refcount_bits),
+            "data_file" => wanted.data_file = said.data_file.clone(),
             _ => {}
         }
     }
@@ -180,12 +201,10 @@ fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Amendment, Stri
             text(&said.backing_fmt) == text(&info.backing_format),
             "`blockferry rebase` does that",
         ),
-        ("data_file", text(&said.data_file) == text(&info.data_file), "convert the image"),
-        ("data_file_raw", said.data_file_raw == info.data_file_raw, "convert the image"),
         (
-            "refcount_bits",
-            said.refcount_bits == info.refcount_bits,
-            "convert the image (`blockferry convert -O qcow2 -o refcount_bits=N`)",
+            "data_file_raw",
+            !said.data_file_raw || info.data_file_raw,
+            "whatever was written without it may not be there",
         ),
     ];
     match kept.into_iter().find(|(name, is_as_it_is, _)| is_said(name) && !is_as_it_is) {
@@ -193,6 +212,7 @@ fn understand(info: &Info, pairs: &[(String, String)]) -> Result<Amendment, Stri
             Err(format!("The option '{name}' of an image that is there cannot be changed here: {cure}"))
         }
         None => {
+            wanted.data_file_not_raw = is_said("data_file_raw") && !said.data_file_raw;
             // Lazy reference counts go away with the version that has them.
             let to_v2 = wanted.compat == Some(Compat::V2);
             if to_v2 && wanted.lazy_refcounts == Some(true) {

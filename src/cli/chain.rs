@@ -26,12 +26,13 @@ use super::{Global, config, stats};
 use crate::base::limits::STOP_NANOS_MAX;
 use crate::base::os_name;
 use crate::base::units::{fmt_bytes, fmt_duration};
-use crate::engine::admit::Admission;
+use crate::engine::admit::place::Ground;
+use crate::engine::admit::{Admission, own_leaves};
 use crate::engine::marks::{Marks, unfinished};
 use crate::engine::open::{local_path, said_by_header};
 use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, ImageOptions, named};
-use crate::graph::chain;
+use crate::graph::chain::called;
 use crate::graph::node::{Node, Role};
 use crate::job::governor::GuestFirst;
 use crate::job::runner::{Ending, Job};
@@ -113,22 +114,45 @@ pub struct Manner {
     pub at_ready: AtReady,
 }
 
-/// The layer that is called so: by its path, by the name that the layer above it records, or by a name relative to the
-/// active layer.
-pub fn layer(front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
-    let beside = || {
-        let front_name = front.driver().name();
-        let full = match local_path(front_name) {
+/// The layer that is called so: by the name that the layer above it records, by one that leads to it from the directory of
+/// a layer, or from here. One that is called so by two layers is none: what is written to the wrong one is lost.
+pub async fn layer(ring: &Ring, front: &Rc<Node>, name: &str) -> Result<Rc<Node>, Failure> {
+    let chain = front.chain();
+    let mut leads_to = Vec::new();
+    let from = |node: &Rc<Node>| {
+        let front_name = node.driver().name();
+        match local_path(front_name) {
             // As a path, whatever it looks like: a user who names a layer means a file by it.
-            Some(path) => os_name::from_path(path.parent()?.join(os_name::to_path(name))),
-            None => named::by_user(front_name, name).ok()?.name(),
-        };
-        chain::find(front, &full)
+            Some(path) => Some(os_name::from_path(path.parent()?.join(os_name::to_path(name)))),
+            None => named::by_user(front_name, name).ok().map(|named| named.name()),
+        }
     };
-    // Under the protocol's name, too.
-    let plain = || chain::find(front, &os_name::from_path(local_path(name)?));
-    let found = chain::find(front, name).or_else(plain).or_else(beside);
-    Ok(found.ok_or_else(|| ChainError::NotInChain(name.to_owned()))?)
+    let mut names: Vec<String> = chain.iter().filter_map(from).chain([name.to_owned()]).collect();
+    names.sort();
+    names.dedup();
+    for name in &names {
+        leads_to.extend(Ground::of_name(ring, name).await);
+    }
+    let mut found = called(front, name);
+    for node in &chain {
+        let ground = match own_leaves(node.driver()).first() {
+            Some(leaf) => Ground::of_leaf(ring, leaf).await,
+            None => None,
+        };
+        let is_it = ground.is_some_and(|ground| leads_to.iter().any(|other| other.is(&ground)));
+        if is_it && !found.iter().any(|other| Rc::ptr_eq(other, node)) {
+            found.push(node.clone());
+        }
+    }
+    match &*found {
+        [] => Err(ChainError::NotInChain(name.to_owned()).into()),
+        [only] => Ok(only.clone()),
+        [one, other, ..] => Err(Failure::usage(format!(
+            "The name '{name}' is that of two layers, '{}' and '{}': say the whole path of the one that is meant",
+            one.driver().name(),
+            other.driver().name()
+        ))),
+    }
 }
 
 /// What is merged from a disk that is not whole (which has to be allowed) makes what it goes to incomplete, too. The mark,

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use blockferry_ring::Ring;
 use clap::Args;
 
 use super::Global;
@@ -81,6 +82,23 @@ const WORDS: Words = Words {
     finishes: "Finishing: the base becomes complete; once more gives up",
 };
 
+/// The uppermost layer that is merged, and the one that receives it.
+async fn ends(
+    ring: &Ring,
+    front: &Rc<Node>,
+    (top, base): &(Option<String>, Option<String>),
+) -> Result<(Rc<Node>, Rc<Node>), Failure> {
+    let top = match top {
+        Some(name) => layer(ring, front, name).await?,
+        None => front.clone(),
+    };
+    let base = match base {
+        Some(name) => layer(ring, front, name).await?,
+        None => top.below().ok_or_else(|| ChainError::NoBacking(top.name().to_owned()))?,
+    };
+    Ok((top, base))
+}
+
 /// Runs the command.
 pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
     let CommitArgs { top, base, backing_file, pivot, follow, drop, cache_mode, naming, chain: mut args } =
@@ -96,13 +114,11 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
         (false, false) => AtReady::Finish,
     };
     let manner = Manner { name: "commit", words: WORDS, at_ready };
-    let named = (top.clone(), base.clone());
+    let said = (top, base);
+    let named = said.clone();
     let writable = args.open.image(None, false);
     let judge = async move |front: &Rc<Node>, options: &SweepOptions, admission: &mut Admission| {
-        let (top, base) = named;
-        let top = top.map_or_else(|| Ok(front.clone()), |name| layer(front, &name))?;
-        let below = top.below().ok_or_else(|| ChainError::NoBacking(top.name().to_owned()))?;
-        let base = base.map_or(Ok(below), |name| layer(front, &name))?;
+        let (top, base) = ends(admission.ring(), front, &named).await?;
         let merge = commit::judge(front, Some(&top), Some(&base), options)?;
         for (n, node) in merge.layers.iter().enumerate() {
             let is_active = merge.at == 0 && n == 0;
@@ -128,9 +144,7 @@ pub fn main(global: &Global, args: CommitArgs) -> Result<Exit, Failure> {
         Ok(())
     };
     chain::main(global, args, backing_file, manner, judge, async move |engine, front, options| {
-        let top = top.map_or_else(|| Ok(front.clone()), |name| layer(front, &name))?;
-        let below = top.below().ok_or_else(|| ChainError::NoBacking(top.name().to_owned()))?;
-        let base = base.map_or(Ok(below), |name| layer(front, &name))?;
+        let (top, base) = ends(engine.ring(), front, &said).await?;
         let is_above = |node: &Rc<Node>| node.below().is_some_and(|below| Rc::ptr_eq(&below, &top));
         let above = front.chain().into_iter().find(is_above);
         let commit = engine.commit(front, Some(&top), Some(&base), options);

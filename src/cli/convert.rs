@@ -30,17 +30,17 @@ use super::{Global, config, stats};
 use crate::base::limits;
 use crate::base::units::{fmt_bytes, fmt_duration};
 use crate::block::{Driver, place};
-use crate::engine::admit::{Admission, IfThere, Wish};
+use crate::engine::admit::{Admission, Below, IfThere, Wish};
 use crate::engine::create::NewImage;
 use crate::engine::marks::unfinished;
-use crate::engine::qcow2::{Qcow2Compressor, qcow2};
+use crate::engine::qcow2::Qcow2Compressor;
 use crate::engine::{Engine, Format, ImageOptions, NodeSpec};
 use crate::format::JoinedDriver;
 use crate::format::qcow2::WhichSnapshot;
 use crate::graph::node::{Child, Node, Role};
 use crate::job::convert::{ConvertOptions, Tally, TargetState};
 use crate::job::event::JobEvent;
-use crate::job::mirror::layers::are_one;
+use crate::job::mirror::layers::{are_one, below as lies_below};
 use crate::job::offload::OffloadPolicy;
 use crate::job::runner::{Ending, Job};
 use crate::job::tail::tail_of;
@@ -84,10 +84,10 @@ pub struct ConvertArgs {
     #[arg(short = 'o', long = "target-options", value_name = "OPTIONS", conflicts_with = "no_create")]
     options: Vec<String>,
     /// The target shows this image where nothing is written to it: only what the source has above its own backing file
-    /// is copied. Both backing files have to hold the same
-    #[arg(short = 'B', long = "backing", value_name = "BACKING_FILE", conflicts_with = "no_create")]
+    /// is copied, and what differs below. With -n it has to be the backing file that the target has
+    #[arg(short = 'B', long = "backing", value_name = "BACKING_FILE")]
     backing: Option<String>,
-    /// Format of the backing file; has to be said
+    /// Format of the backing file; has to be said, but with -n
     #[arg(short = 'F', long = "backing-format", value_name = "FORMAT", value_parser = parse_format)]
     backing_format: Option<Format>,
     /// Compress the target's clusters (qcow2)
@@ -112,7 +112,8 @@ pub struct ConvertArgs {
     #[arg(long, conflicts_with = "no_create")]
     pub(super) force: bool,
     /// Look for zeroes in pieces of this size; 0: do not look, and allocate the target everywhere
-    #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = size, default_value = "4096")]
+    #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = size, default_value = "4096",
+        conflicts_with = "copy_range")]
     sparse_size: u64,
     /// Copies in flight, 1 to 16 [default: as many as keep source and target busy, however far away they are]
     #[arg(short = 'm', long = "parallel", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=limits::CONVERT_PARALLEL_MAX as i64))]
@@ -126,8 +127,8 @@ pub struct ConvertArgs {
     /// Share blocks with the source where the filesystem can
     #[arg(long, value_enum, default_value_t = Reflink::Auto, value_name = "WHEN")]
     reflink: Reflink,
-    /// Try the kernel's copy_file_range, too, where blocks cannot be shared
-    #[arg(short = 'C', long = "copy-range-offloading")]
+    /// Try the kernel's copy_file_range, too, where blocks cannot be shared. What is copied so is not looked at
+    #[arg(short = 'C', long = "copy-range-offloading", conflicts_with_all = ["compress", "salvage"])]
     copy_range: bool,
     /// Take what cannot be read for zeroes; exit code 1 if there was any
     #[arg(long)]
@@ -402,8 +403,11 @@ impl Run {
             return Err(Failure::usage(text));
         }
         speed_of(args.rate)?;
+        let below = self.below_what_is_there()?;
         let mut pairs = option_pairs(&args.options)?;
-        add_backing(&mut pairs, args.backing.as_deref(), args.backing_format);
+        if !args.no_create {
+            add_backing(&mut pairs, args.backing.as_deref(), args.backing_format);
+        }
         let new = NewImage::parse(args.target_format, &pairs, Some(source.driver().len()));
         let new = new.map_err(Failure::usage)?;
         if args.compress && new.data_file().is_some() {
@@ -429,12 +433,13 @@ impl Run {
             if_there,
             may_make: !args.no_create,
             room_min: if args.sparse_size == 0 && !args.compress { new.len() } else { 0 },
+            below,
             ..Wish::copy(&self.target, image.clone(), &new, source)
         };
         admission.target(&wish).await;
         match args.sparse_size {
             0 => admission.plan().bytes_max = Some(new.len()),
-            _ => admission.bytes_of(source.driver(), new.has_backing()).await?,
+            _ => admission.bytes_of(source.driver(), new.has_backing() || below.is_some()).await?,
         }
         let (plan, admitted) = admission.judge();
         if args.plan.ends(&self.global, &plan)? {
@@ -454,13 +459,18 @@ impl Run {
             warn_of_refusal(&self.engine, &self.target, new.backing_file.as_deref()).await;
         }
         let target = Target::take(&self.engine, admitted, options, &new).await?;
+        let new_backing = match below {
+            Some(_) => lies_below(target.node.driver()),
+            None => new_backing.map(|node| node.driver().clone()),
+        };
         let state = match () {
             () if args.target_is_zero => TargetState::Zero,
-            () if args.no_create => TargetState::Unknown,
-            () if new.has_backing() => match qcow2(source.driver()).and_then(|image| image.backing()) {
+            () if args.no_create && below.is_none() => TargetState::Unknown,
+            () if new.has_backing() || below.is_some() => match lies_below(source.driver()) {
                 Some(backing) => TargetState::Backed {
                     source_backing_len: backing.len(),
-                    is_same: new_backing.is_some_and(|new| are_one(new.driver(), backing.driver())),
+                    is_same: new_backing.is_some_and(|new| are_one(&new, &backing)),
+                    is_new: !args.no_create,
                 },
                 None => TargetState::Unknown,
             },
@@ -468,6 +478,18 @@ impl Run {
             () => TargetState::Unknown,
         };
         Ok(Some((target, state)))
+    }
+
+    /// What the image that is there has to show where it has nothing of its own: with -n, -B does not make it so.
+    fn below_what_is_there(&self) -> Result<Option<Below<'_>>, Failure> {
+        let args = &self.args;
+        let Some(name) = args.backing.as_deref().filter(|_| args.no_create) else { return Ok(None) };
+        if args.target_is_zero {
+            return Err(Failure::usage(
+                "A target with a backing file does not read as zeroes: say -B or --target-is-zero",
+            ));
+        }
+        Ok(Some(Below { name, format: args.backing_format }))
     }
 
     async fn start(

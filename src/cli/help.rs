@@ -109,11 +109,12 @@ const LONG_ONLY: [&str; 19] = [
 ];
 
 /// What the short help says instead of a long sentence, by command (empty: any) and option.
-const SHORT: [(&str, &str, &str); 10] = [
+const SHORT: [(&str, &str, &str); 11] = [
     ("mirror", "source", "The disk to copy"),
     ("mirror", "target", "A new file; or what is there, with --force and -F"),
     ("mirror", "target_format", "Format of the target (a new file: the source's)"),
-    ("mirror", "sync", "What to copy"),
+    ("mirror", "sync", "What to copy: full (the default), top or none"),
+    ("mirror", "speed", "Limit, such as 200MiB a second"),
     ("mirror", "export", "Serve clients meanwhile, at this NBD URI"),
     ("", "dry_run", "Say what would happen, and change nothing"),
     ("mirror", "options", "Options of a target that is made"),
@@ -256,6 +257,17 @@ const AS_JSON: &str = "output_as_json";
 
 /// The command line for these words: where they ask which options a format has (`-o help`), no image need be named.
 pub fn relaxed(whole: Command, words: &[OsString]) -> Command {
+    let says = |what: &str| words.iter().any(|word| word == what);
+    let whole = match says("mirror") && says("-h") {
+        true => {
+            let everywhere = |arg: Arg| arg.hide_short_help(true);
+            whole
+                .mut_subcommand("mirror", on_one_screen)
+                .mut_arg("json", everywhere)
+                .mut_arg("verbose", everywhere)
+        }
+        false => whole,
+    };
     let asks = words.windows(2).any(|pair| {
         ["-o", "--options", "--target-options"].iter().any(|option| pair[0] == *option) && pair[1] == "help"
     });
@@ -265,6 +277,20 @@ pub fn relaxed(whole: Command, words: &[OsString]) -> Command {
         }),
         false => whole,
     }
+}
+
+/// A command whose short help fits a terminal of 24 lines: no groups, and nothing that every command has.
+fn on_one_screen(command: Command) -> Command {
+    let flat = |arg: Arg| {
+        let is_hidden = arg.get_id() == QUIET || arg.get_id() == "options";
+        let arg = arg.help_heading(clap::builder::Resettable::Reset);
+        let arg = match arg.get_action().takes_values() {
+            true => arg.hide_possible_values(true).hide_default_value(true),
+            false => arg,
+        };
+        if is_hidden { arg.hide_short_help(true) } else { arg }
+    };
+    command.mut_args(flat).disable_version_flag(true)
 }
 
 /// Whether `--output=json` was said to a command that has it for `--json` only.
@@ -331,6 +357,8 @@ pub fn dressed(subcommand: Command) -> Command {
     if name == "help" {
         return subcommand;
     }
+    // What is said twice counts as it was said last.
+    let subcommand = subcommand.args_override_self(true);
     let has_quiet = subcommand.get_arguments().any(|arg| arg.get_id() == QUIET);
     let subcommand = match has_quiet {
         true => subcommand,
@@ -472,14 +500,14 @@ mod tests {
         }
     }
 
-    /// On a terminal of 40 lines and 80 columns, with the prompts before and after it.
+    /// On a terminal of 24 lines and 80 columns, with the prompt behind it.
     #[test]
     fn the_short_help_of_a_mirror_fits_a_screen() {
-        let mut command = command();
+        let mut command = super::relaxed(command(), &["blockferry", "mirror", "-h"].map(Into::into));
         command.build();
         let mirror = command.find_subcommand_mut("mirror").unwrap();
         let text = mirror.clone().term_width(80).render_help().to_string();
-        assert!(text.lines().count() <= 38, "{} lines:\n{text}", text.lines().count());
+        assert!(text.lines().count() <= 23, "{} lines:\n{text}", text.lines().count());
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
     }
 }

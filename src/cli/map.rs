@@ -15,6 +15,9 @@ use crate::engine::qcow2::qcow2;
 use crate::engine::{Engine, Format, NodeSpec};
 use crate::format::qcow2::MapExtent;
 
+/// What QEMU counts in.
+const SECTOR: u64 = 512;
+
 /// Tell where the bytes of an image, and of its backing files, lie
 #[derive(Debug, Args)]
 pub struct MapArgs {
@@ -97,7 +100,9 @@ pub fn main(global: &Global, mut args: MapArgs) -> Result<Exit, Failure> {
         let node = e.open(&a.file, &options).await?;
         // A raw disk may begin later than its file does.
         let begin = NodeSpec::parse(&a.file)?.window().map_or(0, |(offset, _)| offset);
-        Ok::<_, Failure>(map(node.driver(), begin, a.start_offset, a.max_length).await?)
+        let mut lines = map(node.driver(), begin, a.start_offset, a.max_length).await?;
+        add_rest_of_sector(&mut lines, node.driver(), &a, begin);
+        Ok::<_, Failure>(lines)
     })?;
     if args.output.is_json(global) {
         // One extent a line, as qemu-img prints it.
@@ -130,15 +135,19 @@ async fn map(
     let disk = driver.len();
     let end = len.map_or(disk, |len| start.saturating_add(len)).min(disk);
     let mut lines: Vec<Line> = Vec::new();
-    let mut at = start;
+    let (mut at, is_nbd) = (start, driver.kind() == "nbd");
     while at < end {
         let extent = match qcow2(driver) {
             Some(image) => present(driver, at, image.map(at, end - at).await?).await?,
             None => {
                 let extent = driver.block_status(at, end - at).await?;
                 MapExtent {
-                    // Bytes that nobody says are zero are stored somewhere.
-                    extent: Extent { allocated: !extent.zero, depth: 0, ..extent },
+                    // Bytes that nobody says are zero are stored somewhere; of zeroes a server tells whether they are.
+                    extent: Extent {
+                        allocated: !extent.zero || is_nbd && extent.allocated,
+                        depth: 0,
+                        ..extent
+                    },
                     present: true,
                     compressed: false,
                     offset: Some(begin + at),
@@ -157,6 +166,30 @@ async fn map(
         at += len;
     }
     Ok(lines)
+}
+
+/// A disk may end within a sector. QEMU counts in whole ones, and its map goes on to the end of the last: what is behind the
+/// disk's end reads as zeroes to it.
+fn add_rest_of_sector(lines: &mut Vec<Line>, driver: &Rc<dyn Driver>, args: &MapArgs, begin: u64) {
+    let (disk, start) = (driver.len(), args.start_offset);
+    let end = args.max_length.map_or(u64::MAX, |len| start.saturating_add(len));
+    let end = end.min(disk.next_multiple_of(SECTOR));
+    let at = disk.max(start);
+    if at >= end || qcow2(driver).is_some() {
+        return;
+    }
+    let rest = MapExtent {
+        extent: Extent { allocated: false, ..Extent::zero(end - at) },
+        present: true,
+        compressed: false,
+        // A server has nothing there.
+        offset: (driver.kind() != "nbd").then_some(begin + at),
+        file: Some(driver.name().to_owned()),
+    };
+    match lines.last_mut() {
+        Some(last) if last.goes_on_with(&rest) => last.extent.extent.len += end - at,
+        _ => lines.push(Line { start: at, extent: rest }),
+    }
 }
 
 /// What reads as zeroes because the backing file ends before it is not present, as QEMU sees it.

@@ -32,6 +32,7 @@ pub mod stats;
 pub mod stream;
 pub mod target;
 pub mod tool;
+pub mod twice;
 
 use std::process::ExitCode;
 
@@ -124,7 +125,9 @@ pub fn command() -> clap::Command {
 pub fn main() -> ExitCode {
     planted::plant_what_is_named();
     let words: Vec<_> = std::env::args_os().map(|word| os_name::from_word(&word)).collect();
-    let parsed = help::relaxed(command(), &words).try_get_matches_from(words).and_then(|matches| {
+    let whole = command();
+    let words = twice::last_formats(&whole, words);
+    let parsed = help::relaxed(whole, &words).try_get_matches_from(words).and_then(|matches| {
         let mut cli = Cli::from_arg_matches(&matches)?;
         if let Some((_, of_command)) = matches.subcommand() {
             cli.global.quiet = of_command.get_flag(help::QUIET);
@@ -240,6 +243,7 @@ fn without_tips(error: &mut clap::Error) -> clap::builder::StyledStr {
 /// What is wrong with a command line that has control characters in it, with these shown: it quotes the words.
 fn quoted() -> Option<clap::Error> {
     let words: Vec<_> = std::env::args_os().map(|word| os_name::from_word(&word)).collect();
+    let words = twice::last_formats(&command(), words);
     let clean = words.iter().map(|word| shown(&word.to_string_lossy()).into_owned());
     let is_clean = |word: &OsString| matches!(shown(&word.to_string_lossy()), Cow::Borrowed(_));
     if words.iter().all(is_clean) {

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use blockferry_ring::sync::{Either, Notify, either};
 use blockferry_ring::{Nanos, Ring, SocketAddress};
 use clap::{Args, value_parser};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::exit::{Exit, Failure};
 use super::image::{OpenArgs, duration, failed, parse_format, size, speed};
@@ -20,7 +20,9 @@ use crate::engine::{Engine, Format, ImageOptions};
 use crate::export::nbd::{Export, NbdServer, PaceLimits, ServerConfig, ServerError};
 use crate::format::qcow2::WhichSnapshot;
 use crate::graph::node::{Node, Role, Root};
-use crate::protocol::nbd::{NbdAddress, NbdUri, list_exports};
+use crate::protocol::nbd::{
+    ExportDetails, ListedExport, NbdAddress, NbdUri, TransmissionFlags, describe_exports,
+};
 
 const AFTER: &str = "\
 Examples:
@@ -195,12 +197,12 @@ const LIST_NANOS: Nanos = 10_000_000_000;
 fn list(global: &Global, engine: &Rc<Engine>, uri: &NbdUri) -> Result<Exit, Failure> {
     let (ring, uri) = (engine.ring().clone(), uri.clone());
     let shown = uri.to_string();
-    let found = engine.run(async move { list_exports(&ring, &uri, ring.clock() + LIST_NANOS).await });
+    let found = engine.run(async move { describe_exports(&ring, &uri, LIST_NANOS).await });
     let found =
         found.map_err(|error| Failure::text(format!("Listing what '{shown}' serves failed: {error}")))?;
     if global.json {
-        let all = found.iter().map(|export| json!({"name": export.name, "description": export.description}));
-        product!("{}", json!({"exports": all.collect::<Vec<_>>()}));
+        print::has_ended();
+        product!("{}", json!({"exports": found.iter().map(listed_json).collect::<Vec<_>>()}));
         return Ok(Exit::Done);
     }
     product!("exports available: {}", found.len());
@@ -209,8 +211,73 @@ fn list(global: &Global, engine: &Rc<Engine>, uri: &NbdUri) -> Result<Exit, Fail
         if !export.description.is_empty() {
             product!("  description: {}", export.description);
         }
+        if let Some(details) = &export.details {
+            tell_details(details);
+        }
     }
     Ok(Exit::Done)
+}
+
+/// What a server tells of an export, in the words of `qemu-nbd --list`.
+fn tell_details(details: &ExportDetails) {
+    product!("  size:  {}", details.size_bytes);
+    let flags = details.flags;
+    if !flags.is_empty() {
+        product!("  flags: {:#x} ( {} )", flags.0, flags_in_words(flags).join(" "));
+    }
+    if let Some(sizes) = details.block_sizes {
+        product!("  min block: {}", sizes.minimum_bytes);
+        product!("  opt block: {}", sizes.preferred_bytes);
+        product!("  max block: {}", sizes.maximum_bytes);
+    }
+    product!("  transaction size: {}", transaction_size(details));
+    if !details.meta_contexts.is_empty() {
+        product!("  available meta contexts: {}", details.meta_contexts.len());
+        for context in &details.meta_contexts {
+            product!("   {context}");
+        }
+    }
+}
+
+/// How long a request may be, by the headers that are spoken.
+fn transaction_size(details: &ExportDetails) -> &'static str {
+    if details.style.is_extended() { "64-bit" } else { "32-bit" }
+}
+
+/// What an export can do, by the names that QEMU has for it.
+fn flags_in_words(flags: TransmissionFlags) -> Vec<&'static str> {
+    let names = [
+        (TransmissionFlags::READ_ONLY, "readonly"),
+        (TransmissionFlags::SEND_FLUSH, "flush"),
+        (TransmissionFlags::SEND_FUA, "fua"),
+        (TransmissionFlags::ROTATIONAL, "rotational"),
+        (TransmissionFlags::SEND_TRIM, "trim"),
+        (TransmissionFlags::SEND_WRITE_ZEROES, "zeroes"),
+        (TransmissionFlags::SEND_DF, "df"),
+        (TransmissionFlags::CAN_MULTI_CONN, "multi"),
+        (TransmissionFlags::SEND_RESIZE, "resize"),
+        (TransmissionFlags::SEND_CACHE, "cache"),
+        (TransmissionFlags::SEND_FAST_ZERO, "fast-zero"),
+        (TransmissionFlags::BLOCK_STATUS_PAYLOAD, "block-status-payload"),
+    ];
+    names.into_iter().filter(|(flag, _)| flags.contains(*flag)).map(|(_, name)| name).collect()
+}
+
+fn listed_json(export: &ListedExport) -> Value {
+    let details = export.details.as_ref().map(|details| {
+        json!({
+            "bytes": details.size_bytes,
+            "flags": flags_in_words(details.flags),
+            "block-sizes": details.block_sizes.map(|sizes| json!({
+                "minimum": sizes.minimum_bytes,
+                "preferred": sizes.preferred_bytes,
+                "maximum": sizes.maximum_bytes,
+            })),
+            "transaction-size": transaction_size(details),
+            "meta-contexts": details.meta_contexts,
+        })
+    });
+    json!({"name": export.name, "description": export.description, "details": details})
 }
 
 /// The servers of one command, one an address.
@@ -244,7 +311,7 @@ pub fn check_exports(uris: &[NbdUri]) -> Result<(), Failure> {
     for (n, uri) in uris.iter().enumerate() {
         if uris[..n].iter().any(|other| other.address == uri.address && other.export == uri.export) {
             return Err(Failure::usage(format!(
-                "The export {uri} is said twice: give each its own name or its own address"
+                "The export '{uri}' is said twice: give each its own name or its own address"
             )));
         }
     }

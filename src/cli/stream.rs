@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use blockferry_ring::Ring;
 use clap::Args;
 
 use super::Global;
@@ -66,11 +67,14 @@ struct Ends {
 
 impl Ends {
     /// The layer that is filled, and how far down it is filled from.
-    fn find(&self, front: &Rc<Node>) -> Result<(Rc<Node>, Floor), Failure> {
-        let top = self.top.as_ref().map_or_else(|| Ok(front.clone()), |name| layer(front, name))?;
+    async fn find(&self, ring: &Ring, front: &Rc<Node>) -> Result<(Rc<Node>, Floor), Failure> {
+        let top = match &self.top {
+            Some(name) => layer(ring, front, name).await?,
+            None => front.clone(),
+        };
         let floor = match (&self.base, &self.bottom) {
-            (Some(base), _) => Floor::Base(layer(front, base)?),
-            (None, Some(bottom)) => Floor::Bottom(layer(front, bottom)?),
+            (Some(base), _) => Floor::Base(layer(ring, front, base).await?),
+            (None, Some(bottom)) => Floor::Bottom(layer(ring, front, bottom).await?),
             (None, None) => Floor::Whole,
         };
         Ok((top, floor))
@@ -90,7 +94,7 @@ pub fn main(global: &Global, args: StreamArgs) -> Result<Exit, Failure> {
     let ends = Ends { top, base, bottom };
     let named = ends.clone();
     let judge = async move |front: &Rc<Node>, options: &SweepOptions, admission: &mut Admission| {
-        let (top, floor) = named.find(front)?;
+        let (top, floor) = named.find(admission.ring(), front).await?;
         let (from, to) = stream::judge(front, Some(&top), &floor, options)?;
         admission.layer("layer that is filled", Act::Change, &top, Role::JobTop("stream")).await;
         for node in front.chain().iter().take(to).skip(from + 1) {
@@ -100,7 +104,7 @@ pub fn main(global: &Global, args: StreamArgs) -> Result<Exit, Failure> {
         Ok(())
     };
     chain::main(global, args, backing_file, manner, judge, async move |engine, front, options| {
-        let (top, floor) = ends.find(front)?;
+        let (top, floor) = ends.find(engine.ring(), front).await?;
         let left = match &floor {
             Floor::Base(base) => Some(base.clone()),
             Floor::Bottom(bottom) => bottom.below(),

@@ -39,23 +39,20 @@ pub async fn held_by(layers: &[Rc<Node>], offset: u64, len: u64) -> Result<Exten
     Ok(Extent::nothing(len))
 }
 
-/// The layer of the chain below `front` that is called so: by the name of its node, or the name or path of its file.
-/// `front` itself counts.
-pub fn find(front: &Rc<Node>, name: &str) -> Option<Rc<Node>> {
+/// The layers of the chain below `front` that are called so: by the name of the node or of the disk, or as the layer above
+/// records it. `front` itself counts.
+pub fn called(front: &Rc<Node>, name: &str) -> Vec<Rc<Node>> {
     let chain = front.chain();
-    let called = |node: &&Rc<Node>| node.name() == name || node.driver().name() == name;
-    let same_path = |node: &&Rc<Node>| {
-        let path = |name: &str| std::path::absolute(os_name::to_path(name)).ok();
-        path(node.driver().name()).is_some_and(|found| Some(found) == path(name))
+    let is_recorded = |above: &Rc<Node>| {
+        let recorded = above.driver().as_layer().and_then(|layer| layer.recorded_backing());
+        recorded.is_some_and(|(text, _)| text == name)
     };
-    let recorded = || {
-        // As the layer above it has it.
-        chain.iter().zip(chain.iter().skip(1)).find_map(|(above, node)| {
-            let (text, _) = above.driver().as_layer()?.recorded_backing()?;
-            (text == name).then_some(node)
-        })
+    let is_called = |n: usize, node: &Rc<Node>| {
+        let above = n.checked_sub(1).and_then(|n| chain.get(n));
+        node.name() == name || node.driver().name() == name || above.is_some_and(is_recorded)
     };
-    chain.iter().find(called).or_else(|| chain.iter().find(same_path)).or_else(recorded).cloned()
+    let found = chain.iter().enumerate().filter(|(n, node)| is_called(*n, node));
+    found.map(|(_, node)| node.clone()).collect()
 }
 
 /// How `overlay` is to record `base` as its backing file: in the words of the layer that has had it so far, if they mean

@@ -123,14 +123,12 @@ impl Locks {
         for permission in Permission::ALL {
             let n = permission as u64;
             if permissions.uses(permission) && self.is_locked(DENIED + n)? {
-                let what = format!("the \"{}\" permission is denied", permission.name());
+                let what = format!("the '{}' permission is denied", permission.name());
                 return Err(self.refused(DENIED + n, &what));
             }
             if !permissions.shares(permission) && self.is_locked(USED + n)? {
-                let what = format!(
-                    "the \"{}\" permission cannot be denied to others: it is used",
-                    permission.name()
-                );
+                let what =
+                    format!("the '{}' permission cannot be denied to others: it is used", permission.name());
                 return Err(self.refused(USED + n, &what));
             }
         }

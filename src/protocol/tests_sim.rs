@@ -318,12 +318,12 @@ fn locks_of_others_and_filesystems_without_locks() {
     let disk = opened(&ring, &DIRECT);
     world.lock_elsewhere(DISK, LockRange { start: 201, len: 1 });
     let error = disk.set_permissions(Permissions::USER).unwrap_err().to_string();
-    assert!(error.contains("the \"write\" permission is denied by simulated (pid 0)"), "{error}");
+    assert!(error.contains("the 'write' permission is denied by simulated (pid 0)"), "{error}");
     disk.set_permissions(Permissions::STABLE_READER).unwrap();
     world.unlock_elsewhere(DISK);
     world.lock_elsewhere(DISK, LockRange { start: 103, len: 1 });
     let error = disk.set_permissions(Permissions::USER).unwrap_err().to_string();
-    assert!(error.contains("the \"resize\" permission cannot be denied to others"), "{error}");
+    assert!(error.contains("the 'resize' permission cannot be denied to others"), "{error}");
     world.unlock_elsewhere(DISK);
     world.fail_nth(OpKind::Lock, DISK, 1, Errno::EOPNOTSUPP);
     let error = disk.set_permissions(Permissions::USER).unwrap_err().to_string();

@@ -473,7 +473,7 @@ fn what_makes_no_sense_is_refused_with_a_sentence() {
     let alone = Peer::nbdkit(&["--filter=multi-conn", "memory", "1M", "multi-conn-mode=disable"]);
     for (arguments, code, words) in [
         (vec!["-n", "1", &peer.uri()], FAILED, "lets nobody write"),
-        (vec!["-n", "1", "--range", "1M+4K", text(&image)], FAILED, "does not lie on"),
+        (vec!["-n", "1", "--range", "1M+4K", text(&image)], 2, "does not lie on"),
         (vec!["-n", "1", "-c", "2", "--verify", &alone.uri()], FAILED, "multi-conn"),
         (vec!["-n", "1", "-c", "2", text(&image)], FAILED, "one connection"),
         (vec!["-n", "1", "nbd:nonsense"], FAILED, "port"),
@@ -486,6 +486,54 @@ fn what_makes_no_sense_is_refused_with_a_sentence() {
     }
     bench(&["-n", "100", "-p", "100", &peer.uri()]).expect(DONE);
     bench(&["-n", "100", "-c", "2", &alone.uri()]).expect(DONE);
+    // No log is left of a load that did not begin.
+    let log = folder.path().join("log");
+    for (arguments, code) in [
+        (vec!["--range", "1M+4K", text(&image)], 2),
+        (vec!["nbd+unix:///?socket=/nowhere/at/all"], FAILED),
+        (vec!["--range", "0+1K", text(&image)], 2),
+    ] {
+        bench(&[&["-n", "1", "--log", text(&log)][..], &arguments].concat()).expect(code);
+        assert!(!log.exists(), "{arguments:?}");
+    }
+}
+
+/// What is a hole is not read from a disk: a figure of it is none of the disk, and that is said.
+#[test]
+fn holes_are_told_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = image(folder.path(), 8 << 20);
+    let reads = |more: &[&str]| {
+        let words = [&["-n", "50", "-f", "raw"][..], more, &[text(&image)]].concat();
+        let told = String::from_utf8(careful(&words).output().unwrap().stdout).unwrap();
+        let ran = judge(&careful(&words).args(["--json", "-q"]).output().unwrap()).expect(DONE);
+        (
+            ran.result["report"]["holes-percent"].clone(),
+            told.lines().find(|line| line.contains("holes")).map(str::to_owned),
+        )
+    };
+    let (percent, told) = reads(&[]);
+    assert_eq!(
+        (percent.as_u64(), told.is_some_and(|line| line.starts_with("all of it is holes"))),
+        (Some(100), true)
+    );
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&image)
+        .unwrap()
+        .write_all_at(&vec![7; 2 << 20], 1 << 20)
+        .unwrap();
+    let (percent, told) = reads(&[]);
+    assert_eq!(
+        (percent.as_u64(), told.is_some_and(|line| line.starts_with("75 % of it are holes"))),
+        (Some(75), true)
+    );
+    let (percent, told) = reads(&["--range", "1M+2M"]);
+    assert_eq!((percent.as_u64(), told), (Some(0), None));
+    // Memory is no disk, and a load that only writes reads nothing.
+    for words in [&["-n", "50", "-p", "100", "mem:1M"][..], &["-n", "1", text(&image)]] {
+        assert!(bench(words).expect(DONE).result["report"]["holes-percent"].is_null(), "{words:?}");
+    }
 }
 
 /// The same load by fio's NBD engine. Machines differ, so nothing is asserted about speed; both numbers are printed, to

@@ -62,6 +62,49 @@ fn under_a_writer(chain: &Chain, arguments: &[&str]) -> (Vec<u8>, Value) {
     (model, end)
 }
 
+/// Two files of a chain may have the same name, in different folders: what is written to the wrong one is lost.
+#[test]
+fn a_layer_is_found_by_every_name_that_leads_to_it_alone() {
+    let scratch = Scratch::new();
+    for folder in ["a", "b"] {
+        std::fs::create_dir(scratch.dir().join(folder)).unwrap();
+    }
+    std::os::unix::fs::symlink("b", scratch.path("link")).unwrap();
+    let lowest = scratch.path("b/x.qcow2");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &lowest, "1M"]);
+    for (image, below) in
+        [("b/y.qcow2", "x.qcow2"), ("a/x.qcow2", "../b/y.qcow2"), ("a/top.qcow2", "x.qcow2")]
+    {
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", &scratch.path(image)]);
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 3 64k 64k", &scratch.path(image)]);
+    }
+    let top = scratch.path("a/top.qcow2");
+    let commit = |base: &str| {
+        let mut command = common::blockferry(&["commit", "--allow-any-file", "--dry-run", "-b", base, &top]);
+        command.current_dir(scratch.dir());
+        Process::spawn(command).end()
+    };
+    for (base, meant) in [
+        ("../b/y.qcow2", "b/y.qcow2"),
+        ("y.qcow2", "b/y.qcow2"),
+        ("b/x.qcow2", "b/x.qcow2"),
+        ("a/x.qcow2", "a/x.qcow2"),
+        ("link/x.qcow2", "b/x.qcow2"),
+        (&lowest, "b/x.qcow2"),
+    ] {
+        let ended = commit(base);
+        assert_eq!(ended.code, Some(0), "{base}: {ended}");
+        let line = ended.out.lines().find(|line| line.contains("(base,")).unwrap_or_default();
+        assert!(line.contains(meant), "{base}: {ended}");
+    }
+    for (base, code, said) in [("x.qcow2", 2, "two layers"), ("z.qcow2", 1, "not in this backing file chain")]
+    {
+        let ended = commit(base);
+        assert_eq!(ended.code, Some(code), "{base}: {ended}");
+        assert!(ended.err.contains(said), "{base}: {ended}");
+    }
+}
+
 #[test]
 fn a_commit_at_rest_does_what_qemu_img_does() {
     for (seed, layers) in [(1, PLAIN), (2, MIXED)] {

@@ -150,7 +150,7 @@ fn what_a_qemu_program_writes_is_refused_by_name() {
         assert!(error.contains("--no-lock"), "{error}");
     }
     let error = file.set_permissions(Permissions::STABLE_READER).unwrap_err().to_string();
-    assert!(error.contains("the \"write\" permission cannot be denied to others: it is used"), "{error}");
+    assert!(error.contains("the 'write' permission cannot be denied to others: it is used"), "{error}");
     // A refusal leaves nothing locked: the other program's neighbours still get in.
     assert!(qemu_io(&image.path, false, "read 0 512").status.success());
     // Who takes the risk may read.
@@ -185,7 +185,7 @@ fn what_a_qemu_program_denies_is_named() {
     // A qcow2 driver lets nobody write the file below it.
     let nbd = QemuNbd::start(&image, "qcow2", &qcow2);
     let error = open(&ring, &qcow2).set_permissions(Permissions::USER).unwrap_err().to_string();
-    let wanted = format!("the \"write\" permission is denied by qemu-nbd (pid {})", nbd.pid());
+    let wanted = format!("the 'write' permission is denied by qemu-nbd (pid {})", nbd.pid());
     assert!(error.contains(&wanted), "{error}");
 }
 

@@ -154,7 +154,7 @@ fn policy(extended_headers: bool) -> ServerPolicy {
     ServerPolicy { extended_headers, ..ServerPolicy::default() }
 }
 
-fn goals() -> [ClientGoal; 4] {
+fn goals() -> [ClientGoal; 5] {
     let plain =
         ConnectRequest { structured_replies: false, extended_headers: false, ..ConnectRequest::new("disk") };
     let mut many = ConnectRequest::new("disk");
@@ -164,6 +164,7 @@ fn goals() -> [ClientGoal; 4] {
         ClientGoal::Connect(plain),
         ClientGoal::Connect(many),
         ClientGoal::List,
+        ClientGoal::Describe,
     ]
 }
 
@@ -181,7 +182,7 @@ fn handshakes() -> Vec<(Vec<u8>, Vec<u8>)> {
             match client.advance(&answered[read..], &mut sent) {
                 Ok(step) => {
                     read += step.consumed;
-                    if matches!(step.progress, ClientProgress::Ready(_) | ClientProgress::Listed(_)) {
+                    if !matches!(step.progress, ClientProgress::NeedInput | ClientProgress::Again) {
                         break;
                     }
                 }
@@ -257,7 +258,7 @@ fn hear_server(input: &[u8], rng: &mut Rng) -> u64 {
                         assert!(negotiated.payload_bytes_max() > 0);
                         break;
                     }
-                    ClientProgress::Listed(_) => break,
+                    ClientProgress::Listed(_) | ClientProgress::Described(_) => break,
                     ClientProgress::Again => {}
                     ClientProgress::NeedInput if !arrive(rng, &mut arrived, input.len()) => break,
                     ClientProgress::NeedInput => {}

@@ -235,7 +235,7 @@ fn two_jobs_share_no_layer() {
         assert_eq!(other.until_over().await, Ending::Completed);
         one.set_speed(0).unwrap();
         assert_eq!(one.until_over().await, Ending::Completed);
-        assert!(layers_of::find(&node, "l0.qcow2").is_some());
+        assert_eq!(layers_of::called(&node, "l0.qcow2").len(), 1);
         assert_eq!(node.chain().len(), 3);
         assert!(layers[3].driver().is_read_only());
     });

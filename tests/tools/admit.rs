@@ -184,7 +184,7 @@ fn a_request_that_makes_no_sense_is_refused_before_the_target_is_emptied() {
             "convert --force -B D/mid.qcow2 -F qcow2 -O qcow2 D/top.qcow2 D/base.raw D/other.raw",
             "several images",
         ),
-        ("amend -o refcount_bits=8 D/top.qcow2", "convert"),
+        ("amend -o refcount_bits=8,compat=0.10 D/top.qcow2", "compat=1.1"),
         ("amend -o compat=0.10,size=4k D/top.qcow2", "resize"),
         ("amend -o lazy_refcounts=on,backing_file=x D/top.qcow2", "rebase"),
         ("amend -f raw -o size=2M D/other.raw", "raw image"),

@@ -30,7 +30,8 @@ fn a_copy_is_equal_and_thin() {
     assert!(allocated(&full) >= 20 * MIB);
     // The options of others are understood.
     let d = scratch.path("d");
-    let words = "convert -p -q -W -m 16 -t none -T writeback -S 64k -C -U -f raw -O raw -r 1G -o preallocation=falloc";
+    let words =
+        "convert -p -q -W -m 16 -t none -T writeback -C -U -f raw -O raw -r 1G -o preallocation=falloc";
     let mut arguments: Vec<&str> = words.split(' ').collect();
     arguments.extend([a.as_str(), d.as_str()]);
     ours(&arguments);
@@ -175,6 +176,72 @@ fn a_copy_over_another_backing_file_shows_the_same() {
                 "{source} over {below}: {size} bytes, though most is below"
             );
             std::fs::remove_file(&copy).unwrap();
+        }
+    }
+}
+
+/// Whatever is in the image that is there, it shows the source afterwards; where it showed it before, through its backing
+/// file, nothing is written.
+#[test]
+fn an_image_that_is_there_over_a_backing_file_becomes_the_source() {
+    let scratch = Scratch::new();
+    let (base, short) = (scratch.full("base", MIB), scratch.full("short", 500 << 10));
+    let image = |name: &str, below: &str, writes: &[&str]| {
+        let image = scratch.path(name);
+        qemu(&["create", "-q", "-f", "qcow2", "-b", below, "-F", "raw", &image, "1M"]);
+        let writes: Vec<&str> = writes.iter().flat_map(|write| ["-c", *write]).collect();
+        tool("qemu-io", &[&["-f", "qcow2"], &*writes, &[&*image]].concat());
+        image
+    };
+    let some = ["write -P 4 64k 64k", "write -z 256k 64k", "write -P 5 700000 5000"];
+    let sources = [image("top", "base", &some), image("over", "short", &some), image("empty", "base", &[])];
+    let own = ["write -P 6 0 200k", "write -z 300k 300k", "write -P 7 1000000 10000"];
+    let targets = [image("t1", "base", &[]), image("t2", "base", &own), image("t3", "short", &own)];
+    std::os::unix::fs::symlink("base", scratch.path("link")).unwrap();
+    for source in &sources {
+        for (target, below) in
+            [(0, "base"), (0, &*base), (0, "link"), (1, "base"), (2, &*short), (2, "short")]
+        {
+            let copy = scratch.path("copy");
+            std::fs::copy(&targets[target], &copy).unwrap();
+            ours(&["convert", "-q", "-n", "-O", "qcow2", "-B", below, source, &copy]);
+            assert_eq!(qemu(&["compare", "-f", "qcow2", "-F", "qcow2", source, &copy]).code, Some(0));
+            assert_eq!(qemu(&["check", "-q", "-f", "qcow2", &copy]).code, Some(0));
+            let is_over_same = target == 0 && source != &sources[1];
+            let room = allocated(&copy);
+            assert!(
+                !is_over_same || room < 600 << 10,
+                "{source} to {target}: {room} bytes, though most is below"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_backing_file_that_the_image_does_not_have_is_refused_at_once() {
+    let scratch = Scratch::new();
+    let (base, other) = (scratch.full("base", MIB), scratch.full("other", MIB));
+    let [source, target, alone] = ["source", "target", "alone"].map(|name| scratch.path(name));
+    for image in [&source, &target] {
+        qemu(&["create", "-q", "-f", "qcow2", "-b", &base, "-F", "raw", image]);
+    }
+    qemu(&["create", "-q", "-f", "qcow2", &alone, "1M"]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 4 64k 64k", &source]);
+    let raw = scratch.full("raw", MIB);
+    for (words, said) in [
+        ([&*other, "raw", "qcow2", &target], "has another backing file"),
+        (["none", "raw", "qcow2", &target], "has another backing file"),
+        ([&*base, "qcow2", "qcow2", &target], "-F says qcow2"),
+        ([&*base, "raw", "qcow2", &alone], "has no backing file"),
+        ([&*base, "raw", "raw", &raw], "taken as a raw image"),
+    ] {
+        let [below, format, target_format, target] = words;
+        let before = content(target);
+        let words = ["convert", "-n", "-B", below, "-F", format, "-O", target_format, &source, target];
+        for dry_run in [&["--dry-run"][..], &[]] {
+            let refused = run(&[&words[..], dry_run].concat());
+            assert!(refused.code == Some(1) && refused.to_string().contains(said), "{refused}");
+            assert!(content(target) == before && !is_marked(target), "{refused}");
         }
     }
 }

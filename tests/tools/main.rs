@@ -3,6 +3,7 @@
 use common::nbd_peers;
 
 mod admit;
+mod amend;
 mod convert;
 mod lengths;
 mod lines;

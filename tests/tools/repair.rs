@@ -298,8 +298,11 @@ fn nothing_is_freed_that_could_not_be_read() {
             copy.put(at, &bytes);
             for what in ["leaks", "all"] {
                 let ended = run(&["check", "-f", "qcow2", "-r", what, &copy.path]);
-                assert_eq!(ended.code, Some(2), "{name}, {what}, {lost}: {ended}");
-                assert!(ended.out.contains("not freed"), "{name}, {what}, {lost}: {ended}");
+                // What is too large keeps a repair of leaks from coming to its end, as QEMU's.
+                let is_kept_off = name == "extra data without end" && what == "leaks";
+                let wanted = if is_kept_off { 1 } else { 2 };
+                assert_eq!(ended.code, Some(wanted), "{name}, {what}, {lost}: {ended}");
+                assert!(is_kept_off || ended.out.contains("not freed"), "{name}, {what}, {lost}: {ended}");
             }
             // Who knows that nobody will read it has it dropped: the rest is whole then.
             let dropped = Image { path: scratch.path("dropped") };
@@ -368,6 +371,13 @@ fn an_old_image_with_snapshots_grows_by_way_of_version_3() {
     }
 }
 
+/// How QEMU's repair of leaks ends, of a copy.
+fn qemu_repairs_leaks(scratch: &Scratch, path: &str) -> Option<i32> {
+    let copy = scratch.path("copy");
+    std::fs::copy(path, &copy).expect("a copy");
+    qemu(&["check", "-r", "leaks", "-f", "qcow2", &copy]).code
+}
+
 #[test]
 fn tables_of_snapshots_are_repaired() {
     let scratch = Scratch::new();
@@ -382,7 +392,13 @@ fn tables_of_snapshots_are_repaired() {
     for (name, options, damage) in damages {
         let image = Image::new(&scratch, options, "64M", &snapshots);
         damage(&image);
-        assert_eq!(run(&["check", &image.path]).code, Some(2), "{name}");
+        // A table that nobody uses keeps the check from coming to its end; repaired it can be.
+        assert_eq!(run(&["check", &image.path]).code, by_qemu(&image.path), "{name}");
+        assert_eq!(
+            run(&["check", "-r", "leaks", &image.path]).code,
+            qemu_repairs_leaks(&scratch, &image.path),
+            "{name}"
+        );
         let repaired = run(&["check", "-r", "all", &image.path]);
         assert_eq!(repaired.code, Some(0), "{name}: {repaired}");
         assert_eq!(by_qemu(&image.path), Some(0), "{name}");
@@ -647,7 +663,7 @@ fn what_is_named_far_behind_the_end_makes_no_file_long() {
     let image = Image::new(&scratch, "", "64M", &[]);
     let len = image.len();
     for step in 0..24 {
-        image.set(image.l2(100 + step), (len.next_multiple_of(64 * KIB) + (64 * KIB << step)) | COPIED);
+        image.set(image.l2(100 + step), (len.next_multiple_of(64 * KIB) + ((64 * KIB) << step)) | COPIED);
     }
     image.count(image.u64(image.l1()) & OFFSET, 0);
     let ended = run(&["check", "-f", "qcow2", "-r", "all", &image.path]);

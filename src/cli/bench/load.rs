@@ -290,8 +290,9 @@ struct Assignment {
     due_ns: Option<Nanos>,
 }
 
-/// Checks what was asked for against the disk: where the range starts, and how many blocks it has.
-fn check(target: &Target, config: &LoadConfig, needs_model: bool) -> Result<(u64, u64), LoadError> {
+/// Checks what was asked for against the disk: where the range starts, and how many blocks it has. `needs_model`: it is to be
+/// known what each block holds, to verify or to log it.
+pub fn check(target: &Target, config: &LoadConfig, needs_model: bool) -> Result<(u64, u64), LoadError> {
     let Some(lane) = target.lanes().first() else { return Err(LoadError::Pace { max: DEPTH_MAX }) };
     let (driver, name) = (lane.driver(), target.name().to_owned());
     let (block_bytes, limits) = (config.block_bytes, driver.limits());
@@ -723,6 +724,7 @@ impl Load {
                 Pace::Open { rate_per_sec, .. } => Some(rate_per_sec),
                 Pace::Closed { .. } => None,
             },
+            holes_percent: None,
             elapsed_ns,
             total: KindReport::new(operations, errors, operations * block_bytes, elapsed_ns, &histogram),
             reads: state.reads.report(block_bytes, elapsed_ns),

@@ -41,7 +41,7 @@ use crate::engine::{Format, ImageOptions};
 use crate::graph::node::Role;
 use ack_log::AckLog;
 use check::{CheckReport, Expectation, check_on};
-use load::{DEPTH_MAX, LoadConfig, LoadControl, LoadOutcome, LoadProgress, run_on};
+use load::{DEPTH_MAX, LoadConfig, LoadControl, LoadError, LoadOutcome, LoadProgress, check, run_on};
 use model::Survival;
 use schedule::{Access, Pace};
 use target::{Target, TargetOptions};
@@ -50,6 +50,8 @@ use target::{Target, TargetOptions};
 const DURATION_NS: u64 = 10 * NS_PER_SEC;
 /// How often the line on the terminal changes.
 const LOOK_NS: u64 = NS_PER_SEC;
+/// Places that are looked at to tell how much of a disk is holes.
+const HOLES_LOOKED_FOR: u64 = 256;
 /// Requests in flight at most of a load with a rate, if nothing else is said.
 const RATE_DEPTH: usize = 256;
 
@@ -420,13 +422,11 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
             return Ok(Exit::Done);
         }
     }
-    if let Some(path) = &args.histogram {
-        left_alone("histogram", path)?;
+    for (what, path) in [("histogram", &args.histogram), ("log", &args.log)] {
+        if let Some(path) = path {
+            left_alone(what, path)?;
+        }
     }
-    let log: Option<Box<dyn std::io::Write>> = match &args.log {
-        Some(path) => Some(Box::new(BufWriter::with_capacity(1 << 16, create(path)?))),
-        None => None,
-    };
     let control = LoadControl::new(ring);
     let signals = Signals::new(ring)?;
     let stop = control.clone();
@@ -444,13 +444,26 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     if !args.quiet {
         ring.spawn(show(ring.clone(), control.clone(), global.json));
     }
-    let (handle, name) = (ring.clone(), args.target.clone());
+    let (handle, name, log) = (ring.clone(), args.target.clone(), args.log.clone());
+    let reads_disk = load.read_percent > 0 && !is_memory(&args.target);
     let outcome: Result<LoadOutcome, Failure> = ring.block_on(async move {
         let target = Target::open(&handle, &name, &options).await.map_err(failed)?;
         is_open.set(true);
+        // Nothing is made for a load that cannot run.
+        let (offset, blocks) = check(&target, &load, load.verify || log.is_some()).map_err(not_for_it)?;
+        let log: Option<Box<dyn std::io::Write>> = match &log {
+            Some(path) => Some(Box::new(BufWriter::with_capacity(1 << 16, create(path)?))),
+            None => None,
+        };
+        let holes = match reads_disk {
+            true => holes_of_hundred(&target, offset, blocks * u64::from(load.block_bytes)).await,
+            false => None,
+        };
         let outcome = run_on(&handle, &target, &load, &control, log).await;
         target.close().await;
-        outcome.map_err(failed)
+        let mut outcome = outcome.map_err(not_for_it)?;
+        outcome.report.holes_percent = holes;
+        Ok(outcome)
     });
     let report = outcome?.report;
     print::status(None);
@@ -470,6 +483,32 @@ fn load_main(global: &Global, args: &BenchArgs, ring: &Ring) -> Result<Exit, Fai
     Ok(verdict(!report.is_good(), wrong))
 }
 
+/// A load that does not suit the disk, by its own words.
+fn not_for_it(error: LoadError) -> Failure {
+    match error {
+        LoadError::Range { .. }
+        | LoadError::BlockBytes { .. }
+        | LoadError::Unaligned { .. }
+        | LoadError::TooManyBlocks { .. } => Failure::usage(error.to_string().trim_end_matches('.')),
+        error => failed(error),
+    }
+}
+
+/// How many of a hundred places of a range are holes, or known to be zero: they are not read from any disk. Some places are
+/// looked at, as far from each other as can be. `None`: it cannot be told.
+async fn holes_of_hundred(target: &Target, offset: u64, len: u64) -> Option<u8> {
+    let driver = target.lanes().first()?.driver();
+    let places = HOLES_LOOKED_FOR.min(len.max(1));
+    let mut holes = 0;
+    for n in 0..places {
+        let at = offset + (u128::from(len) * u128::from(n) / u128::from(places)) as u64;
+        holes += u64::from(driver.block_status(at, 1).await.ok()?.zero);
+    }
+    // Some are not none, and not all.
+    let percent = (holes * 100).div_ceil(places);
+    Some(if holes < places { percent.min(99) } else { percent } as u8)
+}
+
 /// A file that is there is left alone: it may be what a disk is to be judged by, or anything.
 fn left_alone(what: &str, path: &Path) -> Result<(), Failure> {
     if std::fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() > 0) {
@@ -480,7 +519,6 @@ fn left_alone(what: &str, path: &Path) -> Result<(), Failure> {
 }
 
 fn create(path: &Path) -> Result<std::fs::File, Failure> {
-    left_alone("log", path)?;
     std::fs::File::create(path).map_err(|error| cannot_write(path, &error))
 }
 

@@ -98,6 +98,8 @@ pub struct LoadReport {
     pub connections: usize,
     /// Requests that were due in a second, if the load had a rate.
     pub rate_per_sec: Option<u64>,
+    /// How many of a hundred bytes of the range were holes before the load, if it reads from a disk and that can be told.
+    pub holes_percent: Option<u8>,
     /// From the start to the end of the last request.
     pub elapsed_ns: u64,
     /// Reads and writes.
@@ -180,6 +182,15 @@ impl LoadReport {
         );
         if let Some(rate) = self.rate_per_sec {
             let _ = writeln!(text, "latencies count from when a request was due, at {rate} a second");
+        }
+        if let Some(percent) = self.holes_percent.filter(|percent| *percent > 0 && self.reads.operations > 0)
+        {
+            let what = if percent == 100 {
+                "all of it is holes".into()
+            } else {
+                format!("{percent} % of it are holes")
+            };
+            let _ = writeln!(text, "{what}: what reads them is answered without the disk, and faster");
         }
         if self.unsent > 0 {
             let _ = writeln!(

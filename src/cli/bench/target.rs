@@ -32,7 +32,7 @@ pub enum TargetError {
     Block(#[from] BlockError),
     /// Several lanes to something that does not promise what they need.
     #[error(
-        "{name} does not promise that several connections see each other's writes (NBD calls that multi-conn), so \
+        "'{name}' does not promise that several connections see each other's writes (NBD calls that multi-conn), so \
          nothing that is read over them can be verified. Use one connection."
     )]
     NoMultiConn {

@@ -27,7 +27,7 @@ pub use access::FILE_MODE;
 use access::Source;
 use place::Ground;
 pub use plan::{Act, Plan, Planned, Refusal};
-pub use target::{Held, IfThere, Standing, Wish, empty, is_place};
+pub use target::{Below, Held, IfThere, Standing, Wish, empty, is_place};
 
 /// What was judged, if nothing spoke against it. Those who were promised to a job keep their locks until it has its own.
 #[derive(Debug)]

@@ -52,6 +52,11 @@ impl Ground {
         self.place == other.place || self.below.contains(&other.place) || other.below.contains(&self.place)
     }
 
+    /// Whether both are the same place.
+    pub fn is(&self, other: &Ground) -> bool {
+        self.place == other.place
+    }
+
     /// Of a driver that has no other below it; `None`: its bytes are nobody else's (memory).
     pub async fn of_leaf(ring: &Ring, leaf: &Rc<dyn Driver>) -> Option<Ground> {
         match leaf.identity() {

@@ -13,11 +13,12 @@ use super::access;
 use super::place::{self, Ground, folder};
 use super::{Act, Admission, Planned, Refusal, own_leaves};
 use crate::base::os_name;
-use crate::block::{BlockError, IoResult, Operation};
+use crate::block::{BlockError, Driver, IoResult, Operation};
 use crate::engine::create::{NewImage, data_file_path};
 use crate::engine::open::{self, local_path};
+use crate::engine::qcow2::format as format_of;
 use crate::engine::spec::NodeSpec;
-use crate::engine::{Format, ImageOptions, remote};
+use crate::engine::{Format, ImageOptions, named, remote};
 use crate::graph::node::{Child, Node, Role};
 
 /// What is to become of a target that is there.
@@ -53,6 +54,17 @@ pub struct Wish<'a> {
     pub room_min: u64,
     /// The options that let one that is there be overwritten, all of them.
     pub say: &'static str,
+    /// What one that is there has to have for its backing file.
+    pub below: Option<Below<'a>>,
+}
+
+/// A backing file that a target is said to have.
+#[derive(Clone, Copy, Debug)]
+pub struct Below<'a> {
+    /// As the target names it, or as it is reached from here.
+    pub name: &'a str,
+    /// Its format, if that was said.
+    pub format: Option<Format>,
 }
 
 impl<'a> Wish<'a> {
@@ -66,7 +78,7 @@ impl<'a> Wish<'a> {
     pub fn new(name: &'a str, image: ImageOptions, new: &'a NewImage) -> Wish<'a> {
         let (if_there, may_make) = (IfThere::Refuse, true);
         let (len_min, len_max, room_min, say) = (0, None, 0, "--force");
-        Wish { name, image, new, if_there, may_make, len_min, len_max, room_min, say }
+        Wish { name, image, new, if_there, may_make, len_min, len_max, room_min, say, below: None }
     }
 }
 
@@ -259,6 +271,9 @@ impl Admission {
             }
         }
         check_len(wish, image.len())?;
+        if let Some(below) = &wish.below {
+            self.has_below(wish.name, image.driver(), below).await?;
+        }
         if wish.if_there == IfThere::Remake && image.len() < wish.new.len() {
             let (name, len, wanted) = (wish.name, image.len(), wish.new.len());
             return Err(Refusal::Said(format!(
@@ -270,6 +285,58 @@ impl Admission {
             drop(image.attach_in_time(Role::PromisedTarget).await?);
         }
         Ok(())
+    }
+
+    /// What is there has the backing file that it is said to have: what it shows is not only its own.
+    async fn has_below(&self, name: &str, image: &Rc<dyn Driver>, said: &Below<'_>) -> Result<(), Refusal> {
+        let refuse = |text: String| Err(Refusal::Said(format!("The target '{name}' {text}")));
+        let Some(layer) = image.as_layer() else {
+            return refuse(format!(
+                "is taken as a raw image, which cannot have the backing file '{}' (-B): say -O qcow2 if it is one",
+                said.name
+            ));
+        };
+        let Some(backing) = layer.backing() else {
+            return refuse(format!(
+                "has no backing file, and -B says that it has '{}': give it that (blockferry rebase -u -b), or leave \
+                 out -B, and all of the source is copied",
+                said.name
+            ));
+        };
+        let node = backing.node();
+        let backing = node.driver();
+        let recorded = layer.recorded_backing().is_some_and(|(text, _)| text == said.name);
+        if !recorded && !self.leads_to(backing, said.name, name).await {
+            return refuse(format!(
+                "has another backing file, '{}', than '{}' (-B)",
+                backing.name(),
+                said.name
+            ));
+        }
+        let is = format_of(backing);
+        match said.format.filter(|said| *said != is) {
+            Some(said) => refuse(format!(
+                "has the backing file '{}' as a {is} image, and -F says {said}",
+                backing.name()
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a name, beside `image` or from here, leads to where these bytes are.
+    async fn leads_to(&self, bytes: &Rc<dyn Driver>, name: &str, image: &str) -> bool {
+        let mut there = Vec::new();
+        for leaf in own_leaves(bytes) {
+            there.extend(Ground::of_leaf(&self.ring, &leaf).await);
+        }
+        let beside = named::by_user(image, name).ok().map(|named| named.name());
+        for name in beside.iter().map(String::as_str).chain([name]) {
+            let ground = Ground::of_name(&self.ring, name).await;
+            if ground.is_some_and(|ground| there.iter().any(|there| there.is(&ground))) {
+                return true;
+            }
+        }
+        false
     }
 
     /// An image can be made there, as it is wanted.

@@ -112,7 +112,7 @@ impl Meta {
 impl Qcow2 {
     /// Reserves up to `want` clusters in a row (all of them unless `partial`).
     pub(super) async fn allocate(&self, want: u64, partial: bool) -> Result<Run, Fault> {
-        if !partial && want >= self.g.refblock_entries() {
+        if !partial && want >= self.counting().refblock_entries() {
             return self.allocate_long(want).await;
         }
         loop {
@@ -161,7 +161,7 @@ impl Qcow2 {
             }
         }
         let size = self.g.cluster_size();
-        let per_block = self.g.refblock_entries();
+        let per_block = self.counting().refblock_entries();
         loop {
             let (first, blocks, fits) = {
                 let meta = self.meta.borrow();
@@ -194,7 +194,8 @@ impl Qcow2 {
             for block in 0..blocks {
                 let mut bytes = vec![0; size as usize];
                 let counted = used.saturating_sub(block * per_block).min(per_block);
-                (0..counted as usize).for_each(|i| set_refcount(&mut bytes, self.g.refcount_order, i, 1));
+                (0..counted as usize)
+                    .for_each(|i| set_refcount(&mut bytes, self.counting().refcount_order, i, 1));
                 self.write_bytes(host + block * size, &bytes).await?;
                 self.let_others(counted).await;
             }
@@ -216,7 +217,7 @@ impl Qcow2 {
 
     /// So many clusters in a row that are counted and free.
     async fn free_run(&self, want: u64) -> Result<Option<u64>, Fault> {
-        let per_block = self.g.refblock_entries();
+        let per_block = self.counting().refblock_entries();
         let (mut at, mut start) = (self.meta.borrow().hint, None);
         loop {
             let known = {
@@ -341,10 +342,10 @@ impl Qcow2 {
                                 "cluster {cluster} is freed more often than it was used"
                             )));
                         };
-                        if new > self.g.refcount_max() {
+                        if new > self.counting().refcount_max() {
                             let why = format!(
                                 "Refcounts of {} bits are too narrow for this.",
-                                self.g.refcount_bits()
+                                self.counting().refcount_bits()
                             );
                             return Err(Fault::Refused(Errno::EINVAL, why));
                         }
@@ -429,7 +430,7 @@ impl Qcow2 {
             return Ok(());
         }
         let size = self.g.cluster_size();
-        let cluster = block * self.g.refblock_entries();
+        let cluster = block * self.counting().refblock_entries();
         let host = cluster << self.g.cluster_bits;
         if let Some(table) = self.meta.borrow().table_at(host, host + size) {
             return Err(Fault::Damage(format!("{table} lies at {host:#x}, which no refcount block covers")));
@@ -474,7 +475,7 @@ impl Qcow2 {
         // Blocks of which the old table does not know yet must be there before the new one names them.
         self.write_back().await?;
         let size = self.g.cluster_size();
-        let per_block = self.g.refblock_entries();
+        let per_block = self.counting().refblock_entries();
         let (old_offset, mut entries) = {
             let meta = self.meta.borrow();
             (meta.reftable.offset, meta.reftable.entries.clone())
@@ -508,7 +509,8 @@ impl Qcow2 {
         for block in 0..blocks {
             let mut bytes = vec![0; size as usize];
             let counted = used.saturating_sub(block * per_block).min(per_block);
-            (0..counted as usize).for_each(|i| set_refcount(&mut bytes, self.g.refcount_order, i, 1));
+            (0..counted as usize)
+                .for_each(|i| set_refcount(&mut bytes, self.counting().refcount_order, i, 1));
             self.write_bytes(blocks_at + block * size, &bytes).await?;
             entries.push(blocks_at + block * size);
         }

@@ -18,6 +18,7 @@ use super::count::{CHUNK, Counts};
 use super::entry::{
     COMPRESSED, COPIED, Cluster, EntryError, OFFSET_MASK, RESERVED, Raw, get_be64, get_refcount, set_be64,
 };
+use super::geometry::Geometry;
 use super::header::autoclear;
 use super::image::{Fault, Qcow2};
 use super::info::{CheckReport, Repair};
@@ -73,11 +74,19 @@ pub(super) struct Check<'a> {
     pub(super) blocks: BTreeMap<u64, u64>,
     /// The refcount table and its blocks, as they were counted: from, bytes.
     pub(super) refcount_tables: Vec<(u64, u64)>,
+    /// Sizes with refcounts as wide as new ones are made.
+    pub(super) to: Geometry,
+    /// Nothing but what was counted is in use.
+    pub(super) knows_all: bool,
+    /// New refcounts: where their table lies, and its clusters.
+    pub(super) new_table: (u64, u32),
     /// The refcounts cannot be mended where they are.
     pub(super) rebuild: bool,
     next_host: Option<u64>,
     /// The table of snapshots as it has to be, if it is not.
     pub(super) snapshots: Option<Vec<Snapshot>>,
+    /// It begins just so where it is: only the number of its entries is wrong.
+    pub(super) snapshots_stay: bool,
     /// L2 entries that can be mended.
     pub(super) flawed_entries: u64,
     /// What an earlier look has found: its L2 entries are mended where that is safe.
@@ -86,10 +95,12 @@ pub(super) struct Check<'a> {
     pub(super) data_beyond: Counts,
     /// The same for tables.
     pub(super) tables_beyond: Counts,
-    /// Snapshots and bitmaps that cannot be read are not to be kept for somebody who can.
-    drops: bool,
+    /// What is to be repaired.
+    repair: Repair,
     /// Entries of the table of snapshots say nothing.
     may_lack_snapshots: bool,
+    /// An earlier look has found nothing that such an entry could have led to.
+    pub(super) lacked_none: bool,
     /// There are bitmaps to be dropped.
     pub(super) drops_bitmaps: bool,
 }
@@ -106,27 +117,37 @@ impl<'a> Check<'a> {
             tables: Counts::default(),
             blocks: BTreeMap::new(),
             refcount_tables: Vec::new(),
+            to: image.counting(),
+            knows_all: false,
+            new_table: (0, 0),
             rebuild: false,
             next_host: None,
             snapshots: None,
+            snapshots_stay: false,
             flawed_entries: 0,
             mending: None,
             data_beyond: Counts::default(),
             tables_beyond: Counts::default(),
-            drops: false,
+            repair: Repair::None,
             may_lack_snapshots: false,
+            lacked_none: false,
             drops_bitmaps: false,
         }
     }
 
     /// A check for a repair of this kind.
     pub(super) fn new_for(image: &'a Qcow2, repair: Repair) -> Check<'a> {
-        Check { drops: repair == Repair::DropUnreadable, ..Check::new(image) }
+        Check { repair, ..Check::new(image) }
+    }
+
+    /// Snapshots and bitmaps that cannot be read are not to be kept for somebody who can.
+    fn drops(&self) -> bool {
+        self.repair == Repair::DropUnreadable
     }
 
     /// Looks again, and mends L2 entries on the way.
     pub(super) fn mending(found: &'a Check<'a>) -> Check<'a> {
-        Check { mending: Some(found), ..Check::new(found.image) }
+        Check { mending: Some(found), repair: found.repair, ..Check::new(found.image) }
     }
 
     pub(super) fn say(&mut self, text: String) {
@@ -147,7 +168,7 @@ impl<'a> Check<'a> {
 
     /// The same for what belongs to bitmaps, which can be dropped as a whole.
     fn unread_bitmap(&mut self, what: &str) {
-        match self.drops {
+        match self.drops() {
             true => self.drops_bitmaps = true,
             false => self.unread(what),
         }
@@ -450,15 +471,25 @@ impl<'a> Check<'a> {
             }
             Err(fault) => return Err(fault),
         };
+        if listed.is_excessive && !self.repair.is_all() {
+            // Whoever may not make it smaller goes no further: what it leads to is in use, and is not known.
+            for what in &listed.flaws {
+                self.failed(format!("{what}; `--repair all` drops what is too much"));
+            }
+            for what in &listed.unread {
+                self.failed(format!("{what}; `--repair drop-unreadable` drops what cannot be read"));
+            }
+            return Ok(());
+        }
         for what in listed.slips.iter().chain(&listed.flaws).chain(&listed.unread) {
             self.corrupt(what.clone());
         }
         // What an entry that was wiped has led to looks as if it had leaked.
-        self.may_lack_snapshots = listed.has_empty && !self.drops;
+        self.may_lack_snapshots = listed.has_empty && !self.drops() && !self.lacked_none;
         let mut is_unread = !listed.unread.is_empty();
         let at = self.image.header.borrow().snapshots_offset;
         is_unread |= !self.refer_alone(at, listed.bytes, "the table of snapshots");
-        if is_unread && !self.drops {
+        if is_unread && !self.drops() {
             self.unread("the table of snapshots");
         }
         // Several snapshots may have one table, which is counted for each.
@@ -474,7 +505,7 @@ impl<'a> Check<'a> {
                 let l1 = self.entries(at, len, what).await;
                 self.image.let_others(len / 8).await;
                 self.look_at_l1(&l1, times).await;
-            } else if self.drops {
+            } else if self.drops() {
                 lost.insert((at, len));
             } else {
                 self.unread(what);
@@ -485,7 +516,9 @@ impl<'a> Check<'a> {
             is_unread |= !lost.is_empty();
             let is_wrong = is_unread || !listed.slips.is_empty() || !listed.flaws.is_empty();
             let kept = listed.list.iter().filter(|snapshot| !lost.contains(&snapshot.table()));
-            self.snapshots = is_wrong.then(|| Snapshot::mended(kept, self.image.len.get()));
+            let version = self.image.header.borrow().version;
+            self.snapshots = is_wrong.then(|| Snapshot::mended(kept, self.image.len.get(), version));
+            self.snapshots_stay = self.snapshots.as_ref().is_some_and(|kept| listed.list.starts_with(kept));
         }
         Ok(())
     }
@@ -584,7 +617,7 @@ impl<'a> Check<'a> {
     async fn compare(&mut self) -> Result<(), Fault> {
         let image = self.image;
         let end = image.g.clusters(self.file_len).max(self.counts.end());
-        let per_block = image.g.refblock_entries();
+        let per_block = image.counting().refblock_entries();
         let mut last_used = 0;
         let counted = self.counts.blocks(per_block);
         let blocks: BTreeSet<u64> = self.blocks.keys().copied().chain(counted).collect();
@@ -597,7 +630,7 @@ impl<'a> Check<'a> {
                 let counts = self.counts.chunk(first);
                 for (cluster, wanted) in (first..clusters.end).zip(counts) {
                     let is = found.as_ref().map_or(0, |f| {
-                        get_refcount(f, image.g.refcount_order, (cluster % per_block) as usize)
+                        get_refcount(f, image.counting().refcount_order, (cluster % per_block) as usize)
                     });
                     if is > 0 || wanted > 0 {
                         last_used = cluster + 1;

@@ -46,7 +46,7 @@ impl Qcow2 {
             let header = self.header.borrow();
             (header.reftable_offset, u64::from(header.reftable_clusters) * size)
         };
-        let per_block = self.g.refblock_entries();
+        let per_block = self.counting().refblock_entries();
         let blocks = self.g.clusters(end).div_ceil(per_block);
         let len = len.min(blocks * 8).min(end.saturating_sub(at));
         let table = self.read_table(at, len).await?;
@@ -59,7 +59,7 @@ impl Qcow2 {
             let counts = self.read_bytes(block, size).await?;
             self.let_others(per_block).await;
             used += (0..per_block as usize)
-                .filter(|index| get_refcount(&counts, self.g.refcount_order, *index) > 0)
+                .filter(|index| get_refcount(&counts, self.counting().refcount_order, *index) > 0)
                 .count() as u64;
             if used >= enough {
                 return Ok(true);

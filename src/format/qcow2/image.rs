@@ -133,7 +133,9 @@ pub struct Qcow2 {
     pub(super) name: Rc<str>,
     pub(super) read_only: Cell<bool>,
     pub(super) for_check: bool,
+    /// Sizes of everything. How wide refcounts are may change: see [`Qcow2::counting`].
     pub(super) g: Geometry,
+    pub(super) refcount_order: Cell<u32>,
     pub(super) header: RefCell<Header>,
     /// The first bytes of the file, as they are there.
     pub(super) head: RefCell<Vec<u8>>,
@@ -237,6 +239,11 @@ impl Qcow2 {
             return Err(Fault::Refused(Errno::EIO, why.into()));
         }
         Ok(())
+    }
+
+    /// Sizes of everything, with refcounts as wide as they are now.
+    pub(super) fn counting(&self) -> Geometry {
+        Geometry { refcount_order: self.refcount_order.get(), ..self.g }
     }
 
     /// Where guest data lies.

@@ -20,7 +20,7 @@ impl Qcow2 {
             virtual_size: self.len.get(),
             cluster_size: self.g.cluster_size() as u32,
             compat: if header.version >= 3 { Compat::V3 } else { Compat::V2 },
-            refcount_bits: self.g.refcount_bits(),
+            refcount_bits: self.counting().refcount_bits(),
             lazy_refcounts: header.compatible & compatible::LAZY_REFCOUNTS != 0,
             extended_l2: self.g.subclusters,
             compression_type: header.compression,

@@ -15,7 +15,7 @@
 //! | `read`, `gather`, `write`, `zero`, `populate`, `compress` | requests, straight down |
 //! | `sync` | the order in which all of it reaches the disk |
 //! | `holes` | clusters with a place in the file and nothing in it |
-//! | `open`, `reopen`, `create`, `resize`, `rename`, `amend`, `empty`, `snapshot`, `view`, `bitmap`, `check`, `repair` | what its name says |
+//! | `open`, `reopen`, `create`, `resize`, `rename`, `amend`, `downgrade`, `empty`, `snapshot`, `view`, `bitmap`, `check`, `repair` | what its name says |
 
 mod alloc;
 mod amend;
@@ -25,6 +25,7 @@ pub mod check;
 pub mod compress;
 mod count;
 mod create;
+mod downgrade;
 mod driver;
 mod empty;
 pub mod entry;
@@ -217,10 +218,11 @@ impl Qcow2 {
         }
     }
 
-    /// Changes its version or how reference counts are kept; in one step as far as a power cut can tell, and durably.
+    /// Changes its version, how reference counts are kept, what its data file is called or how long its disk is; each of
+    /// these in one step as far as a power cut can tell, and durably.
     ///
     /// # Errors
-    /// `EINVAL` with the reason where the image has what the other version has no words for; nothing is changed then.
+    /// `EINVAL` with the reason where the image has what cannot be said so; nothing is changed then.
     pub async fn amend(&self, to: &Amendment) -> IoResult {
         match self.amend_image(to).await {
             Ok(()) => Ok(()),

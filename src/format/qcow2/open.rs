@@ -180,6 +180,7 @@ impl Qcow2 {
             backing: RefCell::new(backing),
             read_only: Cell::new(read_only),
             for_check,
+            refcount_order: Cell::new(g.refcount_order),
             g,
             len: Cell::new(header.size),
             len_before: Cell::new(None),

@@ -15,7 +15,7 @@ use super::alloc::GROWTH_BYTES;
 use super::check::Check;
 use super::count::Counts;
 use super::entry::{COPIED, OFFSET_MASK, Raw, get_be64, get_refcount, set_be64, set_refcount};
-use super::geometry::REFTABLE_BYTES_MAX;
+use super::geometry::{Geometry, REFTABLE_BYTES_MAX};
 use super::header::{autoclear, extension, incompatible};
 use super::image::{Fault, Qcow2};
 use super::info::{CheckReport, Repair};
@@ -35,6 +35,13 @@ impl Qcow2 {
         if self.meta.borrow().reftable.entries.is_empty() {
             self.load_tables(true).await?;
         }
+        // What was dropped is not there any more.
+        let again_for = if repair.is_all() { Repair::All } else { repair };
+        let look_again = |first: &CheckReport| {
+            let mut check = Check::new_for(self, again_for);
+            check.lacked_none = first.leaks == 0 && first.unread.is_none();
+            check
+        };
         let mut check = Check::new_for(self, repair);
         check.look().await?;
         let mut first = check.report.clone();
@@ -59,7 +66,7 @@ impl Qcow2 {
         }
         if repair.is_all() && self.mend_tables(&check).await? {
             self.reload().await?;
-            check = Check::new(self);
+            check = look_again(&first);
             check.look().await?;
             if check.report.check_errors > 0 {
                 return Ok(check.report);
@@ -68,7 +75,7 @@ impl Qcow2 {
         let said = check.repair_refcounts(repair).await?;
         self.flush_files().await?;
         self.reload().await?;
-        let mut again = Check::new(self);
+        let mut again = look_again(&first);
         again.look().await?;
         let mut report = again.report;
         report.leaks_fixed = first.leaks.saturating_sub(report.leaks);
@@ -216,9 +223,23 @@ impl Qcow2 {
         }
         if let Some(list) = &check.snapshots {
             let room = check.room_for(check.snapshot_room()).await.map_err(Fault::Damage)?;
-            self.move_snapshots(list, room).await?;
+            match check.snapshots_stay {
+                true => self.count_snapshots(list.len()).await?,
+                false => self.move_snapshots(list, room).await?,
+            }
         }
         Ok(check.flawed_entries > 0 || check.snapshots.is_some() || check.drops_bitmaps)
+    }
+
+    /// The table of snapshots ends after so many. Nobody has dropped the references of the others yet: they leak.
+    async fn count_snapshots(&self, count: usize) -> Result<(), Fault> {
+        {
+            let mut header = self.header.borrow_mut();
+            header.nb_snapshots = count as u32;
+            header.snapshots_offset = if count == 0 { 0 } else { header.snapshots_offset };
+        }
+        self.write_header().await?;
+        self.flush_files().await
     }
 
     /// Writes the table of snapshots behind everything, and switches over. Its clusters have no refcounts yet: the image
@@ -245,14 +266,17 @@ impl Qcow2 {
 }
 
 impl Check<'_> {
-    /// The cluster behind everything.
+    /// The cluster behind everything; behind all that is in use, where that is known.
     fn end(&self) -> u64 {
-        self.counts.end().max(self.image.g.clusters(self.file_len))
+        match self.knows_all {
+            true => self.counts.end(),
+            false => self.counts.end().max(self.image.g.clusters(self.file_len)),
+        }
     }
 
     /// The most clusters that refcounts for everything take, if they lie from `start` on.
     fn refcount_room(&self, start: u64) -> u64 {
-        let g = &self.image.g;
+        let g = &self.to;
         let (size, per_block) = (g.cluster_size(), g.refblock_entries());
         let unread = match &self.report.unread {
             Some(_) => g.clusters(self.file_len).div_ceil(per_block),
@@ -269,8 +293,8 @@ impl Check<'_> {
 
     /// Clusters of the table of snapshots that a repair writes anew.
     fn snapshot_room(&self) -> u64 {
-        let bytes = self.snapshots.iter().flatten().map(|snapshot| snapshot.encode().len() as u64).sum();
-        self.image.g.clusters(bytes)
+        let bytes = self.snapshots.iter().flatten().map(Snapshot::bytes).sum();
+        if self.snapshots_stay { 0 } else { self.image.g.clusters(bytes) }
     }
 
     /// Where new tables can be put: `extra` clusters and refcounts for everything. Behind everything that is there, and in
@@ -320,12 +344,12 @@ impl Check<'_> {
         let image = self.image;
         let mut said = None;
         let wants_all = repair.is_all() && (self.rebuild || self.refcounts_too_low().await?);
-        let max = image.g.refcount_max();
+        let max = image.counting().refcount_max();
         if wants_all && self.counts.iter().any(|(_, count)| count > max) {
             said = Some(format!(
                 "Refcounts of {} bits are too narrow for what is there: a copy with wider ones is sound (`blockferry \
                  convert -O qcow2 -o refcount_bits=16`)",
-                image.g.refcount_bits()
+                image.counting().refcount_bits()
             ));
         } else if wants_all {
             match self.room_for(0).await {
@@ -357,14 +381,14 @@ impl Check<'_> {
     }
 
     async fn refcounts_too_low(&mut self) -> Result<bool, Fault> {
-        let per_block = self.image.g.refblock_entries();
+        let per_block = self.image.counting().refblock_entries();
         for block in self.counts.blocks(per_block) {
             self.image.let_others(per_block).await;
             let found = self.block_counts(block).await;
             for index in 0..per_block {
                 let is = found
                     .as_ref()
-                    .map_or(0, |f| get_refcount(f, self.image.g.refcount_order, index as usize));
+                    .map_or(0, |f| get_refcount(f, self.image.counting().refcount_order, index as usize));
                 if is < self.counts.get(block * per_block + index) {
                     return Ok(true);
                 }
@@ -376,7 +400,7 @@ impl Check<'_> {
     /// Frees what leaked, in place.
     async fn lower_refcounts(&mut self) -> Result<(), Fault> {
         let image = self.image;
-        let (order, per_block) = (image.g.refcount_order, image.g.refblock_entries());
+        let (order, per_block) = (image.counting().refcount_order, image.counting().refblock_entries());
         let blocks = self.blocks.clone();
         image.progress.begin("free leaks", blocks.len() as u64 * image.g.cluster_size());
         for (block, host) in blocks {
@@ -416,8 +440,8 @@ impl Check<'_> {
     async fn keep_unknown(&mut self, old: &BTreeSet<u64>) -> Result<(), Fault> {
         let image = self.image;
         let (size, order, per_block) =
-            (image.g.cluster_size(), image.g.refcount_order, image.g.refblock_entries());
-        let (clusters, max) = (image.g.clusters(self.file_len), image.g.refcount_max());
+            (image.g.cluster_size(), image.counting().refcount_order, image.counting().refblock_entries());
+        let (clusters, max) = (image.g.clusters(self.file_len), image.counting().refcount_max());
         let known: Vec<u64> = self.blocks.keys().copied().collect();
         for block in known {
             image.let_others(per_block).await;
@@ -453,13 +477,20 @@ impl Check<'_> {
 
     /// Makes all refcounts anew from the cluster `start` on, behind everything that is in use, and switches over.
     async fn rebuild_refcounts(&mut self, start: u64) -> Result<(), Fault> {
-        let image = self.image;
-        let (size, per_block) = (image.g.cluster_size(), image.g.refblock_entries());
         let old = self.forget_refcount_tables();
         if self.report.unread.is_some() {
             self.keep_unknown(&old).await?;
         }
         self.count_beyond(start);
+        self.write_new_refcounts(start).await?;
+        self.switch_refcounts().await
+    }
+
+    /// Writes refcounts for all that was counted, and for themselves, from the cluster `start` on. Durable, and not yet
+    /// those that count.
+    async fn write_new_refcounts(&mut self, start: u64) -> Result<(), Fault> {
+        let image = self.image;
+        let (size, per_block) = (self.to.cluster_size(), self.to.refblock_entries());
         // Table and blocks lie behind everything; they count themselves.
         let mut blocks = self.counts.blocks(per_block);
         let (table_clusters, used) = loop {
@@ -488,28 +519,135 @@ impl Check<'_> {
         for (number, block) in blocks.iter().enumerate() {
             let host = (start + table_clusters + number as u64) * size;
             image.let_others(per_block).await;
-            image.write_bytes(host, &block_of(&self.counts, image, *block)).await?;
+            image.write_bytes(host, &block_of(&self.counts, &self.to, *block)).await?;
             set_be64(&mut table, *block as usize, host);
             image.progress.step(size);
         }
         image.write_bytes(start * size, &table).await?;
-        image.flush_files().await?;
+        self.new_table = (start * size, table_clusters as u32);
+        image.flush_files().await
+    }
+
+    /// The new ones count from here on: one write of the header.
+    async fn switch_refcounts(&self) -> Result<(), Fault> {
+        let image = self.image;
         {
             let mut header = image.header.borrow_mut();
-            (header.reftable_offset, header.reftable_clusters) = (start * size, table_clusters as u32);
+            (header.reftable_offset, header.reftable_clusters) = self.new_table;
+            header.refcount_order = self.to.refcount_order;
         }
         image.write_header().await?;
         image.flush_files().await
     }
+
+    /// What keeps the refcounts from being made anew with another width.
+    fn judge_width(&self) -> Result<(), Fault> {
+        let cure = "Repair the image first (`blockferry check --repair all`).";
+        let why = if self.report.check_errors > 0 || self.rebuild || !self.has_l1 {
+            format!("Not all of its tables can be read, so that what is in use is not known. {cure}")
+        } else if self.tables_beyond.end() > 0 || self.data_beyond.end() > 0 {
+            "The file of the image was cut off: clusters of it lie behind its end.".into()
+        } else if let Some((cluster, count)) =
+            self.counts.iter().find(|(_, count)| *count > self.to.refcount_max())
+        {
+            format!(
+                "Refcounts of {} bits go up to {}, and cluster {cluster} has {count} references.",
+                self.to.refcount_bits(),
+                self.to.refcount_max()
+            )
+        } else {
+            return Ok(());
+        };
+        Err(Fault::Refused(Errno::EINVAL, why))
+    }
+
+    /// Counts all clusters as often at least as they are counted: what nobody is known to use stays in use.
+    async fn keep_counted(&mut self) -> Result<(), Fault> {
+        let image = self.image;
+        let g = image.counting();
+        let (clusters, per_block) = (g.clusters(self.file_len), g.refblock_entries());
+        let known: Vec<u64> = self.blocks.keys().copied().collect();
+        for block in known {
+            image.let_others(per_block).await;
+            let Some(found) = self.block_counts(block).await else { continue };
+            for cluster in (block * per_block..(block + 1) * per_block).take_while(|at| *at < clusters) {
+                let is = get_refcount(&found, g.refcount_order, (cluster % per_block) as usize);
+                if is > self.to.refcount_max() {
+                    return Err(Fault::Refused(
+                        Errno::EINVAL,
+                        format!(
+                            "Refcounts of {} bits go up to {}, and that of cluster {cluster} is {is}.",
+                            self.to.refcount_bits(),
+                            self.to.refcount_max()
+                        ),
+                    ));
+                }
+                let counted = self.counts.get(cluster);
+                if is > counted {
+                    self.counts.add_many(cluster, is - counted);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Refcounts of another width.
+impl Qcow2 {
+    /// Counts everything for refcounts of another width, and sees that these can hold it.
+    async fn count_for_width(&self, refcount_order: u32) -> Result<Check<'_>, Fault> {
+        if self.meta.borrow().reftable.entries.is_empty() {
+            self.load_tables(true).await?;
+        }
+        let mut check = Check::new(self);
+        check.to = Geometry { refcount_order, ..self.g };
+        check.look().await?;
+        check.keep_counted().await?;
+        check.judge_width()?;
+        check.knows_all = check.report.unread.is_none();
+        Ok(check)
+    }
+
+    /// Whether refcounts can become so wide. Nothing is changed.
+    pub(super) async fn judge_width(&self, refcount_order: u32) -> Result<(), Fault> {
+        let check = self.count_for_width(refcount_order).await?;
+        check.room_for(0).await.map(drop).map_err(|why| Fault::Refused(Errno::EINVAL, why))
+    }
+
+    /// Makes refcounts of another width next to the old ones. One write of the header switches over, and what the old
+    /// ones lay in is free by what the new ones say.
+    pub(super) async fn change_width(&self, refcount_order: u32) -> Result<(), Fault> {
+        if refcount_order == self.refcount_order.get() {
+            return Ok(());
+        }
+        self.write_back().await?;
+        let mut check = self.count_for_width(refcount_order).await?;
+        let start = check.room_for(0).await.map_err(|why| Fault::Refused(Errno::EINVAL, why))?;
+        let old = check.forget_refcount_tables();
+        check.write_new_refcounts(start).await?;
+        if let Err(fault) = check.switch_refcounts().await {
+            // Which of the two count is not known: nothing is written any more.
+            self.sync.failed.set(Some(Errno::EIO));
+            self.corrupt.set(true);
+            return Err(fault);
+        }
+        self.refcount_order.set(refcount_order);
+        self.meta.borrow_mut().g.refcount_order = refcount_order;
+        for cluster in old.into_iter().filter(|cluster| check.counts.get(*cluster) == 0) {
+            // Not giving room back is no error.
+            let _ = self.file().discard(cluster << self.g.cluster_bits, self.g.cluster_size()).await;
+        }
+        self.reload().await
+    }
 }
 
 /// A refcount block that says what was counted.
-fn block_of(counts: &Counts, image: &Qcow2, block: u64) -> Vec<u8> {
-    let (order, per_block) = (image.g.refcount_order, image.g.refblock_entries());
-    let mut bytes = vec![0; image.g.cluster_size() as usize];
+fn block_of(counts: &Counts, g: &Geometry, block: u64) -> Vec<u8> {
+    let per_block = g.refblock_entries();
+    let mut bytes = vec![0; g.cluster_size() as usize];
     for index in 0..per_block {
-        let count = counts.get(block * per_block + index).min(image.g.refcount_max());
-        set_refcount(&mut bytes, order, index as usize, count);
+        let count = counts.get(block * per_block + index).min(g.refcount_max());
+        set_refcount(&mut bytes, g.refcount_order, index as usize, count);
     }
     bytes
 }

@@ -75,29 +75,56 @@ impl Snapshot {
         (self.l1_offset, u64::from(self.l1_size) * 8)
     }
 
-    /// The table as it has to be: these, as far as they say something and there may be so many.
-    pub(super) fn mended<'a>(all: impl Iterator<Item = &'a Snapshot>, disk_size: u64) -> Vec<Snapshot> {
+    /// The table as it has to be: these, as far as there may be so many. Version 3 has no entries that say nothing; version
+    /// 2 has, and of them only as many as leave room for all others.
+    pub(super) fn mended<'a>(
+        all: impl Iterator<Item = &'a Snapshot> + Clone,
+        disk_size: u64,
+        version: u32,
+    ) -> Vec<Snapshot> {
+        let saying = all.clone().filter(|snapshot| !snapshot.is_empty()).count();
+        let mut empty = if version >= 3 { 0 } else { (SNAPSHOTS_MAX as usize).saturating_sub(saying) };
         let mut bytes = 0;
         let fits = |snapshot: &Snapshot| {
-            bytes += snapshot.encode().len() as u64;
+            bytes += snapshot.bytes();
             bytes <= TABLE_BYTES_MAX
         };
-        all.filter(|snapshot| !snapshot.is_empty())
-            .map(|snapshot| snapshot.clone().completed(disk_size))
-            .take(SNAPSHOTS_MAX as usize)
-            .take_while(fits)
-            .collect()
+        all.filter(|snapshot| {
+            let is_kept = !snapshot.is_empty() || empty > 0;
+            empty -= usize::from(is_kept && snapshot.is_empty());
+            is_kept
+        })
+        .map(|snapshot| match version {
+            // Nothing has to be said there, so that what stands there can stay.
+            ..3 => snapshot.clone().shortened(),
+            _ => snapshot.clone().completed(disk_size),
+        })
+        .take(SNAPSHOTS_MAX as usize)
+        .take_while(fits)
+        .collect()
+    }
+
+    /// Bytes of its entry.
+    pub(super) fn bytes(&self) -> u64 {
+        let texts = os_name::to_bytes(&self.id).len() + os_name::to_bytes(&self.name).len();
+        (Self::FIXED_BYTES + (self.extra.len() + texts) as u64).next_multiple_of(8)
+    }
+
+    /// With no more extra data than there may be.
+    fn shortened(mut self) -> Snapshot {
+        self.extra.truncate(EXTRA_BYTES_MAX as usize);
+        self
     }
 
     /// With the extra data that there has to be, and no more than there may be.
     fn completed(mut self, disk_size: u64) -> Snapshot {
         if self.extra.len() < EXTRA_BYTES_MIN {
             let (state, disk) = (self.vm_state_size, self.disk_size.unwrap_or(disk_size));
-            self.extra = [state.to_be_bytes(), disk.to_be_bytes()].concat();
+            // The third says that instructions were not counted.
+            self.extra = [state, disk, u64::MAX].map(u64::to_be_bytes).concat();
             self.disk_size = Some(disk);
         }
-        self.extra.truncate(EXTRA_BYTES_MAX as usize);
-        self
+        self.shortened()
     }
 
     /// Reads one entry, which is all there.
@@ -166,6 +193,8 @@ pub(super) struct Listed {
     pub(super) bytes: u64,
     /// There are entries that say nothing: too many were counted, or something has wiped them.
     pub(super) has_empty: bool,
+    /// It is larger than it may be, or an entry is: nobody uses an image with such a table.
+    pub(super) is_excessive: bool,
     /// What is wrong and does not keep the image from being used.
     pub(super) slips: Vec<String>,
     /// What is wrong and can be repaired.
@@ -210,6 +239,7 @@ impl Qcow2 {
             let len = Snapshot::entry_bytes(fixed);
             let extra = be32(fixed, 36);
             if at + len > 2 * TABLE_BYTES_MAX {
+                found.is_excessive = true;
                 found.unread.push(unread(format!("is too large from entry {number} on")));
                 break;
             }
@@ -218,11 +248,13 @@ impl Qcow2 {
                 break;
             }
             if extra > EXTRA_BYTES_MAX {
+                found.is_excessive = true;
                 found.flaws.push(unread(format!(
                     "has too much extra data in entry {number}: {extra} bytes, and {EXTRA_BYTES_MAX} may be"
                 )));
             }
             if number >= SNAPSHOTS_MAX || at + len > TABLE_BYTES_MAX {
+                found.is_excessive = true;
                 let why = unread(format!("is too large: there is no room for entry {number}"));
                 // One line for all of them.
                 if found.flaws.last().is_none_or(|last| !last.contains("is too large")) {
@@ -391,15 +423,17 @@ impl Qcow2 {
 
     /// All of these can be counted once more.
     async fn check_references(&self, counts: &Counts) -> Result<(), Fault> {
-        let max = self.g.refcount_max();
+        let max = self.counting().refcount_max();
         for (cluster, count) in counts.iter() {
             let now = self.refcount_of(cluster).await?;
             if now == 0 {
                 return Err(Fault::Damage(format!("cluster {cluster} is in use and its refcount is 0")));
             }
             if count > max - now {
-                let why =
-                    format!("Refcounts of {} bits are too narrow for a snapshot.", self.g.refcount_bits());
+                let why = format!(
+                    "Refcounts of {} bits are too narrow for a snapshot.",
+                    self.counting().refcount_bits()
+                );
                 return Err(Fault::Refused(Errno::EINVAL, why));
             }
         }
@@ -557,7 +591,8 @@ impl Qcow2 {
             let mut extra = Vec::new();
             extra.extend(0u64.to_be_bytes());
             extra.extend(self.len.get().to_be_bytes());
-            extra.extend(u64::MAX.to_be_bytes());
+            // Instructions counted, as `qemu-img` says it of a disk without a machine.
+            extra.extend(0u64.to_be_bytes());
             list.push(Snapshot {
                 l1_offset: run.host,
                 l1_size: l1.len() as u32,
@@ -568,7 +603,7 @@ impl Qcow2 {
                 vm_clock_nsec: 0,
                 vm_state_size: 0,
                 disk_size: Some(self.len.get()),
-                icount: None,
+                icount: Some(0),
                 extra,
             });
             self.write_snapshots(&list, old_bytes).await
@@ -598,7 +633,7 @@ impl Qcow2 {
             .ok_or_else(|| Fault::Refused(Errno::ENOENT, format!("There is no snapshot '{name_or_id}'.")))
     }
 
-    async fn l1_of(&self, snapshot: &Snapshot) -> Result<Vec<u64>, Fault> {
+    pub(super) async fn l1_of(&self, snapshot: &Snapshot) -> Result<Vec<u64>, Fault> {
         let len = u64::from(snapshot.l1_size) * 8;
         self.must_be_there("the L1 table of a snapshot", snapshot.l1_offset, len)?;
         let bytes = self.read_table(snapshot.l1_offset, len).await?;

@@ -11,7 +11,7 @@ use super::{Compressor, TargetState};
 use crate::base::limits;
 use crate::base::range::ByteRange;
 use crate::base::zero::{is_zero, zero_runs};
-use crate::block::{BlockError, Driver, Extent, IoResult, WriteFlags, ZeroFlags};
+use crate::block::{BlockError, Driver, Extent, Holds, IoResult, WriteFlags, ZeroFlags};
 use crate::format::qcow2::Qcow2;
 use crate::graph::node::{Child, Node};
 use crate::job::body::Hands;
@@ -167,14 +167,15 @@ impl Parts {
             };
             let mut len = extent.len.clamp(1, left);
             let what = match self.target_state {
-                TargetState::Backed { source_backing_len, is_same }
+                TargetState::Backed { source_backing_len, is_same, is_new }
                     if !extent.allocated && at < source_backing_len =>
                 {
                     len = len.min(source_backing_len - at);
-                    if !is_same {
+                    let shows_backing = is_same && (is_new || self.shows_backing(at, &mut len).await?);
+                    if !shows_backing {
                         len = len.min(BLOCK_MAX as u64);
                     }
-                    if is_same || self.shows_same(at, len).await? {
+                    if shows_backing || self.shows_same(at, len).await? {
                         What::Skip
                     } else if extent.zero {
                         What::Zero
@@ -195,6 +196,14 @@ impl Parts {
             }
         }
         Ok(plan(&extents, self.unit, range.end()))
+    }
+
+    /// Whether the target holds nothing of its own from `offset` on, for `len` bytes or as many of them as are alike.
+    async fn shows_backing(&self, offset: u64, len: &mut u64) -> Result<bool, BlockError> {
+        let Some(layer) = self.to().as_layer() else { return Ok(false) };
+        let held = layer.holds(offset, *len).await?;
+        *len = held.len.clamp(1, *len);
+        Ok(held.holds() == Holds::Nothing)
     }
 
     /// Whether the target shows what the source shows already.

@@ -44,12 +44,14 @@ pub enum TargetState {
     Unknown,
     /// It reads as zeroes everywhere: it is new, or the user says so.
     Zero,
-    /// It is new, and reads as its backing file does.
+    /// It reads as its backing file does where it holds nothing of its own.
     Backed {
         /// Bytes of the source's backing file. Beyond them what the source does not hold is zero.
         source_backing_len: u64,
         /// Both have the same backing file. Where not, what the source does not hold is compared, and copied if it differs.
         is_same: bool,
+        /// It holds nothing of its own anywhere.
+        is_new: bool,
     },
 }
 

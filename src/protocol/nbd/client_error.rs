@@ -18,7 +18,7 @@ use crate::block::NoMemory;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum NbdClientError {
     /// The host's name leads to no address.
-    #[error("The host of {uri} could not be looked up: {reason}.")]
+    #[error("The host of '{uri}' could not be looked up: {reason}.")]
     Resolve {
         /// What was to be opened.
         uri: Rc<str>,
@@ -28,7 +28,7 @@ pub enum NbdClientError {
         is_final: bool,
     },
     /// Nobody answers at the address.
-    #[error("Connecting to {uri} failed: {errno}.")]
+    #[error("Connecting to '{uri}' failed: {errno}.")]
     Connect {
         /// What was to be opened.
         uri: Rc<str>,
@@ -36,7 +36,7 @@ pub enum NbdClientError {
         errno: Errno,
     },
     /// The two sides did not come together.
-    #[error("Opening {uri} failed: {reason}")]
+    #[error("Opening '{uri}' failed: {reason}")]
     Handshake {
         /// What was to be opened.
         uri: Rc<str>,
@@ -44,7 +44,7 @@ pub enum NbdClientError {
         reason: ProtocolError,
     },
     /// The connection is over, and with it everything that was in flight.
-    #[error("The connection to {uri} is lost: {reason}")]
+    #[error("The connection to '{uri}' is lost: {reason}")]
     Lost {
         /// The export.
         uri: Rc<str>,
@@ -53,7 +53,7 @@ pub enum NbdClientError {
     },
     /// The server goes down again and again, and nothing that it is told lasts.
     #[error(
-        "The server of {uri} was lost {times} times in a row without a flush between that succeeded: nothing that is \
+        "The server of '{uri}' was lost {times} times in a row without a flush between that succeeded: nothing that is \
          written to it lasts."
     )]
     LostTooOften {
@@ -64,7 +64,7 @@ pub enum NbdClientError {
     },
     /// What is found under the name is not the export that was opened.
     #[error(
-        "{uri} is not the export that it was when it was opened: its size, its blocks or its permissions differ."
+        "'{uri}' is not the export that it was when it was opened: its size, its blocks or its permissions differ."
     )]
     ChangedExport {
         /// The export.

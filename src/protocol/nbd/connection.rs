@@ -26,7 +26,7 @@ use super::constants::{Command, CommandFlags, OptionCode, TransmissionFlags};
 use super::cursor::Head;
 use super::dial::{HandshakeEnd, dial};
 use super::errno::NbdErrno;
-use super::handshake_client::{ClientGoal, ClientNegotiated, ConnectRequest};
+use super::handshake_client::{ClientGoal, ClientNegotiated, ConnectRequest, ListedExport};
 use super::in_flight::{Ended, InFlight, Outcome};
 use super::keeper::Keeper;
 use super::kept::{GATHER_BYTES, Kept, RECEIVE_BYTES};
@@ -151,7 +151,30 @@ pub async fn list_exports(
     let dialled = dial(ring, uri, ClientGoal::List, deadline, &Kept::default()).await?;
     match dialled.end {
         HandshakeEnd::Listed(listed) => Ok(listed),
-        HandshakeEnd::Ready(_) => Ok(Vec::new()),
+        HandshakeEnd::Ready(_) | HandshakeEnd::Described(_) => Ok(Vec::new()),
+    }
+}
+
+/// The exports that a server lists, and what it tells of each. One that hangs up when it is asked is asked no more than what
+/// it has.
+pub async fn describe_exports(
+    ring: &Ring,
+    uri: &NbdUri,
+    deadline: Nanos,
+) -> Result<Vec<ListedExport>, NbdClientError> {
+    let dialled = dial(ring, uri, ClientGoal::Describe, deadline, &Kept::default()).await;
+    match dialled.map(|dialled| dialled.end) {
+        Ok(HandshakeEnd::Described(listed)) => Ok(listed),
+        Ok(_) => Ok(Vec::new()),
+        Err(NbdClientError::Lost { reason: LostReason::HungUp { option }, .. })
+            if option != OptionCode::List =>
+        {
+            let listed = list_exports(ring, uri, deadline).await?.into_iter();
+            let plain =
+                |ExportListing { name, description }| ListedExport { name, description, details: None };
+            Ok(listed.map(plain).collect())
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -209,7 +232,7 @@ impl Connection {
         let dialled = dial(ring, uri, ClientGoal::Connect(request), options.deadline, kept).await;
         let ready = dialled.and_then(|dialled| match dialled.end {
             HandshakeEnd::Ready(negotiated) => Ok((negotiated, dialled.stream, dialled.rest)),
-            HandshakeEnd::Listed(_) => {
+            HandshakeEnd::Listed(_) | HandshakeEnd::Described(_) => {
                 Err(NbdClientError::Lost { uri: name.clone(), reason: LostReason::ClosedByServer })
             }
         });

@@ -6,7 +6,8 @@
 use super::constants::*;
 use super::error::ProtocolError;
 use super::handshake_client::{
-    ClientGoal, ClientHandshake, ClientNegotiated, ClientProgress, ConnectRequest,
+    ClientGoal, ClientHandshake, ClientNegotiated, ClientProgress, ConnectRequest, ExportDetails,
+    ListedExport,
 };
 use super::handshake_server::{
     ExportDirectory, ExportInfo, Negotiated, ServerHandshake, ServerPolicy, ServerProgress,
@@ -279,8 +280,73 @@ fn exports_are_listed_unless_policy_forbids_it() {
         assert_eq!(client, Some(Ok(ClientProgress::Listed(exports().list()))));
     }
     let policy = ServerPolicy { list: false, ..ServerPolicy::default() };
+    let (_, client) = converse(policy.clone(), &exports(), ClientGoal::Describe, Cuts::Whole);
+    assert!(matches!(client, Some(Err(ProtocolError::Refused { reply: ReplyCode::ErrPolicy, .. }))));
     let (_, client) = converse(policy, &exports(), ClientGoal::List, Cuts::Whole);
     assert!(matches!(client, Some(Err(ProtocolError::Refused { reply: ReplyCode::ErrPolicy, .. }))));
+}
+
+#[test]
+fn each_export_of_a_list_is_asked_about() {
+    for (cuts, extended_headers) in ALL_CUTS.into_iter().zip([true, false].into_iter().cycle()) {
+        let policy = ServerPolicy { extended_headers, ..ServerPolicy::default() };
+        let (server, client) = converse(policy, &exports(), ClientGoal::Describe, cuts);
+        assert_eq!(server, Some(Ok(None)));
+        let Some(Ok(ClientProgress::Described(listed))) = client else { panic!("{client:?}") };
+        let style = if extended_headers { HeaderStyle::Extended } else { HeaderStyle::Structured };
+        let wanted: Vec<_> = exports()
+            .0
+            .into_iter()
+            .map(|export| ListedExport {
+                details: Some(ExportDetails {
+                    size_bytes: export.size_bytes,
+                    flags: export.transmission_flags(style),
+                    style,
+                    block_sizes: Some(export.block_sizes),
+                    meta_contexts: export.meta_contexts.iter().map(MetaContext::name).collect(),
+                }),
+                name: export.name,
+                description: export.description,
+            })
+            .collect();
+        assert_eq!(listed, wanted);
+    }
+}
+
+#[test]
+fn what_a_server_does_not_tell_of_an_export_is_not_known() {
+    let mut listed = Vec::new();
+    ExportListing { name: "x".into(), description: "d".into() }.write(&mut listed);
+    let list = [(OptionCode::List, ReplyCode::Server, listed), (OptionCode::List, ReplyCode::Ack, vec![])];
+    let refused = |option, reply| (option, reply, vec![]);
+    let hear_list = |more: &[(OptionCode, ReplyCode, Vec<u8>)]| {
+        hear(ClientGoal::Describe, &script(&[&list[..], more].concat()))
+    };
+    let no_styles = [
+        refused(OptionCode::ExtendedHeaders, ReplyCode::ErrUnsupported),
+        refused(OptionCode::StructuredReply, ReplyCode::ErrUnsupported),
+    ];
+    let unknown = refused(OptionCode::Info, ReplyCode::ErrUnsupported);
+    let Ok(ClientProgress::Described(found)) = hear_list(&[&no_styles[..], &[unknown]].concat()) else {
+        panic!()
+    };
+    assert_eq!(found, [ListedExport { name: "x".into(), description: "d".into(), details: None }]);
+    let sized = (OptionCode::Info, info(InfoReply::Export { size_bytes: 9, flags: TransmissionFlags(3) }));
+    let told = [(sized.0, sized.1.1, sized.1.2), refused(OptionCode::Info, ReplyCode::Ack)];
+    let Ok(ClientProgress::Described(found)) = hear_list(&[&no_styles[..], &told].concat()) else { panic!() };
+    let details = found[0].details.as_ref().unwrap();
+    assert_eq!((details.size_bytes, details.style, details.block_sizes), (9, HeaderStyle::Simple, None));
+    let no_size = [&no_styles[..], &told[1..]].concat();
+    assert_eq!(hear_list(&no_size), Err(ProtocolError::SizeMissing));
+    let many = (OptionCode::ListMetaContext, ReplyCode::MetaContext, b"0000a:b".to_vec());
+    let chunks = [refused(OptionCode::ExtendedHeaders, ReplyCode::Ack)];
+    let endless = [&chunks[..], &told, &vec![many; LISTED_EXPORTS_MAX + 2]].concat();
+    assert_eq!(
+        hear_list(&endless),
+        Err(ProtocolError::TooManyReplies { option: OptionCode::ListMetaContext })
+    );
+    let goes = [&chunks[..], &[refused(OptionCode::Info, ReplyCode::ErrShutdown)]].concat();
+    assert!(matches!(hear_list(&goes), Err(ProtocolError::Refused { .. })));
 }
 
 #[test]
@@ -813,14 +879,15 @@ fn noise_never_panics_a_client() {
         let mut noise = Noise::new(seed);
         let mut bytes = Vec::new();
         for _ in 0..noise.index(12) {
-            let option = OptionCode::from_wire([3, 7, 8, 10, 11][noise.index(5)]);
+            let option = OptionCode::from_wire([3, 6, 7, 8, 9, 10, 11][noise.index(7)]);
             let reply = noise.below(11) as u32 | if noise.index(4) == 0 { 0x8000_0000 } else { 0 };
             let payload: Vec<u8> = (0..noise.index(40)).map(|_| (noise.next() % 4) as u8).collect();
             write_option_reply(&mut bytes, option, ReplyCode::from_wire(reply), &payload);
         }
         bytes.extend((0..noise.index(100)).map(|_| noise.next() as u8));
-        let goal = [plain_goal(), ClientGoal::List, ClientGoal::Connect(ConnectRequest::new("disk"))];
+        let connect = ClientGoal::Connect(ConnectRequest::new("disk"));
+        let goal = [plain_goal(), ClientGoal::List, ClientGoal::Describe, connect];
         // Any outcome will do; that there is one is the point.
-        let _ = hear(goal[noise.index(3)].clone(), &bytes);
+        let _ = hear(goal[noise.index(4)].clone(), &bytes);
     }
 }

@@ -12,7 +12,7 @@ use blockferry_ring::sync::{Either, either};
 use blockferry_ring::{Buf, Errno, File, Nanos, Ring, SocketAddress};
 
 use super::client_error::{LostReason, NbdClientError};
-use super::handshake_client::{ClientGoal, ClientHandshake, ClientNegotiated, ClientProgress};
+use super::handshake_client::{ClientGoal, ClientHandshake, ClientNegotiated, ClientProgress, ListedExport};
 use super::kept::{HANDSHAKE_BYTES, Kept, SPEECH_BYTES};
 use super::uri::{NbdAddress, NbdUri};
 use super::wire::ExportListing;
@@ -28,6 +28,7 @@ pub(super) struct Dialled {
 pub(super) enum HandshakeEnd {
     Ready(Box<ClientNegotiated>),
     Listed(Vec<ExportListing>),
+    Described(Vec<ListedExport>),
 }
 
 /// Connects and goes through the handshake, within `deadline` (a span).
@@ -131,6 +132,7 @@ async fn converse(
             ClientProgress::Again => {}
             ClientProgress::Ready(negotiated) => return Ok((HandshakeEnd::Ready(negotiated), input)),
             ClientProgress::Listed(listed) => return Ok((HandshakeEnd::Listed(listed), input)),
+            ClientProgress::Described(listed) => return Ok((HandshakeEnd::Described(listed), input)),
         }
         if need_input {
             let Some(buf) = memory.take() else { return Err(lost(LostReason::ClosedHere)) };

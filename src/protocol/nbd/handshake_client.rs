@@ -1,5 +1,8 @@
 //! The client's half of the handshake: from the server's greeting to the first request, or to a list of exports.
 //!
+//! A list can come with what the server tells of each export: it is asked about one after the other, on the same
+//! connection, because some servers serve only one.
+//!
 //! To connect, the client asks for as much as its owner wants and takes what it gets: extended headers, else structured
 //! replies; metadata contexts, if replies can carry them; then `GO` with the block sizes, and `EXPORT_NAME` for a
 //! server that does not know `GO`. A refusal of anything but the export itself costs a feature, not the connection;
@@ -31,6 +34,8 @@ pub enum ClientGoal {
     Connect(ConnectRequest),
     /// See which exports there are, and leave.
     List,
+    /// The same, and ask about each of them.
+    Describe,
 }
 
 /// How a client wants to open an export.
@@ -80,7 +85,54 @@ pub struct ClientNegotiated {
     pub meta_contexts: Vec<(u32, MetaContext)>,
 }
 
+/// An export of a list, and what the server tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedExport {
+    /// The name under which it can be opened.
+    pub name: String,
+    /// Words for a person; may be empty.
+    pub description: String,
+    /// What it is; `None`: the server does not tell.
+    pub details: Option<ExportDetails>,
+}
+
+/// What a server tells of an export without opening it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportDetails {
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// What the export can do.
+    pub flags: TransmissionFlags,
+    /// The headers that the server speaks.
+    pub style: HeaderStyle,
+    /// The block sizes that the server demands; `None` if it named none.
+    pub block_sizes: Option<BlockSizes>,
+    /// The names of the metadata contexts that can be asked for.
+    pub meta_contexts: Vec<String>,
+}
+
+/// What is known so far of the exports of a list, in its order.
+#[derive(Debug, Default)]
+struct Description {
+    exports: Vec<ListedExport>,
+    /// Of the next one.
+    contexts: Vec<String>,
+}
+
 impl ClientNegotiated {
+    /// Nothing is agreed on yet.
+    fn of(export: String) -> ClientNegotiated {
+        ClientNegotiated {
+            export,
+            description: String::new(),
+            size_bytes: 0,
+            flags: TransmissionFlags::EMPTY,
+            style: HeaderStyle::Simple,
+            block_sizes: None,
+            meta_contexts: Vec::new(),
+        }
+    }
+
     /// Largest payload of a request that is certain to be welcome, in bytes.
     pub fn payload_bytes_max(&self) -> u32 {
         let demanded = self.block_sizes.unwrap_or_default().maximum_bytes;
@@ -104,6 +156,8 @@ pub enum ClientProgress {
     Ready(Box<ClientNegotiated>),
     /// The list is complete: send `out`, then close.
     Listed(Vec<ExportListing>),
+    /// The same, with what the server tells of each export.
+    Described(Vec<ListedExport>),
 }
 
 /// The outcome of one call to `advance`.
@@ -131,6 +185,8 @@ enum State {
 #[derive(Debug)]
 pub struct ClientHandshake {
     listing: bool,
+    /// Of each export that was listed what there is to be known.
+    described: Option<Description>,
     request: ConnectRequest,
     state: State,
     no_zeroes: bool,
@@ -144,25 +200,19 @@ pub struct ClientHandshake {
 impl ClientHandshake {
     /// A machine for one new connection.
     pub fn new(goal: ClientGoal) -> Self {
+        let described = matches!(goal, ClientGoal::Describe).then(Description::default);
         let (listing, request) = match goal {
             ClientGoal::Connect(request) => (false, request),
-            ClientGoal::List => (true, ConnectRequest::new("")),
+            ClientGoal::List | ClientGoal::Describe => (true, ConnectRequest::new("")),
         };
         let export = request.export.clone();
         Self {
             listing,
+            described,
             request,
             state: State::Greeting,
             no_zeroes: false,
-            so_far: ClientNegotiated {
-                export,
-                description: String::new(),
-                size_bytes: 0,
-                flags: TransmissionFlags::EMPTY,
-                style: HeaderStyle::Simple,
-                block_sizes: None,
-                meta_contexts: Vec::new(),
-            },
+            so_far: ClientNegotiated::of(export),
             size_known: false,
             listed: Vec::new(),
             listed_bytes: 0,
@@ -193,7 +243,7 @@ impl ClientHandshake {
         };
         let over = match &result {
             Err(_) => true,
-            Ok(step) => matches!(step.progress, ClientProgress::Ready(_) | ClientProgress::Listed(_)),
+            Ok(step) => !matches!(step.progress, ClientProgress::NeedInput | ClientProgress::Again),
         };
         if over {
             self.state = State::Over;
@@ -234,7 +284,8 @@ impl ClientHandshake {
     }
 
     fn ask_for_contexts(&mut self, out: &mut Vec<u8>) {
-        if self.request.meta_contexts.is_empty() || !self.so_far.style.has_chunks() {
+        let wants_none = self.request.meta_contexts.is_empty() || self.described.is_some();
+        if wants_none || !self.so_far.style.has_chunks() {
             return self.ask_to_go(out);
         }
         let names: Vec<String> = self.request.meta_contexts.iter().map(MetaContext::name).collect();
@@ -245,13 +296,77 @@ impl ClientHandshake {
     }
 
     fn ask_to_go(&mut self, out: &mut Vec<u8>) {
+        if self.described.is_some() {
+            return self.ask_about_next(out);
+        }
         if !self.request.go {
             return self.ask_by_export_name(out);
         }
+        let export = self.request.export.clone();
+        self.ask_about(OptionCode::Go, &export, out);
+    }
+
+    fn ask_about(&mut self, option: OptionCode, export: &str, out: &mut Vec<u8>) {
         let wanted = vec![InfoCode::BlockSize, InfoCode::Name, InfoCode::Description];
         let mut payload = Vec::new();
-        InfoRequest { export: &self.request.export, wanted }.write(&mut payload);
-        self.ask(OptionCode::Go, &payload, out);
+        InfoRequest { export, wanted }.write(&mut payload);
+        self.ask(option, &payload, out);
+    }
+
+    /// Asks about the next export of the list; behind the last one, says goodbye.
+    fn ask_about_next(&mut self, out: &mut Vec<u8>) {
+        let n = self.described.as_ref().map_or(0, |described| described.exports.len());
+        let Some(ExportListing { name, .. }) = self.listed.get(n).cloned() else {
+            write_option(out, OptionCode::Abort, &[]);
+            self.state = State::Over;
+            return;
+        };
+        let style = self.so_far.style;
+        self.so_far = ClientNegotiated { style, ..ClientNegotiated::of(name.clone()) };
+        self.size_known = false;
+        self.ask_about(OptionCode::Info, &name, out);
+    }
+
+    /// The server has told what it tells of an export: its metadata contexts come next, if replies can carry any.
+    fn ask_for_list_of_contexts(&mut self, out: &mut Vec<u8>) -> Result<(), ProtocolError> {
+        if !self.size_known {
+            return Err(ProtocolError::SizeMissing);
+        }
+        if !self.so_far.style.has_chunks() {
+            self.keep_details(out);
+            return Ok(());
+        }
+        let name = self.listed_now();
+        let mut payload = Vec::new();
+        MetaContextRequest { export: &name, queries: Vec::new() }.write(&mut payload);
+        self.ask(OptionCode::ListMetaContext, &payload, out);
+        Ok(())
+    }
+
+    /// The name of the export that is asked about, as the list has it.
+    fn listed_now(&self) -> String {
+        let n = self.described.as_ref().map_or(0, |described| described.exports.len());
+        self.listed.get(n).map(|listing| listing.name.clone()).unwrap_or_default()
+    }
+
+    /// All that the server tells of an export is known, which is nothing if the size is not.
+    fn keep_details(&mut self, out: &mut Vec<u8>) {
+        if let Some(described) = &mut self.described {
+            let contexts = std::mem::take(&mut described.contexts);
+            let details = self.size_known.then_some(ExportDetails {
+                size_bytes: self.so_far.size_bytes,
+                flags: self.so_far.flags,
+                style: self.so_far.style,
+                block_sizes: self.so_far.block_sizes,
+                meta_contexts: contexts,
+            });
+            if let Some(ExportListing { name, description }) =
+                self.listed.get(described.exports.len()).cloned()
+            {
+                described.exports.push(ListedExport { name, description, details });
+            }
+        }
+        self.ask_about_next(out);
     }
 
     fn ask_by_export_name(&mut self, out: &mut Vec<u8>) {
@@ -287,7 +402,8 @@ impl ClientHandshake {
         }
         let consumed = OptionReplyHeader::BYTES + header.length as usize;
         let Some(payload) = input.get(OptionReplyHeader::BYTES..consumed) else { return Ok(need_input()) };
-        let replies_max = if option == OptionCode::List { LISTED_EXPORTS_MAX } else { INFO_REPLIES_MAX };
+        let is_list = matches!(option, OptionCode::List | OptionCode::ListMetaContext);
+        let replies_max = if is_list { LISTED_EXPORTS_MAX } else { INFO_REPLIES_MAX };
         if replies > replies_max {
             return Err(ProtocolError::TooManyReplies { option });
         }
@@ -300,6 +416,12 @@ impl ClientHandshake {
             self.refused(option, header.reply, payload, out)?
         } else {
             self.accepted(option, header.reply, payload, out)?
+        };
+        let progress = match (&mut self.described, self.state) {
+            (Some(described), State::Over) => {
+                ClientProgress::Described(std::mem::take(&mut described.exports))
+            }
+            _ => progress,
         };
         Ok(ClientStep { consumed, progress })
     }
@@ -326,6 +448,13 @@ impl ClientHandshake {
             (OptionCode::Go, ReplyCode::Info) => self.info(payload)?,
             (OptionCode::Go, ReplyCode::Ack) => return self.ready(),
             (OptionCode::List, ReplyCode::Server) => self.listed(payload)?,
+            (OptionCode::List, ReplyCode::Ack) if self.described.is_some() => {
+                self.ask(OptionCode::ExtendedHeaders, &[], out);
+            }
+            (OptionCode::Info, ReplyCode::Info) => self.info(payload)?,
+            (OptionCode::Info, ReplyCode::Ack) => self.ask_for_list_of_contexts(out)?,
+            (OptionCode::ListMetaContext, ReplyCode::MetaContext) => self.listed_context(payload)?,
+            (OptionCode::ListMetaContext, ReplyCode::Ack) => self.keep_details(out),
             (OptionCode::List, ReplyCode::Ack) => {
                 write_option(out, OptionCode::Abort, &[]);
                 return Ok(ClientProgress::Listed(std::mem::take(&mut self.listed)));
@@ -351,6 +480,11 @@ impl ClientHandshake {
                 self.so_far.meta_contexts.clear();
                 self.ask_to_go(out);
             }
+            OptionCode::Info if !final_word => {
+                self.size_known = false;
+                self.keep_details(out);
+            }
+            OptionCode::ListMetaContext if !final_word => self.keep_details(out),
             OptionCode::Go if reply == ReplyCode::ErrUnsupported && !self.so_far.style.is_extended() => {
                 self.so_far.block_sizes = None;
                 self.ask_by_export_name(out);
@@ -403,12 +537,27 @@ impl ClientHandshake {
     }
 
     fn listed(&mut self, payload: &[u8]) -> Result<(), ProtocolError> {
-        self.listed_bytes += payload.len();
-        if self.listed_bytes > LISTED_BYTES_MAX {
-            return Err(ProtocolError::TooManyReplies { option: OptionCode::List });
-        }
+        self.has_room(OptionCode::List, payload)?;
         self.listed.push(ExportListing::parse(payload)?);
         Ok(())
+    }
+
+    fn listed_context(&mut self, payload: &[u8]) -> Result<(), ProtocolError> {
+        self.has_room(OptionCode::ListMetaContext, payload)?;
+        let MetaContextReply { name, .. } = MetaContextReply::parse(payload)?;
+        if let Some(described) = &mut self.described {
+            described.contexts.push(printable(name.as_bytes()));
+        }
+        Ok(())
+    }
+
+    /// All lists together have a limit.
+    fn has_room(&mut self, option: OptionCode, payload: &[u8]) -> Result<(), ProtocolError> {
+        self.listed_bytes += payload.len();
+        match self.listed_bytes > LISTED_BYTES_MAX {
+            true => Err(ProtocolError::TooManyReplies { option }),
+            false => Ok(()),
+        }
     }
 
     fn ready(&mut self) -> Result<ClientProgress, ProtocolError> {

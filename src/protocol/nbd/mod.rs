@@ -50,14 +50,15 @@ pub mod uri;
 pub mod wire;
 
 pub use client_error::{LostReason, NbdClientError, NotSentReason};
-pub use connection::{ConnectOptions, Connection, list_exports};
+pub use connection::{ConnectOptions, Connection, describe_exports, list_exports};
 pub use constants::*;
 pub use cursor::Head;
 pub use driver::NbdDriver;
 pub use errno::NbdErrno;
 pub use error::ProtocolError;
 pub use handshake_client::{
-    ClientGoal, ClientHandshake, ClientNegotiated, ClientProgress, ClientStep, ConnectRequest,
+    ClientGoal, ClientHandshake, ClientNegotiated, ClientProgress, ClientStep, ConnectRequest, ExportDetails,
+    ListedExport,
 };
 pub use handshake_server::{
     ExportDirectory, ExportInfo, Negotiated, ServerHandshake, ServerPolicy, ServerProgress, ServerStep,

@@ -9,7 +9,7 @@ use blockferry::engine::marks::Marks;
 use blockferry::engine::open::{open, open_qcow2};
 use blockferry::engine::{Format, ImageOptions};
 use blockferry::format::qcow2::{Qcow2, Repair};
-use blockferry::graph::node::{Node, Role, Root};
+use blockferry::graph::node::{Node, Root};
 use blockferry::job::runner::{Ending, Job};
 use blockferry::job::status::Status;
 use blockferry::job::stream::Floor;
