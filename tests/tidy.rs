@@ -325,6 +325,16 @@ fn printing_faults(path: &str, source: &str) -> Vec<String> {
         .collect()
 }
 
+/// What is built on a disk holds a `Child` of its node: a bare driver could be changed, locked and left behind without the
+/// graph.
+fn edge_faults(path: &str, source: &str) -> Vec<String> {
+    let tokens = tokens(source);
+    (0..tokens.len())
+        .filter(|i| stands_at(&tokens, *i, &["Rc", "<", "dyn", "Driver", ">"]))
+        .map(|i| format!("{path}:{}: a bare driver: hold a `Child`, or take a `Node`", tokens[i].line))
+        .collect()
+}
+
 /// A package keeps the workspace's lints, or none of them holds.
 fn manifest_faults(path: &str, text: &str) -> Vec<String> {
     let mut faults = Vec::new();
@@ -535,6 +545,14 @@ fn unsafe_code_has_its_places() {
 #[test]
 fn printing_has_its_place() {
     hold(&files("src", "rs"), &printing_faults);
+}
+
+#[test]
+fn formats_and_exports_hold_edges() {
+    let rooms = ["src/format", "src/export", "src/graph/node.rs", "src/graph/chain.rs", "src/protocol/delay.rs"];
+    let paths = files("src", "rs").into_iter().filter(|path| rooms.iter().any(|room| path.starts_with(room)));
+    hold(&paths.collect::<Vec<_>>(), &edge_faults);
+    assert_eq!(edge_faults("a.rs", "fn f(it: &Rc<dyn Driver>) {}").len(), 1);
 }
 
 #[test]

@@ -28,10 +28,17 @@ use super::load::Load;
 use super::{BlockError, CopyFrom, Driver, Extent, IoResult, Operation, Permissions, Role};
 use crate::base::range::ByteRange;
 
+thread_local! {
+    /// Nodes that were made. For their names only: nothing is decided by it.
+    static NUMBERS: Cell<u64> = const { Cell::new(0) };
+}
+
 /// A disk or a layer in use.
 pub struct Node {
     /// The name that it was given.
     given: OnceCell<String>,
+    /// Which of all nodes of this thread it is.
+    number: u64,
     ring: Ring,
     driver: Rc<dyn Driver>,
     filters: RefCell<Rc<[Rc<dyn Filter>]>>,
@@ -140,6 +147,7 @@ impl Node {
     pub fn of(ring: &Ring, driver: Rc<dyn Driver>) -> Rc<Node> {
         Rc::new(Node {
             given: OnceCell::new(),
+            number: NUMBERS.replace(NUMBERS.get() + 1),
             ring: ring.clone(),
             driver,
             filters: RefCell::new(Rc::from([])),
@@ -158,6 +166,11 @@ impl Node {
     /// Its name in the graph.
     pub fn name(&self) -> &str {
         self.given.get().map_or_else(|| self.driver.name(), String::as_str)
+    }
+
+    /// A name that no other node of this thread has: the one that it was given, or one that was made for it.
+    pub fn unique_name(&self) -> String {
+        self.given.get().cloned().unwrap_or_else(|| format!("#node{}", self.number))
     }
 
     /// Gives it a name, once: a second one changes nothing.

@@ -13,6 +13,7 @@ pub mod guest;
 pub mod handle;
 pub mod marks;
 pub mod named;
+pub mod nodes;
 pub mod open;
 pub mod qcow2;
 pub mod rebase;
@@ -24,9 +25,9 @@ use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 
 use blockferry_ring::sync::OneShot;
-use blockferry_ring::{Config, Nanos, OffloadMode, Ring, SetupError, Turn};
+use blockferry_ring::{Config, Errno, Nanos, OffloadMode, Ring, SetupError, Turn};
 
-use crate::block::BlockError;
+use crate::block::{BlockError, Operation};
 use crate::graph::node::{Node, Root};
 use crate::job::commit;
 use crate::job::convert::{self, ConvertError, ConvertOptions, Tally};
@@ -38,6 +39,7 @@ use crate::job::status::Status;
 use crate::job::stream::{self, Floor};
 use crate::job::sweep::{ChainError, SweepOptions};
 use guest::Guest;
+use nodes::Nodes;
 use handle::{Desk, Handle, SharedDisk};
 
 pub use open::{Format, ImageOptions};
@@ -51,6 +53,7 @@ const SHUTDOWN_NANOS: Nanos = 10_000_000_000;
 pub struct Engine {
     ring: Ring,
     jobs: Jobs,
+    nodes: Nodes,
     desk: OnceCell<Desk>,
 }
 
@@ -110,7 +113,7 @@ impl Engine {
     /// An engine on any ring, the simulator's too.
     pub fn with_ring(ring: Ring) -> Engine {
         let list = Rc::new(RefCell::new(Registry::new()));
-        Engine { ring: ring.clone(), jobs: Jobs { ring, list }, desk: OnceCell::new() }
+        Engine { ring: ring.clone(), jobs: Jobs { ring, list }, nodes: Nodes::default(), desk: OnceCell::new() }
     }
 
     fn desk(&self) -> &Desk {
@@ -135,29 +138,58 @@ impl Engine {
     /// Opens an image as a node. Its format is the one that was said, or what its header says.
     pub async fn open(&self, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
         let spec = NodeSpec::parse(name)?;
-        let node = open::open_spec(&self.ring, name, &spec, options).await?;
-        Ok(node.called(spec.node_name.as_deref().unwrap_or(name)))
+        self.open_called(name, &spec, options).await
     }
 
     /// Opens an image as a node from what was said of it, read already or put together by a program.
     pub async fn open_spec(&self, spec: &NodeSpec, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
-        let shown = spec.shown();
-        let node = open::open_spec(&self.ring, &shown, spec, options).await?;
-        Ok(node.called(spec.node_name.as_deref().unwrap_or(&shown)))
+        self.open_called(&spec.shown(), spec, options).await
+    }
+
+    async fn open_called(
+        &self,
+        shown: &str,
+        spec: &NodeSpec,
+        options: &ImageOptions,
+    ) -> Result<Rc<Node>, BlockError> {
+        if let Some(name) = &spec.node_name
+            && self.node(name).is_some()
+        {
+            let why = format!("Its node is to be called '{name}', and another one is called so.");
+            return Err(BlockError::new(Operation::Open, shown, Errno::EEXIST).because(why));
+        }
+        let options = self.nodes.with(options);
+        let node = open::open_spec(&self.ring, shown, spec, &options).await?;
+        let node = node.called(spec.node_name.as_deref().unwrap_or(shown));
+        self.nodes.add(&node);
+        Ok(node)
+    }
+
+    /// All nodes that are open: what was opened, and what that is built on (files, backing files, data files).
+    pub fn nodes(&self) -> Vec<Rc<Node>> {
+        self.nodes.all()
+    }
+
+    /// The node that is called so: by the name that it was given, or by [`Node::unique_name`].
+    pub fn node(&self, name: &str) -> Option<Rc<Node>> {
+        self.nodes.find(name)
     }
 
     /// Opens an image as a node, from outside a task. Nothing is read: its format has to be said.
     pub fn open_as_said(&self, name: &str, options: &ImageOptions) -> Result<Rc<Node>, BlockError> {
-        let node = open::open_as_said(&self.ring, name, options)?;
-        Ok(node.called(name))
+        let node = open::open_as_said(&self.ring, name, options)?.called(name);
+        self.nodes.add(&node);
+        Ok(node)
     }
 
     /// Opens an image as a node, from outside a task: the result comes as the engine turns.
     pub fn start_open(&self, name: &str, options: &ImageOptions) -> OneShot<Result<Rc<Node>, BlockError>> {
-        let (ring, name, options) = (self.ring.clone(), name.to_owned(), options.clone());
+        let (ring, name, nodes) = (self.ring.clone(), name.to_owned(), self.nodes.clone());
+        let options = nodes.with(options);
         self.ring.spawn_with_result(async move {
-            let node = open::open(&ring, &name, &options).await?;
-            Ok(node.called(name))
+            let node = open::open(&ring, &name, &options).await?.called(name);
+            nodes.add(&node);
+            Ok(node)
         })
     }
 

@@ -29,6 +29,7 @@ use crate::protocol::open::{Cache, OpenOptions};
 
 use super::marks::{Marks, heed, heed_own};
 use super::named::{self, Named};
+use super::nodes::{Nodes, Way};
 use super::remote::ServerOptions;
 use super::spec::{NodeSpec, ProtocolSpec};
 use crate::format::probe::{FormatError, HEAD_BYTES, Probed, choose_format, probe};
@@ -70,6 +71,8 @@ pub struct ImageOptions {
     pub marks: Marks,
     /// It has a name that only this program knows: nothing is said of it.
     pub is_hidden: bool,
+    /// What is open already, and is shared where images lie over the same.
+    pub nodes: Nodes,
 }
 
 impl Default for ImageOptions {
@@ -91,6 +94,7 @@ impl Default for ImageOptions {
             snapshot: None,
             marks: Marks::default(),
             is_hidden: false,
+            nodes: Nodes::default(),
         }
     }
 }
@@ -436,12 +440,35 @@ impl Files {
                 found
             }
         };
+        let way = Way::of(&child, format, &options).filter(|_| wanted.role == Role::Backing);
+        if let Some(there) = way.as_ref().and_then(|way| options.nodes.below(way)) {
+            self.check_chain(&there, &shown, wanted)?;
+            return Ok(there);
+        }
         let files = Files::new(&self.ring, &options, &child, &self.above);
-        with_format(&self.ring, &child, format, &options, &files).await
+        let node = with_format(&self.ring, &child, format, &options, &files).await?;
+        if let Some(way) = way {
+            options.nodes.add_below(way, &node);
+        }
+        Ok(node)
+    }
+
+    /// Something that is open already may lie below this: not if the chain becomes too long by it, or has no end.
+    fn check_chain(&self, below: &Rc<Node>, shown: &str, wanted: &Wanted<'_>) -> Result<(), BlockError> {
+        let chain = below.chain();
+        if chain.iter().any(|layer| layer.identity().is_some() && self.above.contains(&layer.identity())) {
+            let why = format!("The chain of images leads back to a file above '{shown}'.");
+            return Err(BlockError::new(Operation::Open, wanted.image, Errno::EPERM).because(why));
+        }
+        self.check_count(self.above.len() + chain.len() - 1, wanted)
     }
 
     fn check_length(&self, wanted: &Wanted<'_>) -> Result<(), BlockError> {
-        if self.above.len() <= BACKING_CHAIN_MAX {
+        self.check_count(self.above.len(), wanted)
+    }
+
+    fn check_count(&self, count: usize, wanted: &Wanted<'_>) -> Result<(), BlockError> {
+        if count <= BACKING_CHAIN_MAX {
             return Ok(());
         }
         let why = format!("There are more than {BACKING_CHAIN_MAX} backing files.");

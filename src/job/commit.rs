@@ -221,7 +221,7 @@ impl Down {
         }
     }
 
-    /// In a drain: the overlay records the base, durably, and then reads from it.
+    /// In a drain: the overlay reads from the base, which holds what lay between, and records it, durably.
     async fn link_to_base(&self, overlay: &Rc<Node>) -> Result<(), Failed> {
         let (Some(lowest), Some(layer)) = (self.layers.last(), overlay.driver().as_layer()) else {
             return Ok(());
@@ -232,13 +232,23 @@ impl Down {
             None => name_for(overlay, lowest, base),
         };
         let drained = self.hide_rest(overlay).await?;
-        layer.record_backing(Some((&name, base.driver().format()))).await.map_err(Failed::write)?;
-        // From here on there is no way back, and nothing that can fail but to give locks up.
-        if let Err(error) = overlay.set_below(Some(base)) {
-            tracing::warn!(%error, "locks of layers that are merged could not be given back");
+        // Whoever cannot have the overlay on the base says so before anything is written.
+        let before = overlay.below();
+        overlay.set_below(Some(base)).map_err(Failed::write)?;
+        let recorded = layer.record_backing(Some((&name, base.driver().format()))).await;
+        if recorded.is_err() {
+            go_back(overlay, before.as_ref());
         }
         drop(drained);
-        Ok(())
+        recorded.map_err(Failed::write)
+    }
+}
+
+/// What was not recorded does not become true: the layer below is what it was.
+pub(super) fn go_back(overlay: &Node, before: Option<&Rc<Node>>) {
+    if let Err(error) = overlay.set_below(before) {
+        // It reads the same from where it is now.
+        tracing::warn!(%error, "a layer could not go back to the backing file that it records");
     }
 }
 

@@ -22,6 +22,7 @@ use std::rc::Rc;
 
 use blockferry_ring::{Ring, SharedBuf};
 
+use super::commit::go_back;
 use super::event::JobType;
 use super::plan::What;
 use super::policy::Failed;
@@ -159,7 +160,7 @@ impl Up {
         Ok((held.len, what))
     }
 
-    /// In a drain: the top records its new backing file, durably, and then reads from it.
+    /// In a drain: the top reads from its new backing file, and records it, durably.
     async fn link(&self) -> Result<(), Failed> {
         let _alone = self.front.relinking().await;
         let Some(bottom) = self.mids.last() else { return Ok(()) };
@@ -174,13 +175,15 @@ impl Up {
             (Some(name), Some(base)) => Some((name.as_str(), base.driver().format())),
             _ => None,
         };
-        self.layer().map_err(Failed::write)?.record_backing(record).await.map_err(Failed::write)?;
-        // From here on there is no way back, and nothing that can fail but to give locks up.
-        if let Err(error) = self.top.node().set_below(base.as_ref()) {
-            tracing::warn!(%error, "locks of layers that are merged could not be given back");
+        // Whoever cannot have the top on the base says so before anything is written.
+        let (top, before) = (self.top.node(), self.top.node().below());
+        top.set_below(base.as_ref()).map_err(Failed::write)?;
+        let recorded = self.layer().map_err(Failed::write)?.record_backing(record).await;
+        if recorded.is_err() {
+            go_back(top, before.as_ref());
         }
         drop(drained);
-        Ok(())
+        recorded.map_err(Failed::write)
     }
 }
 

@@ -79,6 +79,58 @@ const MIXED: [&str; 4] = [
     "cluster_size=16k",
 ];
 
+/// Two overlays of one base: one node, whoever merges into it is told of both, and each goes its way.
+#[test]
+fn two_overlays_of_one_base_share_its_node() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &path("base"), "4M"]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 1 0 1M", &path("base")]);
+    for name in ["one", "two"] {
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base", &path(name)]);
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 2 64k 64k", &path(name)]);
+    }
+    let engine = Engine::new(&blockferry_ring::Config::default()).unwrap();
+    let (ring, names) = (engine.ring().clone(), [path("one"), path("two")]);
+    let open = |name: &String| {
+        let opening = engine.start_open(name, &options());
+        engine.run(async move { opening.take().await }).unwrap()
+    };
+    let [one, two] = names.each_ref().map(open);
+    let base = one.below().unwrap();
+    assert!(Rc::ptr_eq(&base, &two.below().unwrap()));
+    // The two, the base, and the three files that they are in; each has a name of its own.
+    let mut all: Vec<_> = engine.nodes().iter().map(|node| node.unique_name()).collect();
+    assert_eq!(all.len(), 6);
+    assert!(engine.node(&names[0]).is_some_and(|node| Rc::ptr_eq(&node, &one)));
+    assert!(engine.node(&base.unique_name()).is_some_and(|node| Rc::ptr_eq(&node, &base)));
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 6);
+    let guests = [Root::new(&one, false).unwrap(), Root::new(&two, false).unwrap()];
+    let [first, second] = guests;
+    engine.run(async move {
+        let refused = commit::start(&ring, &one, None, None, sweep("a")).await;
+        let Err(error) = refused else { panic!("{refused:?}") };
+        let text = error.to_string();
+        assert!(text.contains("block job: commit") && text.contains("as its backing file"), "{text}");
+        assert!(text.contains(two.name()), "{text}");
+        assert!(base.driver().is_read_only() && one.filter_count() == 0);
+        drop(second);
+        let job = commit::start(&ring, &one, None, None, sweep("b")).await.unwrap();
+        job.until_ready().await;
+        // Now the base changes: nobody else may build on it.
+        let text = Root::new(&two, true).unwrap_err().to_string();
+        assert!(text.contains("block job: commit"), "{text}");
+        job.complete().unwrap();
+        assert_eq!(job.until_over().await, Ending::Completed);
+        assert!(Rc::ptr_eq(&first.node(), &base) && one.users().is_empty());
+    });
+    drop(engine);
+    let read = ["-f", "qcow2", "-c", "read -P 2 64k 64k", "-c", "read -P 1 128k 896k", &path("base")];
+    assert!(!tool("qemu-io", &read).contains("failed"));
+}
+
 /// Two intermediates of five layers go down into the one below them while a guest writes.
 #[test]
 fn an_intermediate_commit_under_a_guest() {
