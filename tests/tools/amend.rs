@@ -63,7 +63,7 @@ fn reference_counts_of_every_width() {
             tool("qemu-img", &["bitmap", "--add", &path, "kept"]);
         }
         let before = shown(&scratch, &path, snapshots);
-        for bits in ["8", "1", "64", "16", "2"] {
+        for bits in ["8", "1", "64", "2", "16"] {
             let case = format!("{options}, {bits} bits");
             let (was, said) =
                 (content(&path), run(&["amend", "-o", &format!("refcount_bits={bits}"), &path]));

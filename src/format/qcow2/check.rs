@@ -477,6 +477,7 @@ impl<'a> Check<'a> {
                 self.failed(format!("{what}; `--repair all` drops what is too much"));
             }
             for what in &listed.unread {
+                self.unread("the table of snapshots");
                 self.failed(format!("{what}; `--repair drop-unreadable` drops what cannot be read"));
             }
             return Ok(());
