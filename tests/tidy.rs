@@ -549,7 +549,8 @@ fn printing_has_its_place() {
 
 #[test]
 fn formats_and_exports_hold_edges() {
-    let rooms = ["src/format", "src/export", "src/graph/node.rs", "src/graph/chain.rs", "src/protocol/delay.rs"];
+    let rooms =
+        ["src/format", "src/export", "src/graph/node.rs", "src/graph/chain.rs", "src/protocol/delay.rs"];
     let paths = files("src", "rs").into_iter().filter(|path| rooms.iter().any(|room| path.starts_with(room)));
     hold(&paths.collect::<Vec<_>>(), &edge_faults);
     assert_eq!(edge_faults("a.rs", "fn f(it: &Rc<dyn Driver>) {}").len(), 1);

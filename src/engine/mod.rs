@@ -39,8 +39,8 @@ use crate::job::status::Status;
 use crate::job::stream::{self, Floor};
 use crate::job::sweep::{ChainError, SweepOptions};
 use guest::Guest;
-use nodes::Nodes;
 use handle::{Desk, Handle, SharedDisk};
+use nodes::Nodes;
 
 pub use open::{Format, ImageOptions};
 pub use spec::NodeSpec;
@@ -113,7 +113,12 @@ impl Engine {
     /// An engine on any ring, the simulator's too.
     pub fn with_ring(ring: Ring) -> Engine {
         let list = Rc::new(RefCell::new(Registry::new()));
-        Engine { ring: ring.clone(), jobs: Jobs { ring, list }, nodes: Nodes::default(), desk: OnceCell::new() }
+        Engine {
+            ring: ring.clone(),
+            jobs: Jobs { ring, list },
+            nodes: Nodes::default(),
+            desk: OnceCell::new(),
+        }
     }
 
     fn desk(&self) -> &Desk {

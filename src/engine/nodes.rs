@@ -85,6 +85,9 @@ impl Nodes {
     /// The one that is called so: by the name that it was given, or the one that was made for it ([`Node::unique_name`]).
     pub fn find(&self, name: &str) -> Option<Rc<Node>> {
         let all = self.all();
-        all.iter().find(|node| node.name() == name).or(all.iter().find(|node| node.unique_name() == name)).cloned()
+        all.iter()
+            .find(|node| node.name() == name)
+            .or(all.iter().find(|node| node.unique_name() == name))
+            .cloned()
     }
 }
