@@ -14,7 +14,7 @@ use super::tool::{
     OutputArgs, PlanArgs, asks_for_help, option_pairs, print_options, warn_of_name, with_code,
 };
 use super::{Global, config};
-use crate::block::Node;
+use crate::block::{Driver, Node, WriteFlags};
 use crate::engine::admit::{Admission, Admitted, Held, IfThere, Standing, Wish, empty, is_place};
 use crate::engine::create::{Beside, NewImage};
 use crate::engine::marks::Marks;
@@ -25,6 +25,9 @@ use crate::engine::{Engine, Format, ImageOptions, named};
 use crate::format::qcow2::gate::GateError;
 use crate::format::qcow2::{Gate, Role, Wanted};
 use crate::protocol::mark::{MarkInfo, TargetMark};
+
+/// What a raw image is given.
+const FIRST_BLOCK_BYTES: u64 = 4096;
 
 /// Make a new image
 #[derive(Debug, Args)]
@@ -160,6 +163,18 @@ fn last<'a>(pairs: &'a [(String, String)], name: &str) -> Option<&'a str> {
     pairs.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
 }
 
+/// Gives a raw image its first block, as `qemu-img` does: of a file without any, nobody can find out which alignment reads
+/// past the page cache need.
+async fn first_block(engine: &Engine, file: &Rc<dyn Driver>, new: &NewImage) -> Result<(), Failure> {
+    if !matches!(new, NewImage::Raw { .. }) || file.kind() != "file" || file.len() < FIRST_BLOCK_BYTES {
+        return Ok(());
+    }
+    let mut zeroes = engine.ring().alloc(FIRST_BLOCK_BYTES as usize).await;
+    zeroes.fill_zero();
+    file.write(0, zeroes.freeze(), WriteFlags::default()).await?;
+    Ok(file.flush().await?)
+}
+
 /// Makes it; `None`: it was a dry run.
 async fn create(
     global: &Global,
@@ -200,13 +215,17 @@ async fn create(
             empty(held.bytes()).await?;
             let path = path.as_deref().unwrap_or(Path::new(""));
             new.write(engine.ring(), held.bytes(), path, &beside).await?;
+            first_block(engine, held.bytes().driver(), &new).await?;
             // What a mark said of the image that was here is not true of this one.
             let no_mark = MarkInfo::incomplete("create", &args.file);
             TargetMark::new(engine.ring(), held.bytes().driver().clone(), state_dir(None), no_mark)
                 .clear()
                 .await?;
         }
-        (_, Some(path)) => make_file(engine, path, &new, &beside, async |_| Ok(())).await?,
+        (_, Some(path)) => {
+            let last = async |file: &Rc<dyn Driver>| first_block(engine, file, &new).await;
+            make_file(engine, path, &new, &beside, last).await?
+        }
         (_, None) => make_remote(engine, &args.file, &new).await?,
     }
     Ok(Some(new))

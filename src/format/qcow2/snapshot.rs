@@ -203,6 +203,17 @@ pub(super) struct Listed {
     pub(super) unread: Vec<String>,
 }
 
+/// Damage that keeps something from being done, before anything was: the image is not marked because of it.
+fn unmarked(fault: Fault) -> Fault {
+    match fault {
+        Fault::Damage(why) => Fault::Refused(
+            Errno::EIO,
+            format!("The image is damaged: {why}. Check it (`blockferry check`).").into(),
+        ),
+        fault => fault,
+    }
+}
+
 impl Qcow2 {
     /// The snapshots, and the bytes of their table.
     pub(super) async fn read_snapshots(&self) -> Result<(Vec<Snapshot>, u64), Fault> {
@@ -575,8 +586,9 @@ impl Qcow2 {
         let (mut list, old_bytes) = self.read_snapshots().await?;
         let id = list.iter().filter_map(|s| s.id.parse::<u64>().ok()).max().unwrap_or(0).saturating_add(1);
         let mut l1 = self.meta.borrow().l1.entries.clone();
-        let counts = self.references(&l1).await?;
-        self.check_references(&counts).await?;
+        // Nothing has changed yet: a refusal leaves the image as usable as it was.
+        let counts = self.references(&l1).await.map_err(unmarked)?;
+        self.check_references(&counts).await.map_err(unmarked)?;
         let unsettled = self.unsettle().await?;
         self.add_references(&counts).await?;
         self.share_all().await?;
