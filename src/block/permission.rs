@@ -82,6 +82,12 @@ impl Permissions {
         Permissions { used: self.used | resize, shared: self.shared & !changes }
     }
 
+    /// The same for an image that is open to be read only: its tables must not change, and nothing else is taken.
+    pub fn of_tables(self) -> Permissions {
+        let changes = Permission::Write.bit() | Permission::Resize.bit();
+        Permissions { shared: self.shared & !changes, ..self }
+    }
+
     /// Whether the permission is used.
     pub fn uses(self, permission: Permission) -> bool {
         self.used & permission.bit() != 0

@@ -71,11 +71,6 @@ impl Layout {
         layout
     }
 
-    /// Bytes up to the end of the L1 table, which comes last and fills its cluster only when the disk is large.
-    fn bytes(&self, g: &Geometry) -> u64 {
-        (self.clusters() - self.l1) * g.cluster_size() + self.l1_entries * 8
-    }
-
     fn clusters(&self) -> u64 {
         1 + self.table + self.blocks + self.l1
     }
@@ -214,7 +209,7 @@ impl Qcow2 {
             // What was there is gone first, so that no old header is taken for that of half a new image.
             match file.set_len(0).await {
                 Ok(()) => {
-                    file.set_len(in_file.0.bytes(&g)).await?;
+                    file.set_len(in_file.0.clusters() * g.cluster_size()).await?;
                     write_tables(file, &memory, &g, &in_file.0, &in_file.1).await?;
                 }
                 Err(error) if error.errno == Errno::EOPNOTSUPP => {
@@ -423,7 +418,7 @@ async fn write_tables(
     first: &[u8],
 ) -> Result<(), Fault> {
     let size = g.cluster_size();
-    let bytes = layout.bytes(g).min(file.len());
+    let bytes = layout.clusters() * size;
     let zero = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
     file.write_zeroes(size, bytes - size, zero).await?;
     let blocks_at = (1 + layout.table) * size;

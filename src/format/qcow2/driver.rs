@@ -170,7 +170,12 @@ impl Driver for Qcow2 {
         let old = self.permissions.get();
         // Tables are read and written by whoever reads or writes the disk.
         let used = permissions != Permissions::NONE;
-        let own = if used && !self.read_only.get() { permissions.for_image() } else { permissions };
+        let own = match (used, self.read_only.get()) {
+            (true, false) => permissions.for_image(),
+            // What it has read of them must stay true, whoever it is read for.
+            (true, true) => permissions.of_tables(),
+            (false, _) => permissions,
+        };
         self.file.set_permissions(own)?;
         let data_file = self.data_file.as_ref().map_or(Ok(()), |data_file| data_file.set_permissions(own));
         let backing = self.backing.borrow().clone();
