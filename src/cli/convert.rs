@@ -416,6 +416,8 @@ impl Run {
             ));
         }
         let image = open.image(Some(args.target_format), false).overwriting();
+        // There is no option to do without.
+        let image = ImageOptions { without_locks: None, ..image };
         let mut admission = Admission::new(ring, "convert").counting(args.plan.dry_run);
         admission.source(source).await;
         let new_backing = open_new_backing(&self.engine, &self.target, &pairs, args.gate.marks()).await?;
