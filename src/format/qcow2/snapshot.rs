@@ -206,10 +206,9 @@ pub(super) struct Listed {
 /// Damage that keeps something from being done, before anything was: the image is not marked because of it.
 fn unmarked(fault: Fault) -> Fault {
     match fault {
-        Fault::Damage(why) => Fault::Refused(
-            Errno::EIO,
-            format!("The image is damaged: {why}. Check it (`blockferry check`).").into(),
-        ),
+        Fault::Damage(why) => {
+            Fault::Refused(Errno::EIO, format!("The image is damaged: {why}. Check it (`blockferry check`)."))
+        }
         fault => fault,
     }
 }
