@@ -167,13 +167,6 @@ impl Child {
         BlockError::new(Operation::Lock, node.driver().name(), Errno::EBUSY).hint(hint)
     }
 
-    /// Turns it into another kind of use in one step: the locks that stay are never given up between.
-    pub fn change(&self, role: Role) -> IoResult {
-        let node = self.node();
-        let old = self.role.replace(role);
-        node.check(self).and_then(|()| node.apply_permissions()).inspect_err(|_| self.role.set(old))
-    }
-
     /// What is built on the node needs this of it from now on. On an error nothing has changed.
     pub fn set_permissions(&self, permissions: Permissions) -> IoResult {
         let node = self.node();
@@ -221,8 +214,10 @@ impl Child {
 impl Drop for Child {
     fn drop(&mut self) {
         let node = self.node();
-        node.forget(self);
-        node.give_back();
+        // One that was refused has nothing to give back.
+        if node.forget(self) {
+            node.give_back();
+        }
     }
 }
 

@@ -273,9 +273,12 @@ impl Node {
         Ok(())
     }
 
-    /// A use has ended, or goes elsewhere.
-    pub(super) fn forget(&self, user: &Child) {
-        self.edges.borrow_mut().retain(|edge| !std::ptr::eq(edge.as_ptr(), user));
+    /// A use has ended, or goes elsewhere. False: it had never begun.
+    pub(super) fn forget(&self, user: &Child) -> bool {
+        let mut edges = self.edges.borrow_mut();
+        let before = edges.len();
+        edges.retain(|edge| !std::ptr::eq(edge.as_ptr(), user));
+        edges.len() < before
     }
 
     /// Less is needed than before.
@@ -444,7 +447,9 @@ impl Node {
             target.apply_permissions()
         });
         if let Err(error) = moved {
-            moving.iter().for_each(|user| target.forget(user));
+            for user in &moving {
+                target.forget(user);
+            }
             instead_of.set_role(role);
             return Err(error);
         }
@@ -473,13 +478,13 @@ impl Node {
         Below { node: self, filters, level: 0 }.mutate(mutation).await
     }
 
-    /// A client's request comes inside, if the door is open.
-    pub fn enter(self: &Rc<Node>, even_if_shut: bool) -> Option<Inside> {
+    /// A client's request comes inside; if the door is shut it has the node back.
+    pub fn enter(self: Rc<Node>, even_if_shut: bool) -> Result<Inside, Rc<Node>> {
         if self.is_drained() && !even_if_shut {
-            return None;
+            return Err(self);
         }
         self.in_flight.set(self.in_flight.get() + 1);
-        Some(Inside { node: self.clone(), came: None })
+        Ok(Inside { node: self, came: None })
     }
 
     /// Waits until the door is open.

@@ -87,17 +87,21 @@ impl Root {
     }
 
     async fn enter(&self) -> Inside {
-        let node = self.node();
-        match node.enter(self.ungated) {
-            Some(inside) => inside,
-            None => self.enter_parked(node).await,
-        }
+        self.enter_at(self.node()).await
     }
 
     /// For reads and changes: how long they take, the wait at the door included, is counted.
     async fn enter_counted(&self) -> Inside {
-        let came = self.node().ring().clock();
-        self.enter().await.counted_from(came)
+        let node = self.node();
+        let came = node.ring().clock();
+        self.enter_at(node).await.counted_from(came)
+    }
+
+    async fn enter_at(&self, node: Rc<Node>) -> Inside {
+        match node.enter(self.ungated) {
+            Ok(inside) => inside,
+            Err(node) => self.enter_parked(node).await,
+        }
     }
 
     async fn enter_parked(&self, mut node: Rc<Node>) -> Inside {
@@ -105,10 +109,12 @@ impl Root {
         loop {
             node.until_open().await;
             // Where the root points may have changed while the door was shut.
-            node = self.node();
-            if let Some(inside) = node.enter(false) {
-                self.inner.parked.set(self.inner.parked.get() - 1);
-                return inside;
+            match self.node().enter(false) {
+                Ok(inside) => {
+                    self.inner.parked.set(self.inner.parked.get() - 1);
+                    return inside;
+                }
+                Err(shut) => node = shut,
             }
         }
     }
